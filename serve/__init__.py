@@ -1,0 +1,1 @@
+"""What users import to serve: start, connect, Client and its configuration."""
