@@ -1,0 +1,73 @@
+# Everything works on a fresh machine with Python 3.10 or newer: each target sets up .venv first if that is not done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Our shells and tools find the environment's programs first, and never a module path meant for another project.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+.PHONY: setup
+setup: $(STAMP) ## Make .venv and install penstock with everything to serve, test and check it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "penstock needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@# An environment that was moved, or whose Python is gone, cannot be repaired: start over.
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing penstock into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	@touch $@
+
+.PHONY: test
+test: $(STAMP) ## Run all tests, on an embedded broker and on those in containers if a Docker engine answers
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: faults
+faults: $(STAMP) ## Run the tests that kill processes and cut connections, and nothing else
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## Check format, rules and types
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/pyright
+
+.PHONY: format
+format: $(STAMP) ## Format, and mend what ruff can mend
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+.PHONY: demo
+demo: $(STAMP) ## Serve a trained model and call it over HTTP and through both kinds of handle
+	@$(BIN)/python examples/digits.py
+
+.PHONY: bench
+bench: $(STAMP) ## Measure, side by side with others (needs wrk)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+.PHONY: constraints
+constraints: $(STAMP) ## Pin the newest versions that pyproject.toml allows
+	@$(BIN)/python -m pip install --quiet uv
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 \
+		--no-header --no-annotate --extra serve --extra dev pyproject.toml; } > constraints.new
+	@mv constraints.new constraints.txt
+
+.PHONY: clean
+clean: ## Remove .venv and what the tools have left
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
