@@ -1,5 +1,5 @@
 """Penstock serves Python functions and models from one durable queue per backend.
 
-Servers import ``penstock.serve``; processes that only call import ``penstock.handles``. This module imports nothing, so that
-neither pays for the other.
+Processes that serve import ``penstock.serve``; those that only call import ``penstock.handles``. This module imports
+nothing, so that neither pays for the other.
 """
