@@ -1,0 +1,41 @@
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from tests.brokers import KINDS, Brokers, clean
+from tests.processes import descendants, mark_descendants
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests() -> Iterator[None]:
+    """Fail the run if a process that it started, or one that such a process started, is still there after it."""
+    mark_descendants()
+    yield
+    with suppress(AssertionError):  # the second look says more
+        wait_until(lambda: not descendants(), timeout_s=15)
+    assert not (left := descendants()), "processes outlived the tests:\n" + "\n".join(left)
+
+
+@pytest.fixture(scope="session")
+def brokers() -> Iterator[Brokers]:
+    with Brokers() as brokers:
+        yield brokers
+
+
+@pytest.fixture
+def redis_url(brokers: Brokers) -> Iterator[str]:
+    """The embedded server, empty. It is shared, but no two tests see the same data."""
+    with clean(brokers.url("embedded")) as url:
+        yield url
+
+
+@pytest.fixture(params=KINDS)
+def broker_url(request: pytest.FixtureRequest, brokers: Brokers) -> Iterator[str]:
+    """Each kind of broker in turn, empty: the embedded one, Redis and Valkey in containers.
+
+    Without a Docker engine the containers are skipped; in CI (``CI=true``) that is a failure.
+    """
+    with clean(brokers.url(request.param)) as url:
+        yield url
