@@ -1,0 +1,105 @@
+"""Imports run downhill only, type-only ones and those inside functions included."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FOLDERS_BELOW = {
+    "broker": set[str](),
+    "handles": {"broker"},
+    "proxy": {"broker", "handles"},
+    "workers": {"broker", "handles"},
+    "serve": {"broker", "handles", "proxy", "workers"},
+}
+
+# orjson writes and reads JSON wherever there is some, and is part of the thin install.
+OTHERS = {
+    "broker": {"redis", "hiredis", "orjson"},
+    "handles": {"orjson"},
+    "proxy": {"orjson", "starlette", "uvicorn"},
+    "workers": {"orjson", "starlette", "ray"},
+    "serve": {"redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic"},
+}
+
+FILES = sorted(file for folder in FOLDERS_BELOW for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = ("penstock", *file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the absolute name of all that a file imports, wherever in the file it does.
+
+    ``from x import y`` is ``x.y`` where that is a module of ours, else ``x``.
+    """
+    name = module_name(file)
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_a_folder_imports_only_what_lies_below_it(file: Path) -> None:
+    folder = file.relative_to(ROOT).parts[0]
+    for name in imports(file):
+        first, _, rest = name.partition(".")
+        if first == "penstock":
+            target = rest.split(".")[0]
+            assert target == folder or target in FOLDERS_BELOW[folder], f"{folder}/ must not import {name}"
+        else:
+            assert first in sys.stdlib_module_names | OTHERS[folder], f"{folder}/ must not import {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_the_package_imports_itself_relatively(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module or "")
+        assert not [name for name in names if name.split(".")[0] == "penstock"]
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: {other for other in imports(file) if other in MODULES} for name, file in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("a loop of imports: " + " ← ".join(error.args[1]))
+
+
+def test_calling_loads_nothing_that_only_serving_needs() -> None:
+    code = "import sys, penstock.handles; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert "penstock.handles" in loaded
+    assert not loaded & {"ray", "starlette", "uvicorn", "pydantic"}
+
+
+def test_the_root_imports_nothing() -> None:
+    """Else ``penstock.handles`` would load it too, and pytest would load every module a second time."""
+    body = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")).body
+    assert [type(statement) for statement in body] == [ast.Expr]
+
+
+def test_no_module_is_loaded_under_its_bare_name() -> None:
+    assert not set(FOLDERS_BELOW) & set(sys.modules)
