@@ -1,0 +1,81 @@
+"""The name of every key, in one place.
+
+What one script touches shares a hash tag, and with it a slot of a Redis Cluster
+(https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags).
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-#]{1,128}")
+
+
+def check_name(kind: str, name: object) -> str:
+    """Return ``name`` if it can be part of a key.
+
+    Raises:
+        TypeError: it is not a string.
+        ConfigError: it is empty, longer than 128 characters, or holds other than letters, digits and ``_ . - #``.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{kind} must be a str, not {type(name).__name__}")
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(f"{kind} {name!r} must be 1 to 128 letters, digits, '_', '.', '-' or '#'")
+    return name
+
+
+class Keys:
+    """The keys of one instance."""
+
+    def __init__(self, instance: str) -> None:
+        self.instance = check_name("an instance", instance)
+        self._root = f"penstock:{instance}:"
+        registry = self._root + "{registry}:"
+        self.version = registry + "version"
+        self.backends = registry + "backends"
+        self.endpoints = registry + "endpoints"
+        self.feed = registry + "feed"
+        self.owner = registry + "owner"
+        self.settings = registry + "settings"
+        self.pattern = self._root + "*"
+        """Matches every key of the instance and none of another (``SCAN MATCH``)."""
+
+    def code(self, digest: str) -> str:
+        return f"{self._root}{{registry}}:code:{digest}"
+
+    def reports(self, kind: str) -> str:
+        """A hash: what the parts of one kind (``replicas``, ``proxies``, ``backends``) say of themselves."""
+        return f"{self._root}{{registry}}:reports:{kind}"
+
+    def requests(self, backend: str) -> str:
+        return f"{self._root}{{{backend}}}:requests"
+
+    def batch(self, backend: str) -> str:
+        return f"{self._root}{{{backend}}}:requests:batch"
+
+    def dead(self, backend: str) -> str:
+        return f"{self._root}{{{backend}}}:dead"
+
+    def alive(self, backend: str, replica: str) -> str:
+        """The lease of a replica; ``alive(backend, "")`` is what all of a backend's begin with."""
+        return f"{self._root}{{{backend}}}:alive:{replica}"
+
+    def history(self, backend: str, entry: str) -> str:
+        """A list: the deliveries of one entry that ended with their replica's death."""
+        return f"{self._root}{{{backend}}}:history:{entry}"
+
+    def body(self, backend: str, request: str) -> str:
+        return f"{self._root}{{{backend}}}:body:{request}"
+
+    def cancels(self, backend: str) -> str:
+        """A Pub/Sub channel: entries whose callers gave them up."""
+        return f"{self._root}{{{backend}}}:cancels"
+
+    def replies(self, caller: str) -> str:
+        return f"{self._root}{{{caller}}}:replies"
+
+    def reply_body(self, caller: str, request: str) -> str:
+        return f"{self._root}{{{caller}}}:body:{request}"

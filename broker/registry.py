@@ -1,0 +1,314 @@
+"""What should be, and what is: backends, endpoints and traffic, shared by every process of an instance.
+
+Each change is one script: it bumps the version, writes, and appends to the change feed, or does nothing at all because
+somebody else was faster. What a change may be is decided in Python from a snapshot, by a pure function that can be run again.
+
+Write access to the registry is code execution on the replicas, as the backends' code lies in it (pickled).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
+
+import orjson
+from redis.exceptions import ResponseError
+
+from .connection import BLOCK_MS, Connection, Script
+from .errors import BrokerUnavailable, PenstockError, WireError
+from .keys import Keys
+
+log = logging.getLogger(__name__)
+
+ReportKind = Literal["replicas", "proxies", "backends"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendRecord:
+    """One backend as it should be."""
+
+    tag: str
+    version: str
+    """Of its code, arguments and actor options. Replicas of another version are replaced."""
+    code: str
+    """The digest of the pickled ``(target, init_args, init_kwargs)``; see `Registry.get_code`."""
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """All fields of ``serve.BackendConfig``. A change of them keeps the version: replicas take it over as they run."""
+    config_version: int = 1
+    actor_options: dict[str, Any] = field(default_factory=dict[str, Any])
+    runtime_env: dict[str, Any] | None = None
+    accepts_batch: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointRecord:
+    """One endpoint as it should be."""
+
+    name: str
+    route: str | None = None
+    methods: tuple[str, ...] = ("GET",)
+    traffic: dict[str, float] = field(default_factory=dict[str, float])
+    """Backend tag to weight; the weights sum to 1."""
+    shadows: dict[str, float] = field(default_factory=dict[str, float])
+    """Backend tag to the proportion of requests that are copied to it, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole registry at one version."""
+
+    version: int = 0
+    backends: Mapping[str, BackendRecord] = field(default_factory=dict[str, BackendRecord])
+    endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict[str, EndpointRecord])
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to be written, by name; None deletes."""
+
+    backends: Mapping[str, BackendRecord | None] = field(default_factory=dict[str, "BackendRecord | None"])
+    endpoints: Mapping[str, EndpointRecord | None] = field(default_factory=dict[str, "EndpointRecord | None"])
+
+
+# A reader sees all of a version or nothing of it.
+_SNAPSHOT = Script("""#!lua flags=no-writes
+return {redis.call('GET', KEYS[1]) or '0', redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}
+""")
+
+# KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, then for each record the
+# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version, or 0 if it was overtaken.
+_CHANGE = Script("""#!lua
+if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
+for i = 2, #ARGV, 3 do
+  local hash = KEYS[tonumber(ARGV[i])]
+  if ARGV[i + 2] == '' then
+    redis.call('HDEL', hash, ARGV[i + 1])
+  else
+    redis.call('HSET', hash, ARGV[i + 1], ARGV[i + 2])
+  end
+end
+local version = redis.call('INCR', KEYS[1])
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version)
+return version
+""")
+
+# A lease: taken if nobody has it or it is ours already. KEYS: owner. ARGV: who, milliseconds.
+_OWN = Script("""#!lua
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+""")
+
+_DISOWN = Script("""#!lua
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+""")
+
+
+class Registry:
+    """Reads and changes the registry of one instance."""
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection, self._keys = connection, keys
+
+    async def snapshot(self) -> Snapshot:
+        keys = self._keys
+        reply = await self._connection.run_script(
+            _SNAPSHOT, [keys.version, keys.backends, keys.endpoints], [], repeat=True
+        )
+        version, backends, endpoints = reply
+        return Snapshot(
+            int(version),
+            {tag: BackendRecord(**record) for tag, record in _records(backends)},
+            {
+                name: EndpointRecord(**{**record, "methods": tuple(record["methods"])})
+                for name, record in _records(endpoints)
+            },
+        )
+
+    async def change(self, decide: Callable[[Snapshot], Change]) -> int:
+        """Write what ``decide`` makes of the current state, and return the version that has it.
+
+        ``decide`` must be pure: it runs again whenever somebody else's change came first. What it raises is raised here, and
+        nothing is written. An empty change writes nothing and returns the current version.
+
+        Raises:
+            BrokerUnavailable: if the connection broke in the middle, the change may have been made.
+        """
+        keys = self._keys
+        while True:
+            seen = await self.snapshot()
+            change = decide(seen)
+            args: list[str | bytes | int] = [seen.version]
+            for tag, backend in change.backends.items():
+                args += [2, tag, b"" if backend is None else orjson.dumps(asdict(backend))]
+            for name, endpoint in change.endpoints.items():
+                args += [3, name, b"" if endpoint is None else orjson.dumps(asdict(endpoint))]
+            if len(args) == 1:
+                return seen.version
+            version = await self._connection.run_script(
+                _CHANGE, [keys.version, keys.backends, keys.endpoints, keys.feed], args
+            )
+            if version:
+                return int(version)
+
+    async def put_code(self, blob: bytes) -> str:
+        """Store a backend's code and return its digest (SHA-256)."""
+        digest = hashlib.sha256(blob).hexdigest()
+        await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
+        return digest
+
+    async def get_code(self, digest: str) -> bytes:
+        """Return what `put_code` stored. Raises `PenstockError` if it is gone, `WireError` if it is not what was stored."""
+        blob = cast("bytes | None", await self._connection.send("GET", self._keys.code(digest), repeat=True))
+        if blob is None:
+            raise PenstockError(f"the registry has no code {digest[:12]}…")
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise WireError(f"the registry's code {digest[:12]}… does not match its digest")
+        return blob
+
+    async def delete_code(self, digest: str) -> None:
+        await self._connection.send("UNLINK", self._keys.code(digest), repeat=True)
+
+    async def report(self, kind: ReportKind, name: str, record: Mapping[str, Any] | None) -> None:
+        """Say how ``name`` is doing; None takes it back."""
+        key = self._keys.reports(kind)
+        if record is None:
+            await self._connection.send("HDEL", key, name, repeat=True)
+        else:
+            await self._connection.send("HSET", key, name, orjson.dumps(record), repeat=True)
+
+    async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
+        """Return what the parts of one kind last said of themselves; some of them may be dead by now."""
+        return dict(_records(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True)))
+
+    async def get_settings(self) -> dict[str, Any] | None:
+        """Return how the instance was started, or None if there is no such instance."""
+        raw = cast("bytes | None", await self._connection.send("GET", self._keys.settings, repeat=True))
+        return None if raw is None else cast("dict[str, Any]", orjson.loads(raw))
+
+    async def put_settings(self, settings: Mapping[str, Any]) -> None:
+        await self._connection.send("SET", self._keys.settings, orjson.dumps(settings), repeat=True)
+
+    async def own(self, owner: str, ttl_s: float) -> bool:
+        """Take or renew the lease of the instance for ``ttl_s`` seconds; False if somebody else holds it."""
+        taken = await self._connection.run_script(_OWN, [self._keys.owner], [owner, int(ttl_s * 1000)], repeat=True)
+        return bool(taken)
+
+    async def disown(self, owner: str) -> None:
+        await self._connection.run_script(_DISOWN, [self._keys.owner], [owner], repeat=True)
+
+    async def drop_lease(self, backend: str, replica: str) -> None:
+        """Let the requests of a replica that is known to be dead be taken over now, not when its lease lapses."""
+        await self._connection.send("DEL", self._keys.alive(backend, replica), repeat=True)
+
+    async def erase(self) -> None:
+        """Delete every key of the instance."""
+        cursor: bytes | int = 0
+        while True:
+            cursor, found = await self._connection.send(
+                "SCAN", cursor, "MATCH", self._keys.pattern, "COUNT", 1000, repeat=True
+            )
+            # One by one: the keys of several backends are in several slots of a cluster.
+            for key in found:
+                self._connection.send("UNLINK", key, repeat=True)
+            if int(cursor) == 0:
+                await self._connection.send("PING", repeat=True)
+                return
+
+
+class Watcher:
+    """A snapshot that follows the registry, at most a moment behind it.
+
+    It reads the change feed with a blocking read on a connection of its own, and takes a whole snapshot whenever something
+    was appended, so that it does not matter what it missed while the broker was away.
+    """
+
+    def __init__(self, url: str, registry: Registry, keys: Keys) -> None:
+        self.snapshot = Snapshot()
+        self._registry, self._keys = registry, keys
+        self._feed = Connection(url, name="penstock-watcher")
+        self._feed.on_reconnect(self._refresh)
+        self._task: asyncio.Task[None] | None = None
+        self._listeners: list[Callable[[Snapshot], None]] = []
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`."""
+        await self._feed.open()
+        place = await self._place()
+        await self._refresh()
+        self._task = asyncio.get_running_loop().create_task(self._follow(place), name="registry watcher")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._feed.close()
+
+    def add_listener(self, listener: Callable[[Snapshot], None]) -> None:
+        """Call ``listener`` with each new snapshot, in the loop."""
+        self._listeners.append(listener)
+
+    async def wait_for(self, version: int, timeout_s: float) -> Snapshot:
+        """Return the snapshot once it is at ``version`` or later. Raises `asyncio.TimeoutError`."""
+
+        async def reached() -> Snapshot:
+            while self.snapshot.version < version:
+                changed = self._changed
+                await changed.wait()
+            return self.snapshot
+
+        return await asyncio.wait_for(reached(), timeout_s)
+
+    async def next_change(self, timeout_s: float) -> None:
+        """Return when the snapshot changes, or after ``timeout_s`` seconds."""
+        waiting = asyncio.ensure_future(self._changed.wait())
+        await asyncio.wait([waiting], timeout=timeout_s)
+        waiting.cancel()
+
+    async def _place(self) -> bytes:
+        last = await self._feed.send("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1, repeat=True)
+        return cast(bytes, last[0][0]) if last else b"0"
+
+    async def _follow(self, place: bytes) -> None:
+        while True:
+            try:
+                reply = await self._feed.send(
+                    "XREAD", "COUNT", 100, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, place
+                )
+                if reply:
+                    place = reply[0][1][-1][0]
+                    await self._refresh()
+            except BrokerUnavailable:
+                # The connection comes back by itself, and refreshes then. A Redis that lost its data starts its ids anew,
+                # but by the clock, so that they are after ours.
+                await asyncio.sleep(0.05)
+            except (ResponseError, WireError):
+                log.exception("cannot read the registry")
+                await asyncio.sleep(1.0)
+
+    async def _refresh(self) -> None:
+        fresh = await self._registry.snapshot()
+        if fresh.version == self.snapshot.version:
+            return
+        self.snapshot = fresh
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        for listener in self._listeners:
+            try:
+                listener(fresh)
+            except Exception:
+                log.exception("a listener to the registry failed")
+
+
+def _records(flat: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        return [(name.decode(), orjson.loads(raw)) for name, raw in zip(flat[::2], flat[1::2])]
+    except ValueError as e:
+        raise WireError(f"the registry holds what is not JSON: {e}") from None
