@@ -1,0 +1,1 @@
+"""Starting systems one at a time, loading them, and writing down what was seen."""

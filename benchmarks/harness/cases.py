@@ -1,0 +1,46 @@
+"""What is asked of the systems that answer HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One workload under one or several numbers of connections."""
+
+    name: str
+    title: str
+    workload: str
+    connections: tuple[int, ...]
+    systems: tuple[str, ...]
+    replicas: int = 1
+    body_bytes: int = 8
+
+    def body(self) -> bytes:
+        """Bytes that are JSON too, since LitServe takes nothing else: a string of the wanted length."""
+        return b'"' + b"x" * (self.body_bytes - 2) + b'"'
+
+
+ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
+ECHO = ("penstock", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
+SLEEP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(name="noop", title="No-op backend, 1 replica", workload="noop", connections=(1, 32, 100), systems=ALL),
+        Case(name="echo-1k", title="Echo of 1 KiB", workload="echo", connections=(32,), systems=ECHO,
+             body_bytes=1024),
+        Case(name="echo-100k", title="Echo of 100 KiB", workload="echo", connections=(32,), systems=ECHO,
+             body_bytes=100 * 1024),
+        Case(name="echo-10m", title="Echo of 10 MiB", workload="echo", connections=(1, 16), systems=ECHO,
+             body_bytes=10 * 1024 * 1024),
+        *(
+            Case(name=f"sleep-{replicas}", title=f"Blocking 10 ms backend, {replicas} replicas (at best "
+                 f"{replicas * 100} requests/s)", workload="sleep", connections=(4 * replicas,), systems=SLEEP,
+                 replicas=replicas)
+            for replicas in (1, 4, 8)
+        ),
+    )
+}  # fmt: skip

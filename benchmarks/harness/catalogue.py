@@ -1,0 +1,55 @@
+"""The systems that answer HTTP, and how each is asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import environment
+
+PROGRAMS = environment.HERE / "systems"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One row of the table: a program of ``systems/`` that serves on the port it is given."""
+
+    name: str
+    title: str
+    program: str
+    path: str = "/"
+    env: Mapping[str, str] = field(default_factory=dict)
+    is_peer: bool = True
+    get: bool = True
+    """Whether it answers GET; every system answers POST."""
+    ready_within_s: float = 90.0
+
+    def command(self, *, port: int, workload: str, replicas: int) -> list[str]:
+        """What starts it. Peers run in the peers' environment, Penstock in that of this process."""
+        python = environment.PYTHON if self.is_peer else Path(sys.executable)
+        asked = ["--port", str(port), "--workload", workload, "--replicas", str(replicas)]
+        return [str(python), str(PROGRAMS / self.program), *asked]
+
+
+RAY_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System(name="penstock", title="Penstock", program="penstock_server.py", is_peer=False, env=RAY_QUIET),
+        System(
+            name="penstock-async", title="Penstock, `async def`", program="penstock_server.py", is_peer=False,
+            env={**RAY_QUIET, "PENSTOCK_BENCH_ASYNC": "1"},
+        ),
+        System(name="ray", title="Ray Serve, default", program="ray_serve.py", env=RAY_QUIET),
+        System(
+            name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="ray_serve.py",
+            env={**RAY_QUIET, "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+        ),
+        System(name="litserve", title="LitServe", program="litserve_server.py", path="/predict", get=False),
+        System(name="mosec", title="Mosec", program="mosec_server.py", path="/inference", get=False),
+        System(name="uvicorn", title="uvicorn + Starlette, no backend", program="bare_uvicorn.py"),
+    )
+}  # fmt: skip

@@ -1,0 +1,50 @@
+"""LitServe as its documentation starts it: one API server, as many inference workers as replicas."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import litserve
+from program import NOOP_ANSWER, SLEEP_S, Job, parse
+
+
+class Noop(litserve.LitAPI):
+    def setup(self, device: str) -> None:
+        """Nothing to load."""
+
+    def predict(self, x: Any) -> Any:
+        return NOOP_ANSWER
+
+
+class Sleep(Noop):
+    def predict(self, x: Any) -> Any:
+        time.sleep(SLEEP_S)
+        return NOOP_ANSWER
+
+
+class Echo(Noop):
+    """LitServe hands the decoded JSON value over: the echo is that of a JSON string."""
+
+    def predict(self, x: Any) -> Any:
+        return x
+
+
+APIS: dict[str, type[Noop]] = {"noop": Noop, "sleep": Sleep, "echo": Echo}
+
+
+def main(job: Job) -> None:
+    """Serve at LitServe's own route, ``/predict``; it has no GET."""
+    server = litserve.LitServer(APIS[job.workload](), accelerator="cpu", workers_per_device=job.replicas)
+    server.run(
+        host="127.0.0.1",
+        port=job.port,
+        num_api_servers=1,
+        generate_client_file=False,
+        log_level="warning",
+        access_log=False,
+    )
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,63 @@
+"""Mosec: an HTTP front in Rust, Python workers behind it over Unix sockets."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from program import NOOP_ANSWER, SLEEP_S, Job, parse
+
+JOB = parse() if __name__ == "__main__" else Job(0, "noop", 1)
+
+# Mosec reads these when it is imported.
+os.environ.update(
+    MOSEC_ADDRESS="127.0.0.1",
+    MOSEC_PORT=str(JOB.port),
+    MOSEC_LOG_LEVEL="warning",
+    MOSEC_MAX_REQUEST_SIZE=str(64 * 1024 * 1024),
+)
+
+from mosec import Server, Worker  # noqa: E402
+
+
+class Noop(Worker):
+    """Mosec's own JSON in and out."""
+
+    def forward(self, data: Any) -> Any:
+        return NOOP_ANSWER
+
+
+class Sleep(Worker):
+    def forward(self, data: Any) -> Any:
+        time.sleep(SLEEP_S)
+        return NOOP_ANSWER
+
+
+class Echo(Worker):
+    """Bytes in, the same bytes out, no codec between."""
+
+    resp_mime_type = "application/octet-stream"
+
+    def deserialize(self, data: bytes) -> bytes:
+        return data
+
+    def serialize(self, data: bytes) -> bytes:
+        return data
+
+    def forward(self, data: Any) -> Any:
+        return data
+
+
+WORKERS: dict[str, type[Worker]] = {"noop": Noop, "sleep": Sleep, "echo": Echo}
+
+
+def main(job: Job) -> None:
+    """Serve at Mosec's own route, ``/inference``."""
+    server = Server()
+    server.append_worker(WORKERS[job.workload], num=job.replicas)
+    server.run()
+
+
+if __name__ == "__main__":
+    main(JOB)

@@ -1,0 +1,48 @@
+"""What every server under test is asked for, on its command line: a port, a workload, a number of replicas.
+
+A server program answers ``POST`` (and ``GET`` where its system has a word for it) on 127.0.0.1 alone, runs until
+it is ended, and need not clean up: its keeper ends whatever it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+NOOP_ANSWER = {"ok": True}
+SLEEP_S = 0.010
+WORKLOADS = ("noop", "echo", "sleep")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """``noop`` answers a tiny JSON object, ``echo`` its body, ``sleep`` blocks for ``SLEEP_S`` and is a no-op then."""
+
+    port: int
+    workload: str
+    replicas: int
+
+
+def parse() -> Job:
+    """Read the job, and leave nothing in ``sys.argv`` for systems that read it too."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--workload", choices=WORKLOADS, default="noop")
+    parser.add_argument("--replicas", type=int, default=1)
+    asked = parser.parse_args()
+    del sys.argv[1:]
+    return Job(asked.port, asked.workload, asked.replicas)
+
+
+def run_until_ended() -> None:
+    """Wait for SIGTERM; it arrives as ``SystemExit``, so that context managers close."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+    while True:
+        signal.pause()
