@@ -1,0 +1,229 @@
+"""Requests off their stream: claim, settle, take over, give back. One replica's side of one backend.
+
+The stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from its claim
+to its settling, so a replica that dies leaves a record of exactly what it held.
+
+The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one means a
+suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.take_over`, and run alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from .connection import BLOCK_MS, Connection, Script
+from .keys import Keys
+
+log = logging.getLogger(__name__)
+
+GROUP = "replicas"
+RETURNED = "-returned-"
+"""The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
+
+HISTORY_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """An entry taken over from a consumer that is gone."""
+
+    entry: bytes
+    deliveries: int
+    """How many replicas have held it and died; 0 for one that was given back unstarted."""
+    fields: list[bytes]
+
+
+# Adopts the oldest entry of any consumer whose lease has lapsed. There is no lock that a death could leave behind: the
+# whole of it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, 1 to take or 0 to look, what
+# history keys begin with, seconds to keep history, RETURNED. Answers how many entries the dead hold, and if one was taken
+# its id, deliveries and fields. Consumers that are dead and hold nothing are forgotten on the way: only those, as
+# deleting a consumer loses what it holds.
+_TAKE_OVER = Script("""#!lua
+local stream, group, me = KEYS[1], ARGV[1], ARGV[2]
+local held, heir = 0, nil
+for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+  local name, pending = c[2], c[4]
+  if name ~= me and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+    if pending > 0 then
+      held = held + pending
+      if heir == nil or name == ARGV[7] then heir = name end
+    elseif name ~= ARGV[7] then
+      redis.call('XGROUP', 'DELCONSUMER', stream, group, name)
+    end
+  end
+end
+if heir == nil or ARGV[4] == '0' then return {held} end
+local p = redis.call('XPENDING', stream, group, '-', '+', 1, heir)[1]
+local id, deliveries = p[1], p[4]
+local claimed = redis.call('XCLAIM', stream, group, me, 0, id)
+if #claimed == 0 or not claimed[1] then
+  redis.call('XACK', stream, group, id)
+  return {held}
+end
+if deliveries > 0 then
+  local now = redis.call('TIME')
+  local key = ARGV[5] .. id
+  redis.call('RPUSH', key, heir, now[1] .. string.sub('000000' .. now[2], -6, -4))
+  redis.call('EXPIRE', key, ARGV[6])
+end
+return {held, id, deliveries, claimed[1][2]}
+""")
+
+# Replies and dead letters are part of work that was accepted: they fit even where new work no longer does.
+_REPLY = Script("""#!lua flags=allow-oom
+return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
+""")
+
+# KEYS: the stream, its dead letters, the entry's history. ARGV: group, entry id, the name of the field for the history,
+# then the fields. Does nothing if the entry is gone already.
+_BURY = Script("""#!lua flags=allow-oom
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('XADD', KEYS[2], '*', ARGV[3], ARGV[4], unpack(ARGV, 5))
+redis.call('DEL', KEYS[3])
+return 1
+""")
+
+# Undoes claims. KEYS: the stream. ARGV: group, me, RETURNED, then entry ids. Only what is still ours goes back, and its
+# delivery is not counted: it was never started.
+_GIVE_BACK = Script("""#!lua
+local given = 0
+for i = 4, #ARGV do
+  local p = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])[1]
+  if p then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[i], 'RETRYCOUNT', p[4] - 1, 'JUSTID')
+    given = given + 1
+  end
+end
+return given
+""")
+
+# KEYS: the stream. ARGV: group, me. Forgets a consumer with nothing pending.
+_LEAVE = Script("""#!lua
+for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  if c[2] == ARGV[2] and c[4] == 0 then return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
+end
+return 0
+""")
+
+
+class Claims:
+    """What one replica does to the request stream of its backend.
+
+    ``commands`` is the process's multiplexed connection; ``reads`` is one of its own, as claiming blocks.
+    """
+
+    def __init__(self, commands: Connection, reads: Connection, keys: Keys, backend: str, replica: str) -> None:
+        self._commands, self._reads, self._keys = commands, reads, keys
+        self._backend, self._replica = backend, replica
+        self._stream = keys.requests(backend)
+        self._history = keys.history(backend, "")
+
+    async def ensure_group(self) -> None:
+        """Create the stream and its group if they are not there. What was published before is delivered."""
+        try:
+            await self._commands.send("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM", repeat=True)
+        except ResponseError as e:
+            if not str(e).startswith("BUSYGROUP"):
+                raise
+
+    def claim(self, up_to: int, then: Callable[[Any], None]) -> None:
+        """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(entry id, fields)``, or an exception.
+
+        Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came. After an
+        exception, entries may be ours that we never saw: `pending` has them.
+        """
+
+        def unwrap(reply: Any) -> None:
+            then(reply if isinstance(reply, Exception) else reply[0][1] if reply else [])
+
+        self._reads.post(
+            unwrap,
+            "XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, "BLOCK", BLOCK_MS, "STREAMS", self._stream, ">",
+        )  # fmt: skip
+
+    async def pending(self) -> list[tuple[bytes, list[bytes] | None]]:
+        """Return all that this replica has claimed and not settled; the fields are None where the caller withdrew it."""
+        held: list[tuple[bytes, list[bytes] | None]] = []
+        after: bytes | str = "0"
+        while True:
+            reply = await self._commands.send(
+                "XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 100, "STREAMS", self._stream, after, repeat=True
+            )
+            page: list[tuple[bytes, list[bytes] | None]] = reply[0][1] if reply else []
+            if not page:
+                return held
+            held += page
+            after = page[-1][0]
+
+    def reply(self, caller: str, fields: Sequence[bytes]) -> None:
+        """Append a reply to a caller's stream, if the caller still keeps one."""
+        key = self._keys.replies(caller)
+
+        def retry_without_memory(result: Any) -> None:
+            if isinstance(result, OutOfMemoryError):
+                self._commands.post_script(_log_failure, _REPLY, [key], fields, repeat=True)
+            elif isinstance(result, Exception):
+                _log_failure(result)
+
+        self._commands.post(retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True)
+
+    def settle(self, entries: Sequence[bytes]) -> None:
+        """Acknowledge and delete, together: an entry that is only acknowledged stays on the stream for ever."""
+        self._commands.post(_log_failure, "XACK", self._stream, GROUP, *entries, repeat=True)
+        self._commands.post(_log_failure, "XDEL", self._stream, *entries, repeat=True)
+
+    def forget_history(self, entry: bytes) -> None:
+        self._commands.post(_log_failure, "DEL", self._history + entry.decode(), repeat=True)
+
+    async def orphans(self) -> int:
+        """Return how many entries are held by replicas that are gone."""
+        reply = await self._run_take_over(take=False)
+        return cast(int, reply[0])
+
+    async def take_over(self) -> Taken | None:
+        """Claim the oldest entry of a replica that is gone, and write its death into the entry's history."""
+        reply = await self._run_take_over(take=True)
+        return None if len(reply) == 1 else Taken(reply[1], reply[2], reply[3])
+
+    async def _run_take_over(self, *, take: bool) -> list[Any]:
+        lease = self._keys.alive(self._backend, "")
+        args = [GROUP, self._replica, lease, int(take), self._history, HISTORY_S, RETURNED]
+        return cast("list[Any]", await self._commands.run_script(_TAKE_OVER, [self._stream], args))
+
+    async def bury(self, taken: Taken, error: str) -> None:
+        """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it."""
+        key = self._history + taken.entry.decode()
+        flat = cast("list[bytes]", await self._commands.send("LRANGE", key, 0, -1, repeat=True))
+        deliveries = [
+            {"replica": replica.decode(), "died_ms": int(died)} for replica, died in zip(flat[::2], flat[1::2])
+        ]
+        history = orjson.dumps({"error": error, "deliveries": deliveries})
+        await self._commands.run_script(
+            _BURY,
+            [self._stream, self._keys.dead(self._backend), key],
+            [GROUP, taken.entry, b"history", history, *taken.fields],
+            repeat=True,
+        )
+
+    async def give_back(self, entries: Sequence[bytes]) -> None:
+        """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
+        if entries:
+            await self._commands.run_script(
+                _GIVE_BACK, [self._stream], [GROUP, self._replica, RETURNED, *entries], repeat=True
+            )
+
+    async def leave(self) -> None:
+        """Forget this replica as a consumer, if it holds nothing."""
+        await self._commands.run_script(_LEAVE, [self._stream], [GROUP, self._replica], repeat=True)
+
+
+def _log_failure(result: Any) -> None:
+    if isinstance(result, Exception):
+        log.error("the broker did not take a reply or its settling: %s", result)

@@ -1,0 +1,148 @@
+"""Requests onto their streams: admission and append in one script, all of a tick's in one call.
+
+Admission counts what is unsettled, waiting and running, over all callers, at the broker: ``XLEN`` has every entry until it is
+settled (acknowledged and deleted). So the limit holds exactly at any number of callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+from .connection import Connection, Script
+from .keys import Keys
+
+Published = Union[bytes, int, Exception]
+"""The entry's id on its stream; or how many unsettled entries stood in its way; or what went wrong."""
+
+# KEYS: the stream to append to, then every stream that counts. ARGV: the limit, then for each entry the number of its
+# field names and values, and these. Answers for each entry its id, or the depth that refused it. A server out of memory
+# refuses the whole call before it starts, so that nothing is half done.
+_PUBLISH = Script("""#!lua
+local depth = 0
+for k = 2, #KEYS do depth = depth + redis.call('XLEN', KEYS[k]) end
+local limit = tonumber(ARGV[1])
+local out = {}
+local i = 2
+while i <= #ARGV do
+  local n = tonumber(ARGV[i])
+  if depth >= limit then
+    out[#out + 1] = depth
+  else
+    out[#out + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 1, i + n))
+    depth = depth + 1
+  end
+  i = i + n + 1
+end
+return out
+""")
+
+# Which of these requests are on the stream? KEYS: the stream. ARGV: the id to search from, the name of the field that has
+# the request's id, then the ids. Answers with the entry id of each, or ''.
+_FIND = Script("""#!lua flags=no-writes
+local wanted = {}
+for i = 3, #ARGV do wanted[ARGV[i]] = i - 2 end
+local out = {}
+for i = 3, #ARGV do out[i - 2] = '' end
+local from = ARGV[1]
+while true do
+  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
+  for _, entry in ipairs(page) do
+    local fields = entry[2]
+    for f = 1, #fields, 2 do
+      if fields[f] == ARGV[2] then
+        local at = wanted[fields[f + 1]]
+        if at then out[at] = entry[1] end
+      end
+    end
+  end
+  if #page < 500 then return out end
+  from = '(' .. page[#page][1]
+end
+""")
+
+_BATCH_BYTES = 512 * 1024
+"""More than this in one script call would hold up the broker's other clients."""
+_BATCH_ARGS = 6_000
+"""Lua's ``unpack`` and Redis's argument vector have their limits; far below both."""
+
+
+class Publisher:
+    """Publishes the requests of one process and loop."""
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection, self._keys = connection, keys
+        self._loop = asyncio.get_running_loop()
+        self._tick: dict[tuple[str, int, bool], list[tuple[Sequence[bytes], Callable[[Published], None]]]] = {}
+
+    def publish(
+        self,
+        backend: str,
+        fields: Sequence[bytes],
+        limit: int,
+        then: Callable[[Published], None],
+        *,
+        batch: bool = False,
+    ) -> None:
+        """Append an entry of ``fields`` unless the backend has ``limit`` unsettled ones; ``then`` hears what became of it.
+
+        Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells.
+        """
+        if not self._tick:
+            self._loop.call_soon(self._flush)
+        self._tick.setdefault((backend, limit, batch), []).append((fields, then))
+
+    def _flush(self) -> None:
+        tick, self._tick = self._tick, {}
+        for (backend, limit, batch), entries in tick.items():
+            requests, batches = self._keys.requests(backend), self._keys.batch(backend)
+            keys = [batches if batch else requests, requests, batches]
+            args: list[bytes | int] = [limit]
+            thens: list[Callable[[Published], None]] = []
+            size = 0
+            for fields, then in entries:
+                args.append(len(fields))
+                args += fields
+                thens.append(then)
+                size += sum(map(len, fields))
+                if size >= _BATCH_BYTES or len(args) >= _BATCH_ARGS:
+                    self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
+                    args, thens, size = [limit], [], 0
+            if thens:
+                self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
+
+    async def find(
+        self, backend: str, id_field: bytes, request_ids: Sequence[str], since_ms: float, *, batch: bool = False
+    ) -> list[bytes | None]:
+        """Return the entry id of each request that is still on its stream; None for one that is settled or never came."""
+        stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
+        found = await self._connection.run_script(
+            _FIND, [stream], [f"{max(0, int(since_ms))}-0", id_field, *request_ids], repeat=True
+        )
+        return [entry or None for entry in found]
+
+    def withdraw(self, backend: str, entry: bytes, *, batch: bool = False) -> None:
+        """Take a request back: never started if it is still waiting, cancelled if a replica holds it and can.
+
+        Deleting it is the mark that lasts: whoever takes it over finds it gone. The message is for who holds it now.
+        """
+        stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
+        self._connection.post(_ignore, "XDEL", stream, entry, repeat=True)
+        self._connection.post(_ignore, "PUBLISH", self._keys.cancels(backend), entry, repeat=True)
+
+
+def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:
+    def hand_out(reply: Any) -> None:
+        if isinstance(reply, Exception):
+            for then in thens:
+                then(reply)
+        else:
+            for then, result in zip(thens, reply):
+                then(result)
+
+    return hand_out
+
+
+def _ignore(reply: Any) -> None:
+    """A withdrawal is a courtesy: if it fails, the request runs and its reply is dropped."""

@@ -1,0 +1,146 @@
+"""Answers back to their caller: one stream for each process and loop that asks, read by one reader.
+
+Its caller creates it and keeps it alive with an expiry. Replicas append only to a stream that exists (``NOMKSTREAM``), so a
+caller that died leaks nothing: its stream lapses, and what was still to come goes nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from .connection import BLOCK_MS, Connection, Script
+from .errors import BrokerUnavailable
+from .keys import Keys
+
+log = logging.getLogger(__name__)
+
+TTL_S = 60.0
+RENEW_S = 5.0
+_COUNT = 200
+
+# Renews the stream, or creates it empty. KEYS: the stream. ARGV: milliseconds. Answers 0 if it was not there.
+_KEEP = Script("""#!lua
+if redis.call('PEXPIRE', KEYS[1], ARGV[1]) == 1 then return 1 end
+local id = redis.call('XADD', KEYS[1], '*', '', '')
+redis.call('XDEL', KEYS[1], id)
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 0
+""")
+
+
+class ReplyStream:
+    """The reply stream of one caller: reads it, trims it, keeps it.
+
+    ``on_reply`` gets the fields of each entry, in order, in the reader. ``on_loss`` is awaited when the stream turned out to be
+    gone, and replies with it: the caller was away for longer than `TTL_S`, or Redis lost its data.
+    """
+
+    def __init__(
+        self,
+        commands: Connection,
+        keys: Keys,
+        caller: str,
+        on_reply: Callable[[list[bytes]], None],
+        on_loss: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._commands, self._key = commands, keys.replies(caller)
+        self._reads = Connection(commands.url, name="penstock-replies")
+        self._on_reply, self._on_loss = on_reply, on_loss
+        self._last: bytes = b"0"
+        self._trimmed: bytes = b"0"
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    async def open(self) -> None:
+        """Create the stream and start reading. Raises `BrokerUnavailable`."""
+        await self._reads.open()
+        await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
+        self._read()
+        self._tasks.append(asyncio.get_running_loop().create_task(self._keep(), name="reply stream"))
+
+    async def close(self) -> None:
+        """Stop reading and delete the stream."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._reads.close()
+        try:
+            if self._commands.connected:
+                await self._commands.send("UNLINK", self._key)
+        except (BrokerUnavailable, RedisError):
+            pass  # it lapses by itself
+
+    def _read(self) -> None:
+        # The reply's continuation asks for the next: no task is woken between a reply's arrival and its caller's future.
+        self._reads.post(
+            self._on_read, "XREAD", "COUNT", _COUNT, "BLOCK", BLOCK_MS, "STREAMS", self._key, self._last, repeat=True
+        )
+
+    def _on_read(self, reply: Any) -> None:
+        if self._closed:
+            return
+        if isinstance(reply, Exception):
+            # The connection comes back by itself; the next read waits for it.
+            log.debug("reading replies: %s", reply)
+            asyncio.get_running_loop().call_later(0.1, self._read)
+            return
+        entries: list[tuple[bytes, list[bytes]]] = reply[0][1] if reply else []
+        if entries:
+            self._last = entries[-1][0]
+        self._read()
+        for _, fields in entries:
+            try:
+                self._on_reply(fields)
+            except Exception:
+                log.exception("cannot take a reply")
+
+    async def _keep(self) -> None:
+        renewed = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(0.2)
+            self._trim()
+            if asyncio.get_running_loop().time() - renewed < RENEW_S:
+                continue
+            try:
+                await self.renew()
+            except (BrokerUnavailable, RedisError) as e:
+                log.debug("cannot renew the reply stream: %s", e)
+            renewed = asyncio.get_running_loop().time()
+
+    async def renew(self) -> None:
+        """Put off the stream's expiry; if it has lapsed, make it anew and say so through ``on_loss``."""
+        was_there = await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
+        if not was_there:
+            await self._on_loss()
+
+    async def drain(self) -> None:
+        """Return when all that was on the stream when asked has been handed over."""
+        last = await self._commands.send("XREVRANGE", self._key, "+", "-", "COUNT", 1, repeat=True)
+        if last:
+            newest = _order(last[0][0])
+            while _order(self._last) < newest and not self._closed:
+                await asyncio.sleep(0.01)
+
+    def _trim(self) -> None:
+        # Five times a second, not at each reply: an exact trim costs the broker, and memory is bounded all the same.
+        if self._last != self._trimmed:
+            self._trimmed = self._last
+            time, _, sequence = self._last.decode().partition("-")
+            after = f"{time}-{int(sequence or 0) + 1}"
+            self._commands.post(_ignore, "XTRIM", self._key, "MINID", after, repeat=True)
+
+
+def _order(entry: bytes) -> tuple[int, int]:
+    time, _, sequence = entry.partition(b"-")
+    return int(time), int(sequence or 0)
+
+
+def _ignore(reply: Any) -> None:
+    """Trimming is house-keeping: the next one makes up for it."""
