@@ -10,7 +10,7 @@ FROM ${PYTHON_IMAGE}
 COPY --from=build /wheel /wheel
 COPY constraints.txt /wheel/
 RUN python -m pip install --no-cache-dir --constraint /wheel/constraints.txt "$(ls /wheel/*.whl)[serve]" \
-    && useradd --create-home penstock
+    && useradd --create-home --home-dir /app penstock
 USER penstock
-WORKDIR /home/penstock
+WORKDIR /app
 CMD ["python"]
