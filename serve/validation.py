@@ -1,0 +1,213 @@
+"""What a call may ask for, decided before anything is written: pure functions that return what is right or raise.
+
+A wrong type is a ``TypeError``, a wrong value a `ConfigError`, an unknown name a `BackendNotFound`. Routes are checked
+by those who match them (``proxy/routing.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from ..broker.errors import ConfigError
+from ..handles.errors import BackendNotFound
+from .config import BackendConfig
+
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+WEIGHT_TOLERANCE = 1e-6
+
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+# What Ray schedules an actor by. The rest of its options is ours to set: a replica's name, lifetime, restarts.
+_RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory")
+_ACTOR_OPTIONS = (*_RESOURCE_OPTIONS, "resources", "accelerator_type")
+
+
+def check_methods(methods: object) -> tuple[str, ...]:
+    """Return HTTP ``methods`` in upper case, each once, in the order they came."""
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise TypeError(f"methods must be a list of str, not {type(methods).__name__}")
+    checked: dict[str, None] = {}
+    for method in cast("Iterable[object]", methods):
+        if not isinstance(method, str):
+            raise TypeError(f"methods must be str, not {type(method).__name__}")
+        if method.upper() not in METHODS:
+            raise ConfigError(f"the method {method!r} must be one of {', '.join(METHODS)}")
+        checked[method.upper()] = None
+    if not checked:
+        raise ConfigError(f"methods must name at least one of {', '.join(METHODS)}; there are none")
+    return tuple(checked)
+
+
+def check_traffic(traffic: object, known: Iterable[str]) -> dict[str, float]:
+    """Return the weights of an endpoint's backends, without those that get nothing."""
+    if not isinstance(traffic, Mapping):
+        raise TypeError(f"traffic must be a dict of weights by backend, not {type(traffic).__name__}")
+    known = set(known)
+    weights: dict[str, float] = {}
+    for tag, weight in cast("Mapping[object, object]", traffic).items():
+        if not isinstance(tag, str):
+            raise TypeError(f"traffic must name backends by str, not {type(tag).__name__}")
+        if tag not in known:
+            raise BackendNotFound(tag, known)
+        weights[tag] = _number(f"the weight of {tag!r}", weight)
+        if weights[tag] < 0:
+            raise ConfigError(f"the weight of {tag!r} must not be negative; it is {weights[tag]:g}")
+    total = math.fsum(weights.values())
+    if abs(total - 1) > WEIGHT_TOLERANCE:
+        listed = ", ".join(f"{tag!r}: {weight:g}" for tag, weight in weights.items())
+        raise ConfigError(f"the weights {{{listed}}} must sum to 1; they sum to {total:.9g}")
+    return {tag: weight for tag, weight in weights.items() if weight}
+
+
+def check_proportion(proportion: object) -> float:
+    """Return the share of an endpoint's requests that a shadow backend gets: 0 to 1."""
+    share = _number("proportion", proportion)
+    if not 0 <= share <= 1:
+        raise ConfigError(f"proportion must be 0 to 1, not {share:g}")
+    return share
+
+
+def check_actor_options(options: object) -> dict[str, Any]:
+    """Return the options that Ray schedules a replica by."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"ray_actor_options must be a dict, not {type(options).__name__}")
+    checked: dict[str, Any] = {}
+    for name, value in cast("Mapping[object, Any]", options).items():
+        if name not in _ACTOR_OPTIONS:
+            raise ConfigError(f"ray_actor_options may hold {', '.join(_ACTOR_OPTIONS)}, not {name!r}")
+        assert isinstance(name, str)
+        if value is None:
+            continue  # as Ray takes it: not given
+        if name == "accelerator_type":
+            if not isinstance(value, str):
+                raise TypeError(f"accelerator_type must be a str, not {type(value).__name__}")
+            checked[name] = value
+        elif name == "resources":
+            if not isinstance(value, Mapping):
+                raise TypeError(f"resources must be a dict of amounts by name, not {type(value).__name__}")
+            checked[name] = {
+                _resource_name(key): _amount(f"the resource {key!r}", amount)
+                for key, amount in cast("Mapping[object, object]", value).items()
+            }
+        else:
+            checked[name] = _amount(name, value)
+    return checked
+
+
+def check_runtime_env(runtime_env: object) -> dict[str, Any] | None:
+    """Return ``runtime_env``; what is in it, Ray checks when the first replica starts."""
+    if runtime_env is None:
+        return None
+    if not isinstance(runtime_env, Mapping):
+        raise TypeError(f"runtime_env must be a dict, not {type(runtime_env).__name__}")
+    return dict(cast("Mapping[str, Any]", runtime_env))
+
+
+def check_callable(
+    func_or_class: object, init_args: tuple[Any, ...], init_kwargs: Mapping[str, Any], *, takes_batch: bool
+) -> None:
+    """Refuse what could not serve: it must be a function of one request, a class of such callables, or an import path.
+
+    ``takes_batch`` tells whether it was marked with ``accept_batch``: messages then speak of a list of requests. What
+    only the workers can import is checked there.
+    """
+    takes = "one list of requests" if takes_batch else "one request"
+    if isinstance(func_or_class, str):
+        if _IMPORT_PATH.fullmatch(func_or_class) is None:
+            raise ConfigError(f"the import path {func_or_class!r} must look like 'package.module:Name'")
+        return
+    if isinstance(func_or_class, type):
+        name = func_or_class.__qualname__
+        call = _call_of(func_or_class)
+        if call is None:
+            raise TypeError(f"the class {name} must have a method __call__ that takes {takes}")
+        _check_binds(func_or_class, f"the constructor of {name}", init_args, init_kwargs)
+        _check_takes_one(call, f"{name}.__call__", takes)
+        return
+    if not (inspect.isroutine(func_or_class) or isinstance(func_or_class, functools.partial)):
+        raise TypeError(
+            f"a backend must be a function, a class or an import path 'module:Name', not {type(func_or_class).__name__}"
+        )
+    function = cast("Callable[..., Any]", func_or_class)
+    name = getattr(function, "__qualname__", repr(function))
+    if init_args or init_kwargs:
+        raise TypeError(f"only a class is constructed with arguments; {name} is a function")
+    _check_takes_one(function, name, takes)
+
+
+def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: bool) -> None:
+    """Refuse a configuration that the code has no use for."""
+    if isinstance(func_or_class, str):
+        return
+    name = getattr(func_or_class, "__qualname__", repr(func_or_class))
+    if config.max_batch_size is not None and not takes_batch:
+        raise ConfigError(
+            f"max_batch_size is {config.max_batch_size}, but {name} takes one request: mark it with @serve.accept_batch"
+        )
+    if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):
+        raise ConfigError(f"user_config is given, but {name} has no method reconfigure to take it")
+
+
+def _call_of(cls: type) -> Callable[..., Any] | None:
+    """Return what calling an instance calls. ``cls.__call__`` can be its metaclass's, which makes the instances."""
+    for base in cls.__mro__:
+        if (call := base.__dict__.get("__call__")) is not None:
+            return cast("Callable[..., Any]", call.__get__(object(), cls) if hasattr(call, "__get__") else call)
+    return None
+
+
+def _check_takes_one(function: Callable[..., Any], name: str, takes: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # some builtins do not tell
+    try:
+        signature.bind(None)
+    except TypeError as e:
+        raise TypeError(f"{name} must take {takes}; its signature is {signature} ({e})") from None
+
+
+def _check_binds(cls: type, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(cls)
+    except ValueError:
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as e:
+        raise TypeError(f"{name} cannot take what was given: {e}; its signature is {signature}") from None
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, not {value}")
+    return float(value)
+
+
+def _amount(name: str, value: object) -> float | int:
+    amount = _number(name, value)
+    if amount < 0:
+        raise ConfigError(f"{name} must not be negative; it is {amount:g}")
+    if name == "memory" or amount.is_integer():
+        return int(amount)
+    # Ray gives out a GPU in parts, but not one and a half of them.
+    if name == "num_gpus" and amount > 1:
+        raise ConfigError(f"num_gpus must be a whole number above 1, not {amount:g}")
+    return amount
+
+
+def _resource_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"resources must have names (str) for keys, not {type(name).__name__}")
+    if name in ("CPU", "GPU", "memory"):
+        raise ConfigError(f"resources must not name {name!r}: there is num_cpus, num_gpus or memory for it")
+    return name

@@ -1,0 +1,160 @@
+from typing import Any
+
+import pytest
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+
+from penstock.handles.errors import ConfigError
+from penstock.serve.config import AutoscalingConfig, BackendConfig, HTTPOptions
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    assert BackendConfig().model_dump() == {
+        "num_replicas": 1,
+        "max_batch_size": None,
+        "batch_wait_timeout": 0.0,
+        "max_concurrent_queries": None,
+        "user_config": None,
+        "autoscaling_config": None,
+        "max_queued_requests": 10_000,
+        "max_deliveries": 3,
+        "graceful_shutdown_timeout_s": 20.0,
+        "health_check_period_s": 10.0,
+        "health_check_timeout_s": 30.0,
+        "allow_pickle": False,
+    }
+    assert HTTPOptions().model_dump() == {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "middlewares": [],
+        "location": "HeadOnly",
+        "proxies_per_node": 1,
+        "request_timeout_s": 60.0,
+        "max_body_bytes": 64 * 1024 * 1024,
+        "root_path": "",
+        "debug": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_replicas": "2"}, "BackendConfig.num_replicas must be a valid integer, not str"),
+        ({"num_replicas": True}, "BackendConfig.num_replicas must be a valid integer, not bool"),
+        ({"num_replicas": 2.0}, "BackendConfig.num_replicas must be a valid integer, not float"),
+        ({"max_batch_size": "8"}, "BackendConfig.max_batch_size must be a valid integer, not str"),
+        ({"batch_wait_timeout": "1"}, "BackendConfig.batch_wait_timeout must be a valid number, not str"),
+        ({"allow_pickle": 1}, "BackendConfig.allow_pickle must be a valid boolean, not int"),
+        ({"user_config": {"when": object()}}, "BackendConfig.user_config must be what JSON can hold"),
+        ({"user_config": {1: "one"}}, "BackendConfig.user_config must be what JSON can hold"),
+        ({"autoscaling_config": 3}, "BackendConfig.autoscaling_config must be"),
+        ({"autoscaling_config": {"max_replicas": "4"}}, "AutoscalingConfig.max_replicas must be a valid integer"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_a_type_error_that_names_it(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        BackendConfig(**fields)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_replicas": 0}, "BackendConfig.num_replicas must be greater than or equal to 1, not 0"),
+        ({"max_batch_size": 0}, "BackendConfig.max_batch_size must be greater than or equal to 1, not 0"),
+        ({"batch_wait_timeout": -0.1}, "BackendConfig.batch_wait_timeout must be greater than or equal to 0, not -0.1"),
+        ({"batch_wait_timeout": float("nan")}, "BackendConfig.batch_wait_timeout must be a finite number, not nan"),
+        ({"health_check_period_s": 0}, "BackendConfig.health_check_period_s must be greater than 0, not 0"),
+        ({"user_config": float("inf")}, "BackendConfig.user_config must be what JSON can hold"),
+        ({"num_replica": 2}, "BackendConfig has no field 'num_replica'; did you mean 'num_replicas'?"),
+        ({"colour": "red"}, "BackendConfig has no field 'colour'; it has num_replicas, max_batch_size,"),
+        ({"autoscaling_config": {}}, "AutoscalingConfig.max_replicas must be given"),
+        (
+            {"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}},
+            "AutoscalingConfig.max_replicas must be at least min_replicas (3), not 2",
+        ),
+    ],
+)
+def test_a_wrong_value_is_a_config_error_that_says_what_was_met_and_what_is_allowed(
+    fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        BackendConfig(**fields)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"port": 65536}, ConfigError, "HTTPOptions.port must be less than or equal to 65535, not 65536"),
+        ({"port": "80"}, TypeError, "HTTPOptions.port must be a valid integer, not str"),
+        ({"host": ""}, ConfigError, "HTTPOptions.host must have at least 1 character, not ''"),
+        ({"location": "Here"}, ConfigError, "HTTPOptions.location must be 'HeadOnly', 'EveryNode' or 'NoServer'"),
+        ({"middlewares": [GZipMiddleware]}, TypeError, "HTTPOptions.middlewares must be an instance of Middleware"),
+        ({"root_path": "api/"}, ConfigError, "HTTPOptions.root_path must be empty, or start with '/'"),
+        ({"request_timeout_s": 0}, ConfigError, "HTTPOptions.request_timeout_s must be greater than 0, not 0"),
+        ({"max_body_bytes": -1}, ConfigError, "HTTPOptions.max_body_bytes must be greater than or equal to 0, not -1"),
+    ],
+)
+def test_http_options_are_checked_alike(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind) as raised:
+        HTTPOptions.of(options)
+    assert says in str(raised.value)
+
+
+def test_a_location_of_none_is_no_server() -> None:
+    assert HTTPOptions.of({"location": None}).location == "NoServer"
+
+
+def test_middlewares_are_those_of_starlette() -> None:
+    options = HTTPOptions(middlewares=[Middleware(GZipMiddleware, minimum_size=10)])
+    assert options.middlewares[0].kwargs == {"minimum_size": 10}
+
+
+@pytest.mark.parametrize("config", [None, {}, BackendConfig()])
+def test_a_config_may_be_left_out_or_be_a_mapping_or_the_value_itself(config: Any) -> None:
+    assert BackendConfig.of(config) == BackendConfig()
+
+
+@pytest.mark.parametrize("config", [3, "num_replicas", [("num_replicas", 2)], HTTPOptions(), {3: 4}])
+def test_anything_else_is_refused_as_a_config(config: Any) -> None:
+    with pytest.raises(TypeError, match="config"):
+        BackendConfig.of(config)
+
+
+def test_an_update_keeps_what_it_does_not_name() -> None:
+    config = BackendConfig(num_replicas=3, autoscaling_config=AutoscalingConfig(max_replicas=4))
+    updated = config.merged({"max_batch_size": 8, "autoscaling_config": {"min_replicas": 2}})
+    assert updated == BackendConfig(
+        num_replicas=3, max_batch_size=8, autoscaling_config=AutoscalingConfig(min_replicas=2, max_replicas=4)
+    )
+    assert config.merged(BackendConfig(max_batch_size=8)).num_replicas == 3
+    assert config.merged({"autoscaling_config": None}).autoscaling_config is None
+    assert config.merged(None) == config
+
+
+def test_an_update_is_checked_as_a_whole() -> None:
+    config = BackendConfig(autoscaling_config=AutoscalingConfig(max_replicas=4))
+    with pytest.raises(ConfigError, match=r"at least min_replicas \(9\), not 4"):
+        config.merged({"autoscaling_config": {"min_replicas": 9}})
+    with pytest.raises(TypeError, match="num_replicas"):
+        config.merged({"num_replicas": "2"})
+
+
+def test_what_is_stored_is_what_is_read_also_by_an_older_release() -> None:
+    config = BackendConfig(num_replicas=3, user_config={"a": [1]}, autoscaling_config=AutoscalingConfig(max_replicas=4))
+    assert BackendConfig.stored({**config.model_dump(), "of_a_later_release": 1}) == config
+
+
+def test_a_user_config_cannot_be_changed_from_outside_later() -> None:
+    weights = [1, 2]
+    config = BackendConfig(user_config={"weights": weights})
+    weights.append(3)
+    assert config.user_config == {"weights": [1, 2]}
+
+
+@pytest.mark.parametrize(("num_replicas", "begins_with"), [(1, 2), (3, 3), (9, 4)])
+def test_with_autoscaling_num_replicas_is_where_it_begins(num_replicas: int, begins_with: int) -> None:
+    bounds = AutoscalingConfig(min_replicas=2, max_replicas=4)
+    assert BackendConfig(num_replicas=num_replicas, autoscaling_config=bounds).initial_replicas == begins_with
+    assert BackendConfig(num_replicas=num_replicas).initial_replicas == num_replicas

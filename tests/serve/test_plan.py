@@ -1,0 +1,399 @@
+"""The planner against every state that a cluster can be in, and against a cluster that moves on by itself."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from penstock.serve.plan import (
+    HTTP,
+    Backend,
+    Desired,
+    DrainProxy,
+    DrainReplica,
+    Failures,
+    ForgetProxy,
+    ForgetReplica,
+    KillProxy,
+    KillReplica,
+    Proxy,
+    Replica,
+    RetireBackend,
+    Seen,
+    StartProxy,
+    StartReplica,
+    State,
+    Step,
+    lacking,
+    plan,
+    status,
+)
+from penstock.serve.resources import Node
+
+TAGS, VERSIONS, NODES = ("f", "g"), ("v1", "v2"), ("node-a", "node-b", "node-c")
+ROOMY = (Node("node-a", {"CPU": 100.0}),)
+
+_numbers = itertools.count()
+
+
+def backend(tag: str = "f", version: str = "v1", replicas: int = 1, *, cpus: float = 1.0) -> Backend:
+    return Backend(tag=tag, version=version, replicas=replicas, asks={"CPU": cpus} if cpus else {})
+
+
+def replica(state: State, version: str = "v1", tag: str = "f", node: str = "node-a", *, cpus: float = 1.0) -> Replica:
+    asks = {"CPU": cpus}
+    return Replica(id=f"{tag}#{next(_numbers)}", backend=tag, version=version, state=state, node=node, asks=asks)
+
+
+def want(*backends: Backend, http: HTTP | None = None) -> Desired:
+    return Desired(backends={backend.tag: backend for backend in backends}, http=http or HTTP())
+
+
+def see(*replicas: Replica, nodes: Sequence[Node] = ROOMY, **others: object) -> Seen:
+    return replace(Seen(replicas=replicas, nodes=nodes), **others)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@st.composite
+def desired_states(draw: st.DrawFn) -> Desired:
+    backends = [
+        Backend(
+            tag=tag,
+            version=draw(st.sampled_from(VERSIONS)),
+            replicas=draw(st.integers(0, 4)),
+            asks=draw(st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}, {"CPU": 2.0}])),
+        )
+        for tag in draw(st.sets(st.sampled_from(TAGS)))
+    ]
+    http = HTTP(
+        nodes=tuple(sorted(draw(st.sets(st.sampled_from(NODES))))),
+        per_node=draw(st.integers(1, 3)),
+        port=draw(st.sampled_from([0, 8000])),
+    )
+    return Desired(backends={backend.tag: backend for backend in backends}, http=http)
+
+
+@st.composite
+def seen_states(draw: st.DrawFn) -> Seen:
+    replicas = draw(
+        st.lists(
+            st.builds(
+                Replica,
+                id=st.uuids().map(str),
+                backend=st.sampled_from(TAGS),
+                version=st.sampled_from(VERSIONS),
+                state=st.sampled_from(State),
+                node=st.sampled_from(["", *NODES]),
+                asks=st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}]),
+                attended=st.booleans(),
+            ),
+            max_size=8,
+            unique_by=lambda replica: replica.id,
+        )
+    )
+    slots = draw(st.sets(st.tuples(st.sampled_from(NODES), st.integers(0, 3)), max_size=6))
+    proxies = [
+        Proxy(
+            id=f"{node}.{i}",
+            node=node,
+            state=draw(st.sampled_from(State)),
+            port=draw(st.sampled_from([0, 8000])),
+            attended=draw(st.booleans()),
+        )
+        for node, i in slots
+    ]
+    keys = st.tuples(st.sampled_from(TAGS), st.sampled_from(VERSIONS))
+    return Seen(
+        now_s=100.0,
+        replicas=replicas,
+        proxies=proxies,
+        nodes=[Node(node, {"CPU": float(draw(st.integers(0, 8)))}) for node in NODES],
+        failures=draw(st.dictionaries(keys, st.builds(Failures, st.integers(0, 50), st.floats(0, 100)))),
+        proven=frozenset(draw(st.sets(keys))),
+        reported=frozenset(draw(st.sets(st.sampled_from(TAGS)))),
+    )
+
+
+def apply(steps: Iterable[Step], seen: Seen) -> Seen:
+    """Do what ``steps`` say, as far as that is done at once: what drains goes on draining."""
+    replicas = {replica.id: replica for replica in seen.replicas}
+    proxies = {proxy.id: proxy for proxy in seen.proxies}
+    reported = set(seen.reported)
+    for step in steps:
+        match step:
+            case StartReplica(tag, version):
+                new = Replica(id=f"new{next(_numbers)}", backend=tag, version=version, state=State.STARTING)
+                replicas[new.id] = new
+                reported.add(tag)
+            case DrainReplica(id):
+                replicas[id] = replace(replicas[id], state=State.DRAINING, attended=True)
+            case KillReplica(id):
+                replicas[id] = replace(replicas[id], state=State.GONE)
+            case ForgetReplica(id):
+                del replicas[id]
+            case RetireBackend(tag):
+                reported.remove(tag)
+            case StartProxy(id, node, port):
+                assert id not in proxies, "a slot holds one proxy"
+                proxies[id] = Proxy(id=id, node=node, state=State.STARTING, port=port)
+            case DrainProxy(id):
+                proxies[id] = replace(proxies[id], state=State.DRAINING, attended=True)
+            case KillProxy(id):
+                proxies[id] = replace(proxies[id], state=State.GONE)
+            case ForgetProxy(id):
+                del proxies[id]
+    return replace(seen, replicas=list(replicas.values()), proxies=list(proxies.values()), reported=frozenset(reported))
+
+
+def let_time_pass(seen: Seen, seconds: float = 100.0) -> Seen:
+    """Everything that starts becomes ready, everything that drains ends."""
+    replicas = [
+        replace(
+            replica,
+            state={State.STARTING: State.READY, State.DRAINING: State.GONE}.get(replica.state, replica.state),
+            node=replica.node or "node-a",
+        )
+        for replica in seen.replicas
+    ]
+    proxies = [
+        replace(
+            proxy,
+            state={State.STARTING: State.READY, State.DRAINING: State.GONE}.get(proxy.state, proxy.state),
+            port=proxy.port or 8000,
+        )
+        for proxy in seen.proxies
+    ]
+    return replace(seen, replicas=replicas, proxies=proxies, now_s=seen.now_s + seconds)
+
+
+def of(seen: Seen, tag: str, version: str, *states: State) -> list[Replica]:
+    return [r for r in seen.replicas if r.backend == tag and r.version == version and r.state in states]
+
+
+# -- what always holds
+
+
+@given(desired_states(), seen_states())
+def test_the_plan_settles(desired: Desired, seen: Seen) -> None:
+    for _ in range(20):
+        seen = let_time_pass(apply(plan(desired, seen), seen))
+    assert plan(desired, seen) == []
+    for proxy in seen.proxies:
+        assert proxy.node in desired.http.nodes
+    assert len(seen.proxies) == len(desired.http.nodes) * desired.http.per_node
+    assert {replica.backend for replica in seen.replicas} | seen.reported <= {*desired.backends}
+
+
+@given(desired_states(), seen_states())
+def test_with_room_enough_it_settles_on_what_is_desired(desired: Desired, seen: Seen) -> None:
+    seen = replace(seen, nodes=ROOMY)
+    for _ in range(20):
+        seen = let_time_pass(apply(plan(desired, seen), seen))
+    for tag, wanted in desired.backends.items():
+        assert len(of(seen, tag, wanted.version, State.READY)) == wanted.replicas
+        assert status(wanted, seen, None).settled
+    assert len(seen.replicas) == sum(wanted.replicas for wanted in desired.backends.values())
+
+
+@given(desired_states(), seen_states())
+def test_it_never_starts_more_than_was_asked(desired: Desired, seen: Seen) -> None:
+    before = seen
+    after = apply(plan(desired, seen), seen)
+    for tag, wanted in desired.backends.items():
+        was = len(of(before, tag, wanted.version, State.STARTING, State.READY))
+        now = len(of(after, tag, wanted.version, State.STARTING, State.READY))
+        assert now <= max(wanted.replicas, was)
+    for step in plan(desired, seen):
+        if isinstance(step, StartReplica):
+            assert step.version == desired.backends[step.backend].version
+
+
+@given(desired_states(), seen_states())
+def test_it_never_stops_the_last_ready_replicas_before_the_next_are_ready(desired: Desired, seen: Seen) -> None:
+    after = apply(plan(desired, seen), seen)
+    for tag, wanted in desired.backends.items():
+        was = sum(r.backend == tag and r.state is State.READY for r in seen.replicas)
+        now = sum(r.backend == tag and r.state is State.READY for r in after.replicas)
+        assert now >= min(was, wanted.replicas)
+
+
+@given(desired_states(), seen_states())
+def test_it_places_no_more_than_the_nodes_can_hold(desired: Desired, seen: Seen) -> None:
+    for tag, wanted in desired.backends.items():
+        alone = replace(seen, replicas=[])
+        started = [s for s in plan(want(wanted), alone) if isinstance(s, StartReplica)]
+        held = sum(int(node.resources["CPU"] / wanted.asks["CPU"]) for node in seen.nodes) if wanted.asks else 99
+        assert len(started) <= held, tag
+
+
+@given(desired_states(), seen_states())
+def test_a_step_is_about_something_that_is_there(desired: Desired, seen: Seen) -> None:
+    """And each about something else: there is one decision for each replica and each proxy."""
+    named = [step.id for step in plan(desired, seen) if not isinstance(step, (StartReplica, StartProxy, RetireBackend))]
+    assert len(named) == len(set(named))
+    assert set(named) <= {replica.id for replica in seen.replicas} | {proxy.id for proxy in seen.proxies}
+
+
+@settings(max_examples=50)
+@given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 4))
+def test_a_roll_over_keeps_as_many_ready_as_are_wanted_whatever_the_order(
+    chance: random.Random, before: int, wanted: int
+) -> None:
+    seen = see(*(replica(State.READY, "v1") for _ in range(before)))
+    desired = want(backend(version="v2", replicas=wanted))
+    lowest = before
+    moves = {State.STARTING: State.READY, State.DRAINING: State.GONE}
+    while True:
+        seen = apply(plan(desired, seen), seen)
+        lowest = min(lowest, sum(r.state is State.READY for r in seen.replicas))
+        replicas = list(seen.replicas)
+        moving = [i for i, r in enumerate(replicas) if r.state in moves]
+        if not moving:
+            break
+        at = chance.choice(moving)
+        replicas[at] = replace(replicas[at], state=moves[replicas[at].state])
+        seen = replace(seen, replicas=replicas)
+    assert lowest >= min(before, wanted)
+    assert {(r.version, r.state) for r in seen.replicas} == {("v2", State.READY)}
+    assert len(seen.replicas) == wanted
+
+
+# -- one case each
+
+
+def test_what_is_missing_is_started() -> None:
+    assert plan(want(backend(replicas=2)), see()) == [StartReplica("f", "v1")] * 2
+
+
+def test_scaling_down_stops_those_that_do_not_serve_yet_and_then_the_youngest() -> None:
+    oldest, youngest, starting = replica(State.READY), replica(State.READY), replica(State.STARTING)
+    steps = plan(want(backend(replicas=1)), see(oldest, youngest, starting))
+    assert steps == [KillReplica(starting.id), DrainReplica(youngest.id, 20.0)]
+
+
+def test_a_new_version_starts_beside_the_old_one() -> None:
+    old = replica(State.READY, "v1")
+    assert plan(want(backend(version="v2")), see(old)) == [StartReplica("f", "v2")]
+    starting = replica(State.STARTING, "v2")
+    assert plan(want(backend(version="v2")), see(old, starting)) == []
+    ready = replace(starting, state=State.READY)
+    assert plan(want(backend(version="v2")), see(old, ready)) == [DrainReplica(old.id, 20.0)]
+
+
+def test_a_new_version_that_cannot_start_leaves_the_old_one_serving() -> None:
+    old, failed = replica(State.READY, "v1"), replica(State.FAILED, "v2")
+    failures = {("f", "v2"): Failures(1, 0.0)}
+    assert plan(want(backend(version="v2")), see(old, failed, failures=failures)) == [KillReplica(failed.id)]
+
+
+def test_going_back_to_the_old_version_stops_only_the_new_one() -> None:
+    old, new = replica(State.READY, "v1"), replica(State.STARTING, "v2")
+    assert plan(want(backend(version="v1")), see(old, new)) == [KillReplica(new.id)]
+
+
+def test_a_roll_over_on_a_full_cluster_needs_one_free_place() -> None:
+    old = [replica(State.READY, "v1") for _ in range(2)]
+    desired = want(backend(version="v2", replicas=2))
+    nodes = [Node("node-a", {"CPU": 3.0})]
+    assert plan(desired, see(*old, nodes=nodes)) == [StartReplica("f", "v2")]
+    assert lacking(desired.backends["f"], see(*old, nodes=nodes)) is None
+    full = see(*old, nodes=[Node("node-a", {"CPU": 2.0})])
+    assert plan(desired, full) == []
+    assert "1 more replica with CPU 1 each cannot be placed, only 0" in (lacking(desired.backends["f"], full) or "")
+
+
+def test_what_does_not_fit_is_not_started_and_said() -> None:
+    big = backend(cpus=64, replicas=2)
+    seen = see(nodes=[Node("node-a", {"CPU": 2.0})])
+    assert plan(want(big), seen) == []
+    assert lacking(big, seen) == "2 more replicas with CPU 64 each cannot be placed, only 0: node node-a has CPU 2"
+    assert status(big, seen, None).lacking == lacking(big, seen)
+
+
+def test_a_replica_that_died_is_forgotten_and_replaced_in_one_pass() -> None:
+    gone = replica(State.GONE)
+    seen = see(gone, failures={("f", "v1"): Failures(1, 0.0)}, proven=frozenset({("f", "v1")}))
+    assert plan(want(backend()), seen) == [ForgetReplica(gone.id), StartReplica("f", "v1")]
+
+
+def test_a_version_that_keeps_failing_is_tried_again_ever_more_slowly() -> None:
+    failures, now_s, pauses = Failures(), 0.0, list[float]()
+    for _ in range(9):
+        failures = failures.and_one_more(now_s)
+        failed_at_s = now_s
+        while plan(want(backend()), see(failures={("f", "v1"): failures}, now_s=now_s)) == []:
+            now_s += 0.5
+        pauses.append(now_s - failed_at_s)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_failures_of_long_ago_do_not_count() -> None:
+    failures = Failures(10, last_s=0.0)
+    assert failures.and_one_more(61.0) == Failures(1, 61.0)
+    assert failures.allow_start(61.0, proven=False)
+
+
+def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
+    left = [replica(State.READY), replica(State.DRAINING), replica(State.GONE)]
+    seen = see(*left, reported=frozenset({"f"}))
+    assert plan(want(), seen) == [KillReplica(left[0].id), KillReplica(left[1].id), ForgetReplica(left[2].id)]
+    assert plan(want(), see(reported=frozenset({"f"}))) == [RetireBackend("f")]
+
+
+def test_a_restarted_controller_drains_on() -> None:
+    draining = replace(replica(State.DRAINING), attended=False)
+    assert plan(want(backend(replicas=0)), see(draining)) == [DrainReplica(draining.id, 20.0)]
+    assert plan(want(backend(replicas=0)), see(replace(draining, attended=True))) == []
+
+
+def test_proxies_fill_their_slots() -> None:
+    http = HTTP(nodes=("node-a", "node-b"), per_node=2, port=8000)
+    steps = plan(want(http=http), see())
+    assert [(step.id, step.node, step.port) for step in steps if isinstance(step, StartProxy)] == [
+        ("node-a.0", "node-a", 8000),
+        ("node-a.1", "node-a", 8000),
+        ("node-b.0", "node-b", 8000),
+        ("node-b.1", "node-b", 8000),
+    ]
+
+
+def test_any_port_will_do_but_all_proxies_take_the_same() -> None:
+    http = HTTP(nodes=("node-a",), per_node=3, port=0)
+    assert plan(want(http=http), see()) == [StartProxy("node-a.0", "node-a", 0)]
+    first = Proxy(id="node-a.0", node="node-a", state=State.STARTING)
+    assert plan(want(http=http), see(proxies=[first])) == []
+    found = replace(first, state=State.READY, port=41234)
+    assert plan(want(http=http), see(proxies=[found])) == [
+        StartProxy("node-a.1", "node-a", 41234),
+        StartProxy("node-a.2", "node-a", 41234),
+    ]
+
+
+def test_proxies_follow_the_nodes() -> None:
+    http = HTTP(nodes=("node-b",))
+    leaving = Proxy(id="node-a.0", node="node-a", state=State.READY, port=8000)
+    assert plan(want(http=http), see(proxies=[leaving])) == [
+        DrainProxy("node-a.0"),
+        StartProxy("node-b.0", "node-b", 8000),
+    ]
+
+
+@pytest.mark.parametrize(("state", "step"), [(State.GONE, ForgetProxy), (State.FAILED, KillProxy)])
+def test_a_proxy_that_is_no_more_is_replaced(state: State, step: type[Step]) -> None:
+    http = HTTP(nodes=("node-a",))
+    steps = plan(want(http=http), see(proxies=[Proxy(id="node-a.0", node="node-a", state=state)]))
+    assert isinstance(steps[0], step)
+    assert steps[1:] == ([StartProxy("node-a.0", "node-a", 8000)] if state is State.GONE else [])
+
+
+def test_a_status_is_settled_when_every_replica_has_the_configuration() -> None:
+    wanted = replace(backend(replicas=2), config_version=2)
+    old_config, new_config = replica(State.READY), replace(replica(State.READY), config_version=2)
+    assert not status(wanted, see(new_config, old_config), None).settled
+    assert status(wanted, see(new_config, replace(old_config, config_version=2)), None).settled
+    assert not status(wanted, see(new_config, new_config, replica(State.READY, "v0")), None).settled
+    assert status(wanted, see(new_config, new_config, replica(State.DRAINING, "v0")), None).settled
