@@ -1,0 +1,94 @@
+"""Noticing that a client hung up, at no cost to requests that are answered at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from starlette.types import Receive
+
+from ..broker.wire import Reply
+
+logger = logging.getLogger("penstock.proxy")
+
+PATIENCE_S = 0.05
+
+
+class HungUp(Exception):  # it never leaves the proxy: there is nobody to tell
+    """The client went away."""
+
+
+class Waiting:
+    """A request whose answer is awaited."""
+
+    __slots__ = ("outcome", "receive", "since", "watcher")
+
+    def __init__(self, receive: Receive, since: float) -> None:
+        self.receive, self.since = receive, since
+        self.outcome: asyncio.Future[Reply | BaseException] = asyncio.get_running_loop().create_future()
+        """What the caller heard of its call, or `HungUp`."""
+        self.watcher: asyncio.Task[None] | None = None
+
+    def hear(self, outcome: Reply | BaseException) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+
+class HangUps:
+    """Tells of clients that go away while they are waiting.
+
+    ASGI tells of it only to who waits in ``receive``, and a task that waits there costs more than a fast request does
+    as a whole. So a request gets that task when it has been waiting for 50 to 100 ms, from one timer for all of them,
+    which stands still when nothing waits.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._unwatched: dict[Waiting, None] = {}  # oldest first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, receive: Receive) -> Waiting:
+        """Begin to watch the client that ``receive`` belongs to."""
+        waiting = Waiting(receive, time.perf_counter())
+        self._unwatched[waiting] = None
+        if self._timer is None:
+            self._arm()
+        return waiting
+
+    def forget(self, waiting: Waiting) -> None:
+        """The answer is there, or nobody awaits it any more."""
+        self._unwatched.pop(waiting, None)
+        if waiting.watcher is not None:
+            waiting.watcher.cancel()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._sweep)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        before = time.perf_counter() - self._patience_s
+        for waiting in list(self._unwatched):
+            if waiting.since > before:
+                break
+            del self._unwatched[waiting]
+            waiting.watcher = loop.create_task(_watch(waiting))
+        if self._unwatched:
+            self._arm()
+        else:
+            self._timer = None
+
+
+async def _watch(waiting: Waiting) -> None:
+    try:
+        while (await waiting.receive())["type"] != "http.disconnect":
+            pass
+    except Exception:  # a middleware's `receive` may raise what it likes
+        logger.debug("cannot watch a client", exc_info=True)
+        return
+    waiting.hear(HungUp())

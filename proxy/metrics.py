@@ -1,0 +1,75 @@
+"""What a proxy counts, in the text format of Prometheus.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the latency histogram's buckets."""
+
+
+class Series:
+    """The figures of one endpoint."""
+
+    __slots__ = ("by_status", "in_buckets", "sum_s")
+
+    def __init__(self) -> None:
+        self.by_status: dict[int, int] = {}
+        self.in_buckets = [0] * (len(BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def count(self, status: int, took_s: float) -> None:
+        self.by_status[status] = self.by_status.get(status, 0) + 1
+        self.in_buckets[bisect_left(BOUNDS_S, took_s)] += 1
+        self.sum_s += took_s
+
+
+class Metrics:
+    """The figures of one proxy since it started."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._series: dict[str, Series] = {}
+
+    def of(self, endpoint: str) -> Series:
+        """Return the series of an endpoint; the empty name has what no endpoint answered."""
+        if (series := self._series.get(endpoint)) is None:
+            series = self._series[endpoint] = Series()
+        return series
+
+    def render(self) -> str:
+        return "".join(f"{line}\n" for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        series = [(f'endpoint="{escape(name)}"', figures) for name, figures in sorted(self._series.items())]
+
+        yield "# HELP penstock_http_requests_total HTTP requests answered; 499: the client hung up first."
+        yield "# TYPE penstock_http_requests_total counter"
+        for label, figures in series:
+            for status, count in sorted(figures.by_status.items()):
+                yield f'penstock_http_requests_total{{{label},status="{status}"}} {count}'
+
+        yield "# HELP penstock_http_request_duration_seconds From the request's head to the end of its answer."
+        yield "# TYPE penstock_http_request_duration_seconds histogram"
+        for label, figures in series:
+            counts = list(accumulate(figures.in_buckets))
+            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts, strict=True):
+                yield f'penstock_http_request_duration_seconds_bucket{{{label},le="{bound}"}} {count}'
+            yield f"penstock_http_request_duration_seconds_sum{{{label}}} {figures.sum_s:.6f}"
+            yield f"penstock_http_request_duration_seconds_count{{{label}}} {counts[-1]}"
+
+        yield "# HELP penstock_http_requests_in_flight HTTP requests being answered."
+        yield "# TYPE penstock_http_requests_in_flight gauge"
+        yield f"penstock_http_requests_in_flight {self.in_flight}"
+
+
+def escape(value: str) -> str:
+    """Return ``value`` as it may stand between the quotes of a label."""
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

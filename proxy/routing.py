@@ -1,0 +1,237 @@
+"""Which endpoint a method and a path belong to: Starlette's patterns and convertors without its application.
+
+Where several routes match a path, the most specific one has it, whatever the order they were made in (the registry is a
+set, and every proxy must choose alike). Routes are compared segment by segment from the left: literal text goes before
+``uuid`` and ``int``, these before ``float``, before ``str``, before ``path``. So ``/users/me`` goes before
+``/users/{id:int}``, that before ``/users/{name}``, and ``/{rest:path}`` has what nobody else wants. As in Starlette, a
+route whose methods do not fit leaves the path to the next one that matches.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from starlette.routing import PARAM_REGEX, compile_path
+
+from ..broker.errors import ConfigError
+from ..broker.registry import EndpointRecord
+from ..broker.wire import PathParam
+
+logger = logging.getLogger("penstock.proxy")
+
+RESERVED = "/-/"
+"""What a proxy answers itself (``/-/healthz``) lies below this."""
+
+# Those that Starlette brings. One that a user registers exists in the user's process and in no proxy.
+_RANKS = {"uuid": 1, "int": 1, "float": 2, "str": 3, "path": 4}
+_LITERAL, _END = (0,), (5,)
+
+
+class Found(NamedTuple):
+    """The endpoint that answers, and what the convertors made of the path."""
+
+    endpoint: EndpointRecord
+    params: dict[str, PathParam]
+
+
+class MethodNotAllowed(NamedTuple):
+    """The path has a route, but not for this method."""
+
+    allowed: tuple[str, ...]
+
+
+class NotFound(NamedTuple):
+    """No route matches the path."""
+
+    redirect: str | None
+    """The same path with or without its last slash, if that has a route: as Starlette does, clients are sent there."""
+
+
+Match: TypeAlias = Found | MethodNotAllowed | NotFound
+_NOWHERE = NotFound(None)
+
+
+@dataclass(slots=True)
+class _Pattern:
+    regex: re.Pattern[str]
+    convertors: Mapping[str, Any]
+    endpoint: EndpointRecord
+    methods: frozenset[str]
+
+    def params(self, path: str) -> dict[str, PathParam] | None:
+        # Starlette's patterns end in `$`, which also matches before a last line feed; fullmatch does not.
+        if (match := self.regex.fullmatch(path)) is None:
+            return None
+        try:
+            return {name: self.convertors[name].convert(text) for name, text in match.groupdict().items()}
+        except ValueError:
+            return None  # Python reads no integer of more than 4300 digits
+
+
+@dataclass(slots=True)
+class Routes:
+    """The routes of one snapshot, compiled."""
+
+    endpoints: Iterable[EndpointRecord] = ()
+    _static: dict[str, dict[str, Found]] = field(init=False, default_factory=dict[str, "dict[str, Found]"])
+    _patterns: list[_Pattern] = field(init=False, default_factory=list[_Pattern])
+    _by_method: dict[str, list[_Pattern]] = field(init=False, default_factory=dict[str, "list[_Pattern]"])
+
+    def __post_init__(self) -> None:
+        self.endpoints = sorted(
+            (endpoint for endpoint in self.endpoints if _is_routed(endpoint)),
+            key=lambda endpoint: (specificity(endpoint.route or ""), endpoint.route or "", endpoint.name),
+        )
+        for endpoint in self.endpoints:
+            assert endpoint.route is not None
+            regex, _, convertors = compile_path(endpoint.route)
+            methods = methods_of(endpoint)
+            if not convertors:
+                exact = self._static.setdefault(endpoint.route, {})
+                for method in methods:
+                    exact.setdefault(method, Found(endpoint, {}))
+                continue
+            pattern = _Pattern(regex, convertors, endpoint, methods)
+            self._patterns.append(pattern)
+            for method in methods:
+                self._by_method.setdefault(method, []).append(pattern)
+
+    def match(self, method: str, path: str) -> Match:
+        """Find who answers ``method`` on ``path``, which is percent-decoded as in an ASGI scope."""
+        if (exact := self._static.get(path)) is not None and (found := exact.get(method)) is not None:
+            return found
+        for pattern in self._by_method.get(method, ()):
+            if (params := pattern.params(path)) is not None:
+                return Found(pattern.endpoint, params)
+        if allowed := self._allowed(path):
+            return MethodNotAllowed(tuple(sorted(allowed)))
+        other = path[:-1] if path.endswith("/") else path + "/"
+        # A location that begins with two slashes would name another host.
+        if path != "/" and not path.startswith("//") and self._allowed(other):
+            return NotFound(other)
+        return _NOWHERE
+
+    def _allowed(self, path: str) -> set[str]:
+        allowed = set(self._static.get(path, ()))
+        for pattern in self._patterns:
+            if not pattern.methods <= allowed and pattern.params(path) is not None:
+                allowed |= pattern.methods
+        return allowed
+
+    def listing(self) -> dict[str, dict[str, Any]]:
+        """Describe every route: ``{route: {"endpoint": name, "methods": [...]}}``.
+
+        A route that several endpoints share, each with methods of its own, names the others under ``"also"``.
+        """
+        listing: dict[str, dict[str, Any]] = {}
+        for endpoint in self.endpoints:
+            assert endpoint.route is not None
+            entry: dict[str, Any] = {"endpoint": endpoint.name, "methods": sorted(methods_of(endpoint))}
+            if endpoint.route in listing:
+                listing[endpoint.route].setdefault("also", []).append(entry)
+            else:
+                listing[endpoint.route] = entry
+        return listing
+
+
+def check_route(route: object) -> str:
+    """Return ``route`` if requests can reach it.
+
+    Raises:
+        TypeError: it is not a string.
+        ConfigError: it does not begin with a slash, names a convertor that Starlette does not bring, uses a parameter
+            twice, has a brace that belongs to no parameter, lies below ``/-/``, or could never match.
+    """
+    if not isinstance(route, str):
+        raise TypeError(f"a route must be a str, not {type(route).__name__}")
+    if not route.startswith("/"):
+        raise ConfigError(f"the route {route!r} must begin with '/'")
+    if route.startswith(RESERVED):
+        raise ConfigError(f"the route {route!r} lies below {RESERVED!r}, where the proxy answers itself")
+    names: set[str] = set()
+    for match in PARAM_REGEX.finditer(route):
+        name, convertor = match[1], _convertor(match)
+        if convertor not in _RANKS:
+            known = ", ".join(sorted(_RANKS))
+            raise ConfigError(f"the route {route!r} names the convertor {convertor!r}; there are {known}")
+        if name in names:
+            raise ConfigError(f"the route {route!r} uses the parameter {name!r} twice")
+        names.add(name)
+    literal = PARAM_REGEX.sub("", route)
+    if "{" in literal or "}" in literal:
+        raise ConfigError(f"the route {route!r} has a brace that is not part of a parameter such as '{{name:int}}'")
+    for char in "?#":
+        if char in literal:
+            raise ConfigError(f"the route {route!r} can never match: the path of a URL ends before {char!r}")
+    if not literal.isprintable():  # lone surrogates are not printable either
+        raise ConfigError(f"the route {route!r} holds a character that cannot be printed")
+    return route
+
+
+def clash(endpoints: Iterable[EndpointRecord], new: EndpointRecord) -> EndpointRecord | None:
+    """Return the endpoint that already has ``new``'s route and one of its methods, if there is one.
+
+    Routes that differ only in the names of their parameters are the same route. Routes of different shapes never clash,
+    even where both match a path: the more specific one has it.
+    """
+    if new.route is None:
+        return None
+    wanted, methods = shape(new.route), methods_of(new)
+    for other in endpoints:
+        if other.name == new.name or other.route is None:
+            continue
+        if shape(other.route) == wanted and methods & methods_of(other):
+            return other
+    return None
+
+
+def methods_of(endpoint: EndpointRecord) -> frozenset[str]:
+    """Return the methods that ``endpoint`` answers: as in Starlette, HEAD where it answers GET."""
+    methods = frozenset(method.upper() for method in endpoint.methods)
+    return methods | {"HEAD"} if "GET" in methods else methods
+
+
+def shape(route: str) -> str:
+    """Return ``route`` without the names of its parameters.
+
+    >>> shape("/api/{user_id:int}/{name}") == shape("/api/{n:int}/{x:str}")
+    True
+    """
+    return PARAM_REGEX.sub(lambda match: f"{{:{_convertor(match)}}}", route)
+
+
+def specificity(route: str) -> tuple[tuple[int, ...], ...]:
+    """Return a sort key: of two routes of which one matches only paths that the other matches too, it comes first."""
+    segments = route.split("/")[1:]
+    keys = [_segment(segment, len(segments) - at) for at, segment in enumerate(segments, start=1)]
+    return (*keys, _END)  # after a `path`, whoever goes on is the more specific one
+
+
+def _segment(segment: str, following: int) -> tuple[int, ...]:
+    ranks = [_RANKS.get(_convertor(match), 0) for match in PARAM_REGEX.finditer(segment)]
+    if not ranks:
+        return _LITERAL
+    worst = max(ranks)
+    # A `path` reaches over segments, so that those after it line up with no other route's: the more, the fewer paths.
+    reach = -following if worst == _RANKS["path"] else 0
+    return (worst, reach, -len(PARAM_REGEX.sub("", segment)), -len(ranks), sum(ranks))
+
+
+def _convertor(match: re.Match[str]) -> str:
+    return (match[2] or ":str")[1:]
+
+
+def _is_routed(endpoint: EndpointRecord) -> bool:
+    if endpoint.route is None:
+        return False
+    try:
+        check_route(endpoint.route)
+    except (ConfigError, TypeError) as e:
+        # Whoever wrote it past `create_endpoint` harms no other endpoint.
+        logger.error("endpoint %r is left out: %s", endpoint.name, e)
+        return False
+    return True
