@@ -4,7 +4,7 @@ The stream has one consumer group, and each replica is a consumer of it. An entr
 to its settling, so a replica that dies leaves a record of exactly what it held.
 
 The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one means a
-suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.take_over`, and run alone.
+suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.adopt`, and run alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ GROUP = "replicas"
 RETURNED = "-returned-"
 """The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
 
+LOOK = b"look"
+"""The signal that something was given back; any other is the id of an entry whose caller gave it up."""
+
 HISTORY_S = 7 * 24 * 3600
 
 
@@ -35,44 +38,62 @@ class Taken:
 
     entry: bytes
     deliveries: int
-    """How many replicas have held it and died; 0 for one that was given back unstarted."""
+    """How many replicas have held it and died."""
     fields: list[bytes]
 
 
-# Adopts the oldest entry of any consumer whose lease has lapsed. There is no lock that a death could leave behind: the
-# whole of it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, 1 to take or 0 to look, what
-# history keys begin with, seconds to keep history, RETURNED. Answers how many entries the dead hold, and if one was taken
-# its id, deliveries and fields. Consumers that are dead and hold nothing are forgotten on the way: only those, as
+# What there is to take over. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many entries
+# the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way: only those, as
 # deleting a consumer loses what it holds.
-_TAKE_OVER = Script("""#!lua
-local stream, group, me = KEYS[1], ARGV[1], ARGV[2]
-local held, heir = 0, nil
-for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+_LOOK = Script("""#!lua
+local orphans, returned = 0, 0
+for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local name, pending = c[2], c[4]
-  if name ~= me and redis.call('EXISTS', ARGV[3] .. name) == 0 then
-    if pending > 0 then
-      held = held + pending
-      if heir == nil or name == ARGV[7] then heir = name end
-    elseif name ~= ARGV[7] then
-      redis.call('XGROUP', 'DELCONSUMER', stream, group, name)
+  if name == ARGV[4] then
+    returned = pending
+  elseif name ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+    orphans = orphans + pending
+    if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
+  end
+end
+return {orphans, returned}
+""")
+
+# Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the whole of
+# it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED, what history keys begin with,
+# seconds to keep history. Answers the entry's id, its deliveries so far and its fields; or nothing.
+_ADOPT = Script("""#!lua
+local stream, group, me = KEYS[1], ARGV[1], ARGV[2]
+for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+  local name = c[2]
+  if c[4] > 0 and name ~= me and name ~= ARGV[4] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+    for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
+      local claimed = redis.call('XCLAIM', stream, group, me, 0, p[1])
+      if claimed[1] then
+        local now = redis.call('TIME')
+        redis.call('RPUSH', ARGV[5] .. p[1], name, now[1] .. string.sub('000000' .. now[2], -6, -4))
+        redis.call('EXPIRE', ARGV[5] .. p[1], ARGV[6])
+        return {p[1], p[4], claimed[1][2]}
+      end
+      redis.call('XACK', stream, group, p[1])
     end
   end
 end
-if heir == nil or ARGV[4] == '0' then return {held} end
-local p = redis.call('XPENDING', stream, group, '-', '+', 1, heir)[1]
-local id, deliveries = p[1], p[4]
-local claimed = redis.call('XCLAIM', stream, group, me, 0, id)
-if #claimed == 0 or not claimed[1] then
-  redis.call('XACK', stream, group, id)
-  return {held}
+return {}
+""")
+
+# Takes what was given back. KEYS: the stream. ARGV: group, me, RETURNED, how many at most. Answers as XREADGROUP does.
+_RETAKE = Script("""#!lua
+local out = {}
+for _, p in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[4], ARGV[3])) do
+  local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, p[1])
+  if claimed[1] then
+    out[#out + 1] = claimed[1]
+  else
+    redis.call('XACK', KEYS[1], ARGV[1], p[1])
+  end
 end
-if deliveries > 0 then
-  local now = redis.call('TIME')
-  local key = ARGV[5] .. id
-  redis.call('RPUSH', key, heir, now[1] .. string.sub('000000' .. now[2], -6, -4))
-  redis.call('EXPIRE', key, ARGV[6])
-end
-return {held, id, deliveries, claimed[1][2]}
+return out
 """)
 
 # Replies and dead letters are part of work that was accepted: they fit even where new work no longer does.
@@ -124,6 +145,8 @@ class Claims:
         self._backend, self._replica = backend, replica
         self._stream = keys.requests(backend)
         self._history = keys.history(backend, "")
+        self._leases = keys.alive(backend, "")
+        self._signals = keys.signals(backend)
 
     async def ensure_group(self) -> None:
         """Create the stream and its group if they are not there. What was published before is delivered."""
@@ -182,20 +205,23 @@ class Claims:
     def forget_history(self, entry: bytes) -> None:
         self._commands.post(_log_failure, "DEL", self._history + entry.decode(), repeat=True)
 
-    async def orphans(self) -> int:
-        """Return how many entries are held by replicas that are gone."""
-        reply = await self._run_take_over(take=False)
-        return cast(int, reply[0])
+    async def look(self) -> tuple[int, int]:
+        """Return how many entries are held by replicas that are gone, and how many were given back."""
+        orphans, returned = await self._commands.run_script(
+            _LOOK, [self._stream], [GROUP, self._replica, self._leases, RETURNED], repeat=True
+        )
+        return orphans, returned
 
-    async def take_over(self) -> Taken | None:
-        """Claim the oldest entry of a replica that is gone, and write its death into the entry's history."""
-        reply = await self._run_take_over(take=True)
-        return None if len(reply) == 1 else Taken(reply[1], reply[2], reply[3])
+    async def adopt(self) -> Taken | None:
+        """Claim the oldest entry of a replica that is gone, and write that death into the entry's history."""
+        args = [GROUP, self._replica, self._leases, RETURNED, self._history, HISTORY_S]
+        reply = await self._commands.run_script(_ADOPT, [self._stream], args)
+        return Taken(*reply) if reply else None
 
-    async def _run_take_over(self, *, take: bool) -> list[Any]:
-        lease = self._keys.alive(self._backend, "")
-        args = [GROUP, self._replica, lease, int(take), self._history, HISTORY_S, RETURNED]
-        return cast("list[Any]", await self._commands.run_script(_TAKE_OVER, [self._stream], args))
+    async def retake(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
+        """Claim the oldest of what was given back."""
+        args = [GROUP, self._replica, RETURNED, up_to]
+        return cast("list[tuple[bytes, list[bytes]]]", await self._commands.run_script(_RETAKE, [self._stream], args))
 
     async def bury(self, taken: Taken, error: str) -> None:
         """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it."""
@@ -212,12 +238,11 @@ class Claims:
             repeat=True,
         )
 
-    async def give_back(self, entries: Sequence[bytes]) -> None:
+    def give_back(self, entries: Sequence[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
-        if entries:
-            await self._commands.run_script(
-                _GIVE_BACK, [self._stream], [GROUP, self._replica, RETURNED, *entries], repeat=True
-            )
+        args = [GROUP, self._replica, RETURNED, *entries]
+        self._commands.post_script(_log_failure, _GIVE_BACK, [self._stream], args, repeat=True)
+        self._commands.post(_log_failure, "PUBLISH", self._signals, LOOK, repeat=True)
 
     async def leave(self) -> None:
         """Forget this replica as a consumer, if it holds nothing."""

@@ -70,9 +70,9 @@ class Keys:
     def body(self, backend: str, request: str) -> str:
         return f"{self._root}{{{backend}}}:body:{request}"
 
-    def cancels(self, backend: str) -> str:
-        """A Pub/Sub channel: entries whose callers gave them up."""
-        return f"{self._root}{{{backend}}}:cancels"
+    def signals(self, backend: str) -> str:
+        """A Pub/Sub channel to a backend's replicas; see ``broker/signals.py``."""
+        return f"{self._root}{{{backend}}}:signals"
 
     def replies(self, caller: str) -> str:
         return f"{self._root}{{{caller}}}:replies"

@@ -129,7 +129,7 @@ class Publisher:
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         self._connection.post(_ignore, "XDEL", stream, entry, repeat=True)
-        self._connection.post(_ignore, "PUBLISH", self._keys.cancels(backend), entry, repeat=True)
+        self._connection.post(_ignore, "PUBLISH", self._keys.signals(backend), entry, repeat=True)
 
 
 def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:

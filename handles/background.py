@@ -1,0 +1,63 @@
+"""One event loop in a thread of its own, for all that is sync in this process: handles and ``serve.Client``.
+
+Started when it is first needed; a daemon, so that it never keeps a script from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_pid = 0
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """Return the running background loop of this process."""
+    global _loop, _pid
+    # A forked child inherits the object, but not the thread that runs it.
+    if _loop is None or _pid != os.getpid():
+        with _lock:
+            if _loop is None or _pid != os.getpid():
+                fresh = asyncio.new_event_loop()
+                threading.Thread(target=fresh.run_forever, name="penstock", daemon=True).start()
+                _loop, _pid = fresh, os.getpid()
+    return _loop
+
+
+def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    """Start a coroutine on the background loop, from any thread."""
+    return asyncio.run_coroutine_threadsafe(coroutine, loop())
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on the background loop and return its result, or raise its exception.
+
+    An interruption (Ctrl-C) of the wait cancels it.
+
+    Raises:
+        RuntimeError: called on the background loop itself, which would wait for itself.
+    """
+    if _running_here():
+        coroutine.close()
+        raise RuntimeError("a sync call of Penstock cannot be made from its own event loop")
+    future = submit(coroutine)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _running_here() -> bool:
+    try:
+        return asyncio.get_running_loop() is _loop
+    except RuntimeError:
+        return False
