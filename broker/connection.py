@@ -21,9 +21,9 @@ from typing import Any, Union, cast
 
 import hiredis
 from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection, Connection as _TcpConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.asyncio.connection import AbstractConnection, Connection as _TcpConnection, parse_url
 
 from .errors import BrokerUnavailable, ConfigError
 
@@ -221,9 +221,7 @@ class Connection:
             self._lose()
             await self._disconnect()
             self._give_up_waiting()
-            await asyncio.sleep(
-                backoff_s * random.uniform(0.5, 1.0)
-            )  # apart, when a thousand clients come back
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
 
     async def _connect(self) -> asyncio.StreamReader:
@@ -364,9 +362,7 @@ def _redis_connection(url: str, name: str) -> AbstractConnection:
     # `wait_for`, and silence is noticed by `_beat`.
     # Nor its retries: `_run` has its own, which know when to stop.
     no_retry = Retry(NoBackoff(), 0)
-    options.update(
-        protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=_CONNECT_S, retry=no_retry
-    )
+    options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=_CONNECT_S, retry=no_retry)
     return kind(**options)
 
 

@@ -54,24 +54,31 @@ class Call:
 
     __slots__ = (
         "_accepted",
+        "_caller",
         "backend",
+        "deadline",
         "entry",
         "fields",
         "id",
         "limit",
-        "deadline",
         "since_ms",
         "then",
         "timeout_s",
         "unsure",
         "withdrawn",
-        "_caller",
     )
 
     def __init__(
         self, caller: Caller, id: str, backend: str, fields: list[bytes], limit: int, then: Callable[[Outcome], None]
     ) -> None:
-        self._caller, self.id, self.backend, self.fields, self.limit, self.then = caller, id, backend, fields, limit, then
+        self._caller, self.id, self.backend, self.fields, self.limit, self.then = (
+            caller,
+            id,
+            backend,
+            fields,
+            limit,
+            then,
+        )
         self.entry: bytes | None = None
         """Its id on the stream, once it is durably there."""
         self.since_ms = 0.0
@@ -115,7 +122,7 @@ class Caller:
         self._gone_since: float | None = None
         self._fetches: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[None] | None = None
-        self._closed = False
+        self.closed = False
 
     @classmethod
     async def get(cls, url: str, instance: str) -> Caller:
@@ -129,7 +136,7 @@ class Caller:
         # A forked child has its parent's objects but not its loop's threads and tasks.
         key = (url, instance, os.getpid())
         caller = shared.get(key)
-        if caller is None or caller._closed:
+        if caller is None or caller.closed:
             caller = shared[key] = cls(url, instance)
         try:
             await caller.open()
@@ -166,7 +173,7 @@ class Caller:
 
     async def close(self) -> None:
         """Fail what is in flight with `RequestCancelled`, delete the reply stream and disconnect."""
-        if self._closed:
+        if self.closed:
             return
         for call in list(self._in_flight.values()):
             self.withdraw(call)
@@ -174,7 +181,7 @@ class Caller:
         await self._shut()
 
     async def _shut(self) -> None:
-        self._closed = True
+        self.closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
         for fetch in self._fetches:
@@ -288,7 +295,7 @@ class Caller:
                 call._accepted.set_result(None)
         elif type(result) is int:
             self._refuse(call, Overloaded(call.backend, result, call.limit))
-        elif isinstance(result, FateUnknown) and not self._closed:
+        elif isinstance(result, FateUnknown) and not self.closed:
             call.unsure = True  # until we are connected again, and can look
         elif isinstance(result, OutOfMemoryError):
             self._refuse(call, Overloaded(call.backend, 0, call.limit))

@@ -24,7 +24,8 @@ from ..broker.lease import Lease
 from ..broker.signals import Signals
 from ..broker.wire import LARGE, Entry, Reply
 from ..handles.errors import DeliveryLimitExceeded, to_wire
-from .runner import Runner, Running
+from .runner import Runner
+from .running import Running
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,411 @@
+"""The handles: a sync and an asyncio face of one core."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from ..broker.keys import check_name
+from ..broker.registry import EndpointRecord
+from ..broker.wire import Header, Reply
+from . import background
+from .caller import Call, Caller, Outcome
+from .codec import encode
+from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
+from .options import Options
+from .results import value_of
+
+_MISSING_OK_S = 30.0
+_HandleT = TypeVar("_HandleT", bound="_Handle")
+
+_UNSET: Any = object()
+
+
+class _Handle:
+    """What both faces share: which endpoint of which instance on which Redis, and the options."""
+
+    __slots__ = ("_endpoint", "_instance", "_missing_ok", "_options", "_url")
+
+    def __init__(
+        self, url: str, instance: str, endpoint: str, options: Options | None = None, missing_ok: bool = False
+    ) -> None:
+        self._url, self._instance = url, check_name("an instance", instance)
+        self._endpoint = check_name("an endpoint", endpoint)
+        self._options = options or Options()
+        self._missing_ok = missing_ok
+
+    @property
+    def endpoint(self) -> str:
+        """The name of the endpoint."""
+        return self._endpoint
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._endpoint!r}, instance={self._instance!r})"
+
+    # A handle is its address: it travels by pickle and connects anew where it arrives.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._url, self._instance, self._endpoint, self._options, self._missing_ok)
+
+    def options(
+        self: _HandleT,
+        *,
+        method_name: str = _UNSET,
+        shard_key: str | None = _UNSET,
+        http_method: str = _UNSET,
+        http_headers: Mapping[str, str] = _UNSET,
+        timeout_s: float | None = _UNSET,
+    ) -> _HandleT:
+        """Return a handle to the same endpoint with other options; those that are not named stay as they are.
+
+        Args:
+            method_name: the method of the backend's class; ``"__call__"`` unless set.
+            shard_key: requests with the same key go to the same backend; None, the default, goes by the traffic's weights.
+            http_method: what ``request.method`` says; ``"GET"`` unless set.
+            http_headers: what ``request.headers`` holds; empty unless set.
+            timeout_s: seconds until a request expires, counted from ``remote``; None, the default, is never.
+
+        Raises:
+            TypeError: an option is of the wrong type.
+            ConfigError: an option cannot have that value.
+        """
+        given = {
+            "method_name": method_name,
+            "shard_key": shard_key,
+            "http_method": http_method,
+            "http_headers": http_headers,
+            "timeout_s": timeout_s,
+        }
+        changes = {name: value for name, value in given.items() if value is not _UNSET}
+        return type(self)(self._url, self._instance, self._endpoint, self._options.with_(changes), self._missing_ok)
+
+    def _write(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Written:
+        """Encode a call in the thread that makes it, so that what cannot travel is refused on the spot."""
+        if len(arguments) > 1:
+            raise TypeError(
+                f"remote() takes one positional argument, the body, and keyword arguments, the query; not {len(arguments)}"
+            )
+        value = arguments[0] if arguments else None
+        try:
+            codec, body = encode(value)
+        except TypeError as e:
+            # Whether the backend takes pickle is known once the endpoint is: see `_Written.body_for`.
+            codec, body = "pickle", b""
+            return _Written(self._header(codec, keywords), body, value, e)
+        return _Written(self._header(codec, keywords), body, None, None)
+
+    def _header(self, codec: str, keywords: dict[str, Any]) -> Header:
+        options = self._options
+        if keywords:
+            try:
+                encode(keywords)
+            except TypeError as e:
+                raise TypeError(f"the keyword arguments must be JSON values: {e}") from None
+        headers = [(name.lower(), value) for name, value in options.http_headers.items()]
+        return Header(
+            endpoint=self._endpoint,
+            method=options.http_method.upper(),
+            query=keywords,
+            headers=headers,
+            codec=codec,
+            call=options.method_name,
+        )
+
+    async def _find(self, caller: Caller, timeout_s: float | None) -> tuple[EndpointRecord, float | None]:
+        """Return the endpoint, waiting for it if it may be missing, and what is left of the time."""
+        endpoint = caller.snapshot.endpoints.get(self._endpoint)
+        if endpoint is not None:
+            return endpoint, timeout_s
+        if not self._missing_ok:
+            raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        ends = start + (_MISSING_OK_S if timeout_s is None else timeout_s)
+        while (endpoint := caller.snapshot.endpoints.get(self._endpoint)) is None:
+            if (left_s := ends - loop.time()) <= 0:
+                raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
+            await caller.watcher.next_change(left_s)
+        if timeout_s is None:
+            return endpoint, None
+        if (left_s := ends - loop.time()) <= 0:
+            raise RequestTimeout(f"endpoint {self._endpoint!r}", timeout_s)
+        return endpoint, left_s
+
+    def _send(
+        self,
+        caller: Caller,
+        endpoint: EndpointRecord,
+        written: _Written,
+        timeout_s: float | None,
+        then: Callable[[Outcome], None],
+    ) -> Call:
+        body = written.body
+        if written.unsendable is not None:
+            body = written.body_for(caller, endpoint)
+        return caller.dispatch(
+            endpoint, written.header, body, then, shard_key=self._options.shard_key, timeout_s=timeout_s
+        )
+
+
+class _Written:
+    """A call as bytes."""
+
+    __slots__ = ("body", "header", "unsendable", "value")
+
+    def __init__(self, header: Header, body: bytes, value: Any, unsendable: TypeError | None) -> None:
+        self.header, self.body, self.value, self.unsendable = header, body, value, unsendable
+
+    def body_for(self, caller: Caller, endpoint: EndpointRecord) -> bytes:
+        """Return the pickled value if every backend of the endpoint takes pickle; else raise why it cannot travel."""
+        for tag in endpoint.traffic:
+            backend = caller.snapshot.backends.get(tag)
+            if backend is None:
+                raise BackendNotFound(tag, caller.snapshot.backends)
+            if not backend.config.get("allow_pickle"):
+                raise TypeError(
+                    f"{self.unsendable}; backend {tag!r} would take it pickled if it had config={{'allow_pickle': True}}"
+                )
+        _, body = encode(self.value, allow_pickle=True)
+        return body
+
+
+class AsyncServeHandle(_Handle):
+    """Calls an endpoint from asyncio code.
+
+    Made by ``get_handle(name, sync=False)``. It can be pickled, and used in any loop; all handles of one loop share one
+    connection and one reply stream.
+    """
+
+    __slots__ = ()
+
+    async def remote(self, *body: Any, **query: Any) -> asyncio.Future[Any]:
+        """Send a request; return, once it is durably on its stream, the future of its answer.
+
+        Args:
+            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON can hold
+                (dataclasses, numpy arrays, datetimes and pydantic models included).
+            **query: JSON values, which the backend reads as ``request.query_params``.
+
+        Raises:
+            TypeError: the body or the query cannot travel.
+            EndpointNotFound: there is no such endpoint.
+            Overloaded: the backend's queue is full.
+            BrokerUnavailable: Redis cannot be reached.
+
+        The future raises `BackendError` if the backend's code raised, `RequestTimeout` if ``timeout_s`` passed,
+        `DeliveryLimitExceeded` if every replica that took the request died. Cancelling it cancels the request.
+        """
+        written = self._write(body, query)
+        caller = await Caller.get(self._url, self._instance)
+        endpoint, timeout_s = await self._find(caller, self._options.timeout_s)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        call = self._send(caller, endpoint, written, timeout_s, partial(_settle, future))
+        accepted = call.accepted()
+        try:
+            await accepted
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        except PenstockError:
+            _consume(future)  # the same error: raised here, not also reported as never retrieved
+            raise
+        if not future.done():
+            future.add_done_callback(partial(_cancel, call))
+        return future
+
+
+class ServeHandle(_Handle):
+    """Calls an endpoint from sync code, from any number of threads.
+
+    Made by ``get_handle(name)``. It can be pickled. All handles of one process share one connection and one reply stream, in
+    a background thread.
+    """
+
+    __slots__ = ()
+
+    def remote(self, *body: Any, **query: Any) -> concurrent.futures.Future[Any]:
+        """Send a request and return the future of its answer, at once: what the broker has to say comes through the future.
+
+        Args:
+            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON can hold
+                (dataclasses, numpy arrays, datetimes and pydantic models included).
+            **query: JSON values, which the backend reads as ``request.query_params``.
+
+        Raises:
+            TypeError: the body or the query cannot travel.
+
+        The future raises what ``AsyncServeHandle.remote`` and its future raise. Cancelling it cancels the request.
+        """
+        written = self._write(body, query)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        _outbox().put(partial(self._start, written, future))
+        return future
+
+    def _start(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
+        """Send it, in the background loop."""
+        if future.cancelled():
+            return
+        caller = _open_callers.get((self._url, self._instance))
+        endpoint = None if caller is None or caller.closed else caller.snapshot.endpoints.get(self._endpoint)
+        if caller is None or endpoint is None:
+            task = asyncio.get_running_loop().create_task(self._start_slowly(written, future))
+            _starting.add(task)
+            task.add_done_callback(_starting.discard)
+            future.add_done_callback(partial(_cancel_task, asyncio.get_running_loop(), task))
+            return
+        self._go(caller, endpoint, written, self._options.timeout_s, future)
+
+    async def _start_slowly(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
+        """Connect first, or wait for an endpoint that may be missing."""
+        try:
+            caller = await Caller.get(self._url, self._instance)
+            _open_callers[self._url, self._instance] = caller
+            endpoint, timeout_s = await self._find(caller, self._options.timeout_s)
+        except Exception as e:
+            _fail(future, e)
+            return
+        self._go(caller, endpoint, written, timeout_s, future)
+
+    def _go(
+        self,
+        caller: Caller,
+        endpoint: EndpointRecord,
+        written: _Written,
+        timeout_s: float | None,
+        future: concurrent.futures.Future[Any],
+    ) -> None:
+        try:
+            call = self._send(caller, endpoint, written, timeout_s, partial(_settle_sync, future))
+        except Exception as e:
+            _fail(future, e)
+            return
+        future.add_done_callback(partial(_cancel_from_thread, asyncio.get_running_loop(), call))
+
+
+# -- answers into futures
+
+
+def _settle(future: asyncio.Future[Any], outcome: Outcome) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Reply):
+        try:
+            value = value_of(outcome)
+        except Exception as e:
+            future.set_exception(e)
+        else:
+            future.set_result(value)
+    else:
+        future.set_exception(outcome)
+
+
+def _consume(future: asyncio.Future[Any]) -> None:
+    if future.done() and not future.cancelled():
+        future.exception()
+
+
+def _cancel(call: Call, future: asyncio.Future[Any]) -> None:
+    if future.cancelled():
+        call.cancel()
+
+
+def _settle_sync(future: concurrent.futures.Future[Any], outcome: Outcome) -> None:
+    # Decoded in the background loop: the thread that waits may want only to know that it is done.
+    if isinstance(outcome, Reply):
+        try:
+            value = value_of(outcome)
+        except Exception as e:
+            _fail(future, e)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result(value)
+    else:
+        _fail(future, outcome)
+
+
+def _fail(future: concurrent.futures.Future[Any], error: BaseException) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
+
+
+def _cancel_from_thread(loop: asyncio.AbstractEventLoop, call: Call, future: concurrent.futures.Future[Any]) -> None:
+    if future.cancelled():
+        loop.call_soon_threadsafe(call.cancel)
+
+
+def _cancel_task(
+    loop: asyncio.AbstractEventLoop, task: asyncio.Task[None], future: concurrent.futures.Future[Any]
+) -> None:
+    if future.cancelled():
+        loop.call_soon_threadsafe(task.cancel)
+
+
+# -- from threads to the background loop
+
+
+class _Outbox:
+    """Calls from any thread to the background loop, woken once for all that came until it wakes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def put(self, call: Callable[[], None]) -> None:
+        # Appended first, looked at second; `_empty` does both the other way round. So either it sees this call, or we see
+        # that it must be woken.
+        self._calls.append(call)
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False
+        calls = self._calls
+        while calls:
+            calls.popleft()()
+
+
+_lock = threading.Lock()
+_the_outbox: _Outbox | None = None
+_open_callers: dict[tuple[str, str], Caller] = {}
+_starting: set[asyncio.Task[None]] = set()
+
+
+def _outbox() -> _Outbox:
+    global _the_outbox
+    loop = background.loop()
+    if _the_outbox is None or _the_outbox.loop is not loop:
+        with _lock:
+            if _the_outbox is None or _the_outbox.loop is not loop:
+                _open_callers.clear()  # a forked child has its parent's
+                _the_outbox = _Outbox(loop)
+    return _the_outbox
+
+
+def warn_of_the_other_face(sync: bool) -> None:
+    """Warn when a sync handle is asked for inside a running loop, or an asyncio one outside of any."""
+    try:
+        asyncio.get_running_loop()
+        in_loop = True
+    except RuntimeError:
+        in_loop = False
+    if sync and in_loop:
+        warnings.warn(
+            "a sync handle was asked for inside a running event loop, which future.result() would block; "
+            "get_handle(..., sync=False) gives one to await",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif not sync and not in_loop:
+        warnings.warn(
+            "an asyncio handle was asked for where no event loop runs, so its remote() cannot be awaited here; "
+            "get_handle(...) gives one for sync code",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,44 @@
+"""What a handle's future gives for a reply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from ..broker.wire import Pairs, Reply
+from .codec import decode
+from .errors import MalformedBody, from_wire
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A whole HTTP response, where a backend returned one."""
+
+    status_code: int
+    headers: dict[str, str]
+    """Lower-case names. Of a header that was given twice, such as ``set-cookie``, the last one; ``raw_headers`` has all."""
+    body: bytes
+    raw_headers: Pairs
+
+    def json(self) -> Any:
+        """Return what the body says. Raises `MalformedBody` if it is not JSON."""
+        try:
+            return orjson.loads(self.body)
+        except ValueError as e:
+            raise MalformedBody(f"the response is not JSON: {e}") from None
+
+
+def value_of(reply: Reply) -> Any:
+    """Return the value that a backend returned, or raise the error that it sent instead.
+
+    Pickled values are read: a backend sends them only if it was created to, and who can write to a caller's reply stream can
+    run code on replicas already.
+    """
+    if reply.error is not None:
+        raise from_wire(reply.error)
+    if reply.codec == "response":
+        headers = {name.lower(): value for name, value in reply.headers}
+        return Response(reply.status, headers, reply.body, reply.headers)
+    return decode(reply.codec, reply.body, allow_pickle=True)
