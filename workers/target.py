@@ -1,0 +1,151 @@
+"""What a backend consists of: a function, or an instance of a class with its methods."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+from ray import cloudpickle
+
+from ..handles.errors import BackendError
+from .accept_batch import accepts_batch
+
+CALL = "__call__"
+
+# Penstock calls these itself. Whoever can send a request must not be able to.
+RECONFIGURE, CHECK_HEALTH = "reconfigure", "check_health"
+
+
+class Method(NamedTuple):
+    """One way to call a backend."""
+
+    function: Callable[..., Any]
+    is_async: bool
+    accepts_batch: bool
+
+
+class Code(NamedTuple):
+    """What was deployed, loaded but not yet constructed."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, blob: bytes) -> Code:
+        """Read what `dump` wrote, importing the modules that it names. Raises whatever that raises."""
+        target, args, kwargs = cloudpickle.loads(blob)
+        if isinstance(target, str):
+            target = _imported(target)
+        if not callable(target):
+            raise TypeError(f"a backend is a function or a class, not a {type(target).__name__}")
+        if isinstance(target, type):
+            if not any(CALL in base.__dict__ for base in target.__mro__):  # `getattr` finds what calls the class itself
+                raise TypeError(f"the class {target.__qualname__} has no __call__ method")
+        elif args or kwargs:
+            raise TypeError(f"{_name(target)} is not a class: there is no constructor to give arguments to")
+        return cls(target, tuple(args), dict(kwargs))
+
+    @property
+    def is_async(self) -> bool:
+        """Whether its ``__call__`` is ``async def``."""
+        return _is_async(self.target)
+
+    def construct(self) -> Target:
+        """Call the constructor if it is a class. Raises whatever that raises."""
+        if isinstance(self.target, type):
+            return Target(self.target(*self.args, **self.kwargs), has_methods=True)
+        return Target(self.target, has_methods=False)
+
+
+def dump(
+    target: Callable[..., Any] | str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> bytes:
+    """Write a function, a class with its arguments, or where to import either from (``"module:Name"``)."""
+    what = (target, args, dict(kwargs or {}))
+    return cast("bytes", cloudpickle.dumps(what))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+
+
+class Target:
+    """A function, or an object with methods, ready to be called."""
+
+    def __init__(self, target: Callable[..., Any], *, has_methods: bool) -> None:
+        self._target = target
+        self._has_methods = has_methods
+        self._methods: dict[str, Method] = {}
+        self.call = self.method(CALL)
+
+    def method(self, name: str) -> Method:
+        """Return the method that callers know as ``name``.
+
+        Raises:
+            BackendError: there is none (404), or it is not for callers (400).
+        """
+        method = self._methods.get(name)
+        if method is None:
+            # Only those that exist are remembered: anybody can make up a name.
+            method = self._methods[name] = self._find(name)
+        return method
+
+    @property
+    def accepts_batch(self) -> bool:
+        """Whether any of its methods does."""
+        return any(self.method(name).accepts_batch for name in self._names())
+
+    def hook(self, name: str) -> Method | None:
+        """Return one of the methods that Penstock calls itself, if there is one."""
+        return _method(getattr(self._target, name)) if self._has_methods and self._is_method(name) else None
+
+    def __repr__(self) -> str:
+        return _name(type(self._target) if self._has_methods else self._target)
+
+    def _find(self, name: str) -> Method:
+        if name == CALL:
+            return _method(getattr(self._target, CALL) if self._has_methods else self._target)
+        if name.startswith("_") or name in (RECONFIGURE, CHECK_HEALTH):
+            raise BackendError("AttributeError", f"the method {name!r} is not for callers", status=400)
+        if not self._has_methods:
+            raise BackendError("AttributeError", f"{self} is a function and has no method {name!r}", status=404)
+        if not self._is_method(name):
+            known = ", ".join(map(repr, self._names()))
+            raise BackendError("AttributeError", f"{self} has no method {name!r}; it has {known}", status=404)
+        return _method(getattr(self._target, name))
+
+    def _names(self) -> list[str]:
+        if not self._has_methods:
+            return [CALL]
+        public = (name for name in dir(type(self._target)) if not name.startswith("_"))
+        return [CALL, *(n for n in public if n not in (RECONFIGURE, CHECK_HEALTH) and self._is_method(n))]
+
+    def _is_method(self, name: str) -> bool:
+        # As the class has it: what an instance holds, such as a model that can be called, is not for callers; and a
+        # property is not asked for its value.
+        found = inspect.getattr_static(type(self._target), name, None)
+        if isinstance(found, (staticmethod, classmethod)):
+            return True
+        return callable(found) and not isinstance(found, type)
+
+
+def _method(function: Callable[..., Any]) -> Method:
+    return Method(function, _is_async(function), accepts_batch(function))
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    # The second: an object, or a class, with `async def __call__`.
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, CALL))
+
+
+def _imported(path: str) -> Any:
+    module, colon, names = path.partition(":")
+    if not (module and colon and names):
+        raise ValueError(f"an import path is written 'module:Name', not {path!r}")
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _name(target: object) -> str:
+    return getattr(target, "__qualname__", None) or type(target).__qualname__
