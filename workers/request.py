@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import pickle
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
 
@@ -15,6 +14,7 @@ from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
 from ..broker.wire import HTTP_CODEC, Entry
+from ..handles.codec import decode
 from ..handles.errors import MalformedBody
 
 _NOT_READ: Any = object()
@@ -137,33 +137,9 @@ class Request(requests.Request):
         raise RuntimeError(f"a backend answers by what it returns; it cannot send {message.get('type')!r}")
 
     def _read(self) -> Any:
-        body = self._body
-        match self._entry.header.codec:
-            case "json":
-                return parse_json(body)
-            case "text":
-                try:
-                    return body.decode()
-                except UnicodeDecodeError as e:
-                    raise MalformedBody(f"the body is not UTF-8: {e}") from None
-            case "none":
-                return None
-            case "pickle":
-                return self._unpickle()
-            case "bytes":
-                return body
-            case codec if codec == HTTP_CODEC:
-                return parse_json(body) if self._is_json() else body
-            case codec:
-                raise MalformedBody(f"the body is written as {codec!r}, which this replica cannot read")
-
-    def _unpickle(self) -> Any:
-        if not self._allow_pickle:
-            raise MalformedBody("the body is a Python object; only a backend with allow_pickle=True reads those")
-        try:
-            return pickle.loads(self._body)
-        except Exception as e:  # whatever the constructors of its classes raise
-            raise MalformedBody(f"the Python object in the body cannot be rebuilt: {type(e).__name__}: {e}") from e
+        if (codec := self._entry.header.codec) != HTTP_CODEC:
+            return decode(codec, self._body, allow_pickle=self._allow_pickle)
+        return parse_json(self._body) if self._is_json() else self._body
 
     def _is_json(self) -> bool:
         for name, value in self._entry.header.headers:

@@ -122,7 +122,7 @@ def test_nothing_from_http_is_unpickled_whatever_it_says_it_is() -> None:
     bomb = pickle.dumps(Explosive())
     for content_type in ("application/python-pickle", "pickle", ""):
         assert Request(from_http(bomb, content_type=content_type), allow_pickle=True).data == bomb
-    with pytest.raises(MalformedBody, match="ZeroDivisionError"):
+    with pytest.raises(MalformedBody, match="division by zero"):
         _ = Request(from_handle(bomb, codec="pickle"), allow_pickle=True).data
 
 
