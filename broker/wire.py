@@ -7,8 +7,9 @@ unknown version is refused by name; whatever else cannot be read is a `WireError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as shortened
 from typing import Any, Union, cast
 from uuid import UUID
 
@@ -22,7 +23,7 @@ LARGE = 256 * 1024
 
 _V, _ID, _CALLER, _HEADER, _BODY, _LARGE = b"v", b"id", b"by", b"h", b"b", b"large"
 
-PathParam = Union[str, int, float, UUID]
+PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Pairs = list[tuple[str, str]]
 
 HTTP_CODEC = ""
@@ -36,10 +37,10 @@ class Header:
     endpoint: str = ""
     method: str = "GET"
     path: str = "/"
-    path_params: dict[str, PathParam] = field(default_factory=dict)
+    path_params: dict[str, PathParam] = field(default_factory=dict[str, PathParam])
     query: str | dict[str, Any] = ""
     """The raw query string of HTTP, or the keyword arguments of a handle as the JSON values they were."""
-    headers: Pairs = field(default_factory=list)
+    headers: Pairs = field(default_factory=list[tuple[str, str]])
     """Lower-case names; the trace context is among them, as ``traceparent`` (W3C Trace Context)."""
     codec: str = HTTP_CODEC
     """How a handle wrote the body: ``json``, ``text``, ``bytes``, ``none`` or ``pickle``."""
@@ -72,20 +73,32 @@ class Header:
     @classmethod
     def load(cls, raw: bytes) -> Header:
         """Read what `dump` wrote. Raises `WireError` for anything else."""
-        read = _Reader(raw)
-        query = read.get("query", (str, dict), "")
+        members = _loads(raw)
+        get = members.get
+        endpoint, method, path = get("endpoint", ""), get("method", "GET"), get("path", "/")
+        query, codec, deadline_ms = get("query", ""), get("codec", HTTP_CODEC), get("deadline_ms", 0)
+        call, request_id, client = get("call", "__call__"), get("request_id", ""), get("client", "")
+        params, headers = get("params"), get("headers")
+        # Checked here and not by a function for each: this runs for every request.
+        if not (
+            type(endpoint) is type(method) is type(path) is type(codec) is str
+            and type(call) is type(request_id) is type(client) is str
+            and type(deadline_ms) is int
+            and (type(query) is str or type(query) is dict)
+        ):
+            raise _wrong_member(members, _HEADER_TYPES)
         return cls(
-            read.get("endpoint", str, ""),
-            read.get("method", str, "GET"),
-            read.get("path", str, "/"),
-            _load_params(read.get("params", dict, {})),
-            query,
-            read.pairs("headers"),
-            read.get("codec", str, HTTP_CODEC),
-            read.get("deadline_ms", int, 0),
-            read.get("call", str, "__call__"),
-            read.get("request_id", str, ""),
-            read.get("client", str, ""),
+            endpoint,
+            method,
+            path,
+            _load_params(params) if params else {},
+            query,  # pyright: ignore[reportUnknownArgumentType]
+            _load_pairs(headers) if headers else [],
+            codec,
+            deadline_ms,
+            call,
+            request_id,
+            client,
         )
 
 
@@ -124,13 +137,16 @@ class Entry:
             WireError: the version is not ours, a field is missing, or one cannot be read.
         """
         named = _named(fields)
-        return cls(
-            _text(named, _ID),
-            _text(named, _CALLER),
-            Header.load(_required(named, _HEADER)),
-            named.get(_BODY, b""),
-            named.get(_LARGE) == b"1",
-        )
+        try:
+            return cls(
+                named[_ID].decode(),
+                named[_CALLER].decode(),
+                Header.load(named[_HEADER]),
+                named.get(_BODY, b""),
+                named.get(_LARGE) == b"1",
+            )
+        except (KeyError, UnicodeDecodeError) as e:
+            raise _wrong_field(e) from None
 
 
 @dataclass(slots=True)
@@ -141,8 +157,11 @@ class Reply:
     """Of the request."""
     status: int = 200
     codec: str = "none"
-    """How the value was written: ``json``, ``text``, ``bytes``, ``none``, ``pickle``; ``response`` is a whole HTTP response."""
-    headers: Pairs = field(default_factory=list)
+    """How the value was written: ``json``, ``text``, ``bytes``, ``none`` or ``pickle``.
+
+    ``response`` is a whole HTTP response.
+    """
+    headers: Pairs = field(default_factory=list[tuple[str, str]])
     """Those of a whole response; else empty."""
     error: dict[str, Any] | None = None
     """The error instead of a value, as ``handles.errors.to_wire`` wrote it."""
@@ -155,17 +174,15 @@ class Reply:
 
     def fields(self) -> list[bytes]:
         """Return names and values in turn, as ``XADD`` takes them."""
-        header: dict[str, Any] = {
+        header = {
             "status": self.status,
             "codec": self.codec,
+            "headers": self.headers,
+            "error": self.error,
             "replica": self.replica,
             "queue_ms": self.queue_ms,
             "run_ms": self.run_ms,
         }
-        if self.headers:
-            header["headers"] = self.headers
-        if self.error is not None:
-            header["error"] = self.error
         fields = [_V, VERSION, _ID, self.id.encode(), _HEADER, orjson.dumps(header)]
         fields += (_LARGE, b"1") if self.large else (_BODY, self.body)
         return fields
@@ -174,113 +191,135 @@ class Reply:
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Reply:
         """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
         named = _named(fields)
-        read = _Reader(_required(named, _HEADER))
-        status = read.get("status", int, 200)
+        try:
+            id_, header = named[_ID].decode(), named[_HEADER]
+        except (KeyError, UnicodeDecodeError) as e:
+            raise _wrong_field(e) from None
+        members = _loads(header)
+        get = members.get
+        status, codec, replica = get("status", 200), get("codec", "none"), get("replica", "")
+        queue_ms, run_ms = get("queue_ms", 0.0), get("run_ms", 0.0)
+        headers, error = get("headers"), get("error")
+        if not (
+            type(status) is int
+            and type(codec) is type(replica) is str
+            and (type(queue_ms) is float or type(queue_ms) is int)
+            and (type(run_ms) is float or type(run_ms) is int)
+            and (error is None or type(error) is dict)
+        ):
+            raise _wrong_member(members, _REPLY_TYPES)
         if not 100 <= status <= 599:
             raise WireError(f"the status of a reply must be 100 to 599, not {status}")
         return cls(
-            _text(named, _ID),
+            id_,
             status,
-            read.get("codec", str, "none"),
-            read.pairs("headers"),
-            read.get("error", (dict, type(None)), None),
-            read.get("replica", str, ""),
-            float(read.get("queue_ms", (float, int), 0.0)),
-            float(read.get("run_ms", (float, int), 0.0)),
+            codec,
+            _load_pairs(headers) if headers else [],
+            error,  # pyright: ignore[reportUnknownArgumentType]
+            replica,
+            queue_ms,
+            run_ms,
             named.get(_BODY, b""),
             named.get(_LARGE) == b"1",
         )
 
 
-class _Reader:
-    """A JSON object whose members must be of the types that are asked for."""
-
-    __slots__ = ("_members",)
-
-    def __init__(self, raw: bytes) -> None:
-        try:
-            members = orjson.loads(raw)
-        except orjson.JSONDecodeError as e:
-            raise WireError(f"the header is not JSON: {e}") from None
-        if type(members) is not dict:
-            raise WireError(f"the header must be a JSON object, not {type(members).__name__}")
-        self._members = cast("dict[str, Any]", members)
-
-    def get(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        value = self._members.get(name, default)
-        # bool is an int to isinstance, and never what a number or a text here may be.
-        if not isinstance(value, kind) or value is True or value is False:
-            raise WireError(f"the header's {name!r} cannot be a {type(value).__name__}")
-        return value
-
-    def pairs(self, name: str) -> Pairs:
-        raw = self._members.get(name)
-        if raw is None:
-            return []
-        try:
-            pairs = [(key, value) for key, value in raw]
-        except (TypeError, ValueError):
-            raise WireError(f"the header's {name!r} must be a list of pairs") from None
-        for key, value in pairs:
-            if type(key) is not str or type(value) is not str:
-                raise WireError(f"the header's {name!r} must be pairs of strings")
-        return pairs
+_HEADER_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("endpoint", "method", "path", "codec", "call", "request_id", "client"), (str,)),
+    "query": (str, dict),
+    "deadline_ms": (int,),
+}
+_REPLY_TYPES: Mapping[str, tuple[type, ...]] = {
+    "status": (int,),
+    "codec": (str,),
+    "replica": (str,),
+    "queue_ms": (float, int),
+    "run_ms": (float, int),
+    "error": (dict, type(None)),
+}
 
 
 def _named(fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
     if not isinstance(fields, Mapping):
         if len(fields) % 2:
             raise WireError("an entry has a field without a value")
-        fields = dict(zip(fields[::2], fields[1::2]))
+        fields = dict(zip(fields[::2], fields[1::2]))  # noqa: B905 - `strict` costs, and the lengths are equal
     if (version := fields.get(_V)) != VERSION:
-        raise WireError(f"cannot read wire version {version!r}; this process reads {VERSION!r}")
+        raise WireError(f"cannot read wire version {shortened(version)}; this process reads {VERSION!r}")
     return fields
 
 
-def _required(fields: Mapping[bytes, bytes], name: bytes) -> bytes:
+def _wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
+    if isinstance(error, KeyError):
+        return WireError(f"an entry has no field {error.args[0]!r}")
+    return WireError(f"{shortened(error.object)} is not UTF-8")
+
+
+def _loads(raw: bytes) -> dict[str, Any]:
     try:
-        return fields[name]
-    except KeyError:
-        raise WireError(f"an entry has no field {name!r}") from None
+        members = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        raise WireError(f"the header is not JSON: {e}") from None
+    if type(members) is not dict:
+        raise WireError(f"the header must be a JSON object, not {type(members).__name__}")
+    return cast("dict[str, Any]", members)
 
 
-def _text(fields: Mapping[bytes, bytes], name: bytes) -> str:
+def _wrong_member(members: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> WireError:
+    for name, allowed in types.items():
+        if name in members and type(members[name]) not in allowed:
+            return WireError(f"the header's {name!r} cannot be a {type(members[name]).__name__}")
+    raise AssertionError("a member that was of the wrong type is of the right one")
+
+
+def _load_pairs(raw: Any) -> Pairs:
     try:
-        return _required(fields, name).decode()
-    except UnicodeDecodeError:
-        raise WireError(f"the field {name!r} is not UTF-8") from None
+        pairs = [(key, value) for key, value in raw if type(key) is str and type(value) is str]
+        if len(pairs) == len(raw):
+            return pairs
+    except (TypeError, ValueError):
+        pass
+    raise WireError("the header's 'headers' must be pairs of strings")
 
 
-# JSON has no UUIDs, and orjson no integers beyond 64 bits and no infinity (which Starlette's float convertor makes of 400
-# digits): what is not a string carries its type and is spelled out.
+# JSON has no UUIDs, and orjson no integers beyond 64 bits and no infinity (which Starlette's float convertor makes of
+# 400 digits): what is not a string carries its type and is spelled out. Integers in hexadecimal, as Python refuses to
+# read more than 4300 decimal digits.
 def _dump_params(params: Mapping[str, PathParam]) -> dict[str, str | tuple[str, str]]:
     return {name: value if type(value) is str else _dump_param(name, value) for name, value in params.items()}
 
 
-def _dump_param(name: str, value: PathParam) -> tuple[str, str]:
-    for kind, of in (("int", int), ("float", float), ("uuid", UUID), ("str", str)):
-        if isinstance(value, of):
-            return kind, repr(value) if of is float else str(value)
+def _dump_param(name: str, value: object) -> tuple[str, str]:
+    if isinstance(value, int):
+        return "int", f"{int(value):x}"
+    if isinstance(value, float):
+        return "float", float.__repr__(value)
+    if isinstance(value, UUID):
+        return "uuid", value.hex
+    if isinstance(value, str):
+        return "str", str(value)
     raise WireError(f"the path parameter {name!r} cannot travel: its convertor made a {type(value).__name__}")
 
 
-_CONVERTORS: dict[str, type[int] | type[float] | type[UUID] | type[str]] = {
-    "int": int,
+_PARAMS: dict[str, Callable[[str], PathParam]] = {
+    "int": lambda text: int(text, 16),
     "float": float,
     "uuid": UUID,
     "str": str,
 }
 
 
-def _load_params(raw: Mapping[str, Any]) -> dict[str, PathParam]:
+def _load_params(raw: Any) -> dict[str, PathParam]:
+    if type(raw) is not dict:
+        raise WireError(f"the header's 'params' cannot be a {type(raw).__name__}")
     params: dict[str, PathParam] = {}
-    for name, value in raw.items():
+    for name, value in cast("dict[str, Any]", raw).items():
         if type(value) is str:
             params[name] = value
             continue
         try:
             kind, text = value
-            params[name] = _CONVERTORS[kind](text)
+            params[name] = _PARAMS[kind](text)
         except (TypeError, ValueError, KeyError, AttributeError):
-            raise WireError(f"the path parameter {name!r} cannot be read from {value!r}") from None
+            raise WireError(f"the path parameter {name!r} cannot be read from {shortened(value)}") from None
     return params

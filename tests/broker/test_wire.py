@@ -1,0 +1,225 @@
+import dataclasses
+import json
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, strategies as st
+
+from penstock.broker.errors import WireError
+from penstock.broker.wire import Entry, Header, PathParam, Reply
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # surrogates are not Unicode text
+SMALL_INTS = st.integers(-(2**63), 2**64 - 1)
+"""What JSON's writers and readers agree on."""
+JSON = st.recursive(
+    st.none() | st.booleans() | SMALL_INTS | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4)
+PATH_PARAMS = TEXT | st.integers() | st.floats(allow_nan=False) | st.uuids()
+
+headers = st.builds(
+    Header,
+    endpoint=TEXT,
+    method=TEXT,
+    path=TEXT,
+    path_params=st.dictionaries(TEXT, PATH_PARAMS, max_size=4),
+    query=TEXT | st.dictionaries(TEXT, JSON, max_size=3),
+    headers=PAIRS,
+    codec=TEXT,
+    deadline_ms=st.integers(0, 2**63),
+    call=TEXT,
+    request_id=TEXT,
+    client=TEXT,
+)
+entries = st.builds(Entry, TEXT, TEXT, headers, st.binary(max_size=50))
+replies = st.builds(
+    Reply,
+    id=TEXT,
+    status=st.integers(100, 599),
+    codec=TEXT,
+    headers=PAIRS,
+    error=st.none() | st.dictionaries(TEXT, JSON, max_size=3),
+    replica=TEXT,
+    queue_ms=st.floats(allow_nan=False, allow_infinity=False),
+    run_ms=st.floats(allow_nan=False, allow_infinity=False),
+    body=st.binary(max_size=50),
+)
+
+MEMBERS = st.sampled_from(
+    [*json.loads(Header().dump()), "status", "error", "replica", "queue_ms", "run_ms", "unheard-of"]
+)
+FIELDS = st.sampled_from([b"v", b"id", b"by", b"h", b"b", b"large", b"unheard-of"])
+
+
+def field(fields: list[bytes], name: bytes) -> bytes:
+    return fields[fields.index(name) + 1]
+
+
+def with_field(fields: list[bytes], name: bytes, value: bytes) -> list[bytes]:
+    at = fields.index(name) + 1
+    return [*fields[:at], value, *fields[at + 1 :]]
+
+
+@given(entries)
+def test_the_entry_that_is_written_is_the_entry_that_is_read(entry: Entry) -> None:
+    assert Entry.of(entry.fields()) == entry
+
+
+@given(replies)
+def test_the_reply_that_is_written_is_the_reply_that_is_read(reply: Reply) -> None:
+    assert Reply.of(reply.fields()) == reply
+
+
+@given(entries)
+def test_an_entry_can_be_read_from_a_mapping_too(entry: Entry) -> None:
+    fields = entry.fields()
+    assert Entry.of(dict(zip(fields[::2], fields[1::2], strict=True))) == entry
+
+
+def test_a_large_body_is_not_in_its_entry_or_reply() -> None:
+    entry = Entry("1", "caller", Header(), b"", large=True)
+    reply = Reply("1", large=True)
+    assert Entry.of(entry.fields()) == entry
+    assert Reply.of(reply.fields()) == reply
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1,
+        2**64,
+        -(10**5000),
+        3.14,
+        float("inf"),
+        float("-inf"),
+        5e-324,
+        UUID("12345678-1234-5678-1234-567812345678"),
+        "text",
+        "",
+        "7",
+    ],
+    ids=lambda value: f"{type(value).__name__} {value:.5g}" if isinstance(value, float) else type(value).__name__,
+)
+def test_a_path_parameter_keeps_its_type_and_value(value: PathParam) -> None:
+    read = Header.load(Header(path_params={"p": value}).dump()).path_params["p"]
+    assert (type(read), read) == (type(value), value)
+
+
+def test_a_path_parameter_that_cannot_travel_is_refused_by_name() -> None:
+    convertors_make_anything: Any = {"when": object()}
+    with pytest.raises(WireError, match="the path parameter 'when' cannot travel.*object"):
+        Header(path_params=convertors_make_anything).dump()
+
+
+def test_a_body_is_raw_bytes_and_not_inside_the_json() -> None:
+    body = bytes(range(256))
+    assert body in Entry("1", "c", Header(), body).fields()
+    assert body in Reply("1", body=body).fields()
+
+
+@given(entries, replies, st.binary(max_size=20), JSON)
+def test_what_a_later_release_adds_is_ignored(entry: Entry, reply: Reply, value: bytes, member: Any) -> None:
+    for written in (entry, reply):
+        fields = written.fields()
+        header = json.loads(field(fields, b"h")) | {"unheard-of": member}
+        fields = with_field(fields, b"h", json.dumps(header).encode())
+        assert type(written).of([*fields, b"unheard-of", value]) == written
+
+
+def test_what_an_earlier_release_did_not_write_has_its_default() -> None:
+    assert Header.load(b"{}") == Header()
+    assert Reply.of([b"v", b"1", b"id", b"7", b"h", b"{}"]) == Reply("7")
+
+
+@pytest.mark.parametrize("kind", [Entry, Reply])
+def test_an_unknown_version_is_refused_by_name(kind: type[Entry] | type[Reply]) -> None:
+    fields = [*Entry("1", "c", Header()).fields()]
+    with pytest.raises(WireError, match=r"cannot read wire version b'2'; this process reads b'1'"):
+        kind.of(with_field(fields, b"v", b"2"))
+    with pytest.raises(WireError, match="cannot read wire version None"):
+        kind.of(fields[2:])
+
+
+@pytest.mark.parametrize("name", [b"id", b"by", b"h"])
+def test_a_missing_field_is_named(name: bytes) -> None:
+    fields = Entry("1", "c", Header()).fields()
+    at = fields.index(name)
+    with pytest.raises(WireError, match=f"no field {name!r}"):
+        Entry.of(fields[:at] + fields[at + 2 :])
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("endpoint", 1),
+        ("path", None),
+        ("query", ["a"]),
+        ("deadline_ms", True),
+        ("deadline_ms", 1.5),
+        ("headers", [["a", 1]]),
+        ("headers", {"a": "b"}),
+        ("params", ["a"]),
+        ("params", {"headers": ["int", "x"]}),
+        ("params", {"headers": ["complex", "1"]}),
+    ],
+)
+def test_a_member_of_the_wrong_type_is_named(member: str, value: Any) -> None:
+    with pytest.raises(WireError, match=f"{member}|headers"):
+        Header.load(json.dumps({member: value}).encode())
+
+
+@pytest.mark.parametrize("status", [99, 600, -1, True, "200"])
+def test_a_reply_has_a_status_of_http(status: Any) -> None:
+    with pytest.raises(WireError, match="status"):
+        Reply.of([b"v", b"1", b"id", b"7", b"h", json.dumps({"status": status}).encode()])
+
+
+def read_or_refuse(fields: list[bytes]) -> None:
+    for kind in (Entry, Reply):
+        try:
+            kind.of(fields)
+        except WireError as error:
+            assert len(str(error)) < 500
+
+
+@given(st.lists(st.binary(max_size=30), max_size=12))
+def test_random_fields_give_a_wire_error_and_no_other(fields: list[bytes]) -> None:
+    read_or_refuse(fields)
+
+
+@given(st.lists(st.tuples(FIELDS, st.binary(max_size=30) | st.just(b"1")), max_size=8))
+def test_random_values_give_a_wire_error_and_no_other(pairs: list[tuple[bytes, bytes]]) -> None:
+    read_or_refuse([b"v", b"1", *(part for pair in pairs for part in pair)])
+
+
+@given(JSON | st.dictionaries(MEMBERS, JSON, max_size=6), st.integers(0, 40))
+def test_random_json_gives_a_wire_error_and_no_other(header: Any, cut: int) -> None:
+    whole = json.dumps(header).encode()
+    for raw in (whole, whole[:cut], whole + b"}", b"[" * 5000):
+        read_or_refuse([b"v", b"1", b"id", b"1", b"by", b"c", b"h", raw, b"b", b""])
+
+
+@given(entries, st.data())
+def test_a_flipped_byte_gives_a_wire_error_and_no_other(entry: Entry, data: st.DataObject) -> None:
+    fields = entry.fields()
+    at = data.draw(st.integers(0, len(fields) - 1))
+    broken = bytearray(fields[at] or b"x")
+    broken[data.draw(st.integers(0, len(broken) - 1))] ^= data.draw(st.integers(1, 255))
+    read_or_refuse([*fields[:at], bytes(broken), *fields[at + 1 :]])
+
+
+def test_every_member_of_a_header_travels() -> None:
+    """A member that somebody adds and forgets to write, or to read, fails here."""
+    sentinels: dict[str, Any] = {
+        "path_params": {"n": 3},
+        "query": {"q": 1},
+        "headers": [("a", "b")],
+        "deadline_ms": 17,
+    }
+    names = [member.name for member in dataclasses.fields(Header)]
+    header = Header(**{name: sentinels.get(name, f"<{name}>") for name in names})
+    assert Header.load(header.dump()) == header
