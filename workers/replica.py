@@ -1,0 +1,268 @@
+"""A replica, and the Ray actor around it: it reads from the registry what it is to run, and says there how it is doing.
+
+Nobody has to tell it anything but when to end, so it goes on serving whatever becomes of the controller and of Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+from collections.abc import Coroutine, Mapping
+from typing import Any, cast
+
+import ray
+from ray.exceptions import ActorDiedError, RayError
+
+from ..broker.connection import Connection
+from ..broker.errors import BrokerUnavailable, PenstockError
+from ..broker.keys import Keys
+from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
+from ..handles.errors import BackendNotFound, to_wire
+from .runner import Runner
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "penstock"
+REDIS_URL = "PENSTOCK_REDIS_URL"
+
+_RETRY_S = 0.5
+_PROMPTLY_S = 1.0
+
+
+class Serving:
+    """The life of one replica, from `ready` to `drain`: a plain asyncio class, which needs no Ray."""
+
+    def __init__(
+        self, redis_url: str, instance: str, backend: str, replica: str, where: Mapping[str, Any] | None = None
+    ) -> None:
+        self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
+        self._keys = Keys(instance)
+        self._version = ""
+        self._config_version = self._refused = 0
+        self._said: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
+        self._connection: Connection | None = None
+        self._runner: Runner | None = None
+        self._worker: Worker | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[bool] | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def ready(self) -> None:
+        """Return when it serves, however long the user's constructor takes. Called again, it tells the same.
+
+        Raises:
+            BackendNotFound: its backend was deleted.
+            BackendError: the user's code cannot be loaded, constructed or configured.
+        """
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        await asyncio.shield(self._starting)
+
+    async def check(self) -> None:
+        """Return if it is well, as far as is known by now.
+
+        A ``check_health`` of the user's that waits behind a long request is no sign of illness: it is not waited for,
+        and what it says is said by the next call.
+
+        Raises:
+            PenstockError: it could not start.
+            BackendError: the user's ``check_health`` raised, or took too long.
+        """
+        if self._starting is not None and self._starting.done():
+            await self._starting
+        if self._runner is None or self._worker is None:
+            return
+        if self._checking is None:
+            self._checking = asyncio.ensure_future(self._runner.check_health())
+        checking = self._checking
+        await asyncio.wait([checking], timeout=_PROMPTLY_S)
+        if checking.done():
+            self._checking = None
+            await checking
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, finish what was begun, and stop serving for good.
+
+        Returns False if some of it was unfinished after ``timeout_s`` seconds. Other replicas take that over.
+        """
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end(timeout_s))
+        return await asyncio.shield(self._ending)
+
+    # -- starting
+
+    async def _start(self) -> None:
+        await self._connect()
+        try:
+            record = self._watcher.snapshot.backends.get(self._backend)
+            if record is None:
+                raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
+            self._version = record.version
+            self._say(version=record.version, config_version=0)
+            blob = await self._code(record)
+            self._runner = Runner(self._backend, self._replica, blob, record.config)
+            await self._runner.start()
+        except PenstockError as e:
+            log.error("replica %s cannot start: %s", self._replica, e)
+            self._say(state="failed", error=to_wire(e))
+            raise
+        self._worker = await self._claiming(self._runner)
+        self._config_version = record.config_version
+        self._say(state="ready", config_version=record.config_version)
+        self._watcher.add_listener(self._on_change)
+        self._on_change(self._watcher.snapshot)
+
+    async def _connect(self) -> None:
+        while True:
+            connection = Connection(self._url, name=f"penstock-{self._replica}-registry")
+            self._registry = Registry(connection, self._keys)
+            self._watcher = Watcher(self._url, self._registry, self._keys)
+            try:
+                await connection.open()
+                await self._watcher.start()
+            except BrokerUnavailable as e:
+                log.warning("replica %s waits for its broker: %s", self._replica, e)
+                await self._watcher.close()
+                await connection.close()
+                await asyncio.sleep(_RETRY_S)
+            else:
+                connection.on_reconnect(self._tell)  # a broker that lost its data has lost what we said too
+                self._connection = connection
+                return
+
+    async def _code(self, record: BackendRecord) -> bytes:
+        while True:
+            try:
+                return await self._registry.get_code(record.code)
+            except BrokerUnavailable:
+                await asyncio.sleep(_RETRY_S)
+
+    async def _claiming(self, runner: Runner) -> Worker:
+        while True:
+            worker = Worker(self._url, self._instance, self._backend, self._replica, runner)
+            try:
+                await worker.start()
+            except BrokerUnavailable as e:
+                log.warning("replica %s waits for its broker: %s", self._replica, e)
+                await worker.stop()
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return worker
+
+    # -- following the registry
+
+    def _on_change(self, _: Snapshot) -> None:
+        if self._following is None or self._following.done():
+            self._following = self._spawn(self._follow())
+
+    async def _follow(self) -> None:
+        """Take over configurations until there is no newer one."""
+        assert self._worker is not None
+        while (record := self._newer()) is not None:
+            try:
+                await self._worker.reconfigure(record.config)
+            except PenstockError as e:
+                log.error("replica %s keeps its configuration: %s", self._replica, e)
+                self._refused = record.config_version
+                self._say(error=to_wire(e), refused=record.config_version)
+            else:
+                self._config_version = record.config_version
+                self._say(config_version=record.config_version, error=None, refused=None)
+
+    def _newer(self) -> BackendRecord | None:
+        record = self._watcher.snapshot.backends.get(self._backend)
+        # A new version of the code has replicas of its own, and its configuration may not suit ours.
+        if record is None or record.version != self._version or self._ending is not None:
+            return None
+        return record if record.config_version > max(self._config_version, self._refused) else None
+
+    def _say(self, **news: Any) -> None:
+        """Change what the registry holds of us, as soon as that can be reached."""
+        self._said = {name: value for name, value in {**self._said, **news}.items() if value is not None}
+        self._spawn(self._tell())
+
+    async def _tell(self) -> None:
+        while True:
+            try:
+                return await self._registry.report("replicas", self._replica, self._said)
+            except BrokerUnavailable:
+                await asyncio.sleep(_RETRY_S)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- ending
+
+    async def _end(self, timeout_s: float) -> bool:
+        loop, finished = asyncio.get_running_loop(), True
+        ends_at = loop.time() + timeout_s
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._connection is not None:
+            self._say(state="draining")
+        if self._worker is not None:
+            finished = await self._worker.drain(timeout_s)
+        if self._runner is not None:
+            finished = await self._runner.stop(max(0.0, ends_at - loop.time())) and finished
+        if self._worker is not None:
+            await self._worker.stop()
+        for task in self._tasks:
+            task.cancel()
+        if self._connection is not None:
+            await self._watcher.close()
+            await self._connection.close()
+        return finished
+
+
+class _Actor:
+    """A replica as a Ray actor. All of its methods may be waiting at once."""
+
+    def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
+        # For `serve.connect()` in the user's code.
+        os.environ[REDIS_URL] = redis_url
+        where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        self._serving = Serving(redis_url, instance, backend, replica, where)
+
+    async def ready(self) -> None:
+        await self._serving.ready()
+        # What was made so far lives as long as the process: it need not be looked through again and again.
+        gc.collect()
+        gc.freeze()
+
+    async def check(self) -> None:
+        await self._serving.check()
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await self._serving.drain(timeout_s)
+
+    async def attend(self, controller: str) -> None:
+        """Live as long as the actor ``controller``, over its restarts; end when that has ended for good."""
+        await _outlast(controller)
+        ray.kill(cast("Any", ray.get_runtime_context()).current_actor)
+
+
+async def _outlast(name: str) -> None:
+    """Return when the actor ``name`` will not come back."""
+    while True:
+        try:
+            # In a thread, as it blocks for long when Ray's head is away.
+            actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
+            await actor.attend.remote()
+        except (ValueError, ActorDiedError):  # a ValueError: there is none of that name
+            return
+        except RayError as e:
+            log.debug("cannot attend to %s: %s", name, e)
+        await asyncio.sleep(_RETRY_S)
+
+
+Replica: Any = ray.remote(_Actor)
+"""Takes the broker's URL, the names of the instance and of the backend, and the replica's own."""
