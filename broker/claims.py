@@ -19,15 +19,13 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from .connection import BLOCK_MS, Connection, Script
 from .keys import Keys
+from .signals import LOOK, signal
 
 log = logging.getLogger(__name__)
 
 GROUP = "replicas"
 RETURNED = "-returned-"
 """The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
-
-LOOK = b"look"
-"""The signal that something was given back; any other is the id of an entry whose caller gave it up."""
 
 HISTORY_S = 7 * 24 * 3600
 
@@ -146,7 +144,6 @@ class Claims:
         self._stream = keys.requests(backend)
         self._history = keys.history(backend, "")
         self._leases = keys.alive(backend, "")
-        self._signals = keys.signals(backend)
 
     async def ensure_group(self) -> None:
         """Create the stream and its group if they are not there. What was published before is delivered."""
@@ -242,7 +239,7 @@ class Claims:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
         args = [GROUP, self._replica, RETURNED, *entries]
         self._commands.post_script(_log_failure, _GIVE_BACK, [self._stream], args, repeat=True)
-        self._commands.post(_log_failure, "PUBLISH", self._signals, LOOK, repeat=True)
+        signal(self._commands, self._keys, self._backend, LOOK)
 
     async def leave(self) -> None:
         """Forget this replica as a consumer, if it holds nothing."""

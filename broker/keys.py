@@ -50,6 +50,10 @@ class Keys:
         """A hash: what the parts of one kind (``replicas``, ``proxies``, ``backends``) say of themselves."""
         return f"{self._root}{{registry}}:reports:{kind}"
 
+    def of_backend(self, backend: str) -> str:
+        """Matches every key of one backend (``SCAN MATCH``)."""
+        return f"{self._root}{{{backend}}}:*"
+
     def requests(self, backend: str) -> str:
         return f"{self._root}{{{backend}}}:requests"
 
@@ -71,7 +75,7 @@ class Keys:
         return f"{self._root}{{{backend}}}:body:{request}"
 
     def signals(self, backend: str) -> str:
-        """A Pub/Sub channel to a backend's replicas; see ``broker/signals.py``."""
+        """A short stream to all of a backend's replicas; see ``broker/signals.py``."""
         return f"{self._root}{{{backend}}}:signals"
 
     def replies(self, caller: str) -> str:

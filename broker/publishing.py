@@ -1,19 +1,23 @@
 """Requests onto their streams: admission and append in one script, all of a tick's in one call.
 
-Admission counts what is unsettled, waiting and running, over all callers, at the broker: ``XLEN`` has every entry until it is
-settled (acknowledged and deleted). So the limit holds exactly at any number of callers.
+Admission counts what is unsettled, waiting and running, over all callers, at the broker: ``XLEN`` has every entry until
+it is settled (acknowledged and deleted). So the limit holds exactly at any number of callers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Union
 
-from .connection import Connection, Script
+from .connection import Arg, Connection, Script
 from .keys import Keys
+from .signals import signal
 
-Published = Union[bytes, int, Exception]
+log = logging.getLogger(__name__)
+
+Published = Union[bytes, int, Exception]  # noqa: UP007 - it is evaluated, also on Python 3.10
 """The entry's id on its stream; or how many unsettled entries stood in its way; or what went wrong."""
 
 # KEYS: the stream to append to, then every stream that counts. ARGV: the limit, then for each entry the number of its
@@ -38,8 +42,8 @@ end
 return out
 """)
 
-# Which of these requests are on the stream? KEYS: the stream. ARGV: the id to search from, the name of the field that has
-# the request's id, then the ids. Answers with the entry id of each, or ''.
+# Which of these requests are on the stream? KEYS: the stream. ARGV: the id to search from, the name of the field that
+# has the request's id, then the ids. Answers with the entry id of each, or ''.
 _FIND = Script("""#!lua flags=no-writes
 local wanted = {}
 for i = 3, #ARGV do wanted[ARGV[i]] = i - 2 end
@@ -85,8 +89,9 @@ class Publisher:
         *,
         batch: bool = False,
     ) -> None:
-        """Append an entry of ``fields`` unless the backend has ``limit`` unsettled ones; ``then`` hears what became of it.
+        """Append an entry of ``fields`` unless the backend has ``limit`` unsettled ones.
 
+        ``then`` hears what became of it, in the reader of the connection.
         Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells.
         """
         if not self._tick:
@@ -98,7 +103,7 @@ class Publisher:
         for (backend, limit, batch), entries in tick.items():
             requests, batches = self._keys.requests(backend), self._keys.batch(backend)
             keys = [batches if batch else requests, requests, batches]
-            args: list[bytes | int] = [limit]
+            args: list[Arg] = [limit]
             thens: list[Callable[[Published], None]] = []
             size = 0
             for fields, then in entries:
@@ -115,7 +120,10 @@ class Publisher:
     async def find(
         self, backend: str, id_field: bytes, request_ids: Sequence[str], since_ms: float, *, batch: bool = False
     ) -> list[bytes | None]:
-        """Return the entry id of each request that is still on its stream; None for one that is settled or never came."""
+        """Return the entry id of each request that is still on its stream; None for one that is settled or never came.
+
+        The search begins ``since_ms``, Unix time by the broker's clock.
+        """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         found = await self._connection.run_script(
             _FIND, [stream], [f"{max(0, int(since_ms))}-0", id_field, *request_ids], repeat=True
@@ -125,21 +133,21 @@ class Publisher:
     def withdraw(self, backend: str, entry: bytes, *, batch: bool = False) -> None:
         """Take a request back: never started if it is still waiting, cancelled if a replica holds it and can.
 
-        Deleting it is the mark that lasts: whoever takes it over finds it gone. The message is for who holds it now.
+        Deleting it is the mark that lasts: whoever takes it over finds it gone. The signal is for who holds it now.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         self._connection.post(_ignore, "XDEL", stream, entry, repeat=True)
-        self._connection.post(_ignore, "PUBLISH", self._keys.signals(backend), entry, repeat=True)
+        signal(self._connection, self._keys, backend, entry)
 
 
 def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:
     def hand_out(reply: Any) -> None:
-        if isinstance(reply, Exception):
-            for then in thens:
-                then(reply)
-        else:
-            for then, result in zip(thens, reply):
+        results = [reply] * len(thens) if isinstance(reply, Exception) else reply
+        for then, result in zip(thens, results, strict=True):
+            try:
                 then(result)
+            except Exception:
+                log.exception("a publication's continuation failed")
 
     return hand_out
 

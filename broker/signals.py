@@ -1,54 +1,74 @@
-"""Word to all replicas of a backend, over Pub/Sub: an entry was given up by its caller, or work was given back.
+"""Word to all replicas of a backend: an entry was given up by its caller, or work was given back.
 
-Nothing rests on a signal's arrival. It saves work or time; what must hold is written on the stream.
+Nothing rests on a signal's arrival. It saves work or time; what must hold is written on the request stream. Signals lie on a
+short stream of their own that expires, and each replica reads all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any, cast
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from .connection import BLOCK_MS, Connection
+from .keys import Keys
 
 log = logging.getLogger(__name__)
 
-_PING_S = 5.0
+LOOK = b"look"
+"""Work was given back. Any other signal is the id of an entry that its caller gave up."""
+
+_KEPT = 1_000
+_TTL_MS = 60_000
+_FIELD = b"s"
+_RETRY_S = 0.2
+
+
+def signal(connection: Connection, keys: Keys, backend: str, word: bytes) -> None:
+    """Tell all replicas of ``backend``."""
+    key = keys.signals(backend)
+    connection.post(_ignore, "XADD", key, "MAXLEN", "~", _KEPT, "*", _FIELD, word, repeat=True)
+    connection.post(_ignore, "PEXPIRE", key, _TTL_MS, repeat=True)
 
 
 class Signals:
-    """Hears a channel, for as long as it is open, on a connection of its own (a subscriber can do nothing else)."""
+    """Hears the signals to one backend, on a connection of its own, from `open` to `close`."""
 
-    def __init__(self, url: str, channel: str, on_signal: Callable[[bytes], None]) -> None:
-        self._url, self._channel, self._on_signal = url, channel, on_signal
-        self._task: asyncio.Task[None] | None = None
+    def __init__(self, url: str, keys: Keys, backend: str, on_signal: Callable[[bytes], None]) -> None:
+        self._key, self._on_signal = keys.signals(backend), on_signal
+        self._reads = Connection(url, name="penstock-signals")
+        self._last: bytes | str = "$"
+        self._closed = False
 
-    def open(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._hear(), name=f"signals of {self._channel}")
+    async def open(self) -> None:
+        """Hear what is said from now on. Raises `BrokerUnavailable`."""
+        await self._reads.open()
+        self._read()
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        self._closed = True
+        await self._reads.close()
 
-    async def _hear(self) -> None:
-        redis = Redis.from_url(self._url, protocol=2, socket_timeout=2 * _PING_S, client_name="penstock-signals")
-        try:
-            while True:
-                try:
-                    async with redis.pubsub() as channel:
-                        await channel.subscribe(self._channel)
-                        while True:
-                            message = await channel.get_message(ignore_subscribe_messages=True, timeout=_PING_S)
-                            if message is None:
-                                await channel.ping()
-                            elif message["type"] == "message":
-                                self._on_signal(message["data"])
-                except (RedisError, OSError) as e:
-                    log.debug("cannot hear %s: %s", self._channel, e)
-                    await asyncio.sleep(0.5)
-        finally:
-            with contextlib.suppress(RedisError, OSError):
-                await redis.aclose()
+    def _read(self) -> None:
+        if not self._closed:
+            self._reads.post(
+                self._on_read, "XREAD", "COUNT", 100, "BLOCK", BLOCK_MS, "STREAMS", self._key, self._last, repeat=True
+            )
+
+    def _on_read(self, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            if not self._closed:
+                log.debug("cannot hear %s: %s", self._key, reply)
+                asyncio.get_running_loop().call_later(_RETRY_S, self._read)
+            return
+        entries: list[tuple[bytes, list[bytes]]] = reply[0][1] if reply else []
+        if entries:
+            self._last = entries[-1][0]
+        self._read()
+        for _, fields in entries:
+            self._on_signal(fields[1])
+
+
+def _ignore(reply: Any) -> None:
+    """A signal is a courtesy."""

@@ -16,12 +16,12 @@ from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
-from ..broker.claims import LOOK, Claims, Taken
+from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
 from ..broker.errors import BrokerUnavailable, WireError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
-from ..broker.signals import Signals
+from ..broker.signals import LOOK, Signals
 from ..broker.wire import LARGE, Entry, Reply
 from ..handles.errors import DeliveryLimitExceeded, to_wire
 from .runner import Runner
@@ -31,8 +31,11 @@ log = logging.getLogger(__name__)
 
 _CLAIM = 16
 """More than this in one claim makes convoys: 8 to 16 were 15 to 20 % faster at 100 connections than 100."""
-_PREFETCH = 4
+_PREFETCH = 16
+_PREFETCH_S = 0.002
+"""Blocking code has at most this much work waiting for it here: then nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
+_STUCK_S = 0.025
 _LOOK_S = 0.5
 _REPLY_BODY_MS = 120_000
 _REMEMBER = 10_000
@@ -63,7 +66,7 @@ class Worker:
         reads = self._reads = Connection(url, name=f"penstock-{replica}-claims")
         self._claims = Claims(self._commands, reads, self._keys, backend, replica)
         self._lease = Lease(url, self._keys.alive(backend, replica))
-        self._signals = Signals(url, self._keys.signals(backend), self._on_signal)
+        self._signals = Signals(url, self._keys, backend, self._on_signal)
         self._held: dict[bytes, _Held] = {}
         """By their place on the stream: all that is claimed and not settled, started or not."""
         self._by_entry: dict[int, _Held] = {}
@@ -76,9 +79,12 @@ class Worker:
         self._lingered = False
         self._recall: asyncio.TimerHandle | None = None
         self._claiming = False
+        self._returned = False
+        """There was more given back than we had room for."""
         self._nursing = False
         self._draining = False
-        self._slow = False
+        self._run_s = 1.0
+        """How long a call takes: an average that believes slowness at once and quickness slowly."""
         self._last_done = 0.0
         self._idle = asyncio.Event()
         self._wake = asyncio.Event()
@@ -104,7 +110,7 @@ class Worker:
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
         await loop.run_in_executor(None, self._lease.start)
         await self._claims.ensure_group()
-        self._signals.open()
+        await self._signals.open()
         self._configure()
         self._look = loop.create_task(self._keep_looking(), name="take-over")
         self._ask()
@@ -162,11 +168,10 @@ class Worker:
     # -- claiming
 
     def _room(self) -> int:
-        fast = 0 if self._slow else 1
         if self._batch_size:
-            capacity = (self._concurrency + fast) * self._batch_size
-        elif self._runner.blocking:
-            capacity = self._concurrency + fast * _PREFETCH
+            capacity = (self._concurrency + (self._run_s <= _SLOW_S)) * self._batch_size
+        elif self._runner.blocking and self._run_s <= _SLOW_S:
+            capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
             capacity = self._concurrency
         return capacity - len(self._held)
@@ -191,6 +196,7 @@ class Worker:
             return
         for place, fields in result:
             self._take(place, fields)
+        self._start_unstarted()
         self._ask()
 
     async def _retry_claim(self, error: Exception) -> None:
@@ -249,6 +255,7 @@ class Worker:
             return
         held.entry.body = body
         self._offer(held)
+        self._start_unstarted()
 
     # -- running
 
@@ -256,7 +263,6 @@ class Worker:
         """Start what was claimed, unless a suspect has the floor or a batch is to fill up."""
         if held.alone is None and (self._nursing or self._batch_size):
             self._unstarted.append(held)
-            self._start_unstarted()
         else:
             self._start([held])
 
@@ -300,9 +306,11 @@ class Worker:
                 left -= 1
                 if left == 0:
                     self._batches -= 1
-                self._on_done(entry, reply)
+                self._finish(entry, reply)
+                # Asked for as each of a batch ends, the next would come in crumbs.
                 if left == 0:
                     self._start_unstarted()
+                    self._ask()
 
             self.largest_batch = max(self.largest_batch, len(batch))
             running = self._runner.run([held.entry for held in batch], on_done)
@@ -314,6 +322,10 @@ class Worker:
             self._watch_for_slowness()
 
     def _on_done(self, entry: Entry, reply: Reply) -> None:
+        self._finish(entry, reply)
+        self._ask()
+
+    def _finish(self, entry: Entry, reply: Reply) -> None:
         held = self._by_entry.get(id(entry))
         if held is None:
             return
@@ -323,7 +335,8 @@ class Worker:
             self._forget(held)
             self._claims.give_back([held.place])
         else:
-            self._slow = reply.run_ms > _SLOW_S * 1000
+            run_s = reply.run_ms / 1000
+            self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
             self.served += 1
             if entry.caller and not was_cancelled:
                 self._reply(held, reply)
@@ -332,7 +345,8 @@ class Worker:
             self._forget(held)
         if held.alone is not None:
             held.alone.set()
-        self._ask()
+        if self._returned:
+            self._wake.set()
 
     def _reply(self, held: _Held, reply: Reply) -> None:
         published_ms = float(held.place.partition(b"-")[0])
@@ -388,16 +402,16 @@ class Worker:
     def _watch_for_slowness(self) -> None:
         """Nobody shall wait behind a slow call while another replica may be idle."""
         if self._recall is None:
-            self._recall = self._loop.call_later(_SLOW_S, self._on_slow)
+            self._recall = self._loop.call_later(_STUCK_S, self._on_stuck)
 
-    def _on_slow(self) -> None:
+    def _on_stuck(self) -> None:
         self._recall = None
         if len(self._held) <= (self._concurrency * max(1, self._batch_size)) and not self._nursing:
             return
-        if self._loop.time() - self._last_done < _SLOW_S:
+        if self._loop.time() - self._last_done < _STUCK_S:
             self._watch_for_slowness()
             return
-        self._slow = True
+        self._run_s = max(self._run_s, 2 * _SLOW_S)
         self._recall_unstarted()
 
     def _recall_unstarted(self) -> None:
@@ -422,9 +436,13 @@ class Worker:
                 orphans, returned = await self._claims.look()
                 if orphans:
                     await self._nurse()
-                elif returned and (room := self._room()) > 0 and not self._nursing:
-                    for place, fields in await self._claims.retake(min(room, _CLAIM)):
+                while returned and (room := self._room()) > 0 and not self._draining:
+                    retaken = await self._claims.retake(min(room, max(_CLAIM, self._batch_size)))
+                    for place, fields in retaken:
                         self._take(place, fields)
+                    self._start_unstarted()
+                    returned = len(retaken)
+                self._returned = returned > 0
             except (BrokerUnavailable, RedisError) as e:
                 log.debug("cannot look for orphans of %r: %s", self.backend, e)
             # Apart from each other, so that replicas do not all look in the same moment.
@@ -509,6 +527,7 @@ class Worker:
         for place, fields in await self._claims.pending():
             if place not in self._held:
                 self._take(place, fields)
+        self._start_unstarted()
 
     def _task(self, coroutine: Any) -> None:
         task = self._loop.create_task(coroutine)

@@ -1,0 +1,166 @@
+"""Workers to test with: in this process, or in one of their own that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, cast
+
+from penstock.broker.registry import BackendRecord
+from penstock.broker.wire import Header, Reply
+from penstock.handles.caller import Call, Caller
+from penstock.workers import target
+from penstock.workers.runner import Runner
+from penstock.workers.worker import Worker
+
+TAG = "model"
+CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
+
+_numbers = itertools.count(1)
+
+
+@asynccontextmanager
+async def serving(url: str, function: Callable[..., Any], **config: Any) -> AsyncIterator[Worker]:
+    """A worker of the backend `TAG` in this loop."""
+    replica = f"{TAG}#{next(_numbers)}"
+    runner = Runner(TAG, replica, target.dump(cast("Any", _ByReference(function))), {**CONFIG, **config})
+    await runner.start()
+    worker = Worker(url, "default", TAG, replica, runner)
+    await worker.start()
+    try:
+        yield worker
+    finally:
+        await worker.drain(5.0)
+        await worker.stop()
+        await runner.stop()
+
+
+class _ByReference:
+    """Code of a test, which arrives at the runner as it is: with the events that it closes over."""
+
+    functions: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self, function: Any) -> None:
+        self.functions[id(function)] = function
+        self._key = id(function)
+
+    def __call__(self) -> None: ...
+
+    def __reduce__(self) -> Any:
+        return _same, (self._key,)
+
+
+def _same(key: int) -> Any:
+    return _ByReference.functions[key]
+
+
+class Killable:
+    """A worker in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def kill(self) -> None:
+        if self.alive:
+            self._process.send_signal(signal.SIGKILL)
+        await self._process.wait()
+
+    async def ended(self) -> None:
+        await self._process.wait()
+
+
+async def start_killable(url: str, function: str) -> Killable:
+    """Start a worker that runs ``function`` of this module, and return once it has begun to claim."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, url, function, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert (await process.stdout.readline()) == b"ready\n"
+    return Killable(process)
+
+
+class Client:
+    """A caller of the backend `TAG`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+
+    def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
+        """Send a request; return it, and the future of its reply or of the error why there is none."""
+        timeout_s = options.pop("timeout_s", None)
+        backend = BackendRecord(tag=TAG, version="1", code="", config={**CONFIG, **options.pop("config", {})})
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def then(outcome: Reply | BaseException) -> None:
+            if isinstance(outcome, Reply):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+        return self.caller.submit(backend, Header(codec="bytes", **options), body, then, timeout_s=timeout_s), future
+
+    async def ask(self, body: bytes = b"", **options: Any) -> Reply:
+        return await self.call(body, **options)[1]
+
+    async def depth(self) -> int:
+        """Return how many requests are unsettled."""
+        return await self.caller._connection.send("XLEN", self.caller.keys.requests(TAG))  # pyright: ignore
+
+
+@asynccontextmanager
+async def calling(url: str) -> AsyncIterator[Client]:
+    caller = Caller(url, "default")
+    await caller.open()
+    try:
+        yield Client(caller)
+    finally:
+        # The stream itself is the backend's, and goes with it; here there is none to be deleted.
+        await caller._connection.send("DEL", caller.keys.requests(TAG))  # pyright: ignore
+        await caller.close()
+
+
+# -- what a killable worker runs
+
+
+def who(request: Any) -> bytes:
+    """Answer with the process, or end it if that is what the body says."""
+    if request.data == b"die":
+        os._exit(1)
+    return str(os.getpid()).encode()
+
+
+async def slowly(request: Any) -> bytes:
+    """Like `who`, but only after a while."""
+    if request.data == b"die":
+        await asyncio.sleep(0.2)
+        os._exit(1)
+    await asyncio.sleep(0.3)
+    return str(os.getpid()).encode()
+
+
+async def never(request: Any) -> bytes:
+    await asyncio.sleep(3600)
+    return b""
+
+
+async def _main(url: str, name: str) -> None:
+    function = globals()[name]
+    replica = f"{TAG}#p{os.getpid()}"
+    runner = Runner(TAG, replica, target.dump(function), CONFIG)
+    await runner.start()
+    await Worker(url, "default", TAG, replica, runner).start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(*sys.argv[1:]))

@@ -1,0 +1,291 @@
+"""The claim-run-reply loop, on a real broker, with real deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from penstock import serve
+from penstock.broker.wire import LARGE
+from penstock.handles.errors import DeliveryLimitExceeded, RequestCancelled, RequestTimeout, from_wire
+from tests.waiting import wait_until_async
+from tests.workers.serving import TAG, Killable, calling, serving, start_killable
+
+
+def echo(request: Any) -> Any:
+    return request.data
+
+
+async def echo_async(request: Any) -> Any:
+    return request.data
+
+
+@pytest.mark.parametrize("function", [echo, echo_async])
+async def test_every_request_is_answered_and_settled(broker_url: str, function: Any) -> None:
+    async with calling(broker_url) as client, serving(broker_url, function):
+        replies = await asyncio.gather(*(client.ask(b"%d" % n) for n in range(500)))
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(500)]
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_what_was_published_before_the_first_replica_is_served_by_it(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"early")
+        await call.accepted()
+        async with serving(redis_url, echo):
+            assert (await answer).body == b"early"
+
+
+async def test_large_bodies_travel_both_ways_and_leave_no_key(redis_url: str) -> None:
+    body = b"x" * (LARGE + 1)
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        assert (await client.ask(body)).body == body
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_slow_request_holds_up_nobody_while_a_replica_is_idle(redis_url: str) -> None:
+    release = threading.Event()
+
+    def wait_or_echo(request: Any) -> Any:
+        if request.data == b"wait":
+            release.wait(30)
+        return request.data
+
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, wait_or_echo) as first,
+        serving(redis_url, wait_or_echo) as second,
+    ):
+        # Both learn that calls are quick, and so fetch ahead.
+        await asyncio.gather(*(client.ask(b"x") for _ in range(500)))
+        _, slow = client.call(b"wait")
+        await wait_until_async(lambda: first.in_progress + second.in_progress == 1)
+        replies = await asyncio.wait_for(asyncio.gather(*(client.ask(b"x") for _ in range(50))), 10)
+        assert len(replies) == 50
+        assert not slow.done()
+        release.set()
+        assert (await slow).body == b"wait"
+
+
+class Sizes:
+    """A batch backend that remembers the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    @property
+    def function(self) -> Any:
+        def batch(requests: list[Any]) -> list[Any]:
+            self.sizes.append(len(requests))
+            return [request.data for request in requests]
+
+        return serve.accept_batch(batch)
+
+
+async def _publish_before_serving(client: Any, count: int) -> list[asyncio.Future[Any]]:
+    calls = [client.call(b"%d" % n) for n in range(count)]
+    await asyncio.gather(*(call.accepted() for call, _ in calls))
+    return [answer for _, answer in calls]
+
+
+async def test_a_backlog_is_cut_into_full_batches(redis_url: str) -> None:
+    sizes = Sizes()
+    async with calling(redis_url) as client:
+        answers = await _publish_before_serving(client, 140)
+        async with serving(redis_url, sizes.function, max_batch_size=50):
+            replies = await asyncio.gather(*answers)
+    assert [reply.body for reply in replies] == [b"%d" % n for n in range(140)]
+    assert sizes.sizes == [50, 50, 40]
+
+
+async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) -> None:
+    sizes = Sizes()
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, sizes.function, max_batch_size=10, batch_wait_timeout=0.5),
+    ):
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        first = client.call(b"1")[1]
+        await asyncio.sleep(0.3)  # the second comes late: what counts is the first
+        second = client.call(b"2")[1]
+        await asyncio.gather(first, second)
+        assert 0.45 < loop.time() - start < 0.75
+    assert sizes.sizes == [2]
+
+
+async def test_a_full_batch_does_not_wait(redis_url: str) -> None:
+    sizes = Sizes()
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, sizes.function, max_batch_size=3, batch_wait_timeout=60.0),
+    ):
+        await asyncio.wait_for(asyncio.gather(*(client.ask(b"x") for _ in range(3))), 10)
+    assert sizes.sizes == [3]
+
+
+async def test_expired_work_is_never_started(redis_url: str) -> None:
+    ran: list[bytes] = []
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+
+    async with calling(redis_url) as client:
+        with pytest.raises(RequestTimeout):
+            await client.ask(b"expired", timeout_s=0.1)
+        async with serving(redis_url, record):
+            await client.ask(b"fresh")
+    assert ran == [b"fresh"]
+
+
+async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: str) -> None:
+    ran: list[bytes] = []
+    busy, release = threading.Event(), threading.Event()
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+        if request.data == b"first":
+            busy.set()
+            release.wait(30)
+
+    async with calling(redis_url) as client, serving(redis_url, record):
+        _, first = client.call(b"first")
+        await wait_until_async(busy.is_set)
+        second, _ = client.call(b"second")
+        await second.accepted()
+        second.cancel()
+        release.set()
+        await first
+        await client.ask(b"third")
+    assert ran == [b"first", b"third"]
+
+
+async def test_cancelling_cancels_async_code_and_frees_its_slot(redis_url: str) -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: Any) -> Any:
+        if request.data == b"quick":
+            return b"done"
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with calling(redis_url) as client, serving(redis_url, wait, max_concurrent_queries=1) as worker:
+        call, _ = client.call(b"slow")
+        await asyncio.wait_for(started.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(cancelled.wait(), 10)
+        assert (await asyncio.wait_for(client.ask(b"quick"), 10)).body == b"done"
+        await wait_until_async(lambda: worker.in_progress == 0)
+
+
+async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "slowly")
+        calls = [client.call(b"x") for _ in range(5)]
+        await wait_until_async(lambda: _claimed(client, 5))
+        await first.kill()
+        killed_at = asyncio.get_running_loop().time()
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 5
+        assert asyncio.get_running_loop().time() - killed_at < 4
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_poisonous_request_dies_alone(redis_url: str) -> None:
+    """It kills as many replicas as it may, then it is a dead letter; who was in progress beside it is answered."""
+    async with calling(redis_url) as client:
+        replicas = [await start_killable(redis_url, "slowly") for _ in range(2)]
+        bystanders = [client.call(b"x")[1] for _ in range(20)]
+        poison = client.call(b"die")[1]
+        more = [client.call(b"x")[1] for _ in range(20)]
+        started = 2
+        while not poison.done():
+            await _replace_the_dead(redis_url, replicas)
+            await asyncio.sleep(0.05)
+            started = max(started, len(replicas))
+        reply = await poison
+        assert reply.error is not None
+        assert isinstance(from_wire(reply.error), DeliveryLimitExceeded)
+        assert {answer.status for answer in await asyncio.gather(*bystanders, *more)} == {200}
+        assert sum(not replica.alive for replica in replicas) == 3
+        dead = await client.caller._connection.send("XLEN", client.caller.keys.dead(TAG))  # pyright: ignore
+        assert dead == 1
+        await client.caller._connection.send("DEL", client.caller.keys.dead(TAG))  # pyright: ignore
+        for replica in replicas:
+            await replica.kill()
+
+
+async def _replace_the_dead(url: str, replicas: list[Killable]) -> None:
+    while sum(replica.alive for replica in replicas) < 2:
+        replicas.append(await start_killable(url, "slowly"))
+
+
+async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        send = client.caller._connection.send  # pyright: ignore
+        requests, dead = client.caller.keys.requests(TAG), client.caller.keys.dead(TAG)
+        await send("XADD", requests, "*", "v", "9", "id", "x")
+        await send("XADD", requests, "*", b"\xff\x00", b"\xfe")
+        assert (await client.ask(b"x")).body == b"x"
+
+        async def both_are_dead() -> bool:
+            return await send("XLEN", dead) == 2
+
+        await wait_until_async(both_are_dead)
+        await wait_until_async(lambda: _is_empty(client))
+        await send("DEL", dead)
+
+
+async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        assert (await client.ask(b"before")).body == b"before"
+        await client.caller._connection.send("FLUSHALL")  # pyright: ignore
+        assert (await asyncio.wait_for(client.ask(b"after", timeout_s=20), 25)).body == b"after"
+
+
+async def test_a_drained_worker_gives_back_what_it_had_not_started(redis_url: str) -> None:
+    busy, release = threading.Event(), threading.Event()
+
+    def wait(request: Any) -> Any:
+        if request.data == b"wait":
+            busy.set()
+            release.wait(30)
+        return request.data
+
+    async with calling(redis_url) as client, serving(redis_url, wait) as first:
+        await asyncio.gather(*(client.ask(b"x") for _ in range(500)))
+        calls = [client.call(b"wait")[1], *(client.call(b"x")[1] for _ in range(5))]
+        await wait_until_async(busy.is_set)
+        async with serving(redis_url, echo):
+            draining = asyncio.create_task(first.drain(20))
+            assert {(await answer).status for answer in calls[1:]} == {200}
+            assert not draining.done()
+            release.set()
+            assert await draining
+            assert (await calls[0]).body == b"wait"
+
+
+async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"x")
+        await call.accepted()
+    with pytest.raises(RequestCancelled):
+        await answer
+
+
+async def _is_empty(client: Any) -> bool:
+    return await client.depth() == 0
+
+
+async def _claimed(client: Any, count: int) -> bool:
+    keys = client.caller.keys
+    pending = await client.caller._connection.send("XPENDING", keys.requests(TAG), "replicas")
+    return pending[0] == count
