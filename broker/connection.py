@@ -1,8 +1,9 @@
-"""The multiplexed connection: every command of one process and loop over one socket, in order, none waiting for another.
+"""The multiplexed connection: every command of one process and loop over one socket, none waiting for another.
 
-It stands on redis-py's ``Connection`` for what is tedious to get right (URL, TLS, AUTH, name, protocol), and owns the reading
-and the writing itself. Replies are matched to commands by order, by one reader task: a caller that is cancelled drops its
-future and never the read, so its reply cannot reach the next caller. Commands of one tick of the loop leave in one write.
+It stands on redis-py's ``Connection`` for what is tedious to get right (URL, TLS, AUTH, name, protocol), and owns the
+reading and the writing itself. Replies are matched to commands by order, by one reader task: a caller that is cancelled
+drops its future and never the read, so its reply cannot reach the next caller. Commands of one tick of the loop leave
+in one write.
 
 A blocking read (``XREAD BLOCK``) stops every command behind it, so it goes over a `Connection` of its own.
 """
@@ -13,9 +14,10 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Union, cast
 
@@ -25,9 +27,12 @@ from redis.asyncio.connection import AbstractConnection, Connection as _TcpConne
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from .address import redis_options, shown_url
 from .errors import BrokerUnavailable, ConfigError
 
-Arg = Union[str, bytes, int, float]
+__all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "shown_url"]
+
+Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
 
 log = logging.getLogger(__name__)
@@ -36,12 +41,16 @@ BLOCK_MS = 2_000
 """How long a blocking read waits at the server. Shorter than `_STALL_S`, so that silence means a dead server."""
 _STALL_S = 6.0
 _IDLE_S = 2.0
+_BEAT_S = 1.0
 _CLOCK_S = 30.0
+_CLOCK_ROUND_S = 0.2
+"""A reading of the server's clock that took longer than this says too little."""
 _CONNECT_S = 5.0
 _BACKOFF_S = (0.02, 1.0)
 _READ_BYTES = 256 * 1024
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
 
+_pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 _MORE = object()
 _ERRORS: dict[str, type[redis_errors.RedisError]] = {
     "LOADING": redis_errors.BusyLoadingError,
@@ -68,19 +77,23 @@ class Script:
 class _Command:
     __slots__ = ("packed", "repeat", "retry", "since", "then")
 
-    def __init__(self, packed: bytes, then: Then, repeat: bool, retry: Callable[[], bytes] | None) -> None:
+    def __init__(
+        self, packed: bytes, then: Then, repeat: bool, retry: Callable[[], bytes] | None, since: float = 0.0
+    ) -> None:
         self.packed, self.then, self.repeat, self.retry = packed, then, repeat, retry
-        self.since = 0.0
+        self.since = since
+        """When it began to wait for a connection; infinity if it may wait for ever."""
 
 
 class Connection:
     """One multiplexed connection of one event loop.
 
     It reconnects by itself, with backoff, for as long as it is open. A command that was sent and not answered when the
-    connection broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise; one that was never
-    sent waits at most ``patience_s`` seconds for the connection and then fails with `BrokerUnavailable`.
+    connection broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise. What waits
+    for the connection waits for at most ``patience_s`` seconds and then fails with `BrokerUnavailable`; with
+    ``patient=True`` it waits until `close`.
 
-    Every method but ``open`` must be called from the loop that opened it.
+    Every method must be called from the loop that called ``open``. When that loop ends, so does the connection.
     """
 
     def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0) -> None:
@@ -91,18 +104,21 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[None] | None = None
         self._outgoing: list[bytes] = []
         self._sent: deque[_Command] = deque()
         self._waiting: deque[_Command] = deque()
-        self._hooks: list[Callable[[], Awaitable[None]]] = []
+        self._patience: asyncio.TimerHandle | None = None
+        self._hooks: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._hook_tasks: set[asyncio.Task[None]] = set()
         self._pulse: asyncio.TimerHandle | None = None
+        self._pulse_due = 0.0
+        self._silent = False
         self._heard = 0.0
         self._clock_read = 0.0
         self._clock_offset_ms = 0.0
         self._closed = False
-        self._reason = "not connected yet"
-        self._opened = asyncio.Event()
+        self._reason = "it does not answer"
 
     @property
     def connected(self) -> bool:
@@ -112,7 +128,7 @@ class Connection:
         """Unix time by the broker's clock, in milliseconds; the local clock may be off or jump."""
         return self._loop.time() * 1000 + self._clock_offset_ms
 
-    def on_reconnect(self, hook: Callable[[], Awaitable[None]]) -> None:
+    def on_reconnect(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``hook`` in a task after each connecting but the first."""
         self._hooks.append(hook)
 
@@ -120,37 +136,44 @@ class Connection:
         """Connect, and stay connected until `close`.
 
         Raises:
-            BrokerUnavailable: the server did not take us within ``patience_s``; the reason is in the message.
+            BrokerUnavailable: the server did not answer within ``patience_s``, or turned us away; the reason is in the
+                message.
         """
         self._loop = asyncio.get_running_loop()
+        self._first = self._loop.create_future()
         self._task = self._loop.create_task(self._run(), name=f"broker connection {self._name}")
         try:
-            await asyncio.wait_for(self._opened.wait(), self.patience_s)
+            await asyncio.wait_for(self._first, self.patience_s)
         except asyncio.TimeoutError:
+            error = self._unavailable()
             await self.close()
-            raise self._unavailable() from None
+            raise error from None
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def close(self) -> None:
         """Drop the connection; what is unanswered fails with `BrokerUnavailable`."""
-        if self._closed:
-            return
-        self._flush()
-        self._closed = True
-        self._reason = "the connection was closed"
+        if not self._closed:
+            self._flush()
+            self._closed, self._reason = True, "the connection was closed"
+            if self._task is not None:
+                self._task.cancel()
         if self._task is not None:
-            self._task.cancel()
             await asyncio.wait([self._task])
-        for task in self._hook_tasks:
+        self._lose(final=True)  # for a task that was cancelled before it began
+        hooks = self._hook_tasks - {asyncio.current_task()}
+        for task in hooks:
             task.cancel()
-        self._lose(final=True)
-        await self._disconnect()
+        if hooks:
+            await asyncio.wait(hooks)
 
-    def post(self, then: Then, *args: Arg, repeat: bool = False) -> None:
+    def post(self, then: Then, *args: Arg, repeat: bool = False, patient: bool = False) -> None:
         """Send a command in this tick's write; ``then`` gets its reply, or the exception, in the reader task."""
-        self._enqueue(_Command(cast(bytes, hiredis.pack_command(args)), then, repeat, None))
+        self._enqueue(_Command(_pack(args), then, repeat, None, math.inf if patient else 0.0))
 
-    def send(self, *args: Arg, repeat: bool = False) -> asyncio.Future[Any]:
+    def send(self, *args: Arg, repeat: bool = False, patient: bool = False) -> asyncio.Future[Any]:
         """Send a command in this tick's write and return the future of its reply.
 
         Raises (through the future):
@@ -158,27 +181,40 @@ class Connection:
             redis.exceptions.ResponseError: what the server said against it.
         """
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.post(partial(_resolve, future), *args, repeat=repeat)
+        self.post(partial(_resolve, future), *args, repeat=repeat, patient=patient)
         return future
 
     def post_script(
-        self, then: Then, script: Script, keys: Sequence[str], args: Sequence[Arg], *, repeat: bool = False
+        self,
+        then: Then,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Arg],
+        *,
+        repeat: bool = False,
+        patient: bool = False,
     ) -> None:
         """Run ``script``, as `post` sends a command."""
         operands: tuple[Arg, ...] = (len(keys), *keys, *args)
-        packed = cast(bytes, hiredis.pack_command(("EVALSHA", script.digest, *operands)))
 
         def whole() -> bytes:
-            return cast(bytes, hiredis.pack_command(("EVAL", script.text, *operands)))
+            return _pack(("EVAL", script.text, *operands))
 
-        self._enqueue(_Command(packed, then, repeat, whole))
+        packed = _pack(("EVALSHA", script.digest, *operands))
+        self._enqueue(_Command(packed, then, repeat, whole, math.inf if patient else 0.0))
 
     def run_script(
-        self, script: Script, keys: Sequence[str], args: Sequence[Arg], *, repeat: bool = False
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Arg],
+        *,
+        repeat: bool = False,
+        patient: bool = False,
     ) -> asyncio.Future[Any]:
         """Run ``script``, as `send` sends a command."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.post_script(partial(_resolve, future), script, keys, args, repeat=repeat)
+        self.post_script(partial(_resolve, future), script, keys, args, repeat=repeat, patient=patient)
         return future
 
     # -- writing
@@ -188,8 +224,7 @@ class Connection:
             if self._closed:
                 command.then(self._unavailable())
             else:
-                command.since = self._loop.time()
-                self._waiting.append(command)
+                self._wait_for_connection([command])
             return
         self._sent.append(command)
         # One write per tick instead of one per command: 46 instead of 58 us of CPU per request in a proxy.
@@ -206,50 +241,67 @@ class Connection:
 
     async def _run(self) -> None:
         backoff_s = _BACKOFF_S[0]
-        # Asked each time round, as `wait_for` can swallow the cancellation when both come at once (Python < 3.12).
-        while not self._closed:
-            try:
-                reader = await self._connect()
-                backoff_s = _BACKOFF_S[0]
-                await self._read(reader)
-            except (OSError, redis_errors.RedisError, asyncio.TimeoutError) as e:
-                self._reason = str(e) or type(e).__name__
-            except hiredis.ProtocolError as e:
-                self._reason = f"it does not speak Redis's protocol: {e}"
-            if self._writer is not None:
-                log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
-            self._lose()
-            await self._disconnect()
-            self._give_up_waiting()
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
-            backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
+        try:
+            # Asked each time round, as `wait_for` can swallow the cancellation when both come at once (Python < 3.12).
+            while not self._closed:
+                try:
+                    reader = await self._connect()
+                    backoff_s = _BACKOFF_S[0]
+                    await self._read(reader)
+                except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as e:
+                    self._reason = str(e)
+                    if self._first is not None and not self._first.done():
+                        return  # waiting does not mend a password
+                except hiredis.ProtocolError as e:
+                    self._reason = f"it does not speak Redis's protocol: {e}"
+                except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
+                    self._reason = str(e) or type(e).__name__
+                except Exception as e:
+                    log.exception("the connection to the broker failed in a way of its own")
+                    self._reason = f"{type(e).__name__}: {e}"
+                if self._writer is not None:
+                    log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
+                self._lose()
+                await self._disconnect()
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
+                backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
+        finally:
+            # Also where nobody called `close`: `asyncio.run` cancels what is left at its end.
+            self._closed = True
+            self._lose(final=True)
+            if self._first is not None and not self._first.done():
+                self._first.set_exception(self._unavailable())
+            await self._disconnect(wait=True)
 
     async def _connect(self) -> asyncio.StreamReader:
-        await asyncio.wait_for(self._redis.connect(), _CONNECT_S)
+        await asyncio.wait_for(cast("Coroutine[Any, Any, None]", self._redis.connect()), _CONNECT_S)  # type: ignore[no-untyped-call]
         # While it loads its append-only file a server answers TIME, but not PING.
         await self._ask("PING")
         before = self._loop.time()
         seconds, micros = await self._ask("TIME")
         self._set_clock(before, seconds, micros)
-        reader = cast("asyncio.StreamReader | None", self._redis._reader)  # pyright: ignore[reportPrivateUsage]
-        self._writer = cast("asyncio.StreamWriter | None", self._redis._writer)  # pyright: ignore[reportPrivateUsage]
-        assert reader is not None and self._writer is not None
-        self._heard = self._loop.time()
+        reader, writer = self._redis._reader, self._redis._writer  # pyright: ignore[reportPrivateUsage]
+        assert reader is not None
+        assert writer is not None
+        self._writer = writer
+        self._heard = self._pulse_due = self._loop.time()
         self._beat()
+        self._stop_patience()
         waiting, self._waiting = self._waiting, deque()
         for command in waiting:
             self._enqueue(command)
-        if self._opened.is_set():
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
+        else:
             log.info("the broker at %s is back", self._shown_url)
             for hook in self._hooks:
-                task = asyncio.ensure_future(hook())
-                self._hook_tasks.add(cast("asyncio.Task[None]", task))
+                task = self._loop.create_task(hook(), name=f"after reconnecting {self._name}")
+                self._hook_tasks.add(task)
                 task.add_done_callback(self._hook_done)
-        self._opened.set()
         return reader
 
-    def _hook_done(self, task: asyncio.Future[None]) -> None:
-        self._hook_tasks.discard(cast("asyncio.Task[None]", task))
+    def _hook_done(self, task: asyncio.Task[None]) -> None:
+        self._hook_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # A hook that fails because the broker went away again is run again when it is back.
             level = logging.DEBUG if isinstance(error, BrokerUnavailable) else logging.ERROR
@@ -257,10 +309,14 @@ class Connection:
 
     async def _ask(self, *args: str) -> Any:
         await asyncio.wait_for(self._redis.send_command(*args), _CONNECT_S)
-        return await asyncio.wait_for(self._redis.read_response(), _CONNECT_S)
+        return await asyncio.wait_for(  # pyright: ignore[reportUnknownVariableType]
+            self._redis.read_response(),  # pyright: ignore[reportUnknownArgumentType]
+            _CONNECT_S,
+        )
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # Reading in bulk into a parser of our own is worth 0.15 ms at one request at a time over redis-py's read_response.
+        # Reading in bulk into a parser of our own is worth 0.15 ms at one request at a time over redis-py's
+        # read_response.
         parser = hiredis.Reader(replyError=_reply_error, notEnoughData=_MORE)
         sent = self._sent
         while data := await reader.read(_READ_BYTES):
@@ -276,16 +332,17 @@ class Connection:
                     command.then(reply)
                 except Exception:
                     log.exception("a reply's continuation failed")
-        self._reason = "the server closed the connection"
+        if not self._silent:
+            self._reason = "the server closed the connection"
 
-    async def _disconnect(self) -> None:
+    async def _disconnect(self, *, wait: bool = False) -> None:
         self._writer = None
         if self._pulse is not None:
             self._pulse.cancel()
             self._pulse = None
         # The socket is closed all the same; how the farewell failed is of no use to anyone.
         with contextlib.suppress(OSError, redis_errors.RedisError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._redis.disconnect(nowait=True), 1.0)
+            await asyncio.wait_for(self._redis.disconnect(nowait=not wait), 1.0)
 
     def _lose(self, *, final: bool = False) -> None:
         """Sort what is unanswered into what may be sent again and what may have been carried out."""
@@ -293,26 +350,48 @@ class Connection:
         self._outgoing.clear()
         self._writer = None
         lost, self._sent = self._sent, deque()
-        again: deque[_Command] = deque()
-        now = self._loop.time() if lost else 0.0
-        failed: list[_Command] = []
-        for left, command in zip(range(len(lost), 0, -1), lost):
-            if not final and (command.repeat or left <= unsent):
-                command.since = now
-                again.append(command)
-            else:
-                failed.append(command)
-        self._waiting.extendleft(reversed(again))
+        again: list[_Command] = []
+        unknown: list[_Command] = []
+        for left, command in zip(range(len(lost), 0, -1), lost, strict=True):
+            (again if command.repeat or left <= unsent else unknown).append(command)
         if final:
-            failed += self._waiting
+            again += self._waiting
             self._waiting.clear()
-        for command in failed:
-            command.then(FateUnknown(self._shown_url, self._reason))
+            self._stop_patience()
+            for command in again:
+                _tell(command, self._unavailable())
+        elif again:
+            assert not self._waiting, "nothing waits while there is a connection"
+            self._wait_for_connection(again)
+        for command in unknown:
+            _tell(command, FateUnknown(self._shown_url, self._reason))
+
+    # -- waiting for a connection
+
+    def _wait_for_connection(self, commands: list[_Command]) -> None:
+        now = self._loop.time()
+        for command in commands:
+            if command.since != math.inf:
+                command.since = now
+        self._waiting.extend(commands)
+        if self._patience is None:
+            self._patience = self._loop.call_later(self.patience_s, self._give_up_waiting)
 
     def _give_up_waiting(self) -> None:
         oldest = self._loop.time() - self.patience_s
-        while self._waiting and self._waiting[0].since < oldest:
-            self._waiting.popleft().then(self._unavailable())
+        failed = [command for command in self._waiting if command.since <= oldest]
+        self._waiting = deque(command for command in self._waiting if command.since > oldest)
+        self._patience = None
+        since = min((command.since for command in self._waiting), default=math.inf)
+        if since != math.inf:
+            self._patience = self._loop.call_at(since + self.patience_s, self._give_up_waiting)
+        for command in failed:
+            _tell(command, self._unavailable())
+
+    def _stop_patience(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _unavailable(self) -> BrokerUnavailable:
         return BrokerUnavailable(self._shown_url, self._reason)
@@ -321,19 +400,24 @@ class Connection:
 
     def _beat(self) -> None:
         now = self._loop.time()
+        if now - self._pulse_due > _BEAT_S:
+            self._heard = now  # the loop was held up: the silence was ours
         if self._sent and now - self._heard > _STALL_S:
+            self._silent = True
             self._reason = f"no answer for {_STALL_S:g} s"
             if self._writer is not None:
                 self._writer.transport.abort()  # ends the read, and with it this link
             return
+        self._silent = False
         if now - self._clock_read > _CLOCK_S:
             self.post(partial(self._on_time, now), "TIME", repeat=True)
         elif not self._sent and now - self._heard > _IDLE_S:
             self.post(_ignore, "PING", repeat=True)
-        self._pulse = self._loop.call_later(1.0, self._beat)
+        self._pulse_due = now + _BEAT_S
+        self._pulse = self._loop.call_at(self._pulse_due, self._beat)
 
     def _on_time(self, before: float, reply: Any) -> None:
-        if not isinstance(reply, Exception):
+        if not isinstance(reply, Exception) and self._loop.time() - before < _CLOCK_ROUND_S:
             self._set_clock(before, reply[0], reply[1])
 
     def _set_clock(self, before: float, seconds: bytes, micros: bytes) -> None:
@@ -342,34 +426,30 @@ class Connection:
         self._clock_offset_ms = server_ms - (before + self._clock_read) / 2 * 1000
 
 
-def shown_url(url: str) -> str:
-    """Return ``url`` without its password, for messages and logs."""
-    scheme, _, rest = url.partition("://")
-    rest, _, query = rest.partition("?")
-    address = rest.rpartition("@")[2]
-    return f"{scheme}://{address}" if query == "" or "password" in query else f"{scheme}://{address}?{query}"
-
-
 def _redis_connection(url: str, name: str) -> AbstractConnection:
-    if not isinstance(cast(object, url), str):
-        raise TypeError(f"a Redis URL must be a str, not {type(url).__name__}")
-    try:
-        options: dict[str, Any] = dict(parse_url(url))
-    except ValueError as e:
-        raise ConfigError(f"{shown_url(url)!r} is not a Redis URL: {e}") from None
+    options = redis_options(url, parse_url)
     kind: type[AbstractConnection] = options.pop("connection_class", _TcpConnection)
-    # RESP2: plain lists, the same from every server; RESP3 measured no faster. No socket timeout: each send would go through
-    # `wait_for`, and silence is noticed by `_beat`.
-    # Nor its retries: `_run` has its own, which know when to stop.
-    no_retry = Retry(NoBackoff(), 0)
-    options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=_CONNECT_S, retry=no_retry)
-    return kind(**options)
+    # RESP2: plain lists, the same from every server; RESP3 measured no faster. No socket timeout: each send would go
+    # through `wait_for`, and silence is noticed by `_beat`. Nor its retries: `_run` has its own.
+    retry = Retry(NoBackoff(), 0)
+    options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=_CONNECT_S, retry=retry)
+    try:
+        return kind(**options)
+    except (TypeError, ValueError, redis_errors.RedisError) as e:
+        raise ConfigError(f"the options of {shown_url(url)!r} are not Redis's: {e}") from None
 
 
 def _reply_error(text: str) -> Exception:
     code, _, rest = text.partition(" ")
     kind = _ERRORS.get(code)
     return redis_errors.ResponseError(text) if kind is None else kind(rest)
+
+
+def _tell(command: _Command, error: Exception) -> None:
+    try:
+        command.then(error)
+    except Exception:
+        log.exception("a reply's continuation failed")
 
 
 def _resolve(future: asyncio.Future[Any], reply: Any) -> None:

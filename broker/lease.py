@@ -1,8 +1,8 @@
 """A replica's sign of life: a key that lapses unless it is renewed.
 
-It is renewed from a thread of its own over a connection of its own, so that neither user code that blocks the loop nor a
-long reply can let it lapse. What holds the interpreter's lock for longer than the lease does: then another replica takes over
-work that is still running, and the caller drops the second answer.
+It is renewed from a thread of its own over a connection of its own, so that neither user code that blocks the loop nor
+a long reply can let it lapse. What holds the interpreter's lock for longer than the lease does: then another replica
+takes over work that is still running, and the caller drops the second answer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ import threading
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import parse_url  # pyright: ignore[reportUnknownVariableType]
 from redis.retry import Retry
 
+from .address import redis_options
+
 log = logging.getLogger(__name__)
+
+# A broker that is out of memory refuses SET, and a replica that serves must not count as dead for that.
+_RENEW = """#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
+"""
 
 
 class Lease:
@@ -24,19 +32,20 @@ class Lease:
     def __init__(self, url: str, key: str, *, ttl_s: float = 2.0, every_s: float = 0.5) -> None:
         assert every_s * 2 < ttl_s, "one lost renewal must not cost the lease"
         self._key, self._ttl_ms, self._every_s = key, int(ttl_s * 1000), every_s
-        self._redis = redis.Redis.from_url(
-            url, protocol=2, socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2, retry=Retry(NoBackoff(), 0)
-        )
+        options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
+        options.update(protocol=2, client_name="penstock-lease", retry=Retry(NoBackoff(), 0))
+        options.update(socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2)
+        self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def start(self) -> None:
         """Take the lease and keep it. Raises ``redis.exceptions.RedisError`` if the broker does not answer."""
-        self._redis.set(self._key, b"1", px=self._ttl_ms)
+        self._take()
         self._thread.start()
 
     def stop(self) -> None:
-        """Let go of it, at once. Blocks for at most a second or two; a broker that is gone is no error."""
+        """Let go of it, at once. Blocks for a few seconds at most; a broker that is gone is no error."""
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join(self._ttl_ms / 1000)
@@ -48,9 +57,12 @@ class Lease:
         lost = False
         while not self._ended.wait(self._every_s):
             try:
-                self._redis.set(self._key, b"1", px=self._ttl_ms)
+                self._take()
                 lost = False
-            except redis.RedisError as e:
+            except Exception as e:  # whatever it is, the next renewal may go through
                 if not lost:
                     log.warning("cannot renew the lease %s: %s", self._key, e)
                 lost = True
+
+    def _take(self) -> None:
+        self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
