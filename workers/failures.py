@@ -9,7 +9,8 @@ from traceback import FrameSummary, StackSummary, TracebackException
 from starlette.exceptions import HTTPException
 
 from ..broker.wire import Entry, Pairs, Reply
-from ..handles.errors import BackendError, MalformedBody, PenstockError, RequestCancelled, to_wire
+from ..handles.codec import name_of
+from ..handles.errors import BackendError, MalformedBody, PenstockError, to_wire
 
 _LONGEST_MESSAGE = 8 * 1024
 _LONGEST_TRACEBACK = 32 * 1024
@@ -33,30 +34,16 @@ def backend_error(error: BaseException) -> BackendError:
         message, status = _message(error), 500
         if isinstance(error, PenstockError) and error.status in (503, 504):
             status = error.status
-    return BackendError(_printable(type_name(type(error))), message, user_traceback(error), status)
-
-
-def error_reply(
-    entry: Entry, error: PenstockError, replica: str, run_ms: float = 0.0, headers: Pairs | None = None
-) -> Reply:
-    return Reply(entry.id, error.status, "none", headers or [], to_wire(error), replica, 0.0, run_ms)
+    return BackendError(_printable(name_of(type(error))), message, user_traceback(error), status)
 
 
 def failed_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
     """Return the answer to a request during which the user's code raised ``error``."""
-    headers: Pairs | None = None
+    headers: Pairs = []
     if isinstance(error, HTTPException) and error.headers:  # such as www-authenticate
         headers = [(_printable(str(name)).lower(), _printable(str(value))) for name, value in error.headers.items()]
-    return error_reply(entry, failure(error), replica, run_ms, headers)
-
-
-def cancelled_reply(entry: Entry, replica: str, run_ms: float = 0.0) -> Reply:
-    return error_reply(entry, RequestCancelled(entry.header.request_id or entry.id), replica, run_ms)
-
-
-def type_name(kind: type[BaseException]) -> str:
-    """Return the qualified name of ``kind``, as Python's tracebacks write it."""
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    told = failure(error)
+    return Reply(entry.id, told.status, "none", headers, to_wire(told), replica, 0.0, run_ms)
 
 
 def user_traceback(error: BaseException) -> str:
@@ -70,7 +57,7 @@ def user_traceback(error: BaseException) -> str:
             return ""
         text = "".join(report.format())
     except Exception:  # an exception class can make even this fail
-        text = f"{type_name(type(error))}: <its traceback cannot be printed>"
+        text = f"{name_of(type(error))}: <its traceback cannot be printed>"
     return _printable(text, _LONGEST_TRACEBACK)
 
 

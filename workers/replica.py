@@ -223,7 +223,7 @@ class Serving:
         return finished
 
 
-class _Actor:
+class ReplicaActor:
     """A replica as a Ray actor. All of its methods may be waiting at once."""
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
@@ -246,11 +246,11 @@ class _Actor:
 
     async def attend(self, controller: str) -> None:
         """Live as long as the actor ``controller``, over its restarts; end when that has ended for good."""
-        await _outlast(controller)
+        await outlast(controller)
         ray.kill(cast("Any", ray.get_runtime_context()).current_actor)
 
 
-async def _outlast(name: str) -> None:
+async def outlast(name: str) -> None:
     """Return when the actor ``name`` will not come back."""
     while True:
         try:
@@ -264,5 +264,5 @@ async def _outlast(name: str) -> None:
         await asyncio.sleep(_RETRY_S)
 
 
-Replica: Any = ray.remote(_Actor)
+Replica: Any = ray.remote(ReplicaActor)
 """Takes the broker's URL, the names of the instance and of the backend, and the replica's own."""
