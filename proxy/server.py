@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import math
 import socket
@@ -16,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from ..broker.errors import ConfigError
+from ..broker.errors import ConfigError, PenstockError
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -34,6 +35,10 @@ _KEEP_ALIVE_S = 65  # above the 60 s of common load balancers, so that they end 
 _SWEEP_S = 1.0
 _FLUSH_S = 0.5
 _BACKLOG = 2048
+
+
+class PortInUse(ConfigError):
+    """Another process listens where we were to."""
 
 
 class Server:
@@ -74,7 +79,8 @@ class Server:
         """Listen, and return once connections are taken.
 
         Raises:
-            ConfigError: the port is in use, may not be used, or the host is not an address of this machine.
+            PortInUse: somebody listens there, and ``shared`` was not set or is not what they do.
+            ConfigError: the port may not be used, or the host is not an address of this machine.
         """
         sockets = bind(self.host, self.port, shared=self._shared)
         self.port = sockets[0].getsockname()[1]
@@ -86,6 +92,13 @@ class Server:
                 await self._serving
                 raise ConfigError(f"the HTTP server on {self.host}:{self.port} ended as it started")
             await asyncio.sleep(0.001)
+
+    async def check(self) -> None:
+        """Return if it serves. Raises why it does not."""
+        if self._serving is None or self._serving.done():
+            if self._serving is not None:
+                await self._serving
+            raise PenstockError(f"the HTTP server on {self.host}:{self.port} has ended")
 
     async def stop(self, timeout_s: float) -> None:
         """Take no more connections, finish what is in flight, and end: after ``timeout_s`` seconds in any case.
@@ -145,7 +158,7 @@ def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
             except OSError as e:
                 if e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(found) > 1:
                     continue  # "localhost" on a machine without IPv6
-                raise ConfigError(_why_not(host, port, e)) from None
+                raise _why_not(host, port, e) from None
             bound.append(sock)
         if not bound:
             raise ConfigError(f"the HTTP host {host!r} is no address of this machine")
@@ -175,15 +188,24 @@ def _bind(family: int, address: tuple[Any, ...], *, share: bool) -> socket.socke
     return sock
 
 
-def _why_not(host: str, port: int, error: OSError) -> str:
+def _why_not(host: str, port: int, error: OSError) -> ConfigError:
+    where = f"cannot serve HTTP on {host}:{port}"
     if error.errno == errno.EADDRINUSE:
-        return (
-            f"cannot serve HTTP on {host}:{port}: the port is in use by another process; "
+        return PortInUse(
+            f"{where}: the port is in use by another process; "
             "name another one in http_options, or 0 for any that is free"
         )
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"cannot serve HTTP on {host}:{port}: {host!r} is no address of this machine"
-    return f"cannot serve HTTP on {host}:{port}: {error.strerror or error}"
+        return ConfigError(f"{where}: {host!r} is no address of this machine")
+    return ConfigError(f"{where}: {error.strerror or error}")
+
+
+def is_wildcard(host: str) -> bool:
+    """Say whether ``host`` stands for all addresses of a machine, so that it is none to call it by."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return not host
 
 
 class _Uvicorn(uvicorn.Server):
