@@ -338,9 +338,10 @@ class Worker:
             run_s = reply.run_ms / 1000
             self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
             self.served += 1
+            # Announced before the reply is posted, so that it joins the reply's write; posted after it, see `_settle`.
+            self._settle(held.place)
             if entry.caller and not was_cancelled:
                 self._reply(held, reply)
-            self._settle(held.place)
             self._drop_body(entry)
             self._forget(held)
         if held.alone is not None:
@@ -359,7 +360,8 @@ class Worker:
         self._claims.reply(caller, reply.fields())
 
     def _settle(self, place: bytes) -> None:
-        # After its reply in the same write, never before: dying in between repeats a request, the other order loses one.
+        # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
+        # order loses one.
         if not self._settled:
             self._loop.call_soon(self._flush_settled)
         self._settled.append(place)
