@@ -219,23 +219,27 @@ def plan(desired: Desired, seen: Seen) -> list[Step]:
             steps += _stop(backend, replicas)
         elif replicas:
             # Whoever deleted it has waited for its queue to be answered, or did not want to wait.
-            steps += [ForgetReplica(r.id) if r.state is State.GONE else KillReplica(r.id) for r in replicas]
+            steps += _tidy(replicas, grace_s=0.0)
+            steps += [
+                _end(replica, grace_s=0.0) for replica in replicas if replica.state in (State.STARTING, State.READY)
+            ]
         else:
             steps.append(RetireBackend(tag))
     return steps + plan_proxies(desired.http, seen)
 
 
 def lacking(backend: Backend, seen: Seen) -> str | None:
-    """Say which resources are missing for the replicas that ``backend`` has yet to get; ``None`` if there are enough.
+    """Say which resources are missing for ``backend`` to have all its replicas; ``None`` if there are enough.
 
-    Where an older version serves, it gives up its places one by one, so that a single free one is enough.
+    Where an older version serves, it gives up its places one by one, so that a single free one is enough to begin.
     """
     replicas = _by_backend(seen).get(backend.tag, [])
-    missing = backend.replicas - len(_current(backend, replicas, State.STARTING, State.READY))
+    placed = _current(backend, replicas, State.STARTING, State.READY)
+    number = backend.replicas
     if _old(backend, replicas, State.READY, State.DRAINING):
-        missing = min(missing, 1)
-    left = _left(seen)
-    return None if missing <= room(backend.asks, left) else shortage(missing, backend.asks, seen.nodes, left)
+        number = min(number, len(placed) + 1)
+    left = _left(seen, without=placed)
+    return None if number <= room(backend.asks, left) else shortage(number, backend.asks, seen.nodes, left)
 
 
 def plan_proxies(http: HTTP, seen: Seen) -> list[ProxyStep]:
@@ -296,10 +300,11 @@ def _stop(backend: Backend, replicas: Sequence[Replica]) -> list[ReplicaStep]:
     # Of an older version, those that do not serve yet never need to; of those that do, one goes for each new one.
     unneeded += _old(backend, replicas, State.STARTING)
     unneeded += _old(backend, replicas, State.READY)[max(0, backend.replicas - len(ready)) :]
-    return [
-        KillReplica(replica.id) if replica.state is State.STARTING else DrainReplica(replica.id, backend.grace_s)
-        for replica in unneeded
-    ]
+    return [_end(replica, backend.grace_s) for replica in unneeded]
+
+
+def _end(replica: Replica, grace_s: float) -> ReplicaStep:
+    return KillReplica(replica.id) if replica.state is State.STARTING else DrainReplica(replica.id, grace_s)
 
 
 def _by_backend(seen: Seen) -> dict[str, list[Replica]]:
@@ -317,9 +322,9 @@ def _old(backend: Backend, replicas: Iterable[Replica], *states: State) -> list[
     return [r for r in replicas if r.version != backend.version and r.state in states]
 
 
-def _left(seen: Seen) -> list[Node]:
+def _left(seen: Seen, without: Sequence[Replica] = ()) -> list[Node]:
     """Return what is left of the nodes. A replica that is about to go counts as gone: Ray lets others wait for it."""
-    staying = (r for r in seen.replicas if r.state in (State.STARTING, State.READY))
+    staying = (r for r in seen.replicas if r.state in (State.STARTING, State.READY) and r not in without)
     return free(seen.nodes, [(replica.node, replica.asks) for replica in staying])
 
 

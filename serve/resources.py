@@ -69,7 +69,7 @@ def shortage(number: int, wanted: Amounts, nodes: Iterable[Node], left: Iterable
     ]
     asks = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
     return (
-        f"{number} more replica{'s' * (number > 1)} with {asks} each cannot be placed, only {room(wanted, left):g}: "
+        f"{number} replica{'s' * (number > 1)} with {asks} each asked for, room for {room(wanted, left):g}: "
         f"{'; '.join(there) or 'the cluster has no node'}"
     )
 

@@ -14,17 +14,27 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from ..broker.errors import ConfigError
+from ..broker.keys import check_name
 from ..handles.errors import BackendNotFound
 from .config import BackendConfig
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 WEIGHT_TOLERANCE = 1e-6
 
+_REGISTRY = "registry"
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 # What Ray schedules an actor by. The rest of its options is ours to set: a replica's name, lifetime, restarts.
 _RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory")
 _ACTOR_OPTIONS = (*_RESOURCE_OPTIONS, "resources", "accelerator_type")
+
+
+def check_tag(tag: object) -> str:
+    """Return the name of a backend."""
+    tag = check_name("a backend", tag)
+    if tag == _REGISTRY:
+        raise ConfigError(f"a backend cannot be called {tag!r}: the registry's keys are named so")
+    return tag
 
 
 def check_methods(methods: object) -> tuple[str, ...]:
@@ -147,12 +157,16 @@ def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: boo
     if isinstance(func_or_class, str):
         return
     name = getattr(func_or_class, "__qualname__", repr(func_or_class))
+    check_batch_size(config, name, takes_batch=takes_batch)
+    if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):
+        raise ConfigError(f"user_config is given, but {name} has no method reconfigure to take it")
+
+
+def check_batch_size(config: BackendConfig, name: str, *, takes_batch: bool) -> None:
     if config.max_batch_size is not None and not takes_batch:
         raise ConfigError(
             f"max_batch_size is {config.max_batch_size}, but {name} takes one request: mark it with @serve.accept_batch"
         )
-    if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):
-        raise ConfigError(f"user_config is given, but {name} has no method reconfigure to take it")
 
 
 def _call_of(cls: type) -> Callable[..., Any] | None:

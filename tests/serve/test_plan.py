@@ -118,15 +118,22 @@ def seen_states(draw: st.DrawFn) -> Seen:
     )
 
 
-def apply(steps: Iterable[Step], seen: Seen) -> Seen:
+def apply(steps: Iterable[Step], seen: Seen, desired: Desired) -> Seen:
     """Do what ``steps`` say, as far as that is done at once: what drains goes on draining."""
+    asks = {tag: wanted.asks for tag, wanted in desired.backends.items()}
     replicas = {replica.id: replica for replica in seen.replicas}
     proxies = {proxy.id: proxy for proxy in seen.proxies}
     reported = set(seen.reported)
     for step in steps:
         match step:
             case StartReplica(tag, version):
-                new = Replica(id=f"new{next(_numbers)}", backend=tag, version=version, state=State.STARTING)
+                new = Replica(
+                    id=f"new{next(_numbers)}",
+                    backend=tag,
+                    version=version,
+                    state=State.STARTING,
+                    asks=asks.get(tag, {}),
+                )
                 replicas[new.id] = new
                 reported.add(tag)
             case DrainReplica(id):
@@ -180,7 +187,7 @@ def of(seen: Seen, tag: str, version: str, *states: State) -> list[Replica]:
 @given(desired_states(), seen_states())
 def test_the_plan_settles(desired: Desired, seen: Seen) -> None:
     for _ in range(20):
-        seen = let_time_pass(apply(plan(desired, seen), seen))
+        seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     assert plan(desired, seen) == []
     for proxy in seen.proxies:
         assert proxy.node in desired.http.nodes
@@ -192,7 +199,7 @@ def test_the_plan_settles(desired: Desired, seen: Seen) -> None:
 def test_with_room_enough_it_settles_on_what_is_desired(desired: Desired, seen: Seen) -> None:
     seen = replace(seen, nodes=ROOMY)
     for _ in range(20):
-        seen = let_time_pass(apply(plan(desired, seen), seen))
+        seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     for tag, wanted in desired.backends.items():
         assert len(of(seen, tag, wanted.version, State.READY)) == wanted.replicas
         assert status(wanted, seen, None).settled
@@ -202,7 +209,7 @@ def test_with_room_enough_it_settles_on_what_is_desired(desired: Desired, seen: 
 @given(desired_states(), seen_states())
 def test_it_never_starts_more_than_was_asked(desired: Desired, seen: Seen) -> None:
     before = seen
-    after = apply(plan(desired, seen), seen)
+    after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
         was = len(of(before, tag, wanted.version, State.STARTING, State.READY))
         now = len(of(after, tag, wanted.version, State.STARTING, State.READY))
@@ -214,7 +221,7 @@ def test_it_never_starts_more_than_was_asked(desired: Desired, seen: Seen) -> No
 
 @given(desired_states(), seen_states())
 def test_it_never_stops_the_last_ready_replicas_before_the_next_are_ready(desired: Desired, seen: Seen) -> None:
-    after = apply(plan(desired, seen), seen)
+    after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
         was = sum(r.backend == tag and r.state is State.READY for r in seen.replicas)
         now = sum(r.backend == tag and r.state is State.READY for r in after.replicas)
@@ -248,7 +255,7 @@ def test_a_roll_over_keeps_as_many_ready_as_are_wanted_whatever_the_order(
     lowest = before
     moves = {State.STARTING: State.READY, State.DRAINING: State.GONE}
     while True:
-        seen = apply(plan(desired, seen), seen)
+        seen = apply(plan(desired, seen), seen, desired)
         lowest = min(lowest, sum(r.state is State.READY for r in seen.replicas))
         replicas = list(seen.replicas)
         moving = [i for i, r in enumerate(replicas) if r.state in moves]
@@ -303,15 +310,26 @@ def test_a_roll_over_on_a_full_cluster_needs_one_free_place() -> None:
     assert lacking(desired.backends["f"], see(*old, nodes=nodes)) is None
     full = see(*old, nodes=[Node("node-a", {"CPU": 2.0})])
     assert plan(desired, full) == []
-    assert "1 more replica with CPU 1 each cannot be placed, only 0" in (lacking(desired.backends["f"], full) or "")
+    assert "1 replica with CPU 1 each asked for, room for 0: node node-a has CPU 2 (0 unused)" in (
+        lacking(desired.backends["f"], full) or ""
+    )
 
 
 def test_what_does_not_fit_is_not_started_and_said() -> None:
     big = backend(cpus=64, replicas=2)
     seen = see(nodes=[Node("node-a", {"CPU": 2.0})])
     assert plan(want(big), seen) == []
-    assert lacking(big, seen) == "2 more replicas with CPU 64 each cannot be placed, only 0: node node-a has CPU 2"
+    assert lacking(big, seen) == "2 replicas with CPU 64 each asked for, room for 0: node node-a has CPU 2"
     assert status(big, seen, None).lacking == lacking(big, seen)
+
+
+def test_replicas_that_are_placed_already_count_as_room_for_themselves() -> None:
+    """The message is the same before and after those that fit were started."""
+    many = backend(replicas=5)
+    before = see(nodes=[Node("node-a", {"CPU": 3.0})])
+    after = apply(plan(want(many), before), before, want(many))
+    assert len(after.replicas) == 3
+    assert lacking(many, after) == lacking(many, before)
 
 
 def test_a_replica_that_died_is_forgotten_and_replaced_in_one_pass() -> None:
@@ -338,9 +356,14 @@ def test_failures_of_long_ago_do_not_count() -> None:
 
 
 def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
-    left = [replica(State.READY), replica(State.DRAINING), replica(State.GONE)]
-    seen = see(*left, reported=frozenset({"f"}))
-    assert plan(want(), seen) == [KillReplica(left[0].id), KillReplica(left[1].id), ForgetReplica(left[2].id)]
+    left = [replica(state) for state in State]
+    named = {r.state: r.id for r in left}
+    assert set(plan(want(), see(*left, reported=frozenset({"f"})))) == {
+        KillReplica(named[State.STARTING]),
+        DrainReplica(named[State.READY], 0.0),
+        KillReplica(named[State.FAILED]),
+        ForgetReplica(named[State.GONE]),
+    }
     assert plan(want(), see(reported=frozenset({"f"}))) == [RetireBackend("f")]
 
 

@@ -37,11 +37,11 @@ def test_what_is_not_placed_yet_is_counted_where_it_fits() -> None:
 @pytest.mark.parametrize(
     ("number", "taken", "says"),
     [
-        (3, [], "3 more replicas with CPU 2 each cannot be placed, only 1: node aaaaaaaa has CPU 3"),
+        (3, [], "3 replicas with CPU 2 each asked for, room for 1: node aaaaaaaa has CPU 3"),
         (
             1,
             [("aaaaaaaaaa", {"CPU": 2})],
-            "1 more replica with CPU 2 each cannot be placed, only 0: node aaaaaaaa has ",
+            "1 replica with CPU 2 each asked for, room for 0: node aaaaaaaa has ",
         ),
         (1, [("aaaaaaaaaa", {"CPU": 2})], "CPU 3 (1 unused)"),
     ],

@@ -1,0 +1,401 @@
+"""What users hold: the sync face of an instance."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from secrets import token_hex
+from typing import Any, Literal, TypeVar, overload
+
+from ..broker.errors import PenstockError
+from ..broker.keys import check_name
+from ..broker.registry import BackendRecord, EndpointRecord
+from ..handles import background
+from ..handles.errors import EndpointNotFound
+from ..handles.handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
+from ..proxy.routing import check_route
+from ..workers.accept_batch import accepts_batch
+from ..workers.target import dump
+from . import changes, validation
+from .config import BackendConfig
+from .instance import Instance
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Target = Callable[..., Any] | str
+
+
+class Client:
+    """One instance: its backends, its endpoints, its end.
+
+    ``serve.start`` and ``serve.connect`` make it. Its methods block, and may be called from any thread. Those that
+    change something return when the change serves; when they raise, they have changed nothing.
+
+    Leaving it as a context manager ends what ``serve.start`` has started, unless that is detached.
+    """
+
+    def __init__(
+        self, instance: Instance, http_url: str | None, *, started: ExitStack | None = None, owns: bool, keep: bool
+    ) -> None:
+        """``started`` undoes what ``start`` did. Who ``owns`` the instance ends it, and may ``keep`` its keys."""
+        self._instance = instance
+        self._http_url = http_url
+        self._started = started or ExitStack()
+        self._owns, self._keep = owns, keep
+        self._closed = False
+        self._closing = threading.Lock()
+        if owns:
+            atexit.register(self._close)
+
+    @property
+    def redis_url(self) -> str:
+        """Where the instance's Redis is; that of the embedded server too."""
+        return self._instance.redis_url
+
+    @property
+    def http_url(self) -> str | None:
+        """Where HTTP clients find it, such as ``"http://127.0.0.1:8000"``; None if it has no server."""
+        return self._http_url
+
+    def __repr__(self) -> str:
+        closed = ", shut down" if self._closed else ""
+        return f"Client({self._instance.name!r}, redis_url={self.redis_url!r}, http_url={self.http_url!r}{closed})"
+
+    # -- backends
+
+    def create_backend(
+        self,
+        tag: str,
+        func_or_class: Target,
+        /,
+        *init_args: Any,
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None:
+        """Deploy code; return when all its replicas are ready.
+
+        There is no limit to how long they may take to start.
+
+        Args:
+            tag: its name: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
+            func_or_class: a function of one `Request`, ``async def`` or not; a class whose instances are called with
+                one; or where the replicas can import either, as ``"package.module:Name"``. With `accept_batch`, it
+                takes a list of requests and returns a list of as many results.
+            *init_args: what a class is constructed with, in each replica. It travels by pickle.
+            config: a `BackendConfig`, or a dict of its fields.
+            ray_actor_options: what each replica needs: ``num_cpus`` (1 unless given), ``num_gpus``, ``memory``
+                (bytes), ``resources``, ``accelerator_type``.
+            runtime_env: Ray's, for the replicas: environment variables, working directory, packages.
+            **init_kwargs: see ``init_args``.
+
+        Raises:
+            TypeError: an argument is of the wrong type, the code does not take one request, its constructor does not
+                take what was given, or something cannot be pickled.
+            ConfigError: there is such a backend already, a value cannot be, or the cluster does not have what all its
+                replicas need; the message says what was asked for and what there is.
+            BackendError: a replica could not start; its ``traceback`` is that of the constructor.
+        """
+        validation.check_tag(tag)
+        checked = BackendConfig.of(config)
+        record = BackendRecord(
+            tag=tag,
+            version=token_hex(4),
+            code="",
+            config=checked.model_dump(),
+            actor_options=validation.check_actor_options(ray_actor_options),
+            runtime_env=validation.check_runtime_env(runtime_env),
+            accepts_batch=_may_take_batches(func_or_class),
+        )
+        blob = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
+        self._run(self._instance.add_backend(record, blob))
+
+    def update_backend(
+        self,
+        tag: str,
+        func_or_class: Target,
+        /,
+        *init_args: Any,
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None:
+        """Roll out new code in place of a backend's; return when no replica of the old takes requests any more.
+
+        An old replica goes when a new one is ready, so that there are never fewer than are wanted; it finishes what
+        it has begun. If the new code cannot start, the old stays.
+
+        Args:
+            tag: an existing backend.
+            func_or_class: see `create_backend`, as for all others.
+            *init_args: of the new code; the old ones are not kept.
+            config: what is to change; fields that it does not name stay as they are.
+            ray_actor_options: None keeps them.
+            runtime_env: None keeps it.
+            **init_kwargs: of the new code; the old ones are not kept.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            TypeError, ConfigError, BackendError: see `create_backend`. One free place in the cluster is enough.
+        """
+        validation.check_tag(tag)
+        version = token_hex(4)
+        options = validation.check_actor_options(ray_actor_options)
+        environment = validation.check_runtime_env(runtime_env)
+        takes_batch = _may_take_batches(func_or_class)
+        BackendConfig().merged(config)  # what is wrong in itself is told first, whatever there is
+
+        def update(old: BackendRecord) -> BackendRecord:
+            merged = BackendConfig.stored(old.config).merged(config)
+            validation.check_fits(merged, func_or_class, takes_batch=takes_batch)
+            return replace(
+                old,
+                version=version,
+                config=merged.model_dump(),
+                actor_options=old.actor_options if ray_actor_options is None else options,
+                runtime_env=old.runtime_env if runtime_env is None else environment,
+                accepts_batch=takes_batch,
+            )
+
+        blob = _checked_code(func_or_class, init_args, init_kwargs, BackendConfig(), version)
+        self._run(self._instance.update_backend(tag, update, blob))
+
+    def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
+        """Change how a backend runs; return when all its replicas do so, and there are as many as are wanted.
+
+        Args:
+            tag: an existing backend.
+            config: what is to change; fields that it does not name stay as they are.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            TypeError, ConfigError: see `create_backend`.
+            BackendError: a new replica could not start, or the class's ``reconfigure`` raised.
+        """
+        validation.check_tag(tag)
+        BackendConfig().merged(config)
+
+        def update(old: BackendRecord) -> BackendRecord:
+            merged = BackendConfig.stored(old.config).merged(config)
+            validation.check_batch_size(merged, f"the code of {tag!r}", takes_batch=old.accepts_batch)
+            return replace(old, config=merged.model_dump())
+
+        self._run(self._instance.update_backend(tag, update))
+
+    def get_backend_config(self, tag: str) -> BackendConfig:
+        """Return how a backend runs. Raises `BackendNotFound`."""
+        validation.check_tag(tag)
+        return BackendConfig.stored(changes.backend_of(self._run(self._instance.snapshot()), tag).config)
+
+    def list_backends(self) -> dict[str, BackendConfig]:
+        """Return every backend's configuration, by tag."""
+        seen = self._run(self._instance.snapshot())
+        return {tag: BackendConfig.stored(record.config) for tag, record in seen.backends.items()}
+
+    def delete_backend(self, tag: str, force: bool = False) -> None:
+        """Delete a backend, with its dead letters; return when its replicas have ended.
+
+        What is queued is answered first, for at most its ``graceful_shutdown_timeout_s``; the rest is refused.
+
+        Args:
+            tag: an existing backend.
+            force: True to refuse at once what is queued, and what runs too.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            ConfigError: an endpoint sends or shadows to it.
+        """
+        validation.check_tag(tag)
+        self._run(self._instance.remove_backend(tag, drain=not force))
+
+    # -- endpoints
+
+    def create_endpoint(
+        self, name: str, *, backend: str, route: str | None = None, methods: Iterable[str] = ("GET",)
+    ) -> None:
+        """Let a backend be called, by handles and over HTTP; return when every proxy serves the route.
+
+        Args:
+            name: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
+            backend: the tag of the backend that gets all its requests, until `set_traffic`.
+            route: a path with Starlette's parameters, such as ``"/users/{id:int}"`` (``str``, ``int``, ``float``,
+                ``uuid``, ``path``); None for handles alone.
+            methods: HTTP's, in any case. GET brings HEAD along.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            ConfigError: there is such an endpoint already, another one has the route for one of these methods, or a
+                value cannot be.
+            TypeError: an argument is of the wrong type.
+        """
+        check_name("an endpoint", name)
+        validation.check_tag(backend)
+        new = EndpointRecord(
+            name=name,
+            route=None if route is None else check_route(route),
+            methods=validation.check_methods(methods),
+            traffic={backend: 1.0},
+        )
+        self._run(self._instance.change(lambda seen: changes.add_endpoint(seen, new)))
+
+    def list_endpoints(self) -> dict[str, dict[str, Any]]:
+        """Return ``{name: {"route", "methods", "traffic", "shadows"}}``."""
+        seen = self._run(self._instance.snapshot())
+        return {
+            name: {
+                "route": endpoint.route,
+                "methods": list(endpoint.methods),
+                "traffic": dict(endpoint.traffic),
+                "shadows": dict(endpoint.shadows),
+            }
+            for name, endpoint in seen.endpoints.items()
+        }
+
+    def delete_endpoint(self, name: str) -> None:
+        """Delete an endpoint; return when no proxy serves its route. Its backends stay. Raises `EndpointNotFound`."""
+        check_name("an endpoint", name)
+        self._run(self._instance.change(lambda seen: changes.remove_endpoint(seen, name)))
+
+    def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
+        """Share out an endpoint's requests among backends; return when every proxy does so.
+
+        Args:
+            endpoint: its name.
+            traffic: weights by backend: not negative, their sum 1 within a millionth. Requests with the same shard
+                key go to the same backend, as far as the weights allow.
+
+        Raises:
+            EndpointNotFound: there is no such endpoint.
+            BackendNotFound: there is no such backend.
+            ConfigError: a weight is negative, or they do not sum to 1.
+            TypeError: an argument is of the wrong type.
+        """
+        check_name("an endpoint", endpoint)
+        self._run(self._instance.change(lambda seen: changes.set_traffic(seen, endpoint, traffic)))
+
+    def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
+        """Copy a part of an endpoint's requests to a backend; return when every proxy does so.
+
+        Nobody waits for what it answers, and its failures touch nobody.
+
+        Args:
+            endpoint: its name.
+            tag: the backend that gets the copies.
+            proportion: 0 to 1; 0 ends it.
+
+        Raises:
+            EndpointNotFound: there is no such endpoint.
+            BackendNotFound: there is no such backend.
+            ConfigError: ``proportion`` is not 0 to 1.
+            TypeError: an argument is of the wrong type.
+        """
+        check_name("an endpoint", endpoint)
+        validation.check_tag(tag)
+        share = validation.check_proportion(proportion)
+        self._run(self._instance.change(lambda seen: changes.set_shadow(seen, endpoint, tag, share)))
+
+    @overload
+    def get_handle(self, endpoint: str, *, sync: Literal[True] = True, missing_ok: bool = False) -> ServeHandle: ...
+    @overload
+    def get_handle(self, endpoint: str, *, sync: Literal[False], missing_ok: bool = False) -> AsyncServeHandle: ...
+    @overload
+    def get_handle(self, endpoint: str, *, sync: bool, missing_ok: bool = False) -> ServeHandle | AsyncServeHandle: ...
+
+    def get_handle(
+        self, endpoint: str, *, sync: bool = True, missing_ok: bool = False
+    ) -> ServeHandle | AsyncServeHandle:
+        """Return a handle to call an endpoint with. It can be pickled, and used in processes without Ray.
+
+        Args:
+            endpoint: its name.
+            sync: True for a handle whose futures are ``concurrent.futures.Future``; False for one to await. Each
+                warns when it is asked for in the other's place.
+            missing_ok: True for an endpoint that may be created later: a call waits for it until its deadline, 30 s
+                without one.
+
+        Raises:
+            EndpointNotFound: there is no such endpoint, and ``missing_ok`` is False.
+            TypeError: ``endpoint`` is not a ``str``.
+        """
+        kind = ServeHandle if sync else AsyncServeHandle
+        handle = kind(self.redis_url, self._instance.name, endpoint, None, missing_ok)
+        known = self._run(self._instance.snapshot()).endpoints
+        if not missing_ok and endpoint not in known:
+            raise EndpointNotFound(endpoint, known)
+        warn_of_the_other_face(sync)
+        return handle
+
+    # -- the whole
+
+    def status(self) -> dict[str, Any]:
+        """Return how the instance is doing: ``{"backends": {tag: …}, "proxies": {name: …}}``.
+
+        Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is
+        ``failing`` (the error of the last replica that could not start) or ``lacking`` (in the cluster), or None;
+        how many requests are ``queued`` (unsettled, waiting or running) and how many are ``dead_letters``.
+        """
+        return self._run(self._instance.status())
+
+    def shutdown(self) -> None:
+        """End the instance: all its processes, and every key that it has in Redis. A second time does nothing.
+
+        Requests that are still queued are refused. What ``start`` has brought up for it ends too: the embedded
+        server, and a Ray that was not running before. The files of a ``data_dir`` stay, with nothing of the instance
+        in them.
+        """
+        self._close(end=True, keep=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._close()
+
+    def _close(self, end: bool | None = None, keep: bool | None = None) -> None:
+        """Disconnect, and end the instance if it is ours to end."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self._close)
+        with self._started:
+            try:
+                if self._owns if end is None else end:
+                    background.run(self._instance.end(erase=not (self._keep if keep is None else keep)))
+            finally:
+                background.run(self._instance.close())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            coroutine.close()
+            raise PenstockError(f"this client of the instance {self._instance.name!r} was shut down")
+        return background.run(coroutine)
+
+
+def _may_take_batches(func_or_class: object) -> bool:
+    # What only the workers can import is for them to refuse.
+    return isinstance(func_or_class, str) or accepts_batch(func_or_class)
+
+
+def _checked_code(
+    func_or_class: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: BackendConfig, version: str
+) -> bytes:
+    """Return the code as it travels, if it could serve."""
+    takes_batch = _may_take_batches(func_or_class)
+    validation.check_callable(func_or_class, args, kwargs, takes_batch=takes_batch)
+    validation.check_fits(config, func_or_class, takes_batch=takes_batch)
+    try:
+        blob = dump(func_or_class, args, kwargs)
+    except Exception as e:  # pickling runs whatever code the objects bring
+        raise TypeError(f"a backend's code and arguments must be picklable: {e}") from e
+    # Bytes behind a pickle are ignored. They make each version's digest its own, so that whoever deletes his code
+    # cannot delete that of another backend with the same.
+    return blob + version.encode()

@@ -1,0 +1,255 @@
+"""An instance as its clients change it: each change goes to the registry, and is over when it serves.
+
+This is the async core of `Client`. It needs no Ray: what a change comes to, the controller reports in the registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from ..broker.connection import Connection, shown_url
+from ..broker.errors import ConfigError, PenstockError
+from ..broker.keys import Keys
+from ..broker.registry import BackendRecord, Change, Registry, Snapshot
+from ..handles.caller import Caller
+from ..handles.errors import from_wire
+from . import changes
+from .config import BackendConfig
+from .settings import Settings
+
+_POLL_S = 0.02
+_ALIVE_S = 1.0
+_LIVE_S = 30.0
+"""A proxy that is well follows the registry within a second; one that has not after this long is not well."""
+_STOP_S = 60.0
+
+
+class Instance:
+    """One instance, for the loop that opened it."""
+
+    def __init__(self, redis_url: str, name: str) -> None:
+        self.redis_url, self.name = redis_url, name
+        self._keys = Keys(name)
+        self._connection = Connection(redis_url, name="penstock-client")
+        self.registry = Registry(self._connection, self._keys)
+
+    async def open(self) -> Instance:
+        """Connect. Raises `BrokerUnavailable`."""
+        await self._connection.open()
+        return self
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def snapshot(self) -> Snapshot:
+        return await self.registry.snapshot()
+
+    # -- owning
+
+    async def take(self, owner: str, ttl_s: float) -> None:
+        """Become the owner of the instance, of one whose owner is gone too.
+
+        Raises:
+            ConfigError: it has an owner that is alive.
+        """
+        lowest_ms = None
+        while not await self.registry.own(owner, ttl_s):
+            # A lease that is renewed has somebody who renews it; one that runs out has nobody.
+            left_ms = await self._connection.send("PTTL", self._keys.owner, repeat=True)
+            if lowest_ms is not None and left_ms > lowest_ms:
+                raise ConfigError(
+                    f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() finds "
+                    "it, its shutdown() ends it, and start(instance=...) with another name starts one beside it"
+                )
+            lowest_ms = left_ms
+            await asyncio.sleep(_POLL_S)
+
+    async def has_owner(self) -> bool:
+        return bool(await self._connection.send("EXISTS", self._keys.owner, repeat=True))
+
+    async def end(self, *, erase: bool) -> None:
+        """Have the controller end every process of the instance, and erase its keys, or keep what can be resumed.
+
+        Raises:
+            PenstockError: the controller did not do so in time.
+        """
+        settings = await Settings.read(self.registry)
+        if settings is not None and not settings.stopped and await self.has_owner():
+            await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
+            await self._until(self._has_stopped, f"instance {self.name!r} did not end", _STOP_S)
+        # What the handles of this process share, so that they do not look for a broker that may end now.
+        await (await Caller.get(self.redis_url, self.name)).close()
+        if erase:
+            await self.registry.erase()
+
+    async def _has_stopped(self) -> bool:
+        settings = await Settings.read(self.registry)
+        return settings is None or settings.stopped or not await self.has_owner()
+
+    # -- backends
+
+    async def add_backend(self, record: BackendRecord, blob: bytes) -> None:
+        # Before the code is sent, which can be large.
+        changes.add_backend(await self.snapshot(), record)
+        record = replace(record, code=await self.registry.put_code(blob))
+        try:
+            await self.registry.change(lambda seen: changes.add_backend(seen, record))
+            await self._come_about(record)
+        except BaseException:
+            await self._undo(record, None)
+            raise
+
+    async def update_backend(
+        self, tag: str, update: Callable[[BackendRecord], BackendRecord], blob: bytes | None = None
+    ) -> None:
+        """Change a backend; what it was serves on if what it is to be cannot."""
+        changes.update_backend(await self.snapshot(), tag, update)
+        code = None if blob is None else await self.registry.put_code(blob)
+        before: BackendRecord | None = None
+        record: BackendRecord | None = None
+
+        def decide(seen: Snapshot) -> Change:
+            nonlocal before, record
+            change = changes.update_backend(
+                seen, tag, lambda old: update(old) if code is None else replace(update(old), code=code)
+            )
+            before, record = seen.backends[tag], change.backends.get(tag)
+            return change
+
+        try:
+            await self.registry.change(decide)
+            if record is None:
+                return  # it was like this already
+            await self._come_about(record)
+        except BaseException:
+            if record is not None:
+                await self._undo(record, before)
+            elif code is not None:
+                await self.registry.delete_code(code)
+            raise
+        if code is not None and before is not None:
+            await self.registry.delete_code(before.code)
+
+    async def remove_backend(self, tag: str, *, drain: bool) -> None:
+        seen = await self.snapshot()
+        changes.remove_backend(seen, tag)
+        record = seen.backends[tag]
+        if drain:
+            grace_s = BackendConfig.stored(record.config).graceful_shutdown_timeout_s
+            await self._until(lambda: self._is_idle(tag), "", grace_s, late_is_fine=True)
+        await self.registry.change(lambda seen: changes.remove_backend(seen, tag))
+        await self.registry.delete_code(record.code)
+        await self._gone(tag)
+
+    async def _come_about(self, record: BackendRecord) -> None:
+        """Return when ``record`` serves, however long its replicas take to start.
+
+        Raises:
+            BackendError: a replica could not start.
+            ConfigError: the cluster does not have what it asks for.
+            PenstockError: somebody else changed it meanwhile.
+        """
+
+        async def has_come_about() -> bool:
+            status = (await self.registry.reports("backends")).get(record.tag, {})
+            if (status.get("version"), status.get("config_version")) == (record.version, record.config_version):
+                if status["failing"]:
+                    raise from_wire(status["failing"])
+                if status["lacking"]:
+                    raise ConfigError(f"backend {record.tag!r}: {status['lacking']}")
+                return bool(status["settled"])
+            if (await self.snapshot()).backends.get(record.tag) != record:
+                raise PenstockError(f"the backend {record.tag!r} was changed or deleted by somebody else meanwhile")
+            return False
+
+        await self._until(has_come_about, f"backend {record.tag!r} did not come about")
+
+    async def _undo(self, failed: BackendRecord, before: BackendRecord | None) -> None:
+        await self.registry.change(lambda seen: changes.undo_backend(seen, failed, before))
+        if before is None or before.code != failed.code:
+            await self.registry.delete_code(failed.code)
+        if before is None:
+            await self._gone(failed.tag)
+
+    async def _gone(self, tag: str) -> None:
+        async def is_gone() -> bool:
+            return tag not in await self.registry.reports("backends") or tag in (await self.snapshot()).backends
+
+        await self._until(is_gone, f"the replicas of {tag!r} did not end", _STOP_S)
+
+    async def _is_idle(self, tag: str) -> bool:
+        return await self.queued(tag) == 0
+
+    async def queued(self, tag: str) -> int:
+        """Return how many requests of a backend are unsettled: waiting or running."""
+        requests = self._connection.send("XLEN", self._keys.requests(tag), repeat=True)
+        batch = self._connection.send("XLEN", self._keys.batch(tag), repeat=True)
+        return int(await requests) + int(await batch)
+
+    async def status(self) -> dict[str, Any]:
+        backends = await self.registry.reports("backends")
+        return {
+            "backends": {
+                tag: {
+                    **report,
+                    "queued": await self.queued(tag),
+                    "dead_letters": int(await self._connection.send("XLEN", self._keys.dead(tag), repeat=True)),
+                }
+                for tag, report in backends.items()
+            },
+            "proxies": await self.registry.reports("proxies"),
+        }
+
+    # -- endpoints
+
+    async def change(self, decide: Callable[[Snapshot], Change]) -> None:
+        """Make a change that is live at every proxy, and for the handles of this process, when this returns."""
+        version = await self.registry.change(decide)
+        caller = await Caller.get(self.redis_url, self.name)
+        await caller.watcher.wait_for(version, _LIVE_S)
+
+        async def is_live() -> bool:
+            proxies = (await self.registry.reports("proxies")).values()
+            return all(proxy.get("version", 0) >= version for proxy in proxies if proxy.get("url"))
+
+        await self._until(is_live, "a proxy did not take the change over", _LIVE_S)
+
+    async def http_url(self) -> str | None:
+        """Return where the instance is reached over HTTP, ``None`` without a server."""
+        proxies = await self.registry.reports("proxies")
+        urls = [proxy["url"] for _, proxy in sorted(proxies.items()) if proxy.get("url")]
+        return urls[0] if urls else None
+
+    # -- waiting
+
+    async def _until(
+        self,
+        condition: Callable[[], Awaitable[bool]],
+        complaint: str,
+        timeout_s: float | None = None,
+        *,
+        late_is_fine: bool = False,
+    ) -> None:
+        """Return once ``condition`` holds.
+
+        Raises:
+            PenstockError: it did not within ``timeout_s``, or there is no controller any more to bring it about.
+        """
+        started_s = asked_s = time.monotonic()
+        while not await condition():
+            now_s = time.monotonic()
+            if timeout_s is not None and now_s - started_s > timeout_s:
+                if late_is_fine:
+                    return
+                raise PenstockError(f"{complaint} within {timeout_s:g} s")
+            if now_s - asked_s > _ALIVE_S:
+                asked_s = now_s
+                if not await self.has_owner():
+                    raise PenstockError(
+                        f"{complaint}: the instance {self.name!r} has lost its controller; serve.start resumes it"
+                    )
+            await asyncio.sleep(_POLL_S)

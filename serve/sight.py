@@ -1,0 +1,191 @@
+"""What a controller sees: what is asked for, what replicas and proxies report, what Ray tells of their processes.
+
+It keeps some of what it saw. None of that is written anywhere: it betters what `plan` decides, which is sound without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from ..broker.errors import PenstockError
+from ..broker.registry import Registry, Snapshot
+from ..handles.errors import to_wire
+from .config import BackendConfig, HTTPOptions
+from .fleet import Fleet, Member, alive_nodes
+from .plan import HTTP, NO_FAILURES, Backend, Desired, Failures, Proxy, Replica, Seen, State, Version, status
+from .resources import Amounts, Node, asked
+
+log = logging.getLogger(__name__)
+
+_NODES_S = 1.0
+
+Report = Mapping[str, Any]
+
+
+class Sight:
+    """Sees the instance that ``replicas`` and ``proxies`` are of."""
+
+    def __init__(self, replicas: Fleet, proxies: Fleet) -> None:
+        self._replicas, self._proxies = replicas, proxies
+        self.statuses: dict[str, Report] = {}
+        """What was reported of each backend last."""
+        self.nodes: list[Node] = []
+        self.proxy_error: PenstockError | None = None
+        """Why a proxy failed last."""
+        self._nodes_at_s = -_NODES_S
+        self._reports: dict[str, Report] = {}
+        self._asks: dict[Version, Amounts] = {}
+        self._proven: set[Version] = set()
+        self._failing: dict[Version, dict[str, Any]] = {}
+        self._failures: dict[Version, Failures] = {}
+        self._proxy_failures: dict[str, Failures] = {}
+        self._counted: set[Member] = set()
+
+    async def begin(self, registry: Registry) -> None:
+        """Learn what an earlier controller has said."""
+        self.statuses = dict(await registry.reports("backends"))
+        for tag, report in self.statuses.items():
+            if report.get("failing"):
+                self._failing[tag, report["version"]] = report["failing"]
+
+    async def look(self, registry: Registry) -> None:
+        """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures."""
+        if time.monotonic() - self._nodes_at_s >= _NODES_S:
+            # In a thread, as it blocks for long when Ray's head is away.
+            self.nodes = await asyncio.to_thread(alive_nodes)
+            self._nodes_at_s = time.monotonic()
+        for fleet, reports in (
+            (self._replicas, await registry.reports("replicas")),
+            (self._proxies, await registry.reports("proxies")),
+        ):
+            self._reports.update(reports)
+            # Those that an earlier controller has left, and reports that outlived their process.
+            for name in reports.keys() - fleet.members.keys():
+                fleet.adopt(name)
+        self._take_note(time.monotonic())
+
+    def desired(self, snapshot: Snapshot, options: HTTPOptions, head: str) -> Desired:
+        """Return what there should be. ``head`` is the node that called ``start``."""
+        backends: dict[str, Backend] = {}
+        for tag, record in snapshot.backends.items():
+            config = BackendConfig.stored(record.config)
+            backends[tag] = Backend(
+                tag=tag,
+                version=record.version,
+                replicas=config.initial_replicas,
+                config_version=record.config_version,
+                grace_s=config.graceful_shutdown_timeout_s,
+                asks=self._asks.setdefault((tag, record.version), asked(record.actor_options)),
+            )
+        alive = [node.id for node in self.nodes]
+        nodes = {"HeadOnly": [node for node in alive if node == head], "EveryNode": alive, "NoServer": []}
+        http = HTTP(nodes=tuple(nodes[options.location]), per_node=options.proxies_per_node, port=options.port)
+        return Desired(backends=backends, http=http)
+
+    def seen(self) -> Seen:
+        """Return what there is."""
+        return Seen(
+            now_s=time.monotonic(),
+            replicas=[self._replica(name, member) for name, member in self._replicas.members.items()],
+            proxies=[self._proxy(name, member) for name, member in self._proxies.members.items()],
+            nodes=self.nodes,
+            failures=self._failures,
+            proxy_failures=self._proxy_failures,
+            proven=frozenset(self._proven),
+            reported=frozenset(self.statuses),
+        )
+
+    def status(self, backend: Backend, seen: Seen) -> dict[str, Any]:
+        """Describe a backend as it is to be reported."""
+        failing = self._failing.get(backend.key) or self._refusal(backend)
+        return asdict(status(backend, seen, failing))
+
+    def backend_of(self, replica: str) -> str:
+        return str(self._reports.get(replica, {}).get("backend", replica.rpartition("#")[0]))
+
+    def note_start(self, name: str, report: Report) -> None:
+        """Take ``report`` for true until the actor itself reports."""
+        self._reports[name] = report
+
+    def forget(self, fleet: Fleet, name: str) -> None:
+        self._counted.discard(fleet.members[name])
+        self._reports.pop(name, None)
+        fleet.forget(name)
+
+    def _replica(self, name: str, member: Member) -> Replica:
+        report, version = self._reports.get(name, {}), self._version_of(name)
+        return Replica(
+            id=name,
+            backend=version[0],
+            version=version[1],
+            state=_state(member, report),
+            config_version=report.get("config_version", 0),
+            node=report.get("node", ""),
+            asks=self._asks.get(version, {}),
+            attended=member.ending,
+        )
+
+    def _proxy(self, name: str, member: Member) -> Proxy:
+        report = self._reports.get(name, {})
+        return Proxy(
+            id=name,
+            node=report.get("node", ""),
+            state=_state(member, report),
+            port=urlsplit(str(report.get("url", ""))).port or 0,
+            attended=member.ending,
+        )
+
+    def _version_of(self, replica: str) -> Version:
+        return self.backend_of(replica), str(self._reports.get(replica, {}).get("version", ""))
+
+    def _take_note(self, now_s: float) -> None:
+        for name, member in self._replicas.members.items():
+            version = self._version_of(name)
+            if member.ready:
+                self._proven.add(version)
+                self._failing.pop(version, None)
+            elif (error := self._new_failure(member)) is not None:
+                self._failures[version] = self._failures.get(version, NO_FAILURES).and_one_more(now_s)
+                log.error("replica %s failed: %s", name, _summary(error))
+                if not member.was_ready:
+                    self._failing[version] = to_wire(error)
+        for name, member in self._proxies.members.items():
+            if (error := self._new_failure(member)) is not None:
+                self._proxy_failures[name] = self._proxy_failures.get(name, NO_FAILURES).and_one_more(now_s)
+                log.error("proxy %s failed: %s", name, _summary(error))
+                self.proxy_error = error
+
+    def _new_failure(self, member: Member) -> PenstockError | None:
+        if member.error is None or member.ending or member in self._counted:
+            return None
+        self._counted.add(member)
+        return member.error
+
+    def _refusal(self, backend: Backend) -> dict[str, Any] | None:
+        """Return why a replica does not take the configuration over: the class's ``reconfigure`` raised."""
+        for name in self._replicas.members:
+            report = self._reports.get(name, {})
+            if self._version_of(name) == backend.key and report.get("refused") == backend.config_version:
+                return cast("dict[str, Any]", report["error"])
+        return None
+
+
+def _state(member: Member, report: Report) -> State:
+    if member.gone:
+        return State.GONE
+    if member.ending or report.get("state") == State.DRAINING.value:
+        return State.DRAINING
+    if member.error is not None:
+        return State.FAILED
+    return State.READY if member.ready else State.STARTING
+
+
+def _summary(error: PenstockError) -> str:
+    """Return its first line: who failed has logged the rest."""
+    return str(error).partition("\n")[0]

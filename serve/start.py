@@ -1,0 +1,213 @@
+"""The doors to an instance: ``start`` makes one, ``connect`` finds one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from secrets import token_hex
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..broker.connection import shown_url
+from ..broker.embedded import EmbeddedServer, EmbeddedServerError
+from ..broker.errors import ConfigError
+from ..broker.keys import Keys
+from ..handles import background
+from .client import Client
+from .config import HTTPOptions
+from .controller import LEASE_S, Actor
+from .fleet import NAMESPACE, actor_name, alive_nodes, error_of
+from .instance import Instance
+from .settings import Settings, dump_http
+
+_CONCURRENCY = 10_000
+"""Every replica and every proxy has a call pending on the controller."""
+
+REDIS_URL = "PENSTOCK_REDIS_URL"
+"""The environment variable that names the broker where no ``redis_url`` is given."""
+
+
+def start(
+    *,
+    redis_url: str | None = None,
+    instance: str = "default",
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Client:
+    """Start an instance of Penstock; return when its HTTP server takes connections.
+
+    It runs on the Ray that this process is connected to; else on the cluster that ``RAY_ADDRESS`` names; else on a
+    local one, which is started and ends with it. It ends with the script, unless it is ``detached``.
+
+    Args:
+        redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Without it, ``PENSTOCK_REDIS_URL``;
+            without that, a server of its own, which only this machine reaches.
+        instance: its name. Instances of different names share a Redis and a Ray without touching each other.
+        detached: True for one that outlives the script. ``serve.connect`` finds it, and its ``shutdown`` ends it.
+        http_options: `HTTPOptions`, or a dict of its fields. By default HTTP is served on ``127.0.0.1:8000``.
+        data_dir: a directory for the embedded server to keep its data in. On one that holds an instance, that is
+            resumed: backends, endpoints, traffic, every unsettled request. `Client.shutdown` deletes them; the end
+            of the script does not.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ConfigError: a value cannot be, the HTTP port is in use, or the instance runs already; the message says what
+            to do.
+        BrokerUnavailable: Redis cannot be reached.
+    """
+    Keys(instance)
+    options = HTTPOptions.of(http_options, "http_options")
+    url = _redis_url(redis_url)
+    _check_broker(url, detached, data_dir)
+    plain, middlewares = dump_http(options)
+    with ExitStack() as undo:
+        if _join_ray():
+            undo.callback(cast(Any, ray.shutdown))
+        if url is None:
+            url = undo.enter_context(_embedded_server(data_dir)).url
+        node = ray.get_runtime_context().get_node_id()
+        settings = Settings(owner=token_hex(8), node=node, http=plain, detached=detached)
+        opened = background.run(Instance(url, instance).open())
+        undo.callback(lambda: background.run(opened.close()))
+        resumed = background.run(_found(opened, settings, middlewares))
+        try:
+            controller = _start_controller(opened, settings)
+        except BaseException:
+            background.run(_unfound(opened, settings, resumed))
+            raise
+        undo.callback(cast(Any, ray.kill), controller)
+        try:
+            http_url = background.run(_bring_up(opened, controller))
+        except BaseException:
+            background.run(opened.end(erase=not resumed))
+            raise
+        return Client(opened, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
+
+
+def connect(redis_url: str | None = None, instance: str = "default") -> Client:
+    """Find an instance that runs: a detached one, or, from inside a backend, one's own. Needs no Ray.
+
+    Args:
+        redis_url: its broker. Without it, ``PENSTOCK_REDIS_URL``, which replicas have set to that of their instance.
+        instance: its name.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ConfigError: there is no such instance, or it is not known which Redis it would be on.
+        BrokerUnavailable: Redis cannot be reached.
+    """
+    Keys(instance)
+    url = _redis_url(redis_url)
+    if url is None:
+        raise ConfigError(f"connect needs a redis_url, or {REDIS_URL} in the environment")
+    opened = background.run(Instance(url, instance).open())
+    with ExitStack() as undo:
+        undo.callback(lambda: background.run(opened.close()))
+        http_url = background.run(_find(opened))
+        undo.pop_all()
+    return Client(opened, http_url, owns=False, keep=True)
+
+
+async def _find(instance: Instance) -> str | None:
+    if await Settings.read(instance.registry) is None:
+        url = shown_url(instance.redis_url)
+        raise ConfigError(f"there is no instance {instance.name!r} on {url}; serve.start() starts one")
+    return await instance.http_url()
+
+
+async def _found(instance: Instance, settings: Settings, middlewares: bytes) -> bool:
+    """Make the instance ours, and write down how it is to run; tell whether there was one to resume."""
+    registry = instance.registry
+    await instance.take(settings.owner, LEASE_S)
+    resumed = await Settings.read(registry) is not None
+    if middlewares:
+        settings = replace(settings, middlewares=await registry.put_code(middlewares))
+    await settings.write(registry)
+    return resumed
+
+
+async def _unfound(instance: Instance, settings: Settings, resumed: bool) -> None:
+    if resumed:
+        await instance.registry.disown(settings.owner)
+    else:
+        await instance.registry.erase()
+
+
+async def _bring_up(instance: Instance, controller: Any) -> str | None:
+    """Wait for the proxies, and return where they serve."""
+    try:
+        await controller.ready.remote()
+    except RayError as e:
+        raise error_of(e) from None
+    return await instance.http_url()
+
+
+def _start_controller(instance: Instance, settings: Settings) -> Any:
+    name = actor_name(instance.name, "controller")
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached" if settings.detached else "non_detached",
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": _CONCURRENCY,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=settings.node, soft=True),
+    }
+    try:
+        return Actor.options(**options).remote(instance.redis_url, instance.name)
+    except ValueError:  # that is how Ray says that the name is taken
+        raise ConfigError(
+            f"the instance {instance.name!r} runs already in this Ray cluster, on another Redis: "
+            "start(instance=...) with another name starts one beside it"
+        ) from None
+
+
+def _redis_url(given: object) -> str | None:
+    if not isinstance(given, str | None):
+        raise TypeError(f"redis_url must be a str, not {type(given).__name__}")
+    return given or os.environ.get(REDIS_URL) or None
+
+
+def _check_broker(url: str | None, detached: bool, data_dir: object) -> None:
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise TypeError(f"data_dir must be a str or a Path, not {type(data_dir).__name__}")
+    if url is not None and data_dir is not None:
+        raise ConfigError(
+            f"data_dir is for the embedded server, and {shown_url(url)} is another one: leave out one of them"
+        )
+    if url is None and detached:
+        raise ConfigError(
+            "a detached instance outlives this process, and an embedded server does not: give the redis_url of "
+            f"one that runs, or set {REDIS_URL}"
+        )
+
+
+def _join_ray() -> bool:
+    """Connect this process to Ray; tell whether a local one was started for it."""
+    if ray.is_initialized():
+        return False
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, logging_level=logging.ERROR)
+        return True
+    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    return True
+
+
+def _embedded_server(data_dir: str | os.PathLike[str] | None) -> EmbeddedServer:
+    if (nodes := len(alive_nodes())) > 1:
+        raise ConfigError(
+            f"an embedded server is reached from one machine only, and this Ray cluster has {nodes} nodes: give the "
+            f"redis_url of a server that all of them reach, or set {REDIS_URL}"
+        )
+    try:
+        return EmbeddedServer.start(data_dir=None if data_dir is None else os.fspath(data_dir))
+    except EmbeddedServerError as e:
+        raise ConfigError(str(e)) from None
