@@ -1,15 +1,18 @@
 """Requests off their stream: claim, settle, take over, give back. One replica's side of one backend.
 
-The stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from its claim
-to its settling, so a replica that dies leaves a record of exactly what it held.
+The stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from
+its claim to its settling, so a replica that dies leaves a record of exactly what it held.
 
-The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one means a
-suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.adopt`, and run alone.
+The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one
+means a suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.adopt`, and run alone.
+
+All of this is about work that was accepted, so none of it is refused by a broker that is out of memory.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +20,7 @@ from typing import Any, cast
 import orjson
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from .connection import BLOCK_MS, Connection, Script
+from .connection import BLOCK_MS, Arg, Connection, Script
 from .keys import Keys
 from .signals import LOOK, signal
 
@@ -28,6 +31,10 @@ RETURNED = "-returned-"
 """The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
 
 HISTORY_S = 7 * 24 * 3600
+
+_FULL_S = 1.0
+_BURIED_FIELDS = 2_000
+"""Garbage of more names and values than this is cut short: Lua cannot hand on any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,10 @@ class Taken:
     fields: list[bytes]
 
 
-# What there is to take over. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many entries
-# the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way: only those, as
-# deleting a consumer loses what it holds.
-_LOOK = Script("""#!lua
+# What there is to take over. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
+# entries the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way:
+# only those, as deleting a consumer loses what it holds.
+_LOOK = Script("""#!lua flags=allow-oom
 local orphans, returned = 0, 0
 for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local name, pending = c[2], c[4]
@@ -57,10 +64,10 @@ end
 return {orphans, returned}
 """)
 
-# Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the whole of
-# it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED, what history keys begin with,
-# seconds to keep history. Answers the entry's id, its deliveries so far and its fields; or nothing.
-_ADOPT = Script("""#!lua
+# Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the
+# whole of it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED, what history keys
+# begin with, seconds to keep history. Answers the entry's id, its deliveries so far and its fields; or nothing.
+_ADOPT = Script("""#!lua flags=allow-oom
 local stream, group, me = KEYS[1], ARGV[1], ARGV[2]
 for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
   local name = c[2]
@@ -81,7 +88,7 @@ return {}
 """)
 
 # Takes what was given back. KEYS: the stream. ARGV: group, me, RETURNED, how many at most. Answers as XREADGROUP does.
-_RETAKE = Script("""#!lua
+_RETAKE = Script("""#!lua flags=allow-oom
 local out = {}
 for _, p in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[4], ARGV[3])) do
   local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, p[1])
@@ -94,9 +101,12 @@ end
 return out
 """)
 
-# Replies and dead letters are part of work that was accepted: they fit even where new work no longer does.
 _REPLY = Script("""#!lua flags=allow-oom
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
+""")
+
+_PUT_BODY = Script("""#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 """)
 
 # KEYS: the stream, its dead letters, the entry's history. ARGV: group, entry id, the name of the field for the history,
@@ -111,7 +121,7 @@ return 1
 
 # Undoes claims. KEYS: the stream. ARGV: group, me, RETURNED, then entry ids. Only what is still ours goes back, and its
 # delivery is not counted: it was never started.
-_GIVE_BACK = Script("""#!lua
+_GIVE_BACK = Script("""#!lua flags=allow-oom
 local given = 0
 for i = 4, #ARGV do
   local p = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])[1]
@@ -124,7 +134,7 @@ return given
 """)
 
 # KEYS: the stream. ARGV: group, me. Forgets a consumer with nothing pending.
-_LEAVE = Script("""#!lua
+_LEAVE = Script("""#!lua flags=allow-oom
 for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   if c[2] == ARGV[2] and c[4] == 0 then return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
 end
@@ -144,6 +154,8 @@ class Claims:
         self._stream = keys.requests(backend)
         self._history = keys.history(backend, "")
         self._leases = keys.alive(backend, "")
+        self._full_until = 0.0
+        """The broker was out of memory: replies go by a script until then."""
 
     async def ensure_group(self) -> None:
         """Create the stream and its group if they are not there. What was published before is delivered."""
@@ -156,8 +168,8 @@ class Claims:
     def claim(self, up_to: int, then: Callable[[Any], None]) -> None:
         """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(entry id, fields)``, or an exception.
 
-        Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came. After an
-        exception, entries may be ours that we never saw: `pending` has them.
+        Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came.
+        After an exception, entries may be ours that we never saw: `pending` has them.
         """
 
         def unwrap(reply: Any) -> None:
@@ -165,11 +177,12 @@ class Claims:
 
         self._reads.post(
             unwrap,
-            "XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, "BLOCK", BLOCK_MS, "STREAMS", self._stream, ">",
-        )  # fmt: skip
+            *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, "BLOCK", BLOCK_MS),
+            *("STREAMS", self._stream, ">"),
+        )
 
     async def pending(self) -> list[tuple[bytes, list[bytes] | None]]:
-        """Return all that this replica has claimed and not settled; the fields are None where the caller withdrew it."""
+        """Return all that this replica has claimed and not settled; no fields (None) where the caller withdrew it."""
         held: list[tuple[bytes, list[bytes] | None]] = []
         after: bytes | str = "0"
         while True:
@@ -185,19 +198,31 @@ class Claims:
     def reply(self, caller: str, fields: Sequence[bytes]) -> None:
         """Append a reply to a caller's stream, if the caller still keeps one."""
         key = self._keys.replies(caller)
+        if self._full_until and time.monotonic() < self._full_until:
+            self._commands.post_script(_log_failure, _REPLY, [key], fields, repeat=True, patient=True)
+            return
 
         def retry_without_memory(result: Any) -> None:
             if isinstance(result, OutOfMemoryError):
-                self._commands.post_script(_log_failure, _REPLY, [key], fields, repeat=True)
+                # The script is slower, so it is used for the time being only. Until this answer comes, the entry may be
+                # settled and its reply not yet written.
+                self._full_until = time.monotonic() + _FULL_S
+                self._commands.post_script(_log_failure, _REPLY, [key], fields, repeat=True, patient=True)
             elif isinstance(result, Exception):
                 _log_failure(result)
 
-        self._commands.post(retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True)
+        self._commands.post(retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True, patient=True)
+
+    def put_reply_body(self, caller: str, request: str, body: bytes, ttl_ms: int) -> None:
+        """Store the body of a reply that is too large for its stream; call it before `reply`."""
+        key = self._keys.reply_body(caller, request)
+        self._commands.post_script(_log_failure, _PUT_BODY, [key], [body, ttl_ms], repeat=True, patient=True)
 
     def settle(self, entries: Sequence[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on the stream for ever."""
-        self._commands.post(_log_failure, "XACK", self._stream, GROUP, *entries, repeat=True)
-        self._commands.post(_log_failure, "XDEL", self._stream, *entries, repeat=True)
+        # Patient, as replies are: if one of the two gave up while the broker is away, the other must not go through.
+        self._commands.post(_log_failure, "XACK", self._stream, GROUP, *entries, repeat=True, patient=True)
+        self._commands.post(_log_failure, "XDEL", self._stream, *entries, repeat=True, patient=True)
 
     def forget_history(self, entry: bytes) -> None:
         self._commands.post(_log_failure, "DEL", self._history + entry.decode(), repeat=True)
@@ -211,13 +236,13 @@ class Claims:
 
     async def adopt(self) -> Taken | None:
         """Claim the oldest entry of a replica that is gone, and write that death into the entry's history."""
-        args = [GROUP, self._replica, self._leases, RETURNED, self._history, HISTORY_S]
+        args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, self._history, HISTORY_S]
         reply = await self._commands.run_script(_ADOPT, [self._stream], args)
         return Taken(*reply) if reply else None
 
     async def retake(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
         """Claim the oldest of what was given back."""
-        args = [GROUP, self._replica, RETURNED, up_to]
+        args: list[Arg] = [GROUP, self._replica, RETURNED, up_to]
         return cast("list[tuple[bytes, list[bytes]]]", await self._commands.run_script(_RETAKE, [self._stream], args))
 
     async def bury(self, taken: Taken, error: str) -> None:
@@ -225,20 +250,21 @@ class Claims:
         key = self._history + taken.entry.decode()
         flat = cast("list[bytes]", await self._commands.send("LRANGE", key, 0, -1, repeat=True))
         deliveries = [
-            {"replica": replica.decode(), "died_ms": int(died)} for replica, died in zip(flat[::2], flat[1::2])
+            {"replica": replica.decode(errors="replace"), "died_ms": int(died)}
+            for replica, died in zip(flat[::2], flat[1::2], strict=True)
         ]
         history = orjson.dumps({"error": error, "deliveries": deliveries})
         await self._commands.run_script(
             _BURY,
             [self._stream, self._keys.dead(self._backend), key],
-            [GROUP, taken.entry, b"history", history, *taken.fields],
+            [GROUP, taken.entry, b"history", history, *taken.fields[:_BURIED_FIELDS]],
             repeat=True,
         )
 
     def give_back(self, entries: Sequence[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
-        args = [GROUP, self._replica, RETURNED, *entries]
-        self._commands.post_script(_log_failure, _GIVE_BACK, [self._stream], args, repeat=True)
+        args: list[Arg] = [GROUP, self._replica, RETURNED, *entries]
+        self._commands.post_script(_log_failure, _GIVE_BACK, [self._stream], args, repeat=True, patient=True)
         signal(self._commands, self._keys, self._backend, LOOK)
 
     async def leave(self) -> None:

@@ -42,16 +42,12 @@ end
 return out
 """)
 
-# Which of these requests are on the stream? KEYS: the stream. ARGV: the id to search from, the name of the field that
-# has the request's id, then the ids. Answers with the entry id of each, or ''.
+# Which of these requests are on the stream? KEYS: the stream. ARGV: the entry id to search from, the name of the field
+# that has the request's id, then for each request its id and its entry's, or '' if that is to be searched for. Answers
+# with the entry id of each, or ''.
 _FIND = Script("""#!lua flags=no-writes
-local wanted = {}
-for i = 3, #ARGV do wanted[ARGV[i]] = i - 2 end
-local out = {}
-for i = 3, #ARGV do out[i - 2] = '' end
-local from = ARGV[1]
-while true do
-  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
+local wanted, out, searching = {}, {}, false
+local function match(page)
   for _, entry in ipairs(page) do
     local fields = entry[2]
     for f = 1, #fields, 2 do
@@ -61,9 +57,24 @@ while true do
       end
     end
   end
-  if #page < 500 then return out end
-  from = '(' .. page[#page][1]
 end
+for i = 3, #ARGV, 2 do
+  local at = (i - 1) / 2
+  wanted[ARGV[i]], out[at] = at, ''
+  if ARGV[i + 1] == '' then
+    searching = true
+  else
+    match(redis.call('XRANGE', KEYS[1], ARGV[i + 1], ARGV[i + 1]))
+  end
+end
+local from = ARGV[1]
+while searching do
+  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
+  match(page)
+  searching = #page == 500
+  if searching then from = '(' .. page[#page][1] end
+end
+return out
 """)
 
 _BATCH_BYTES = 512 * 1024
@@ -103,7 +114,8 @@ class Publisher:
         for (backend, limit, batch), entries in tick.items():
             requests, batches = self._keys.requests(backend), self._keys.batch(backend)
             keys = [batches if batch else requests, requests, batches]
-            args: list[Arg] = [limit]
+            head: list[Arg] = [limit]
+            args = [*head]
             thens: list[Callable[[Published], None]] = []
             size = 0
             for fields, then in entries:
@@ -113,21 +125,29 @@ class Publisher:
                 size += sum(map(len, fields))
                 if size >= _BATCH_BYTES or len(args) >= _BATCH_ARGS:
                     self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
-                    args, thens, size = [limit], [], 0
+                    args, thens, size = [*head], [], 0
             if thens:
                 self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
 
     async def find(
-        self, backend: str, id_field: bytes, request_ids: Sequence[str], since_ms: float, *, batch: bool = False
+        self,
+        backend: str,
+        id_field: bytes,
+        requests: Sequence[tuple[str, bytes | None]],
+        since_ms: float,
+        *,
+        batch: bool = False,
     ) -> list[bytes | None]:
         """Return the entry id of each request that is still on its stream; None for one that is settled or never came.
 
-        The search begins ``since_ms``, Unix time by the broker's clock.
+        ``requests`` are their ids and, where they are known, those of their entries; for the others the stream is
+        searched from ``since_ms`` on, Unix time by the broker's clock.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
-        found = await self._connection.run_script(
-            _FIND, [stream], [f"{max(0, int(since_ms))}-0", id_field, *request_ids], repeat=True
-        )
+        args: list[Arg] = [f"{max(0, int(since_ms))}-0", id_field]
+        for id_, entry in requests:
+            args += (id_, entry or b"")
+        found = await self._connection.run_script(_FIND, [stream], args, repeat=True)
         return [entry or None for entry in found]
 
     def withdraw(self, backend: str, entry: bytes, *, batch: bool = False) -> None:

@@ -1,9 +1,12 @@
 """What should be, and what is: backends, endpoints and traffic, shared by every process of an instance.
 
 Each change is one script: it bumps the version, writes, and appends to the change feed, or does nothing at all because
-somebody else was faster. What a change may be is decided in Python from a snapshot, by a pure function that can be run again.
+somebody else was faster. What a change may be is decided in Python from a snapshot, by a pure function that can be run
+again.
 
 Write access to the registry is code execution on the replicas, as the backends' code lies in it (pickled).
+
+A broker that is out of memory takes all of this but new code: there must be a way to see and to mend.
 """
 
 from __future__ import annotations
@@ -12,13 +15,12 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar, cast
 
 import orjson
-from redis.exceptions import ResponseError
 
-from .connection import BLOCK_MS, Connection, Script
+from .connection import BLOCK_MS, Arg, Connection, Script
 from .errors import BrokerUnavailable, PenstockError, WireError
 from .keys import Keys
 
@@ -80,8 +82,8 @@ return {redis.call('GET', KEYS[1]) or '0', redis.call('HGETALL', KEYS[2]), redis
 """)
 
 # KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, then for each record the
-# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version, or 0 if it was overtaken.
-_CHANGE = Script("""#!lua
+# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version; 0 if it was overtaken.
+_CHANGE = Script("""#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 for i = 2, #ARGV, 3 do
   local hash = KEYS[tonumber(ARGV[i])]
@@ -97,14 +99,18 @@ return version
 """)
 
 # A lease: taken if nobody has it or it is ours already. KEYS: owner. ARGV: who, milliseconds.
-_OWN = Script("""#!lua
+_OWN = Script("""#!lua flags=allow-oom
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)
 
-_DISOWN = Script("""#!lua
+_REPORT = Script("""#!lua flags=allow-oom
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+""")
+
+_DISOWN = Script("""#!lua flags=allow-oom
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """)
@@ -124,18 +130,15 @@ class Registry:
         version, backends, endpoints = reply
         return Snapshot(
             int(version),
-            {tag: BackendRecord(**record) for tag, record in _records(backends)},
-            {
-                name: EndpointRecord(**{**record, "methods": tuple(record["methods"])})
-                for name, record in _records(endpoints)
-            },
+            {tag: _read(BackendRecord, tag, record) for tag, record in _records(backends)},
+            {name: _read(EndpointRecord, name, record) for name, record in _records(endpoints)},
         )
 
     async def change(self, decide: Callable[[Snapshot], Change]) -> int:
         """Write what ``decide`` makes of the current state, and return the version that has it.
 
-        ``decide`` must be pure: it runs again whenever somebody else's change came first. What it raises is raised here, and
-        nothing is written. An empty change writes nothing and returns the current version.
+        ``decide`` must be pure: it runs again whenever somebody else's change came first. What it raises is raised
+        here, and nothing is written. An empty change writes nothing and returns the current version.
 
         Raises:
             BrokerUnavailable: if the connection broke in the middle, the change may have been made.
@@ -144,7 +147,7 @@ class Registry:
         while True:
             seen = await self.snapshot()
             change = decide(seen)
-            args: list[str | bytes | int] = [seen.version]
+            args: list[Arg] = [seen.version]
             for tag, backend in change.backends.items():
                 args += [2, tag, b"" if backend is None else orjson.dumps(asdict(backend))]
             for name, endpoint in change.endpoints.items():
@@ -164,7 +167,12 @@ class Registry:
         return digest
 
     async def get_code(self, digest: str) -> bytes:
-        """Return what `put_code` stored. Raises `PenstockError` if it is gone, `WireError` if it is not what was stored."""
+        """Return what `put_code` stored.
+
+        Raises:
+            PenstockError: it is gone.
+            WireError: it is not what was stored.
+        """
         blob = cast("bytes | None", await self._connection.send("GET", self._keys.code(digest), repeat=True))
         if blob is None:
             raise PenstockError(f"the registry has no code {digest[:12]}…")
@@ -181,7 +189,7 @@ class Registry:
         if record is None:
             await self._connection.send("HDEL", key, name, repeat=True)
         else:
-            await self._connection.send("HSET", key, name, orjson.dumps(record), repeat=True)
+            await self._connection.run_script(_REPORT, [key], [name, orjson.dumps(record)], repeat=True)
 
     async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
         """Return what the parts of one kind last said of themselves; some of them may be dead by now."""
@@ -204,7 +212,7 @@ class Registry:
         await self._connection.run_script(_DISOWN, [self._keys.owner], [owner], repeat=True)
 
     async def drop_lease(self, backend: str, replica: str) -> None:
-        """Let the requests of a replica that is known to be dead be taken over now, not when its lease lapses."""
+        """Let the requests of a replica that is known to be dead be taken over now, not only when its lease lapses."""
         await self._connection.send("DEL", self._keys.alive(backend, replica), repeat=True)
 
     async def erase(self) -> None:
@@ -215,25 +223,24 @@ class Registry:
                 "SCAN", cursor, "MATCH", self._keys.pattern, "COUNT", 1000, repeat=True
             )
             # One by one: the keys of several backends are in several slots of a cluster.
-            for key in found:
-                self._connection.send("UNLINK", key, repeat=True)
+            await asyncio.gather(*[self._connection.send("UNLINK", key, repeat=True) for key in found])
             if int(cursor) == 0:
-                await self._connection.send("PING", repeat=True)
                 return
 
 
 class Watcher:
     """A snapshot that follows the registry, at most a moment behind it.
 
-    It reads the change feed with a blocking read on a connection of its own, and takes a whole snapshot whenever something
-    was appended, so that it does not matter what it missed while the broker was away.
+    It reads the change feed with a blocking read on a connection of its own, and takes a whole snapshot whenever
+    something was appended and after each break of the connection, so that it does not matter what it missed.
     """
 
     def __init__(self, url: str, registry: Registry, keys: Keys) -> None:
         self.snapshot = Snapshot()
         self._registry, self._keys = registry, keys
         self._feed = Connection(url, name="penstock-watcher")
-        self._feed.on_reconnect(self._refresh)
+        self._feed.on_reconnect(self._doubt)
+        self._stale = False
         self._task: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._changed = asyncio.Event()
@@ -256,7 +263,7 @@ class Watcher:
         self._listeners.append(listener)
 
     async def wait_for(self, version: int, timeout_s: float) -> Snapshot:
-        """Return the snapshot once it is at ``version`` or later. Raises `asyncio.TimeoutError`."""
+        """Return the snapshot once it is at ``version`` or later. Raises ``asyncio.TimeoutError``."""
 
         async def reached() -> Snapshot:
             while self.snapshot.version < version:
@@ -268,33 +275,42 @@ class Watcher:
 
     async def next_change(self, timeout_s: float) -> None:
         """Return when the snapshot changes, or after ``timeout_s`` seconds."""
-        waiting = asyncio.ensure_future(self._changed.wait())
-        await asyncio.wait([waiting], timeout=timeout_s)
-        waiting.cancel()
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            pass
 
     async def _place(self) -> bytes:
         last = await self._feed.send("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1, repeat=True)
         return cast(bytes, last[0][0]) if last else b"0"
 
+    async def _doubt(self) -> None:
+        self._stale = True
+        await self._refresh()
+
     async def _follow(self, place: bytes) -> None:
         while True:
             try:
+                if self._stale:
+                    await self._refresh()
                 reply = await self._feed.send(
                     "XREAD", "COUNT", 100, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, place
                 )
                 if reply:
                     place = reply[0][1][-1][0]
-                    await self._refresh()
+                    self._stale = True
             except BrokerUnavailable:
-                # The connection comes back by itself, and refreshes then. A Redis that lost its data starts its ids anew,
-                # but by the clock, so that they are after ours.
+                # The connection comes back by itself. A Redis that lost its data starts its ids anew, but by the clock,
+                # so that they are after ours.
+                self._stale = True
                 await asyncio.sleep(0.05)
-            except (ResponseError, WireError):
+            except Exception:  # or nobody would follow any more
                 log.exception("cannot read the registry")
                 await asyncio.sleep(1.0)
 
     async def _refresh(self) -> None:
         fresh = await self._registry.snapshot()
+        self._stale = False
         if fresh.version == self.snapshot.version:
             return
         self.snapshot = fresh
@@ -308,7 +324,47 @@ class Watcher:
 
 
 def _records(flat: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        return [(name.decode(), orjson.loads(raw)) for name, raw in zip(flat[::2], flat[1::2])]
-    except ValueError as e:
-        raise WireError(f"the registry holds what is not JSON: {e}") from None
+    records: list[tuple[str, dict[str, Any]]] = []
+    for name, raw in zip(flat[::2], flat[1::2], strict=True):
+        try:
+            record = orjson.loads(raw)
+        except ValueError as e:
+            raise WireError(f"the registry's {name!r} is not JSON: {e}") from None
+        if type(record) is not dict:
+            raise WireError(f"the registry's {name!r} must be a JSON object, not {type(record).__name__}")
+        records.append((name.decode(), cast("dict[str, Any]", record)))
+    return records
+
+
+RecordT = TypeVar("RecordT", BackendRecord, EndpointRecord)
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "tag": (str,),
+    "version": (str,),
+    "code": (str,),
+    "config": (dict,),
+    "config_version": (int,),
+    "actor_options": (dict,),
+    "runtime_env": (dict, type(None)),
+    "accepts_batch": (bool,),
+    "name": (str,),
+    "route": (str, type(None)),
+    "methods": (list,),
+    "traffic": (dict,),
+    "shadows": (dict,),
+}
+
+
+def _read(kind: type[RecordT], name: str, raw: Mapping[str, Any]) -> RecordT:
+    """Return a record, without the fields that a later release has given it."""
+    given: dict[str, Any] = {}
+    for member in fields(kind):
+        if member.name in raw:
+            value = given[member.name] = raw[member.name]
+            if type(value) not in _TYPES[member.name]:
+                raise WireError(f"the registry's {name!r} has a {type(value).__name__} as its {member.name!r}")
+        elif member.default is MISSING and member.default_factory is MISSING:
+            raise WireError(f"the registry's {name!r} has no {member.name!r}")
+    if "methods" in given:
+        given["methods"] = tuple(given["methods"])
+    return kind(**given)

@@ -1,7 +1,7 @@
 """Answers back to their caller: one stream for each process and loop that asks, read by one reader.
 
-Its caller creates it and keeps it alive with an expiry. Replicas append only to a stream that exists (``NOMKSTREAM``), so a
-caller that died leaks nothing: its stream lapses, and what was still to come goes nowhere.
+Its caller creates it and keeps it alive with an expiry. Replicas append only to a stream that exists (``NOMKSTREAM``),
+so a caller that died leaks nothing: its stream lapses, and what was still to come goes nowhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RENEW_S = 5.0
 _COUNT = 200
 
 # Renews the stream, or creates it empty. KEYS: the stream. ARGV: milliseconds. Answers 0 if it was not there.
-_KEEP = Script("""#!lua
+_KEEP = Script("""#!lua flags=allow-oom
 if redis.call('PEXPIRE', KEYS[1], ARGV[1]) == 1 then return 1 end
 local id = redis.call('XADD', KEYS[1], '*', '', '')
 redis.call('XDEL', KEYS[1], id)
@@ -36,8 +36,8 @@ return 0
 class ReplyStream:
     """The reply stream of one caller: reads it, trims it, keeps it.
 
-    ``on_reply`` gets the fields of each entry, in order, in the reader. ``on_loss`` is awaited when the stream turned out to be
-    gone, and replies with it: the caller was away for longer than `TTL_S`, or Redis lost its data.
+    ``on_reply`` gets the fields of each entry, in order, in the reader. ``on_loss`` is awaited when the stream turned
+    out to be gone, and replies with it: the caller was away for longer than `TTL_S`, or Redis lost its data.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class ReplyStream:
         self._on_reply, self._on_loss = on_reply, on_loss
         self._last: bytes = b"0"
         self._trimmed: bytes = b"0"
-        self._tasks: list[asyncio.Task[None]] = []
+        self._lost = False
+        self._draining: list[tuple[tuple[int, int], asyncio.Future[None]]] = []
+        self._keeper: asyncio.Task[None] | None = None
         self._closed = False
 
     async def open(self) -> None:
@@ -61,15 +63,16 @@ class ReplyStream:
         await self._reads.open()
         await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
         self._read()
-        self._tasks.append(asyncio.get_running_loop().create_task(self._keep(), name="reply stream"))
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="reply stream")
 
     async def close(self) -> None:
         """Stop reading and delete the stream."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for _, drained in self._draining:
+            drained.cancel()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
         await self._reads.close()
         try:
             if self._commands.connected:
@@ -78,7 +81,7 @@ class ReplyStream:
             pass  # it lapses by itself
 
     def _read(self) -> None:
-        # The reply's continuation asks for the next: no task is woken between a reply's arrival and its caller's future.
+        # A read's continuation asks for the next: no task is woken between a reply's arrival and its caller's future.
         self._reads.post(
             self._on_read, "XREAD", "COUNT", _COUNT, "BLOCK", BLOCK_MS, "STREAMS", self._key, self._last, repeat=True
         )
@@ -100,6 +103,8 @@ class ReplyStream:
                 self._on_reply(fields)
             except Exception:
                 log.exception("cannot take a reply")
+        if self._draining:
+            self._tell_drained()
 
     async def _keep(self) -> None:
         renewed = asyncio.get_running_loop().time()
@@ -110,23 +115,37 @@ class ReplyStream:
                 continue
             try:
                 await self.renew()
-            except (BrokerUnavailable, RedisError) as e:
+            except BrokerUnavailable as e:
                 log.debug("cannot renew the reply stream: %s", e)
+            except Exception:  # or nobody would renew it any more
+                log.exception("cannot renew the reply stream")
             renewed = asyncio.get_running_loop().time()
 
     async def renew(self) -> None:
         """Put off the stream's expiry; if it has lapsed, make it anew and say so through ``on_loss``."""
         was_there = await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
         if not was_there:
+            # A server that lost its data may count from a clock that is behind the one it had.
+            self._last = self._trimmed = b"0"
+            self._lost = True
+        if self._lost:
             await self._on_loss()
+            self._lost = False
 
     async def drain(self) -> None:
         """Return when all that was on the stream when asked has been handed over."""
         last = await self._commands.send("XREVRANGE", self._key, "+", "-", "COUNT", 1, repeat=True)
-        if last:
-            newest = _order(last[0][0])
-            while _order(self._last) < newest and not self._closed:
-                await asyncio.sleep(0.01)
+        if last and _order(self._last) < (newest := _order(last[0][0])):
+            drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._draining.append((newest, drained))
+            await drained
+
+    def _tell_drained(self) -> None:
+        read = _order(self._last)
+        for newest, drained in self._draining:
+            if newest <= read and not drained.done():
+                drained.set_result(None)
+        self._draining = [waiting for waiting in self._draining if not waiting[1].done()]
 
     def _trim(self) -> None:
         # Five times a second, not at each reply: an exact trim costs the broker, and memory is bounded all the same.

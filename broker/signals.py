@@ -1,7 +1,7 @@
 """Word to all replicas of a backend: an entry was given up by its caller, or work was given back.
 
-Nothing rests on a signal's arrival. It saves work or time; what must hold is written on the request stream. Signals lie on a
-short stream of their own that expires, and each replica reads all of them.
+Nothing rests on a signal's arrival. It saves work or time; what must hold is written on the request stream. Signals lie
+on a short stream of their own that expires, and each replica reads all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from .connection import BLOCK_MS, Connection
 from .keys import Keys
