@@ -1,7 +1,7 @@
 """One way to publish and one to receive replies: the core of every handle, every proxy and every batch producer.
 
-A `Caller` belongs to one process and loop. It keeps each request that it published until it is answered, so that after a
-broken connection it can find out what became of it, and publish again what Redis lost.
+A `Caller` belongs to one process and loop. It keeps each request that it published until it is answered, so that after
+a broken connection it can find out what became of it, and publish again what Redis lost.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import random
 import secrets
 import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Union
+from typing import Any, Union, cast
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
@@ -39,23 +39,30 @@ from .errors import (
 
 log = logging.getLogger(__name__)
 
-Outcome = Union[Reply, BaseException]
+Outcome = Union[Reply, BaseException]  # noqa: UP007 - it is evaluated, also on Python 3.10
 """A reply, which may carry an error of the backend; or why there is none."""
 
 _SWEEP_S = 0.05
 _GIVE_UP_S = 60.0
 """A broker that is away for this long fails even accepted calls: they are durable, but nobody should wait for ever."""
+_RETRY_S = 1.0
 _BODY_TTL_MS = 24 * 3600 * 1000
+_BODY_SLACK_MS = 60_000
+_SHADOW_BODY_TTL_MS = 600_000
+_MAX_QUEUED = 10_000
 _UNLIMITED = 2**53
+_SLACK_MS = 60_000
+"""The clock that numbers entries may have been another server's."""
 
 
 class Call:
     """One request on its way."""
 
     __slots__ = (
-        "_accepted",
         "_caller",
+        "acceptance",
         "backend",
+        "body",
         "deadline",
         "entry",
         "fields",
@@ -65,46 +72,65 @@ class Call:
         "then",
         "timeout_s",
         "unsure",
-        "withdrawn",
     )
 
     def __init__(
-        self, caller: Caller, id: str, backend: str, fields: list[bytes], limit: int, then: Callable[[Outcome], None]
+        self, caller: Caller, id_: str, backend: str, fields: list[bytes], limit: int, then: Callable[[Outcome], None]
     ) -> None:
-        self._caller, self.id, self.backend, self.fields, self.limit, self.then = (
-            caller,
-            id,
-            backend,
-            fields,
-            limit,
-            then,
-        )
+        self._caller, self.id, self.backend = caller, id_, backend
+        self.fields, self.limit, self.then = fields, limit, then
+        self.body = b""
+        """A large one, which is not among the fields but in a key of its own."""
         self.entry: bytes | None = None
         """Its id on the stream, once it is durably there."""
+        self.unsure = False
+        """The connection broke before we heard whether it is on its stream."""
         self.since_ms = 0.0
         self.deadline = 0.0
         self.timeout_s = 0.0
-        self.unsure = False
-        self.withdrawn = False
-        self._accepted: asyncio.Future[None] | None = None
+        self.acceptance: asyncio.Future[None] | None = None
 
     def accepted(self) -> Awaitable[None]:
-        """Return a future that is done once the request is durably on its stream, or that raises why it never will be."""
-        if self._accepted is None:
-            self._accepted = asyncio.get_running_loop().create_future()
-            if self.entry is not None:
-                self._accepted.set_result(None)
-        return self._accepted
+        """Return a future that is done once the request is durably on its stream; it raises why it never will be.
 
-    def cancel(self) -> None:
-        """Give the request up: never started if it is still waiting, cancelled if it runs and can be. Idempotent."""
-        self._caller.withdraw(self)
+        Ask in the tick that made the call.
+        """
+        if self.acceptance is None:
+            self.acceptance = asyncio.get_running_loop().create_future()
+            if self.entry is not None:
+                self.acceptance.set_result(None)
+        return self.acceptance
+
+    def cancel(self) -> bool:
+        """Give the request up: never started if it is still waiting, cancelled if it runs and can be.
+
+        Returns whether it was in flight; then its outcome will not be heard. Otherwise it has been.
+        """
+        return self._caller.withdraw(self)
+
+    def accept(self, entry: bytes) -> None:
+        self.entry, self.unsure = entry, False
+        if self.acceptance is not None and not self.acceptance.done():
+            self.acceptance.set_result(None)
+
+    def conclude(self, outcome: Outcome) -> None:
+        acceptance = self.acceptance
+        if acceptance is not None and not acceptance.done():
+            if isinstance(outcome, Reply):
+                acceptance.set_result(None)  # who answers it has read it
+            else:
+                acceptance.set_exception(outcome)
+                acceptance.exception()  # whoever waited for it may be gone
+        try:
+            self.then(outcome)
+        except Exception:
+            log.exception("cannot hand over the outcome of request %s", self.id)
 
 
 class Caller:
     """Publishes requests to every backend of an instance and receives their replies.
 
-    Only for the loop that opened it. `get` shares one among all who ask in the same loop.
+    Only for the loop that opened it, and it ends with that loop. `get` shares one among all who ask in the same loop.
     """
 
     def __init__(self, url: str, instance: str) -> None:
@@ -114,14 +140,18 @@ class Caller:
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
         self._replies = ReplyStream(self._connection, self.keys, self.id, self._on_reply, self._reconcile)
+        self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._in_flight: dict[str, Call] = {}
         self._timed: dict[str, Call] = {}
+        self._doomed: dict[str, Call] = {}
+        """Given up before we heard their ids on the stream: they are withdrawn as soon as we do."""
         self._numbers = itertools.count(1)
         self._sweeper: asyncio.TimerHandle | None = None
         self._reconciling = asyncio.Lock()
         self._gone_since: float | None = None
         self._fetches: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[None] | None = None
+        self._life: asyncio.Task[None] | None = None
         self.closed = False
 
     @classmethod
@@ -132,19 +162,18 @@ class Caller:
             BrokerUnavailable: Redis cannot be reached.
             ConfigError: ``url`` is not a Redis URL, or ``instance`` cannot be a name.
         """
-        shared = _shared.setdefault(asyncio.get_running_loop(), {})
-        # A forked child has its parent's objects but not its loop's threads and tasks.
-        key = (url, instance, os.getpid())
-        caller = shared.get(key)
-        if caller is None or caller.closed:
-            caller = shared[key] = cls(url, instance)
-        try:
+        caller = cls.shared(url, instance)
+        if caller is None:
+            caller = _shared.setdefault(asyncio.get_running_loop(), {})[url, instance] = cls(url, instance)
+        if caller._life is None:
             await caller.open()
-        except BaseException:
-            if shared.get(key) is caller and not caller._in_flight:
-                del shared[key]
-            raise
         return caller
+
+    @classmethod
+    def shared(cls, url: str, instance: str) -> Caller | None:
+        """Return the caller that the running loop has for this instance, if there is one that is not closed."""
+        caller = _shared.get(asyncio.get_running_loop(), {}).get((url, instance))
+        return None if caller is None or caller.closed else caller
 
     @property
     def snapshot(self) -> Snapshot:
@@ -155,9 +184,14 @@ class Caller:
         return self._connection.connected
 
     async def open(self) -> None:
-        """Connect, create the reply stream and follow the registry. Idempotent; all who ask at once wait for the same."""
+        """Connect, create the reply stream and follow the registry.
+
+        Idempotent; all who ask at once wait for the same, and one that is cancelled leaves the others waiting.
+        """
         if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._open(), name="caller opening")
+            self._loop = asyncio.get_running_loop()
+            self._opening = self._loop.create_task(self._open(), name="caller opening")
+            self._opening.add_done_callback(_retrieve)
         await asyncio.shield(self._opening)
 
     async def _open(self) -> None:
@@ -170,25 +204,48 @@ class Caller:
             await self._shut()
             raise
         self._connection.on_reconnect(self._on_reconnect)
+        self._life = self._loop.create_task(self._live(), name="caller")
+
+    async def _live(self) -> None:
+        """Notice the end of the loop, where nobody called `close`: `asyncio.run` cancels what is left."""
+        try:
+            await self._loop.create_future()
+        finally:
+            self._end()
 
     async def close(self) -> None:
         """Fail what is in flight with `RequestCancelled`, delete the reply stream and disconnect."""
         if self.closed:
             return
+        self.closed = True
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
         for call in list(self._in_flight.values()):
-            self.withdraw(call)
-            call.then(RequestCancelled(call.id))
+            self._give_up(call)
+            call.conclude(RequestCancelled(call.id))
         await self._shut()
 
     async def _shut(self) -> None:
+        self._end()
+        if self._life is not None:
+            self._life.cancel()
+        await self.watcher.close()
+        await self._replies.close()
+        await self._connection.close()
+
+    def _end(self) -> None:
         self.closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
         for fetch in self._fetches:
             fetch.cancel()
-        await self.watcher.close()
-        await self._replies.close()
-        await self._connection.close()
+        # By hand, as the dictionary's weak keys are loops that their callers keep alive.
+        shared = _shared.get(self._loop, {})
+        if shared.get((self.url, self.keys.instance)) is self:
+            del shared[self.url, self.keys.instance]
+            if not shared:
+                del _shared[self._loop]
 
     # -- asking
 
@@ -228,93 +285,123 @@ class Caller:
         *,
         timeout_s: float | None = None,
     ) -> Call:
-        """Send a request to ``backend``; see `dispatch`. Never blocks, and raises nothing."""
-        id = f"{self.id}-{next(self._numbers)}"
-        connection = self._connection
-        now_ms = connection.now_ms()
+        """Send a request to ``backend``; see `dispatch`. Never blocks.
+
+        Raises:
+            TypeError: the header holds what JSON cannot.
+        """
+        id_ = f"{self.id}-{next(self._numbers)}"
+        now_ms = self._connection.now_ms()
         if timeout_s is not None:
             header.deadline_ms = int(now_ms + timeout_s * 1000)
         large = len(body) > LARGE
-        fields = Entry(id, self.id, header, b"" if large else body, large).fields()
-        call = Call(self, id, backend.tag, fields, backend.config["max_queued_requests"], then)
+        fields = Entry(id_, self.id, header, b"" if large else body, large).fields()
+        call = Call(self, id_, backend.tag, fields, backend.config.get("max_queued_requests", _MAX_QUEUED), then)
         call.since_ms = now_ms
-        self._in_flight[id] = call
+        self._in_flight[id_] = call
+        if self.closed:
+            self._loop.call_soon(self._finish, call, self._unavailable("the connection was closed"))
+            return call
         if timeout_s is not None:
             call.timeout_s = timeout_s
-            call.deadline = asyncio.get_running_loop().time() + timeout_s
-            self._timed[id] = call
+            call.deadline = self._loop.time() + timeout_s
+            self._timed[id_] = call
         if self._sweeper is None:
-            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
         if large:
-            self._put_body(backend.tag, id, body, timeout_s)
+            call.body = body
+            self._put_body(call)
         self._publish(call, call.limit)
         return call
 
-    def withdraw(self, call: Call) -> None:
+    def withdraw(self, call: Call) -> bool:
         """Give a call up; see `Call.cancel`."""
+        was_in_flight = self._give_up(call)
+        if was_in_flight and call.acceptance is not None:
+            call.acceptance.cancel()
+        return was_in_flight
+
+    def _give_up(self, call: Call) -> bool:
         if self._in_flight.pop(call.id, None) is None:
-            return
+            return False
         self._timed.pop(call.id, None)
-        if call.entry is not None:
-            self._publisher.withdraw(call.backend, call.entry)
+        if call.entry is None:
+            self._doomed[call.id] = call
         else:
-            call.withdrawn = True  # its id on the stream is not known yet
-        if call._accepted is not None and not call._accepted.done():
-            call._accepted.cancel()
+            self._take_back(call, call.entry)
+        return True
+
+    def _take_back(self, call: Call, entry: bytes) -> None:
+        self._publisher.withdraw(call.backend, entry)
+        self._drop_body(call)
 
     def _publish(self, call: Call, limit: int) -> None:
         self._publisher.publish(call.backend, call.fields, limit, partial(self._on_published, call))
 
-    def _put_body(self, backend: str, id: str, body: bytes, timeout_s: float | None) -> None:
-        # Ahead of its entry on the same connection, so that no replica can look for it too early. If there is no memory
-        # for it there is none for the entry either.
-        ttl_ms = _BODY_TTL_MS if timeout_s is None else int(timeout_s * 1000) + 60_000
-        self._connection.post(_ignore, "SET", self.keys.body(backend, id), body, "PX", ttl_ms, repeat=True)
+    def _put_body(self, call: Call) -> None:
+        # Ahead of its entry on the same connection, so that no replica can look for it too early.
+        ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
+        key = self.keys.body(call.backend, call.id)
+        self._connection.post(partial(self._on_body_put, call), "SET", key, call.body, "PX", ttl_ms, repeat=True)
+
+    def _on_body_put(self, call: Call, result: Any) -> None:
+        if isinstance(result, Exception) and self._give_up(call):
+            call.conclude(self._refusal(call, result))
+
+    def _drop_body(self, call: Call) -> None:
+        if call.body:
+            self._connection.post(_ignore, "UNLINK", self.keys.body(call.backend, call.id), repeat=True)
 
     def _shadow(self, endpoint: EndpointRecord, header: Header, body: bytes) -> None:
         for tag, proportion in endpoint.shadows.items():
             backend = self.watcher.snapshot.backends.get(tag)
             if backend is None or random.random() >= proportion:
                 continue
-            id = f"{self.id}-s{next(self._numbers)}"
+            id_ = f"{self.id}-s{next(self._numbers)}"
             large = len(body) > LARGE
-            if large:
-                self._put_body(tag, id, body, 600.0)
-            fields = Entry(id, "", header, b"" if large else body, large).fields()
+            fields = Entry(id_, "", header, b"" if large else body, large).fields()
             # What becomes of a copy never touches the caller, least of all a refusal.
-            self._publisher.publish(tag, fields, backend.config["max_queued_requests"], _ignore)
+            then: Callable[[Published], None] = _ignore
+            if large:
+                key = self.keys.body(tag, id_)
+                self._connection.post(_ignore, "SET", key, body, "PX", _SHADOW_BODY_TTL_MS, repeat=True)
+                then = partial(self._on_shadowed, key)
+            self._publisher.publish(tag, fields, backend.config.get("max_queued_requests", _MAX_QUEUED), then)
+
+    def _on_shadowed(self, body: str, result: Published) -> None:
+        if type(result) is not bytes:
+            self._connection.post(_ignore, "UNLINK", body, repeat=True)
 
     # -- hearing
 
     def _on_published(self, call: Call, result: Published) -> None:
         if type(result) is bytes:
-            call.entry, call.unsure = result, False
-            if call.withdrawn:
-                self._publisher.withdraw(call.backend, result)
-            elif call._accepted is not None and not call._accepted.done():
-                call._accepted.set_result(None)
-        elif type(result) is int:
-            self._refuse(call, Overloaded(call.backend, result, call.limit))
+            call.accept(result)
+            if self._doomed and self._doomed.pop(call.id, None) is not None:
+                self._take_back(call, result)
         elif isinstance(result, FateUnknown) and not self.closed:
             call.unsure = True  # until we are connected again, and can look
-        elif isinstance(result, OutOfMemoryError):
-            self._refuse(call, Overloaded(call.backend, 0, call.limit))
-        elif isinstance(result, PenstockError):
-            self._refuse(call, result)
         else:
-            self._refuse(call, BrokerUnavailable(self.url, f"it refused the request: {result}"))
+            self._doomed.pop(call.id, None)
+            self._drop_body(call)
+            self._finish(call, self._refusal(call, result))
 
-    def _refuse(self, call: Call, error: PenstockError) -> None:
-        if call.fields[-2] == b"large":
-            self._connection.post(_ignore, "UNLINK", self.keys.body(call.backend, call.id), repeat=True)
-        if call._accepted is not None and not call._accepted.done():
-            call._accepted.set_exception(error)
-        self._finish(call, error)
+    def _refusal(self, call: Call, result: object) -> PenstockError:
+        if isinstance(result, int):
+            return Overloaded(call.backend, result, call.limit)
+        if isinstance(result, OutOfMemoryError):
+            return Overloaded(call.backend, 0, call.limit)
+        if isinstance(result, PenstockError):
+            return result
+        return self._unavailable(f"it refused the request: {result}")
+
+    def _unavailable(self, reason: str) -> BrokerUnavailable:
+        return BrokerUnavailable(shown_url(self.url), reason)
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
         if self._in_flight.pop(call.id, None) is not None:
             self._timed.pop(call.id, None)
-            call.then(outcome)
+            call.conclude(outcome)
 
     def _on_reply(self, fields: list[bytes]) -> None:
         try:
@@ -327,20 +414,25 @@ class Caller:
             return
         call = self._in_flight.get(reply.id)
         if call is None:
-            return  # cancelled, too late, or a second answer after a take-over
-        if reply.large:
-            task = asyncio.get_running_loop().create_task(self._fetch(call, reply))
+            # Cancelled, too late, or a second answer after a take-over.
+            if reply.large:
+                self._connection.post(_ignore, "UNLINK", self.keys.reply_body(self.id, reply.id), repeat=True)
+        elif reply.large:
+            task = self._loop.create_task(self._fetch(call, reply))
             self._fetches.add(task)
             task.add_done_callback(self._fetches.discard)
         else:
             self._finish(call, reply)
 
     async def _fetch(self, call: Call, reply: Reply) -> None:
+        key = self.keys.reply_body(self.id, reply.id)
         try:
-            body = await self._connection.send("GETDEL", self.keys.reply_body(self.id, reply.id))
+            # Not GETDEL: it could not be repeated if the connection broke.
+            body = await self._connection.send("GET", key, repeat=True, patient=True)
         except (BrokerUnavailable, RedisError) as e:
-            self._finish(call, BrokerUnavailable(self.url, f"cannot fetch the body of a reply: {e}"))
+            self._finish(call, self._unavailable(f"cannot fetch the body of a reply: {e}"))
             return
+        self._connection.post(_ignore, "UNLINK", key, repeat=True)
         if body is None:
             self._finish(call, WireError(f"the body of the reply to {reply.id!r} has expired"))
             return
@@ -350,65 +442,83 @@ class Caller:
     def _sweep(self) -> None:
         # One sweep for all deadlines instead of a timer for each request.
         self._sweeper = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for call in [call for call in self._timed.values() if call.deadline <= now]:
-            self.withdraw(call)
-            call.then(RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
+            if self._give_up(call):
+                call.conclude(RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
         if self._connection.connected:
             self._gone_since = None
         elif self._gone_since is None:
             self._gone_since = now
         elif now - self._gone_since > _GIVE_UP_S:
             for call in list(self._in_flight.values()):
-                self._refuse(call, BrokerUnavailable(self.url, f"it has been away for {_GIVE_UP_S:g} s"))
+                self._finish(call, self._unavailable(f"it has been away for {_GIVE_UP_S:g} s"))
         if self._in_flight:
-            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+        else:
+            self._gone_since = None
 
     # -- after the connection or Redis's memory was lost
 
     async def _on_reconnect(self) -> None:
-        await self._replies.renew()
-        await self._reconcile()
+        while self._connection.connected:
+            try:
+                await self._replies.renew()
+                await self._reconcile()
+                return
+            except RedisError as e:
+                log.error("cannot look for what was in flight: %s", e)
+                await asyncio.sleep(_RETRY_S)
 
     async def _reconcile(self) -> None:
         """Find out what became of every call that was sent, and publish again what Redis no longer has."""
         async with self._reconciling:
-            # Calls that were never sent are sent by the connection; those sent since it is back are none of our business.
+            # Calls that were never sent are sent by the connection; those sent since it is back are not our business.
             sent = [call for call in self._in_flight.values() if call.unsure or call.entry is not None]
-            if not sent:
-                return
+            sent += [call for call in self._doomed.values() if call.unsure]
             by_backend: defaultdict[str, list[Call]] = defaultdict(list)
             for call in sent:
                 by_backend[call.backend].append(call)
             missing: list[Call] = []
             for backend, calls in by_backend.items():
-                # A minute of slack, as the clock that numbers entries may have been another server's.
-                since_ms = min(call.since_ms for call in calls) - 60_000
-                found = await self._publisher.find(backend, b"id", [call.id for call in calls], since_ms)
-                for call, entry in zip(calls, found):
+                since_ms = min(call.since_ms for call in calls) - _SLACK_MS
+                known = [(call.id, call.entry) for call in calls]
+                found = await self._publisher.find(backend, b"id", known, since_ms)
+                for call, entry in zip(calls, found, strict=True):
                     if entry is None:
                         missing.append(call)
                     else:
                         self._on_published(call, entry)
+            if not missing:
+                return
             # What is not on its stream was answered just now, or is lost; its answer would be on ours.
             await self._replies.drain()
             for call in missing:
+                self._doomed.pop(call.id, None)
                 if call.id in self._in_flight:
                     limit = call.limit if call.unsure else _UNLIMITED  # accepted is accepted
                     call.entry, call.unsure = None, False
+                    if call.body:
+                        self._put_body(call)
                     self._publish(call, limit)
 
 
-_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str, int], Caller]] = (
+_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Caller]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _id_of(fields: list[bytes]) -> str:
-    for name, value in zip(fields[::2], fields[1::2]):
+    for name, value in zip(fields[::2], fields[1::2], strict=False):
         if name == b"id":
             return value.decode(errors="replace")
     return ""
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Whoever waited for it may be gone: what it raised is not to be reported as never retrieved."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _ignore(outcome: Any) -> None:
