@@ -1,0 +1,149 @@
+"""A proxy's application over a real broker and a real caller, with the tests themselves as the backends."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import httpx
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+from starlette.middleware import Middleware
+
+from penstock.broker.claims import GROUP
+from penstock.broker.keys import Keys
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord
+from penstock.broker.wire import Entry, Reply
+from penstock.handles.caller import Caller
+from penstock.proxy.app import App
+from penstock.proxy.middlewares import wrap
+
+INSTANCE = "proxy-tests"
+
+Answerer = Callable[[Entry], Reply | Awaitable[Reply | None] | None]
+"""Makes the reply to an entry; None: never answered."""
+
+
+def text(of: str) -> Answerer:
+    return lambda entry: Reply(entry.id, codec="text", body=of.encode())
+
+
+def header_as_json(entry: Entry) -> Reply:
+    header = entry.header
+    params = {name: [type(value).__name__, str(value)] for name, value in header.path_params.items()}
+    told = {
+        "endpoint": header.endpoint,
+        "method": header.method,
+        "path": header.path,
+        "params": params,
+        "query": header.query,
+        "headers": header.headers,
+        "codec": header.codec,
+        "call": header.call,
+        "request_id": header.request_id,
+        "client": header.client,
+        "deadline_ms": header.deadline_ms,
+        "size": len(entry.body),
+    }
+    return Reply(entry.id, codec="json", body=json.dumps(told).encode())
+
+
+class Site:
+    """What a test has of it."""
+
+    def __init__(self, redis: Redis, caller: Caller) -> None:
+        self.redis, self.caller = redis, caller
+        self.keys = Keys(INSTANCE)
+        self.app: App = cast(Any, None)
+        self.http: httpx.AsyncClient = cast(Any, None)
+        self.started: list[Entry] = []
+        """Every entry that a backend claimed."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def endpoint(
+        self,
+        route: str | None,
+        answer: Answerer | None = header_as_json,
+        *,
+        name: str = "e",
+        methods: tuple[str, ...] = ("GET", "POST"),
+        max_queued_requests: int = 10_000,
+    ) -> None:
+        """Create an endpoint with a backend of the same name; without an ``answer`` nobody claims from it."""
+        backend = BackendRecord(tag=name, version="1", code="", config={"max_queued_requests": max_queued_requests})
+        endpoint = EndpointRecord(name=name, route=route, methods=methods, traffic={name: 1.0})
+        await self.change(Change({name: backend}, {name: endpoint}))
+        if answer is not None:
+            task = asyncio.create_task(self._serve(name, answer))
+            self._tasks.add(task)
+            await asyncio.sleep(0)
+
+    async def change(self, change: Change) -> None:
+        version = await self.caller.registry.change(lambda _: change)
+        await self.caller.watcher.wait_for(version, 5)
+
+    async def _serve(self, backend: str, answer: Answerer) -> None:
+        stream = self.keys.requests(backend)
+        with contextlib.suppress(ResponseError):
+            await self.redis.xgroup_create(stream, GROUP, "0", mkstream=True)
+        # Not only until it is cancelled: redis-py can swallow that while it connects.
+        while not self._closed:
+            claimed: Any = await self.redis.xreadgroup(GROUP, "tests", {stream: ">"}, 16, 200)
+            for place, fields in claimed[0][1] if claimed else ():
+                self._tasks.add(asyncio.create_task(self._answer(backend, place, Entry.of(fields), answer)))
+
+    async def _answer(self, backend: str, place: bytes, entry: Entry, answer: Answerer) -> None:
+        if entry.large:
+            entry.body = cast(bytes, await self.redis.get(self.keys.body(backend, entry.id)))
+        self.started.append(entry)
+        reply = answer(entry)
+        if isinstance(reply, Awaitable):
+            reply = await reply
+        if reply is None:
+            return
+        async with self.redis.pipeline() as pipe:
+            fields = reply.fields()
+            pipe.xadd(
+                self.keys.replies(entry.caller), dict(zip(fields[::2], fields[1::2], strict=True)), nomkstream=True
+            )
+            pipe.xack(self.keys.requests(backend), GROUP, place)
+            pipe.xdel(self.keys.requests(backend), place)
+            await pipe.execute()
+
+    async def queued(self, backend: str = "e") -> int:
+        return await self.redis.xlen(self.keys.requests(backend))
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        # What a backend of a test raised fails the test.
+        done = await asyncio.gather(*self._tasks, return_exceptions=True)
+        raised = [e for e in done if isinstance(e, Exception)]
+        await self.caller.registry.erase()
+        await self.caller.close()
+        if raised:
+            raise raised[0]
+
+
+@asynccontextmanager
+async def running(
+    url: str, *, middlewares: tuple[Middleware, ...] = (), client: tuple[str, int] = ("127.0.0.1", 123), **options: Any
+) -> AsyncIterator[Site]:
+    """Run a site on the broker at ``url``; ``site.http`` is a client that speaks ASGI to its application."""
+    caller = Caller(url, INSTANCE)
+    await caller.open()
+    async with Redis.from_url(url) as redis:
+        site = Site(redis, caller)
+        site.app = App(caller, **options)
+        caller.watcher.add_listener(site.app.apply)
+        transport = httpx.ASGITransport(wrap(site.app, middlewares), client=client)
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as site.http:
+                yield site
+        finally:
+            site.app.close()
+            await site.close()
