@@ -16,20 +16,31 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-_pid = 0
+_inherited: list[object] = []
 
 
 def loop() -> asyncio.AbstractEventLoop:
     """Return the running background loop of this process."""
-    global _loop, _pid
-    # A forked child inherits the object, but not the thread that runs it.
-    if _loop is None or _pid != os.getpid():
+    global _loop
+    if _loop is None:
         with _lock:
-            if _loop is None or _pid != os.getpid():
+            if _loop is None:
                 fresh = asyncio.new_event_loop()
                 threading.Thread(target=fresh.run_forever, name="penstock", daemon=True).start()
-                _loop, _pid = fresh, os.getpid()
+                _loop = fresh
     return _loop
+
+
+def _start_anew() -> None:
+    """After a fork: the child has its parent's loop, but not the thread that runs it."""
+    global _lock, _loop
+    # Kept, and never touched: collecting it would close, in the kernel, what the parent still waits on.
+    _inherited.append(_loop)
+    _lock, _loop = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:

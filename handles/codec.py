@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -15,9 +15,9 @@ _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
     """Return the codec of ``value`` and its bytes.
 
-    None, ``str`` and bytes are themselves; anything else is JSON, with dataclasses, datetimes, UUIDs, numpy arrays, tuples and
-    pydantic models; what JSON cannot hold is pickled where that is allowed. NaN and infinities become ``null``, as JSON has no
-    word for them.
+    None, ``str`` and bytes are themselves; anything else is JSON, with dataclasses, datetimes, UUIDs, numpy arrays,
+    tuples and pydantic models; what JSON cannot hold is pickled where that is allowed. NaN and infinities become
+    ``null``, as JSON has no word for them.
 
     Raises:
         TypeError: the value cannot travel; the message says why.
@@ -25,7 +25,7 @@ def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
     if value is None:
         return "none", b""
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return "bytes", bytes(value)
+        return "bytes", bytes(cast("bytes", value))
     try:
         if isinstance(value, str):
             return "text", value.encode()
@@ -33,14 +33,18 @@ def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
     except (TypeError, UnicodeEncodeError) as e:
         if not allow_pickle:
             raise TypeError(f"a {name_of(type(value))} cannot be sent ({e})") from None
+    try:
         return "pickle", pickle.dumps(value, protocol=5)
+    except Exception as e:  # whatever the value's own code raises
+        raise TypeError(f"a {name_of(type(value))} cannot be pickled ({type(e).__name__}: {e})") from e
 
 
 def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
     """Return the value that `encode` wrote.
 
     Raises:
-        MalformedBody: the bytes are not what the codec says, the codec is unknown, or it is ``pickle`` and that is not allowed.
+        MalformedBody: the bytes are not what the codec says, the codec is unknown, or it is ``pickle`` and that is not
+            allowed.
     """
     try:
         if codec == "json":
@@ -72,18 +76,19 @@ def dump_json(value: object) -> bytes:
         return orjson.dumps(value, _default, _OPTIONS | orjson.OPT_NON_STR_KEYS)
 
 
-def name_of(kind: type) -> str:
+def name_of(kind: type[Any]) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _default(value: Any) -> Any:
     if isinstance(value, tuple):  # a named one
         return list(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    # By their methods, to need none of the libraries: pydantic models; what numpy holds that orjson does not read, such as
-    # arrays that are not contiguous; the tensors and series of other libraries.
+    # By their methods, to need none of the libraries: pydantic models; what numpy holds that orjson does not read, such
+    # as arrays that are not contiguous; the tensors and series of other libraries.
     if not isinstance(value, type):
         if (dump := getattr(value, "model_dump", None)) is not None:
             return dump(mode="json")
         if (to_list := getattr(value, "tolist", None)) is not None:
             return to_list()
-    raise TypeError(f"JSON cannot hold a {name_of(type(value))}")
+    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
+    raise TypeError(f"JSON cannot hold a {name_of(kind)}")

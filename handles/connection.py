@@ -46,10 +46,10 @@ class Connected:
 
         Args:
             endpoint: its name.
-            sync: True for a handle whose futures are ``concurrent.futures.Future``; False for one to await. Each warns when it
-                is asked for in the other's place.
-            missing_ok: True for an endpoint that may be created later: a call waits for it until its deadline, 30 s without
-                one.
+            sync: True for a handle whose futures are ``concurrent.futures.Future``; False for one to await. Each warns
+                when it is asked for in the other's place.
+            missing_ok: True for an endpoint that may be created later: a call waits for it until its deadline, 30 s
+                without one.
 
         Raises:
             TypeError: ``endpoint`` is not a ``str``.
@@ -82,12 +82,16 @@ class Connected:
         }
 
     def close(self) -> None:
-        """Close what the sync handles of this process share: calls in flight fail with `RequestCancelled`."""
+        """Close what the sync handles of this process share: calls in flight fail with `RequestCancelled`.
+
+        A handle that is used after that connects anew.
+        """
         background.run(self._close())
 
     async def _close(self) -> None:
-        caller = await Caller.get(self.redis_url, self.instance)
-        await caller.close()
+        caller = Caller.shared(self.redis_url, self.instance)
+        if caller is not None:
+            await caller.close()
 
     def __enter__(self) -> Connected:
         return self

@@ -44,8 +44,8 @@ __all__ = [
 class BackendError(PenstockError):
     """The backend's code raised.
 
-    ``type_name`` and ``message`` are those of its exception, ``traceback`` is its traceback as text, ``status`` what HTTP
-    callers get: 500, or what a Starlette ``HTTPException`` asked for.
+    ``type_name`` and ``message`` are those of its exception, ``traceback`` is its traceback as text, ``status`` what
+    HTTP callers get: 500, or what a Starlette ``HTTPException`` asked for.
     """
 
     def __init__(self, type_name: str, message: str, traceback: str = "", status: int = 500) -> None:
@@ -172,10 +172,18 @@ def from_wire(raw: Mapping[str, Any]) -> PenstockError:
     known = _KINDS.get(kind) if isinstance(kind, str) else None
     if known is not None and isinstance(args, list):
         try:
-            return known(*args)
-        except TypeError:
+            error = known(*args)  # pyright: ignore[reportUnknownArgumentType]
+            str(error)
+        except Exception:
             pass  # a later release may give it other arguments
+        else:
+            if _is_status(error.status):
+                return error
     return PenstockError(f"{kind}: {args}")
+
+
+def _is_status(status: object) -> bool:
+    return type(status) is int and 100 <= status <= 599
 
 
 def _listed(names: list[str]) -> str:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import threading
+import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
+import orjson
+
 from ..broker.keys import check_name
 from ..broker.registry import EndpointRecord
 from ..broker.wire import Header, Reply
 from . import background
 from .caller import Call, Caller, Outcome
-from .codec import encode
+from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .options import Options
 from .results import value_of
+
+log = logging.getLogger(__name__)
 
 _MISSING_OK_S = 30.0
 _HandleT = TypeVar("_HandleT", bound="_Handle")
@@ -65,7 +69,8 @@ class _Handle:
 
         Args:
             method_name: the method of the backend's class; ``"__call__"`` unless set.
-            shard_key: requests with the same key go to the same backend; None, the default, goes by the traffic's weights.
+            shard_key: requests with the same key go to the same backend; None, the default, goes by the traffic's
+                weights.
             http_method: what ``request.method`` says; ``"GET"`` unless set.
             http_headers: what ``request.headers`` holds; empty unless set.
             timeout_s: seconds until a request expires, counted from ``remote``; None, the default, is never.
@@ -88,7 +93,8 @@ class _Handle:
         """Encode a call in the thread that makes it, so that what cannot travel is refused on the spot."""
         if len(arguments) > 1:
             raise TypeError(
-                f"remote() takes one positional argument, the body, and keyword arguments, the query; not {len(arguments)}"
+                "remote() takes one positional argument, the body, and keyword arguments, the query; "
+                f"not {len(arguments)} positional ones"
             )
         value = arguments[0] if arguments else None
         try:
@@ -103,7 +109,8 @@ class _Handle:
         options = self._options
         if keywords:
             try:
-                encode(keywords)
+                # As a copy: the caller may change its own before they are sent.
+                keywords = orjson.loads(dump_json(keywords))
             except TypeError as e:
                 raise TypeError(f"the keyword arguments must be JSON values: {e}") from None
         headers = [(name.lower(), value) for name, value in options.http_headers.items()]
@@ -116,25 +123,24 @@ class _Handle:
             call=options.method_name,
         )
 
-    async def _find(self, caller: Caller, timeout_s: float | None) -> tuple[EndpointRecord, float | None]:
-        """Return the endpoint, waiting for it if it may be missing, and what is left of the time."""
-        endpoint = caller.snapshot.endpoints.get(self._endpoint)
-        if endpoint is not None:
-            return endpoint, timeout_s
-        if not self._missing_ok:
-            raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
+    async def _reach(self, timeout_s: float | None) -> tuple[Caller, EndpointRecord, float | None]:
+        """Connect if need be, and find the endpoint, waiting for it if it may be missing.
+
+        Returns with them what is left of the time.
+        """
         loop = asyncio.get_running_loop()
-        start = loop.time()
-        ends = start + (_MISSING_OK_S if timeout_s is None else timeout_s)
+        ends = loop.time() + (_MISSING_OK_S if timeout_s is None else timeout_s)
+        try:
+            caller = await asyncio.wait_for(Caller.get(self._url, self._instance), timeout_s)
+        except asyncio.TimeoutError:
+            assert timeout_s is not None
+            raise RequestTimeout(f"the broker of endpoint {self._endpoint!r}", timeout_s) from None
         while (endpoint := caller.snapshot.endpoints.get(self._endpoint)) is None:
-            if (left_s := ends - loop.time()) <= 0:
+            left_s = ends - loop.time()
+            if not self._missing_ok or left_s <= 0:
                 raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
             await caller.watcher.next_change(left_s)
-        if timeout_s is None:
-            return endpoint, None
-        if (left_s := ends - loop.time()) <= 0:
-            raise RequestTimeout(f"endpoint {self._endpoint!r}", timeout_s)
-        return endpoint, left_s
+        return caller, endpoint, None if timeout_s is None else max(0.0, ends - loop.time())
 
     def _send(
         self,
@@ -168,7 +174,8 @@ class _Written:
                 raise BackendNotFound(tag, caller.snapshot.backends)
             if not backend.config.get("allow_pickle"):
                 raise TypeError(
-                    f"{self.unsendable}; backend {tag!r} would take it pickled if it had config={{'allow_pickle': True}}"
+                    f"{self.unsendable}; backend {tag!r} would take it pickled "
+                    "if it had config={'allow_pickle': True}"
                 )
         _, body = encode(self.value, allow_pickle=True)
         return body
@@ -178,36 +185,39 @@ class AsyncServeHandle(_Handle):
     """Calls an endpoint from asyncio code.
 
     Made by ``get_handle(name, sync=False)``. It can be pickled, and used in any loop; all handles of one loop share one
-    connection and one reply stream.
+    connection and one reply stream. Both end with the loop.
     """
 
     __slots__ = ()
 
-    async def remote(self, *body: Any, **query: Any) -> asyncio.Future[Any]:
+    async def remote(self, /, *body: Any, **query: Any) -> asyncio.Future[Any]:
         """Send a request; return, once it is durably on its stream, the future of its answer.
 
         Args:
-            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON can hold
-                (dataclasses, numpy arrays, datetimes and pydantic models included).
+            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON
+                can hold (dataclasses, numpy arrays, datetimes and pydantic models included).
             **query: JSON values, which the backend reads as ``request.query_params``.
 
         Raises:
             TypeError: the body or the query cannot travel.
             EndpointNotFound: there is no such endpoint.
             Overloaded: the backend's queue is full.
+            RequestTimeout: ``timeout_s`` passed.
             BrokerUnavailable: Redis cannot be reached.
 
         The future raises `BackendError` if the backend's code raised, `RequestTimeout` if ``timeout_s`` passed,
         `DeliveryLimitExceeded` if every replica that took the request died. Cancelling it cancels the request.
         """
         written = self._write(body, query)
-        caller = await Caller.get(self._url, self._instance)
-        endpoint, timeout_s = await self._find(caller, self._options.timeout_s)
+        caller = Caller.shared(self._url, self._instance)
+        endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
+        timeout_s = self._options.timeout_s
+        if caller is None or endpoint is None:
+            caller, endpoint, timeout_s = await self._reach(timeout_s)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         call = self._send(caller, endpoint, written, timeout_s, partial(_settle, future))
-        accepted = call.accepted()
         try:
-            await accepted
+            await call.accepted()
         except asyncio.CancelledError:
             call.cancel()
             raise
@@ -222,18 +232,18 @@ class AsyncServeHandle(_Handle):
 class ServeHandle(_Handle):
     """Calls an endpoint from sync code, from any number of threads.
 
-    Made by ``get_handle(name)``. It can be pickled. All handles of one process share one connection and one reply stream, in
-    a background thread.
+    Made by ``get_handle(name)``. It can be pickled. All handles of one process share one connection and one reply
+    stream, in a background thread.
     """
 
     __slots__ = ()
 
-    def remote(self, *body: Any, **query: Any) -> concurrent.futures.Future[Any]:
-        """Send a request and return the future of its answer, at once: what the broker has to say comes through the future.
+    def remote(self, /, *body: Any, **query: Any) -> concurrent.futures.Future[Any]:
+        """Send a request and return the future of its answer, at once: what the broker has to say comes through it.
 
         Args:
-            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON can hold
-                (dataclasses, numpy arrays, datetimes and pydantic models included).
+            *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON
+                can hold (dataclasses, numpy arrays, datetimes and pydantic models included).
             **query: JSON values, which the backend reads as ``request.query_params``.
 
         Raises:
@@ -249,25 +259,25 @@ class ServeHandle(_Handle):
     def _start(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
         """Send it, in the background loop."""
         if future.cancelled():
+            future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` would wait for it
             return
-        caller = _open_callers.get((self._url, self._instance))
-        endpoint = None if caller is None or caller.closed else caller.snapshot.endpoints.get(self._endpoint)
+        caller = Caller.shared(self._url, self._instance)
+        endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         if caller is None or endpoint is None:
-            task = asyncio.get_running_loop().create_task(self._start_slowly(written, future))
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._start_slowly(written, future))
             _starting.add(task)
             task.add_done_callback(_starting.discard)
-            future.add_done_callback(partial(_cancel_task, asyncio.get_running_loop(), task))
+            future.add_done_callback(partial(_on_cancel, loop, task.cancel))
             return
         self._go(caller, endpoint, written, self._options.timeout_s, future)
 
     async def _start_slowly(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
         """Connect first, or wait for an endpoint that may be missing."""
         try:
-            caller = await Caller.get(self._url, self._instance)
-            _open_callers[self._url, self._instance] = caller
-            endpoint, timeout_s = await self._find(caller, self._options.timeout_s)
-        except Exception as e:
-            _fail(future, e)
+            caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
+        except (Exception, asyncio.CancelledError) as e:
+            _fail(future, e)  # if it was cancelled, so was the future
             return
         self._go(caller, endpoint, written, timeout_s, future)
 
@@ -284,7 +294,8 @@ class ServeHandle(_Handle):
         except Exception as e:
             _fail(future, e)
             return
-        future.add_done_callback(partial(_cancel_from_thread, asyncio.get_running_loop(), call))
+        cancel = partial(_cancel_sync, call, future)
+        future.add_done_callback(partial(_on_cancel, asyncio.get_running_loop(), cancel))
 
 
 # -- answers into futures
@@ -333,16 +344,18 @@ def _fail(future: concurrent.futures.Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
-def _cancel_from_thread(loop: asyncio.AbstractEventLoop, call: Call, future: concurrent.futures.Future[Any]) -> None:
-    if future.cancelled():
-        loop.call_soon_threadsafe(call.cancel)
+def _cancel_sync(call: Call, future: concurrent.futures.Future[Any]) -> None:
+    if call.cancel():
+        # Else its outcome came first, and has done so.
+        future.set_running_or_notify_cancel()
 
 
-def _cancel_task(
-    loop: asyncio.AbstractEventLoop, task: asyncio.Task[None], future: concurrent.futures.Future[Any]
+def _on_cancel(
+    loop: asyncio.AbstractEventLoop, cancel: Callable[[], object], future: concurrent.futures.Future[Any]
 ) -> None:
+    """Run ``cancel`` in the loop if ``future`` was cancelled, in whatever thread."""
     if future.cancelled():
-        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(cancel)
 
 
 # -- from threads to the background loop
@@ -357,8 +370,8 @@ class _Outbox:
         self._woken = False
 
     def put(self, call: Callable[[], None]) -> None:
-        # Appended first, looked at second; `_empty` does both the other way round. So either it sees this call, or we see
-        # that it must be woken.
+        # Appended first, looked at second; `_empty` does both the other way round. So either it sees this call, or we
+        # see that it must be woken.
         self._calls.append(call)
         if not self._woken:
             self._woken = True
@@ -368,24 +381,24 @@ class _Outbox:
         self._woken = False
         calls = self._calls
         while calls:
-            calls.popleft()()
+            try:
+                calls.popleft()()
+            except Exception:
+                log.exception("cannot start a request")
 
 
-_lock = threading.Lock()
 _the_outbox: _Outbox | None = None
-_open_callers: dict[tuple[str, str], Caller] = {}
 _starting: set[asyncio.Task[None]] = set()
 
 
 def _outbox() -> _Outbox:
     global _the_outbox
     loop = background.loop()
-    if _the_outbox is None or _the_outbox.loop is not loop:
-        with _lock:
-            if _the_outbox is None or _the_outbox.loop is not loop:
-                _open_callers.clear()  # a forked child has its parent's
-                _the_outbox = _Outbox(loop)
-    return _the_outbox
+    outbox = _the_outbox
+    if outbox is None or outbox.loop is not loop:  # a forked child has its parent's
+        # Two threads may each make one; both wake the same loop.
+        outbox = _the_outbox = _Outbox(loop)
+    return outbox
 
 
 def warn_of_the_other_face(sync: bool) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from .errors import ConfigError
+
+_HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""A token of RFC 9110, section 5.6.2."""
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_LONGEST_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,25 +26,9 @@ class Options:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("method_name", str), ("http_method", str), ("http_headers", Mapping)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, not {type(getattr(self, name)).__name__}")
-        if self.method_name.startswith("_") and self.method_name != "__call__":
-            raise ConfigError(f"method_name {self.method_name!r} is private: names starting with '_' cannot be called")
-        if not self.method_name.isidentifier():
-            raise ConfigError(f"method_name {self.method_name!r} is not the name of a method")
-        if self.shard_key is not None and not isinstance(self.shard_key, str):
-            raise TypeError(f"shard_key must be a str or None, not {type(self.shard_key).__name__}")
-        for name, value in self.http_headers.items():
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise TypeError(
-                    f"http_headers must map str to str, not {type(name).__name__} to {type(value).__name__}"
-                )
-        if self.timeout_s is not None:
-            if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)):
-                raise TypeError(f"timeout_s must be a number of seconds or None, not {type(self.timeout_s).__name__}")
-            if not 0 < self.timeout_s < float("inf"):
-                raise ConfigError(f"timeout_s must be a positive number of seconds, not {self.timeout_s}")
+        _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
+        # A copy, as the caller may change theirs.
+        object.__setattr__(self, "http_headers", dict(self.http_headers))
 
     def with_(self, changes: Mapping[str, Any]) -> Options:
         """Return these options but for ``changes``. Raises ``TypeError`` for a name that is none."""
@@ -47,3 +37,33 @@ class Options:
             if name not in known:
                 raise TypeError(f"options() has no {name!r}; it has {', '.join(known)}")
         return replace(self, **changes)
+
+
+def _check(
+    method_name: object, shard_key: object, http_method: object, http_headers: object, timeout_s: object
+) -> None:
+    if not isinstance(method_name, str):
+        raise TypeError(f"method_name must be a str, not {type(method_name).__name__}")
+    if not method_name.isidentifier():
+        raise ConfigError(f"method_name {method_name!r} is not the name of a method")
+    if method_name.startswith("_") and method_name != "__call__":
+        raise ConfigError(f"method_name {method_name!r} is private: names starting with '_' cannot be called")
+    if not isinstance(http_method, str):
+        raise TypeError(f"http_method must be a str, not {type(http_method).__name__}")
+    if _HTTP_METHOD.fullmatch(http_method) is None:
+        raise ConfigError(f"http_method {http_method!r} is not a method of HTTP")
+    if shard_key is not None and not isinstance(shard_key, str):
+        raise TypeError(f"shard_key must be a str or None, not {type(shard_key).__name__}")
+    if not isinstance(http_headers, Mapping):
+        raise TypeError(f"http_headers must be a dict of str, not {type(http_headers).__name__}")
+    for pair in cast("Mapping[object, object]", http_headers).items():
+        for text in pair:
+            if not isinstance(text, str):
+                raise TypeError(f"http_headers must map str to str; {text!r} is a {type(text).__name__}")
+            if _CONTROL.search(text):
+                raise ConfigError(f"http_headers cannot hold control characters or surrogates, as {text!r} does")
+    if timeout_s is not None:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+            raise TypeError(f"timeout_s must be a number of seconds or None, not {type(timeout_s).__name__}")
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise ConfigError(f"timeout_s must be above 0 and at most {_LONGEST_S:g} seconds, not {timeout_s}")

@@ -18,7 +18,7 @@ class Response:
 
     status_code: int
     headers: dict[str, str]
-    """Lower-case names. Of a header that was given twice, such as ``set-cookie``, the last one; ``raw_headers`` has all."""
+    """Lower-case names. Of a header that was given twice, such as ``set-cookie``, the last; ``raw_headers`` has all."""
     body: bytes
     raw_headers: Pairs
 
@@ -33,8 +33,8 @@ class Response:
 def value_of(reply: Reply) -> Any:
     """Return the value that a backend returned, or raise the error that it sent instead.
 
-    Pickled values are read: a backend sends them only if it was created to, and who can write to a caller's reply stream can
-    run code on replicas already.
+    Pickled values are read: a backend sends them only if it was created to, and who can write to a caller's reply
+    stream can run code on replicas already.
     """
     if reply.error is not None:
         raise from_wire(reply.error)

@@ -1,8 +1,8 @@
 """Which backend gets a request: pure functions of the endpoint, the shard key and a random number.
 
-With a shard key the choice is weighted rendezvous hashing (highest random weight): each backend draws a score from a hash of
-its tag and the key, and the highest wins. A change of weights changes only scores of the backends whose weights changed, so
-it moves no more keys than it must, and the same key maps to the same backend in every process.
+With a shard key the choice is weighted rendezvous hashing (highest random weight): each backend draws a score from a
+hash of its tag and the key, and the highest wins. A change of weights changes only scores of the backends whose weights
+changed, so it moves no more keys than it must, and the same key maps to the same backend in every process.
 (Schindelhauer and Schomaker, "Weighted Distributed Hash Tables", SPAA 2005: the score is -weight / ln(hash).)
 """
 
@@ -40,7 +40,7 @@ def choose(traffic: Mapping[str, float], shard_key: str | None, random: float) -
 
 
 def rendezvous(traffic: Mapping[str, float], shard_key: str) -> str | None:
-    """Return the backend that ``shard_key`` maps to, each with the probability of its weight; None if all weights are 0."""
+    """Return the backend that ``shard_key`` maps to, each with the probability of its weight; None if all are 0."""
     best, best_score = None, -1.0
     for tag in sorted(traffic):
         weight = traffic[tag]
