@@ -17,10 +17,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Union, cast
 
-from redis.exceptions import OutOfMemoryError, RedisError
-
 from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
+from ..broker.errors import OutOfMemoryError, RedisError
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher

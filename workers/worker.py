@@ -1,8 +1,8 @@
-"""The claim-run-reply loop of one replica: a plain asyncio class that knows Redis and the user's code, and nothing of Ray.
+"""The claim-run-reply loop of one replica: plain asyncio that knows Redis and the user's code, and nothing of Ray.
 
 It pulls: it claims when it has room, in small counts that overlap with the work, so that a slow request never holds up
-another one while a replica is idle. Replies and claims are continuations of the connections' reads, not tasks: a small request
-costs the replica no switch between tasks but those of the user's code.
+another one while a replica is idle. Replies and claims are continuations of the connections' reads, not tasks: a small
+request costs the replica no switch between tasks but those of the user's code.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
-
 from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
-from ..broker.errors import BrokerUnavailable, WireError
+from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
 from ..broker.signals import LOOK, Signals
@@ -33,7 +31,7 @@ _CLAIM = 16
 """More than this in one claim makes convoys: 8 to 16 were 15 to 20 % faster at 100 connections than 100."""
 _PREFETCH = 16
 _PREFETCH_S = 0.002
-"""Blocking code has at most this much work waiting for it here: then nobody waits behind more while a replica is idle."""
+"""Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
 _STUCK_S = 0.025
 _LOOK_S = 0.5
@@ -193,6 +191,10 @@ class Worker:
             task = self._loop.create_task(self._retry_claim(result))
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
+            return
+        if self._draining:  # it was asked for before
+            if result:
+                self._claims.give_back([place for place, _ in result])
             return
         for place, fields in result:
             self._take(place, fields)
@@ -454,7 +456,7 @@ class Worker:
             waking.cancel()
 
     async def _nurse(self) -> None:
-        """Run suspects one at a time and alone, so that a second death convicts the one that caused it and nobody else."""
+        """Run suspects one at a time and alone: then a second death convicts the one that caused it and nobody else."""
         self._nursing = True
         try:
             while not self._draining:

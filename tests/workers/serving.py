@@ -7,9 +7,11 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, cast
+
+from redis.asyncio import Redis
 
 from penstock.broker.registry import BackendRecord
 from penstock.broker.wire import Header, Reply
@@ -25,7 +27,7 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def serving(url: str, function: Callable[..., Any], **config: Any) -> AsyncIterator[Worker]:
+async def serving(url: str, function: Callable[..., Any], **config: Any) -> AsyncGenerator[Worker]:
     """A worker of the backend `TAG` in this loop."""
     replica = f"{TAG}#{next(_numbers)}"
     runner = Runner(TAG, replica, target.dump(cast("Any", _ByReference(function))), {**CONFIG, **config})
@@ -91,8 +93,8 @@ async def start_killable(url: str, function: str) -> Killable:
 class Client:
     """A caller of the backend `TAG`."""
 
-    def __init__(self, caller: Caller) -> None:
-        self.caller = caller
+    def __init__(self, caller: Caller, redis: Redis) -> None:
+        self.caller, self.redis = caller, redis
 
     def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
         """Send a request; return it, and the future of its reply or of the error why there is none."""
@@ -111,21 +113,30 @@ class Client:
     async def ask(self, body: bytes = b"", **options: Any) -> Reply:
         return await self.call(body, **options)[1]
 
+    async def claimed(self) -> int:
+        """Return how many of these some replica holds."""
+        return int((await self.redis.xpending(self.caller.keys.requests(TAG), "replicas"))["pending"])
+
+    async def dead(self) -> int:
+        """Return how many dead letters there are."""
+        return int(await self.redis.xlen(self.caller.keys.dead(TAG)))
+
     async def depth(self) -> int:
         """Return how many requests are unsettled."""
-        return await self.caller._connection.send("XLEN", self.caller.keys.requests(TAG))  # pyright: ignore
+        return int(await self.redis.xlen(self.caller.keys.requests(TAG)))
 
 
 @asynccontextmanager
-async def calling(url: str) -> AsyncIterator[Client]:
+async def calling(url: str) -> AsyncGenerator[Client]:
     caller = Caller(url, "default")
     await caller.open()
-    try:
-        yield Client(caller)
-    finally:
-        # The stream itself is the backend's, and goes with it; here there is none to be deleted.
-        await caller._connection.send("DEL", caller.keys.requests(TAG))  # pyright: ignore
-        await caller.close()
+    async with Redis.from_url(url) as redis:
+        try:
+            yield Client(caller, redis)
+        finally:
+            # Its streams are the backend's, and go with it; here there is none to be deleted.
+            await redis.delete(caller.keys.requests(TAG), caller.keys.dead(TAG))
+            await caller.close()
 
 
 # -- what a killable worker runs

@@ -12,7 +12,7 @@ from penstock import serve
 from penstock.broker.wire import LARGE
 from penstock.handles.errors import DeliveryLimitExceeded, RequestCancelled, RequestTimeout, from_wire
 from tests.waiting import wait_until_async
-from tests.workers.serving import TAG, Killable, calling, serving, start_killable
+from tests.workers.serving import TAG, Client, Killable, calling, serving, start_killable
 
 
 def echo(request: Any) -> Any:
@@ -85,7 +85,7 @@ class Sizes:
         return serve.accept_batch(batch)
 
 
-async def _publish_before_serving(client: Any, count: int) -> list[asyncio.Future[Any]]:
+async def _publish_before_serving(client: Client, count: int) -> list[asyncio.Future[Any]]:
     calls = [client.call(b"%d" % n) for n in range(count)]
     await asyncio.gather(*(call.accepted() for call, _ in calls))
     return [answer for _, answer in calls]
@@ -216,9 +216,7 @@ async def test_a_poisonous_request_dies_alone(redis_url: str) -> None:
         assert isinstance(from_wire(reply.error), DeliveryLimitExceeded)
         assert {answer.status for answer in await asyncio.gather(*bystanders, *more)} == {200}
         assert sum(not replica.alive for replica in replicas) == 3
-        dead = await client.caller._connection.send("XLEN", client.caller.keys.dead(TAG))  # pyright: ignore
-        assert dead == 1
-        await client.caller._connection.send("DEL", client.caller.keys.dead(TAG))  # pyright: ignore
+        assert await client.dead() == 1
         for replica in replicas:
             await replica.kill()
 
@@ -230,24 +228,22 @@ async def _replace_the_dead(url: str, replicas: list[Killable]) -> None:
 
 async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, echo):
-        send = client.caller._connection.send  # pyright: ignore
-        requests, dead = client.caller.keys.requests(TAG), client.caller.keys.dead(TAG)
-        await send("XADD", requests, "*", "v", "9", "id", "x")
-        await send("XADD", requests, "*", b"\xff\x00", b"\xfe")
+        requests = client.caller.keys.requests(TAG)
+        await client.redis.xadd(requests, {"v": "9", "id": "x"})
+        await client.redis.xadd(requests, {b"\xff\x00": b"\xfe"})
         assert (await client.ask(b"x")).body == b"x"
 
         async def both_are_dead() -> bool:
-            return await send("XLEN", dead) == 2
+            return await client.dead() == 2
 
         await wait_until_async(both_are_dead)
         await wait_until_async(lambda: _is_empty(client))
-        await send("DEL", dead)
 
 
 async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, echo):
         assert (await client.ask(b"before")).body == b"before"
-        await client.caller._connection.send("FLUSHALL")  # pyright: ignore
+        await client.redis.flushall()
         assert (await asyncio.wait_for(client.ask(b"after", timeout_s=20), 25)).body == b"after"
 
 
@@ -281,11 +277,9 @@ async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> N
         await answer
 
 
-async def _is_empty(client: Any) -> bool:
+async def _is_empty(client: Client) -> bool:
     return await client.depth() == 0
 
 
-async def _claimed(client: Any, count: int) -> bool:
-    keys = client.caller.keys
-    pending = await client.caller._connection.send("XPENDING", keys.requests(TAG), "replicas")
-    return pending[0] == count
+async def _claimed(client: Client, count: int) -> bool:
+    return await client.claimed() == count
