@@ -133,7 +133,7 @@ class Controller:
     async def _bring_about(self, settings: Settings) -> None:
         sight, snapshot = self._sight, self._watcher.snapshot
         await sight.look(self._registry)
-        desired = sight.desired(snapshot, self._options, settings.node)
+        desired = sight.desired(snapshot, settings)
         for step in planning.plan(desired, sight.seen()):
             await self._act(step, snapshot)
         self._check_health(snapshot)

@@ -87,6 +87,8 @@ class Replica:
     asks: Amounts = field(default_factory=dict[str, float])
     attended: bool = True
     """Somebody waits for it to drain, to end it then. Not so when the controller was restarted meanwhile."""
+    takes: bool = False
+    """It may still take requests: it is to drain, but has not said that it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +357,7 @@ def status(backend: Backend, seen: Seen, failing: dict[str, Any] | None) -> Stat
         len(up_to_date) == backend.replicas == len(ready)
         and not starting
         and not _old(backend, replicas, State.STARTING, State.READY)
+        and not any(replica.takes for replica in _old(backend, replicas, State.DRAINING))
     )
     return Status(
         version=backend.version,

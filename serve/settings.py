@@ -22,7 +22,7 @@ class Settings:
     node: str
     """The Ray node that called ``start``."""
     http: dict[str, Any] = field(default_factory=dict[str, Any])
-    """All of `HTTPOptions` but its middlewares."""
+    """All of `HTTPOptions` but its middlewares. Its ``port`` is 0 only until the first proxy has found one."""
     middlewares: str = ""
     """The digest of these, pickled, among the registry's code; empty if there are none."""
     detached: bool = False

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 from ..broker.errors import PenstockError
 from ..broker.registry import Registry, Snapshot
 from ..handles.errors import to_wire
-from .config import BackendConfig, HTTPOptions
+from .config import BackendConfig
 from .fleet import Fleet, Member, alive_nodes
 from .plan import HTTP, NO_FAILURES, Backend, Desired, Failures, Proxy, Replica, Seen, State, Version, status
 from .resources import Amounts, Node, asked
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ class Sight:
                 fleet.adopt(name)
         self._take_note(time.monotonic())
 
-    def desired(self, snapshot: Snapshot, options: HTTPOptions, head: str) -> Desired:
-        """Return what there should be. ``head`` is the node that called ``start``."""
+    def desired(self, snapshot: Snapshot, settings: Settings) -> Desired:
+        """Return what there should be."""
         backends: dict[str, Backend] = {}
         for tag, record in snapshot.backends.items():
             config = BackendConfig.stored(record.config)
@@ -84,8 +85,10 @@ class Sight:
                 asks=self._asks.setdefault((tag, record.version), asked(record.actor_options)),
             )
         alive = [node.id for node in self.nodes]
-        nodes = {"HeadOnly": [node for node in alive if node == head], "EveryNode": alive, "NoServer": []}
-        http = HTTP(nodes=tuple(nodes[options.location]), per_node=options.proxies_per_node, port=options.port)
+        where = {"HeadOnly": [node for node in alive if node == settings.node], "EveryNode": alive, "NoServer": []}
+        options = settings.http
+        nodes = tuple(where[options["location"]])
+        http = HTTP(nodes=nodes, per_node=options["proxies_per_node"], port=options["port"])
         return Desired(backends=backends, http=http)
 
     def seen(self) -> Seen:
@@ -129,6 +132,7 @@ class Sight:
             node=report.get("node", ""),
             asks=self._asks.get(version, {}),
             attended=member.ending,
+            takes=report.get("state") == State.READY.value,
         )
 
     def _proxy(self, name: str, member: Member) -> Proxy:

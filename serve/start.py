@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
@@ -146,7 +147,13 @@ async def _bring_up(instance: Instance, controller: Any) -> str | None:
         await controller.ready.remote()
     except RayError as e:
         raise error_of(e) from None
-    return await instance.http_url()
+    http_url = await instance.http_url()
+    settings = await Settings.read(instance.registry)
+    if settings is not None and http_url is not None:
+        # A proxy that replaces another one is to be found where that was.
+        http = {**settings.http, "port": urlsplit(http_url).port}
+        await replace(settings, http=http).write(instance.registry)
+    return http_url
 
 
 def _start_controller(instance: Instance, settings: Settings) -> Any:

@@ -420,3 +420,5 @@ def test_a_status_is_settled_when_every_replica_has_the_configuration() -> None:
     assert status(wanted, see(new_config, replace(old_config, config_version=2)), None).settled
     assert not status(wanted, see(new_config, new_config, replica(State.READY, "v0")), None).settled
     assert status(wanted, see(new_config, new_config, replica(State.DRAINING, "v0")), None).settled
+    takes = replace(replica(State.DRAINING, "v0"), takes=True)
+    assert not status(wanted, see(new_config, new_config, takes), None).settled

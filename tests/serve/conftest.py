@@ -1,0 +1,67 @@
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import ray
+from httpx import Client as HTTPClient
+
+from penstock import serve
+from tests.brokers import Brokers, clean
+
+StartClient = Callable[..., serve.Client]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """One local Ray for all tests, as it takes seconds to start. Its address."""
+    # In number, not in kind: its CPUs are shares of those of the machine.
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(cluster: str, redis_url: str) -> Iterator[StartClient]:
+    """Start instances, by default one on any free port, that end with the test."""
+    with ExitStack() as started:
+
+        def start(**options: Any) -> serve.Client:
+            options = {"redis_url": redis_url, "http_options": {"port": 0}, **options}
+            client = serve.start(**options)
+            started.callback(client.shutdown)
+            return client
+
+        yield start
+
+
+@pytest.fixture
+def client(start: StartClient) -> serve.Client:
+    return start()
+
+
+@pytest.fixture(scope="module")
+def standing(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
+    """An instance for all tests of a module that do not disturb each other: backend `f`, endpoint `api`."""
+    with clean(brokers.url("embedded")) as url:
+        client = serve.start(redis_url=url, instance="standing", http_options={"port": 0})
+        client.create_backend("f", _echo, ray_actor_options={"num_cpus": 0.1})
+        client.create_endpoint("api", backend="f", route="/api/{x}", methods=["GET", "POST"])
+        yield client
+        client.shutdown()
+
+
+@pytest.fixture
+def http(client: serve.Client) -> Iterator[HTTPClient]:
+    """An HTTP client of ``client``'s server."""
+    assert client.http_url is not None
+    with HTTPClient(base_url=client.http_url, timeout=30) as http:
+        yield http
+
+
+def _echo(request: serve.Request) -> Any:
+    return {"data": request.data, "params": request.path_params}
+
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

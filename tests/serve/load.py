@@ -1,0 +1,61 @@
+"""A steady load, and what became of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.waiting import wait_until
+
+
+class Load:
+    """Calls that go out one after the other from a few threads."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._ended = threading.Event()
+        self.answers: list[tuple[float, Any]] = []
+        """When each was sent (monotonic), and what came back."""
+        self.failures: list[Exception] = []
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            sent_s = time.monotonic()
+            try:
+                self.answers.append((sent_s, self._call()))
+            except Exception as e:
+                self.failures.append(e)
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def goes_on(self) -> None:
+        """Wait for some more answers."""
+        enough = len(self.answers) + 20
+        wait_until(lambda: len(self.answers) >= enough or self.failures)
+
+    def since(self, moment_s: float) -> Counter[Any]:
+        """Count the answers to what was sent after ``moment_s``."""
+        return Counter(answer for sent_s, answer in self.answers if sent_s >= moment_s)
+
+
+@contextmanager
+def load(call: Callable[[], Any], threads: int = 4) -> Generator[Load]:
+    """Call steadily; at the end, no call may have failed."""
+    load = Load(call)
+    running = [threading.Thread(target=load.run, daemon=True) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    try:
+        load.goes_on()
+        yield load
+        load.goes_on()
+    finally:
+        load.end()
+        for thread in running:
+            thread.join(60)
+    assert load.failures == [], f"{len(load.failures)} of {len(load.failures) + len(load.answers)} calls failed"

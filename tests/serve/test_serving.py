@@ -1,0 +1,80 @@
+"""The whole path: code that is deployed answers over HTTP and through both kinds of handle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from httpx import Client as HTTPClient
+
+from penstock import serve
+
+
+def test_path_parameters_have_the_types_of_their_route(client: serve.Client, http: HTTPClient) -> None:
+    def f(request: serve.Request) -> list[Any]:
+        return [[name, type(value).__name__, value] for name, value in request.path_params.items()]
+
+    client.create_backend("f", f)
+    client.create_endpoint("complex", backend="f", route="/api/{user_id:int}/{number:float}")
+    client.create_endpoint("simple", backend="f", route="/api/{username}")
+
+    assert http.get("/api/123/3.14").json() == [["user_id", "int", 123], ["number", "float", 3.14]]
+    assert http.get("/api/abc/3.14").status_code == 404
+    assert http.get("/api/ada").json() == [["username", "str", "ada"]]
+
+
+async def test_both_kinds_of_handle_call_it(client: serve.Client) -> None:
+    class Greeter:
+        def __init__(self, greeting: str, *, mark: str) -> None:
+            self.greeting, self.mark = greeting, mark
+
+        async def __call__(self, request: serve.Request) -> str:
+            return f"{self.greeting} {request.data['name']}{self.mark}"
+
+    client.create_backend("greeter", Greeter, "hello", mark="!")
+    client.create_endpoint("greet", backend="greeter")
+    with pytest.warns(UserWarning, match="sync=False"):  # as this test runs in a loop
+        handle = client.get_handle("greet")
+    assert handle.remote({"name": "Ada"}).result(timeout=10) == "hello Ada!"
+    future = await client.get_handle("greet", sync=False).remote({"name": "Grace"})
+    assert await future == "hello Grace!"
+
+
+def test_code_that_only_the_workers_can_import(client: serve.Client) -> None:
+    client.create_backend("method", "operator:itemgetter", "method")
+    client.create_endpoint("method", backend="method")
+    assert client.get_handle("method").options(http_method="PUT").remote().result(timeout=10) == "PUT"
+    with pytest.raises(serve.errors.BackendError, match="ModuleNotFoundError: No module named 'nowhere'"):
+        client.create_backend("other", "nowhere:Model")
+
+
+def test_a_batch_is_taken_whole(client: serve.Client) -> None:
+    @serve.accept_batch
+    def sizes(requests: list[serve.Request]) -> list[int]:
+        return [len(requests)] * len(requests)
+
+    client.create_backend("sizes", sizes, config={"max_batch_size": 4, "batch_wait_timeout": 0.5})
+    client.create_endpoint("sizes", backend="sizes")
+    handle = client.get_handle("sizes")
+    futures = [handle.remote(i) for i in range(4)]
+    assert [future.result(timeout=10) for future in futures] == [4, 4, 4, 4]
+
+
+def test_a_backend_finds_its_own_instance_and_its_name(client: serve.Client, http: HTTPClient) -> None:
+    async def doubled(request: serve.Request) -> Any:
+        inner = serve.connect().get_handle("inner", sync=False)
+        return [await (await inner.remote(request.data)), serve.get_current_backend_tag()]
+
+    client.create_backend("inner", lambda request: 2 * request.data)
+    client.create_endpoint("inner", backend="inner")
+    client.create_backend("outer", doubled)
+    client.create_endpoint("outer", backend="outer", route="/double", methods=["POST"])
+    assert http.post("/double", json=21).json() == [42, "outer"]
+
+
+def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:
+    import os
+
+    client.create_backend("env", lambda _: os.environ.get("COLOUR"), runtime_env={"env_vars": {"COLOUR": "red"}})
+    client.create_endpoint("env", backend="env")
+    assert client.get_handle("env").remote().result(timeout=10) == "red"
