@@ -23,6 +23,10 @@ class Case:
         return b'"' + b"x" * (self.body_bytes - 2) + b'"'
 
 
+def counted(replicas: int) -> str:
+    return f"{replicas} replica" + ("" if replicas == 1 else "s")
+
+
 ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
 ECHO = ("penstock", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
 SLEEP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
@@ -38,7 +42,7 @@ CASES = {
         Case(name="echo-10m", title="Echo of 10 MiB", workload="echo", connections=(1, 16), systems=ECHO,
              body_bytes=10 * 1024 * 1024),
         *(
-            Case(name=f"sleep-{replicas}", title=f"Blocking 10 ms backend, {replicas} replicas (at best "
+            Case(name=f"sleep-{replicas}", title=f"Blocking 10 ms backend, {counted(replicas)} (at best "
                  f"{replicas * 100} requests/s)", workload="sleep", connections=(4 * replicas,), systems=SLEEP,
                  replicas=replicas)
             for replicas in (1, 4, 8)
@@ -46,7 +50,7 @@ CASES = {
         Case(name="open-noop", title="No-op backend, open loop: from idle up", workload="noop", systems=ALL,
              rates_per_s=(10, 250, 1_000, 2_000, 4_000, 8_000)),
         *(
-            Case(name=f"open-sleep-{replicas}", title=f"Blocking 10 ms backend, {replicas} replicas, open loop at 80 % "
+            Case(name=f"open-sleep-{replicas}", title=f"Blocking 10 ms backend, {counted(replicas)}, open loop at 80 % "
                  "of capacity", workload="sleep", systems=SLEEP, rates_per_s=(80 * replicas,), replicas=replicas)
             for replicas in (1, 4, 8)
         ),

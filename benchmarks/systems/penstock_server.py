@@ -34,7 +34,12 @@ def main(job: Job) -> None:
     if os.environ.get("PENSTOCK_BENCH_ASYNC") == "1":
         functions["noop"] = async_noop
     with serve.start(http_options={"port": job.port}) as client:
-        client.create_backend(job.workload, functions[job.workload], config={"num_replicas": job.replicas})
+        client.create_backend(
+            job.workload,
+            functions[job.workload],
+            config={"num_replicas": job.replicas},
+            ray_actor_options={"num_cpus": 0},  # more replicas than cores: these ones sleep
+        )
         client.create_endpoint(job.workload, backend=job.workload, route="/", methods=["GET", "POST"])
         run_until_ended()
 
