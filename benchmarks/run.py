@@ -4,7 +4,8 @@
     python benchmarks/run.py --cases noop --rounds 1 --seconds 2 --only penstock,ray-haproxy
 
 Run it with the Python that has ``penstock`` installed; the peers get an environment of their own. Needs wrk, and
-Linux. Every server listens on 127.0.0.1 and is ended again, also when a run fails or is broken off.
+Linux. Every HTTP server listens on 127.0.0.1 alone (Ray's own daemons choose for themselves), and everything is ended
+again, also when a run fails or is broken off.
 """
 
 from __future__ import annotations
