@@ -10,11 +10,11 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..broker.errors import ConfigError, PenstockError
@@ -31,6 +31,9 @@ STALL_TIMEOUT_S = 60.0
 """A client that takes nothing of its answer for so long is cut off."""
 
 _HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+# After nginx's lingering_timeout and lingering_time.
+_LINGER_IDLE_S = 5.0
+_LINGER_S = 30.0
 _KEEP_ALIVE_S = 65  # above the 60 s of common load balancers, so that they end idle connections and not we
 _SWEEP_S = 1.0
 _FLUSH_S = 0.5
@@ -58,7 +61,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=_Protocol,
+                http=Protocol,
                 ws="none",
                 lifespan="off",
                 loop="none",
@@ -132,7 +135,7 @@ class Server:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
             for connection in list(self._uvicorn.server_state.connections):
-                if isinstance(connection, _Protocol):
+                if isinstance(connection, Protocol):
                     connection.cut_off_if_stalled(now)
 
 
@@ -218,19 +221,29 @@ class _Uvicorn(uvicorn.Server):
             server.close()
 
 
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with an end to what it would wait for for ever: long heads, slow heads, answers that nobody reads."""
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with an end to what it would wait for for ever: long heads, slow heads, answers that nobody reads.
+
+    And with a lingering close: to close a connection on which the client still sends resets it, and may so take the
+    answer away before the client has read it. We only end our direction then, and drop what still comes for a while.
+    """
 
     _head_bytes = 0
     _head_since = 0.0
     _unsent = 0
     _unsent_since = 0.0
+    _lingering_since = 0.0
+    _heard_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast(asyncio.Transport, transport))
+        self._tcp = cast(asyncio.Transport, transport)
+        super().connection_made(cast(asyncio.Transport, _Transport(self._tcp, self.close)))
         self._head_since = time.monotonic()  # a client that connects has as long for its first request
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering_since:
+            self._heard_at = time.monotonic()
+            return
         if (
             len(data) > MAX_HEAD_BYTES
             and self._head_bytes == 0
@@ -249,15 +262,39 @@ class _Protocol(HttpToolsProtocol):
         else:
             self._head_bytes = 0
 
-    def cut_off_if_stalled(self, now: float) -> None:
-        if self._in_head() and now - self._head_since > HEAD_TIMEOUT_S:
-            self.transport.abort()
+    def shutdown(self) -> None:
+        if self._lingering_since:
+            self._tcp.close()
+        elif not self._has_begun_head():  # a request that is on its way is still served
+            super().shutdown()
+
+    def close(self) -> None:
+        """Close the connection once what was written is sent; with a client in the middle of a message, linger."""
+        if self._tcp.is_closing() or self._lingering_since:
             return
-        unsent = self.transport.get_write_buffer_size()
+        if self._has_begun_head() or self._in_body():
+            self._linger()
+        else:
+            self._tcp.close()
+
+    def _linger(self) -> None:
+        self._lingering_since = self._heard_at = time.monotonic()
+        self._tcp.write_eof()
+        self.flow.resume_reading()
+
+    def cut_off_if_stalled(self, now: float) -> None:
+        if self._lingering_since:
+            if now - self._heard_at > _LINGER_IDLE_S or now - self._lingering_since > _LINGER_S:
+                self._tcp.abort()
+            return
+        if self._in_head() and now - self._head_since > HEAD_TIMEOUT_S:
+            self._tcp.abort()
+            return
+        unsent = self._tcp.get_write_buffer_size()
         if unsent == 0 or unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
         elif now - self._unsent_since > STALL_TIMEOUT_S:
-            self.transport.abort()
+            self._tcp.abort()
 
     def _current(self) -> RequestResponseCycle | None:
         return self.cycle  # None until the first request, whatever its annotation says
@@ -267,6 +304,9 @@ class _Protocol(HttpToolsProtocol):
         cycle = self._current()
         return cycle is None or cycle.scope is not self.scope
 
+    def _has_begun_head(self) -> bool:
+        return cast("Scope | None", self.scope) is not None and self._in_head()
+
     def _in_body(self) -> bool:
         return not self._in_head() and self.cycle.more_body
 
@@ -274,5 +314,24 @@ class _Protocol(HttpToolsProtocol):
         logger.warning("refused a request whose head has more than %d bytes", MAX_HEAD_BYTES)
         cycle = self._current()
         if cycle is None or cycle.response_complete:
-            self.transport.write(_HEAD_TOO_LONG)
-        self.transport.close()
+            self._tcp.write(_HEAD_TOO_LONG)
+        self._linger()
+
+
+class _Transport:
+    """A transport whose ``close`` is the protocol's; all else is the transport's own, at no cost per call."""
+
+    def __init__(self, tcp: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._tcp, self._protocol_close = tcp, close
+        self.write = tcp.write
+        self.abort = tcp.abort
+        self.pause_reading, self.resume_reading = tcp.pause_reading, tcp.resume_reading
+        self.get_extra_info, self.set_protocol = tcp.get_extra_info, tcp.set_protocol
+        self._closing = False
+
+    def close(self) -> None:
+        self._closing = True
+        self._protocol_close()
+
+    def is_closing(self) -> bool:
+        return self._closing or self._tcp.is_closing()

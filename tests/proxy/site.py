@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -116,14 +116,15 @@ class Site:
     async def queued(self, backend: str = "e") -> int:
         return await self.redis.xlen(self.keys.requests(backend))
 
-    async def close(self) -> None:
+    async def close(self, *, erase: bool) -> None:
         self._closed = True
         for task in self._tasks:
             task.cancel()
         # What a backend of a test raised fails the test.
         done = await asyncio.gather(*self._tasks, return_exceptions=True)
         raised = [e for e in done if isinstance(e, Exception)]
-        await self.caller.registry.erase()
+        if erase:
+            await self.caller.registry.erase()
         await self.caller.close()
         if raised:
             raise raised[0]
@@ -131,9 +132,17 @@ class Site:
 
 @asynccontextmanager
 async def running(
-    url: str, *, middlewares: tuple[Middleware, ...] = (), client: tuple[str, int] = ("127.0.0.1", 123), **options: Any
-) -> AsyncIterator[Site]:
-    """Run a site on the broker at ``url``; ``site.http`` is a client that speaks ASGI to its application."""
+    url: str,
+    *,
+    guest: bool = False,
+    middlewares: tuple[Middleware, ...] = (),
+    client: tuple[str, int] = ("127.0.0.1", 123),
+    **options: Any,
+) -> AsyncGenerator[Site]:
+    """Run a site on the broker at ``url``; ``site.http`` is a client that speaks ASGI to its application.
+
+    A ``guest`` is a second proxy of an instance that belongs to another site.
+    """
     caller = Caller(url, INSTANCE)
     await caller.open()
     async with Redis.from_url(url) as redis:
@@ -146,4 +155,4 @@ async def running(
                 yield site
         finally:
             site.app.close()
-            await site.close()
+            await site.close(erase=not guest)

@@ -93,7 +93,7 @@ class TestTheRequestThatABackendGets:
             await site.endpoint(None, text(name), name=name)
         both = EndpointRecord(name="both", route="/", traffic={"a": 0.5, "b": 0.5})
         await site.change(Change({}, {"both": both}))
-        seen = {}
+        seen: dict[str, str] = {}
         for key in ("1", "2", "3", "4", "5", "6", "7", "8"):
             answers = {(await site.http.get("/", headers={"x-serve-shard-key": key})).text for _ in range(5)}
             assert len(answers) == 1
