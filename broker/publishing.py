@@ -6,7 +6,6 @@ it is settled (acknowledged and deleted). So the limit holds exactly at any numb
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Union
@@ -88,7 +87,6 @@ class Publisher:
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
-        self._loop = asyncio.get_running_loop()
         self._tick: dict[tuple[str, int, bool], list[tuple[Sequence[bytes], Callable[[Published], None]]]] = {}
 
     def publish(
@@ -106,7 +104,7 @@ class Publisher:
         Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells.
         """
         if not self._tick:
-            self._loop.call_soon(self._flush)
+            self._connection.join_write(self._flush)
         self._tick.setdefault((backend, limit, batch), []).append((fields, then))
 
     def _flush(self) -> None:

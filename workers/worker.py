@@ -340,10 +340,9 @@ class Worker:
             run_s = reply.run_ms / 1000
             self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
             self.served += 1
-            # Announced before the reply is posted, so that it joins the reply's write; posted after it, see `_settle`.
-            self._settle(held.place)
             if entry.caller and not was_cancelled:
                 self._reply(held, reply)
+            self._settle(held.place)
             self._drop_body(entry)
             self._forget(held)
         if held.alone is not None:
@@ -365,7 +364,7 @@ class Worker:
         # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
         # order loses one.
         if not self._settled:
-            self._loop.call_soon(self._flush_settled)
+            self._commands.join_write(self._flush_settled)
         self._settled.append(place)
 
     def _flush_settled(self) -> None:
