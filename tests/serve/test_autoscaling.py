@@ -1,0 +1,151 @@
+"""The policy on recorded and generated load curves, against replicas that serve in virtual time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from penstock.serve.autoscaling import Load, Standing, decide
+from penstock.serve.config import AutoscalingConfig
+
+_TICK_S = 0.5
+
+
+def simulate(
+    config: AutoscalingConfig,
+    arrivals_per_s: Callable[[float], float],
+    *,
+    service_s: float,
+    seconds: float,
+    start: int = 1,
+) -> list[int]:
+    """Return how many replicas there were at each tick, under a fluid load and replicas that serve one at a time."""
+    standing, queue, curve = Standing(replicas=start), 0.0, list[int]()
+    for tick in range(1, int(seconds / _TICK_S)):
+        now_s = tick * _TICK_S
+        offered = arrivals_per_s(now_s)
+        capacity = standing.replicas / service_s
+        queue = max(0.0, queue + (offered - capacity) * _TICK_S)
+        busy = min(standing.replicas, math.ceil(offered * service_s)) if queue < 0.5 else standing.replicas
+        standing = decide(config, 1, standing, Load(unsettled=math.ceil(queue) + busy, in_progress=busy), now_s)
+        curve.append(standing.replicas)
+    return curve
+
+
+def changes(curve: Sequence[int]) -> int:
+    return sum(before != after for before, after in pairwise(curve))
+
+
+def test_a_step_of_load_is_answered_at_the_first_look() -> None:
+    config = AutoscalingConfig(max_replicas=10)
+    after = decide(config, 1, Standing(replicas=1, at_s=1.0), Load(unsettled=12, in_progress=1), 1.5)
+    assert after.replicas == 6
+
+
+def test_a_backlog_wakes_a_backend_without_replicas_whatever_the_delay() -> None:
+    config = AutoscalingConfig(min_replicas=0, max_replicas=4, upscale_delay_s=60.0)
+    assert decide(config, 1, Standing(replicas=0), Load(unsettled=1, in_progress=0), 1.0).replicas == 1
+
+
+def test_at_rest_a_backend_goes_down_to_its_least_after_the_delay() -> None:
+    config = AutoscalingConfig(min_replicas=0, max_replicas=4, downscale_delay_s=10.0)
+    curve = simulate(config, lambda _: 0.0, service_s=0.1, seconds=60, start=4)
+    assert curve[0] == 4
+    assert curve[-1] == 0
+    assert curve.index(0) * _TICK_S >= 9.5
+
+
+def test_a_peak_shorter_than_the_delay_starts_nothing() -> None:
+    config = AutoscalingConfig(max_replicas=10, upscale_delay_s=5.0)
+    standing = Standing(replicas=1)
+    for tick, unsettled in enumerate([1, 20, 20, 20, 1, 20, 20, 20, 1], start=1):
+        standing = decide(config, 1, standing, Load(unsettled=unsettled, in_progress=1), float(tick))
+        assert standing.replicas == 1
+
+
+def test_a_lull_shorter_than_the_delay_stops_nothing() -> None:
+    config = AutoscalingConfig(max_replicas=10, downscale_delay_s=5.0)
+    standing = Standing(replicas=10)
+    for tick, unsettled in enumerate([20, 0, 0, 0, 20, 0, 0, 0, 20], start=1):
+        standing = decide(config, 1, standing, Load(unsettled=unsettled, in_progress=0), float(tick))
+        assert standing.replicas == 10
+
+
+def test_it_shrinks_to_the_most_that_was_called_for_meanwhile() -> None:
+    config = AutoscalingConfig(max_replicas=10, downscale_delay_s=3.0)
+    standing = Standing(replicas=10)
+    for tick, unsettled in enumerate([2, 8, 2, 2, 2], start=1):
+        standing = decide(config, 1, standing, Load(unsettled=unsettled, in_progress=0), float(tick))
+    assert standing.replicas == 4
+
+
+@given(
+    load=st.floats(0.0, 8.0),
+    start=st.integers(1, 10),
+    target=st.floats(1.0, 10.0),
+    service_s=st.floats(0.01, 2.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_under_a_steady_load_it_settles_and_does_not_oscillate(
+    load: float, start: int, target: float, service_s: float
+) -> None:
+    """Ten minutes of the same load: in the last five it is carried.
+
+    A load just above what the replicas can do takes its time to fill the queue: there may be one change still.
+    """
+    config = AutoscalingConfig(max_replicas=20, target_queue_per_replica=target, downscale_delay_s=20.0)
+    curve = simulate(config, lambda _: load / service_s, service_s=service_s, seconds=600, start=start)
+    assert changes(curve[len(curve) // 2 :]) <= 1
+    assert curve[-1] >= load - 0.1
+
+
+@given(
+    unsettled=st.lists(st.integers(0, 10_000), min_size=1, max_size=200),
+    bounds=st.tuples(st.integers(0, 5), st.integers(1, 20)),
+    delays=st.tuples(st.floats(0, 30), st.floats(0, 30)),
+    start=st.integers(0, 30),
+)
+def test_it_respects_its_bounds_whatever_the_load(
+    unsettled: list[int], bounds: tuple[int, int], delays: tuple[float, float], start: int
+) -> None:
+    low, high = bounds[0], max(bounds)
+    config = AutoscalingConfig(
+        min_replicas=low, max_replicas=high, upscale_delay_s=delays[0], downscale_delay_s=delays[1]
+    )
+    standing = Standing(replicas=start)
+    for tick, count in enumerate(unsettled, start=1):
+        standing = decide(config, 1, standing, Load(unsettled=count, in_progress=min(count, 5)), tick * _TICK_S)
+        assert low <= standing.replicas <= high
+
+
+# Requests per second at a public site, over a day, hour by hour: the night's trough, the rise, noon and evening.
+_DAY = [12, 9, 7, 6, 6, 8, 15, 31, 52, 68, 74, 77, 80, 78, 75, 73, 74, 79, 88, 95, 90, 71, 42, 22]
+
+
+def test_over_a_day_it_follows_the_load_without_hurry() -> None:
+    config = AutoscalingConfig(max_replicas=20, downscale_delay_s=30.0)
+
+    def rate(now_s: float) -> float:
+        hour = now_s / 60.0  # a day in 24 minutes
+        return float(_DAY[int(hour) % 24])
+
+    curve = simulate(config, rate, service_s=0.1, seconds=24 * 60)
+    assert max(curve) >= 10
+    assert min(curve[200:]) <= 3
+    assert changes(curve) < 80
+
+
+@pytest.mark.parametrize("period_s", [2.0, 10.0, 20.0])
+def test_a_load_that_swings_faster_than_the_delay_does_not_make_it_swing(period_s: float) -> None:
+    config = AutoscalingConfig(max_replicas=20, downscale_delay_s=30.0)
+
+    def rate(now_s: float) -> float:
+        return 60.0 if now_s % period_s < period_s / 2 else 5.0
+
+    curve = simulate(config, rate, service_s=0.1, seconds=300)
+    later = curve[len(curve) // 2 :]
+    assert changes(later) <= 2
