@@ -17,9 +17,9 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Union, cast
+from typing import Any, TypeVar, Union, cast
 
 import hiredis
 from redis import exceptions as redis_errors
@@ -34,6 +34,7 @@ __all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "sh
 
 Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class FateUnknown(BrokerUnavailable):
 
 
 class Script:
-    """A Lua script, called by its digest (``EVALSHA``) and sent whole only to a server that does not have it yet."""
+    """A Lua script, sent whole once over each connection and called by its digest (``EVALSHA``) from then on."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -105,6 +106,8 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
+        self._known: set[str] = set()
+        """The scripts that this server has by now."""
         self._outgoing: list[bytes] = []
         self._fills: list[Callable[[], None]] = []
         self._flush_due = False
@@ -145,7 +148,7 @@ class Connection:
         self._first = self._loop.create_future()
         self._task = self._loop.create_task(self._run(), name=f"broker connection {self._name}")
         try:
-            await asyncio.wait_for(self._first, self.patience_s)
+            await _within(self.patience_s, self._first)
         except asyncio.TimeoutError:
             error = self._unavailable()
             await self.close()
@@ -202,7 +205,12 @@ class Connection:
         def whole() -> bytes:
             return _pack(("EVAL", script.text, *operands))
 
-        packed = _pack(("EVALSHA", script.digest, *operands))
+        if script.digest in self._known:
+            packed = _pack(("EVALSHA", script.digest, *operands))
+        else:
+            packed = whole()
+            if self._writer is not None:
+                self._known.add(script.digest)
         self._enqueue(_Command(packed, then, repeat, whole, math.inf if patient else 0.0))
 
     def run_script(
@@ -248,7 +256,10 @@ class Connection:
         if self._fills:
             fills, self._fills = self._fills, []
             for fill in fills:
-                fill()
+                try:
+                    fill()
+                except Exception:
+                    log.exception("cannot send what was gathered")
         self._flush_due = False
         if self._writer is not None and self._outgoing:
             self._writer.write(b"".join(self._outgoing))
@@ -259,7 +270,6 @@ class Connection:
     async def _run(self) -> None:
         backoff_s = _BACKOFF_S[0]
         try:
-            # Asked each time round, as `wait_for` can swallow the cancellation when both come at once (Python < 3.12).
             while not self._closed:
                 try:
                     reader = await self._connect()
@@ -289,7 +299,7 @@ class Connection:
             await self._disconnect(wait=True)
 
     async def _connect(self) -> asyncio.StreamReader:
-        await asyncio.wait_for(cast("Coroutine[Any, Any, None]", self._redis.connect()), _CONNECT_S)  # type: ignore[no-untyped-call]
+        await _within(_CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
         # While it loads its append-only file a server answers TIME, but not PING.
         await self._ask("PING")
         before = self._loop.time()
@@ -302,8 +312,11 @@ class Connection:
         self._heard = self._pulse_due = self._loop.time()
         self._beat()
         self._stop_patience()
+        self._known.clear()
         waiting, self._waiting = self._waiting, deque()
         for command in waiting:
+            if command.retry is not None:
+                command.packed = command.retry()  # a server that was restarted has no scripts
             self._enqueue(command)
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
@@ -323,11 +336,8 @@ class Connection:
             log.log(level, "after reconnecting: %s", error, exc_info=error)
 
     async def _ask(self, *args: str) -> Any:
-        await asyncio.wait_for(self._redis.send_command(*args), _CONNECT_S)
-        return await asyncio.wait_for(  # pyright: ignore[reportUnknownVariableType]
-            self._redis.read_response(),  # pyright: ignore[reportUnknownArgumentType]
-            _CONNECT_S,
-        )
+        await _within(_CONNECT_S, self._redis.send_command(*args))
+        return await _within(_CONNECT_S, self._redis.read_response())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         # Reading in bulk into a parser of our own is worth 0.15 ms at one request at a time over redis-py's
@@ -340,6 +350,7 @@ class Connection:
             while (reply := parser.gets()) is not _MORE:
                 command = sent.popleft()
                 if type(reply) is redis_errors.NoScriptError and command.retry is not None:
+                    # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
                     command.packed, command.retry = command.retry(), None
                     self._enqueue(command)
                     continue
@@ -357,7 +368,7 @@ class Connection:
             self._pulse = None
         # The socket is closed all the same; how the farewell failed is of no use to anyone.
         with contextlib.suppress(OSError, redis_errors.RedisError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._redis.disconnect(nowait=not wait), 1.0)
+            await _within(1.0, self._redis.disconnect(nowait=not wait))
 
     def _lose(self, *, final: bool = False) -> None:
         """Sort what is unanswered into what may be sent again and what may have been carried out."""
@@ -452,6 +463,23 @@ def _redis_connection(url: str, name: str) -> AbstractConnection:
         return kind(**options)
     except (TypeError, ValueError, redis_errors.RedisError) as e:
         raise ConfigError(f"the options of {shown_url(url)!r} are not Redis's: {e}") from None
+
+
+async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
+    """Like ``asyncio.wait_for``, but a cancellation that comes together with the result counts (Python < 3.12)."""
+    task = asyncio.ensure_future(awaitable)
+    try:
+        done, _ = await asyncio.wait([task], timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait([task])
+        raise
+    if not done:
+        task.cancel()
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise asyncio.TimeoutError
+    return task.result()
 
 
 def _turned_away(error: BaseException) -> bool:

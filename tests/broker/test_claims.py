@@ -1,0 +1,382 @@
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+import pytest
+from redis.exceptions import ResponseError
+
+from penstock.broker.claims import RETURNED, Claims, Taken
+from penstock.broker.connection import Connection
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.keys import Keys
+from penstock.broker.wire import Entry, Header, Reply
+from tests.broker.conftest import Connect
+from tests.waiting import wait_until_async
+
+TAG = "model"
+Joining = Callable[..., Awaitable["Replica"]]
+
+
+class Replica:
+    """One replica's claims, and what they are about."""
+
+    def __init__(self, commands: Connection, reads: Connection, keys: Keys, name: str) -> None:
+        self.name = name
+        self.claims = Claims(commands, reads, keys, TAG, name)
+        self._commands, self._lease = commands, keys.alive(TAG, name)
+
+    async def claim(self, up_to: int = 10) -> dict[bytes, str]:
+        """Return the places and the request ids of what was claimed."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.claims.claim(up_to, future.set_result)
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return {place: Entry.of(fields).id for place, fields in result}
+
+    async def pending(self) -> dict[bytes, str | None]:
+        return {place: None if fields is None else Entry.of(fields).id for place, fields in await self.claims.pending()}
+
+    async def live(self) -> None:
+        await self._commands.send("SET", self._lease, "1", "PX", 60_000)
+
+    async def die(self) -> None:
+        """Let the lease lapse."""
+        await self._commands.send("DEL", self._lease)
+
+
+@pytest.fixture
+async def join(broker_url: str, commands: Connection, connect: Connect, keys: Keys) -> AsyncIterator[Joining]:
+    """Makes replicas that are alive."""
+
+    async def join(name: str) -> Replica:
+        replica = Replica(commands, await connect(broker_url), keys, name)
+        await replica.claims.ensure_group()
+        await replica.live()
+        return replica
+
+    return join
+
+
+@pytest.fixture
+def publish(commands: Connection, keys: Keys) -> Callable[..., Awaitable[list[bytes]]]:
+    async def publish(*ids: str) -> list[bytes]:
+        return [
+            await commands.send("XADD", keys.requests(TAG), "*", *Entry(id_, "me", Header()).fields()) for id_ in ids
+        ]
+
+    return publish
+
+
+@pytest.fixture
+def left(commands: Connection, keys: Keys) -> Callable[[], Awaitable[tuple[int, int]]]:
+    """Asks how many entries are on the stream, and how many are pending."""
+
+    async def left() -> tuple[int, int]:
+        pending = await commands.send("XPENDING", keys.requests(TAG), "replicas")
+        return await commands.send("XLEN", keys.requests(TAG)), pending[0]
+
+    return left
+
+
+Publish = Callable[..., Awaitable[list[bytes]]]
+Left = Callable[[], Awaitable[tuple[int, int]]]
+
+
+async def test_what_was_published_before_the_first_replica_is_claimed(join: Joining, publish: Publish) -> None:
+    places = await publish("1", "2")
+    replica = await join("a")
+    await replica.claims.ensure_group()
+    assert await replica.claim() == dict(zip(places, ["1", "2"], strict=True))
+
+
+async def test_no_entry_is_claimed_twice(join: Joining, publish: Publish) -> None:
+    replicas = [await join(name) for name in "abc"]
+    places = await publish(*map(str, range(30)))
+    claimed = await asyncio.gather(*[replica.claim(7) for replica in replicas for _ in range(2)])
+    all_places = [place for places in claimed for place in places]
+    assert sorted(all_places) == sorted(places)
+
+
+async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Joining, publish: Publish) -> None:
+    replica = await join("a")
+    claiming = asyncio.ensure_future(replica.claim(5))
+    await asyncio.sleep(0.05)
+    assert not claiming.done()
+    (place,) = await publish("1")
+    assert await asyncio.wait_for(claiming, 1) == {place: "1"}
+
+
+async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
+    replica = await join("a")
+    await publish("1", "2", "3")
+    replica.claims.settle(list(await replica.claim()))
+    assert await left() == (0, 0)
+    assert await replica.pending() == {}
+
+
+async def test_what_is_claimed_and_not_settled_can_be_read_again(
+    join: Joining, publish: Publish, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("a")
+    places = await publish(*map(str, range(150)))
+    for _ in range(3):
+        await replica.claim(50)
+    await commands.send("XDEL", keys.requests(TAG), places[120])
+    ids: list[str | None] = [str(n) for n in range(150)]
+    ids[120] = None
+    assert await replica.pending() == dict(zip(places, ids, strict=True))
+
+
+async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publish: Publish) -> None:
+    busy, idle = await join("busy"), await join("idle")
+    await publish("1")
+    await busy.claim()
+    assert await idle.claims.look() == (0, 0)
+    assert await idle.claims.adopt() is None
+
+
+async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join: Joining, publish: Publish) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    places = await publish("1", "2")
+    await dead.claim()
+    await dead.die()
+    assert await heir.claims.look() == (2, 0)
+
+    taken = [await heir.claims.adopt(), await heir.claims.adopt()]
+    assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
+        (places[0], 1, "1"),
+        (places[1], 1, "2"),
+    ]
+    assert await heir.claims.adopt() is None
+    assert await heir.claims.look() == (0, 0)
+    assert await heir.pending() == {places[0]: "1", places[1]: "2"}
+
+
+async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining, publish: Publish) -> None:
+    dead = await join("dead")
+    heirs = [await join(f"heir{n}") for n in range(4)]
+    places = await publish(*map(str, range(10)))
+    await dead.claim()
+    await dead.die()
+    taken = await asyncio.gather(*[heir.claims.adopt() for heir in heirs for _ in range(5)])
+    assert sorted(one.entry for one in taken if one) == places
+
+
+async def test_deaths_are_counted_and_written_into_the_history(
+    join: Joining, publish: Publish, commands: Connection, keys: Keys
+) -> None:
+    await publish("1")
+    first = await join("first")
+    await first.claim()
+    await first.die()
+    taken: Taken | None = None
+    for deaths, name in enumerate(("second", "third"), start=1):
+        heir = await join(name)
+        taken = await heir.claims.adopt()
+        assert taken is not None
+        assert taken.deliveries == deaths
+        await heir.die()
+    assert taken is not None
+    history = await commands.send("LRANGE", keys.history(TAG, taken.entry.decode()), 0, -1)
+    assert history[::2] == [b"first", b"second"]
+    assert all(abs(int(died) - commands.now_ms()) < 5_000 for died in history[1::2])
+
+
+async def test_an_orphan_that_its_caller_withdrew_is_dropped(
+    join: Joining, publish: Publish, left: Left, commands: Connection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    places = await publish("1", "2")
+    await dead.claim()
+    await dead.die()
+    await commands.send("XDEL", keys.requests(TAG), places[0])
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    assert taken.entry == places[1]
+    heir.claims.settle([taken.entry])
+    assert await left() == (0, 0)
+
+
+async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, publish: Publish) -> None:
+    """However often: it was never started, so nobody's death can be its fault."""
+    replicas = [await join("a"), await join("b")]
+    (place,) = await publish("1")
+    await replicas[0].claim()
+    for round_ in range(4):
+        giver, taker = replicas[round_ % 2], replicas[(round_ + 1) % 2]
+        giver.claims.give_back([place])
+        assert await taker.claims.look() == (0, 1)
+        assert [(found, Entry.of(fields).id) for found, fields in await taker.claims.retake(5)] == [(place, "1")]
+        assert await taker.claims.look() == (0, 0)
+        assert await giver.pending() == {}
+    await replicas[0].die()
+    taken = await replicas[1].claims.adopt()
+    assert taken is not None
+    assert taken.deliveries == 1
+
+
+async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Publish) -> None:
+    late, heir = await join("late"), await join("heir")
+    (place,) = await publish("1")
+    await late.claim()
+    await late.die()
+    assert await heir.claims.adopt() is not None
+    late.claims.give_back([place])
+    await late.claims.look()
+    assert await heir.pending() == {place: "1"}
+
+
+async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
+    join: Joining, publish: Publish, left: Left, commands: Connection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    await dead.die()
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    for _ in range(2):  # the second time does nothing
+        await heir.claims.bury(taken, "every replica died")
+
+    ((_, fields),) = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    history = orjson.loads(dict(zip(fields[::2], fields[1::2], strict=True))[b"history"])
+    assert history["error"] == "every replica died"
+    assert [delivery["replica"] for delivery in history["deliveries"]] == ["dead"]
+    assert Entry.of(fields).id == "1", "a dead letter can be read as the entry that it was"
+    assert await left() == (0, 0)
+    assert await commands.send("EXISTS", keys.history(TAG, taken.entry.decode())) == 0
+
+
+async def test_garbage_of_any_size_can_be_buried(join: Joining, left: Left, commands: Connection, keys: Keys) -> None:
+    replica = await join("a")
+    garbage = [str(n) for n in range(20_000)]
+    place = await commands.send("XADD", keys.requests(TAG), "*", *garbage)
+    claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    replica.claims.claim(1, claimed.set_result)
+    ((_, fields),) = await claimed
+    await replica.claims.bury(Taken(place, 0, fields), "cannot be read")
+    assert await left() == (0, 0)
+    assert await commands.send("XLEN", keys.dead(TAG)) == 1
+
+
+async def test_a_replica_that_holds_something_is_not_forgotten(
+    join: Joining, publish: Publish, commands: Connection, keys: Keys
+) -> None:
+    """Deleting a consumer loses what it holds (redis#8635)."""
+
+    async def consumers() -> set[str]:
+        return {
+            consumer[1].decode()
+            for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
+        }
+
+    leaving, other = await join("leaving"), await join("other")
+    (place,) = await publish("1")
+    await leaving.claim()
+    await leaving.claims.leave()
+    assert await consumers() == {"leaving"}
+    leaving.claims.settle([place])
+    await leaving.claims.leave()
+    assert await consumers() == set()
+
+    (place,) = await publish("2")
+    await leaving.claim()
+    await leaving.die()
+    await other.claims.look()
+    assert await consumers() == {"leaving"}
+    leaving.claims.settle([place])
+    await other.claims.look()
+    assert await consumers() == set()
+
+
+async def test_the_home_of_what_was_given_back_is_never_forgotten(
+    join: Joining, publish: Publish, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("a")
+    (place,) = await publish("1")
+    await replica.claim()
+    replica.claims.give_back([place])
+    await replica.claims.retake(1)
+    replica.claims.settle([place])
+    await replica.claims.look()
+    names = [
+        consumer[1].decode() for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
+    ]
+    assert RETURNED in names
+
+
+async def test_the_group_can_be_made_anew(join: Joining, publish: Publish, commands: Connection, keys: Keys) -> None:
+    """Redis lost its data (faststream#2611)."""
+    replica = await join("a")
+    await commands.send("DEL", keys.requests(TAG))
+    with pytest.raises(ResponseError, match="NOGROUP"):
+        await replica.claim()
+    (place,) = await publish("1")
+    await replica.claims.ensure_group()
+    assert await replica.claim() == {place: "1"}
+
+
+async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
+    join: Joining, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("a")
+    replica.claims.reply("gone", Reply("1").fields())
+    await commands.send("XADD", keys.replies("here"), "*", "", "")
+    replica.claims.reply("here", Reply("1", body=b"x").fields())
+    assert await commands.send("EXISTS", keys.replies("gone")) == 0
+    *_, (_, fields) = await commands.send("XRANGE", keys.replies("here"), "-", "+")
+    assert Reply.of(fields) == Reply("1", body=b"x")
+
+
+async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
+    server: EmbeddedServer, connect: Connect, keys: Keys
+) -> None:
+    commands = await connect(server.url)
+    dead, heir = [Replica(commands, await connect(server.url), keys, name) for name in ("dead", "heir")]
+    await heir.claims.ensure_group()
+    await heir.live()
+    for n in range(4):
+        await commands.send("XADD", keys.requests(TAG), "*", *Entry(str(n), "me", Header()).fields())
+    await commands.send("XADD", keys.replies("me"), "*", "", "")
+    await dead.claim(2)
+    await commands.send("CONFIG", "SET", "maxmemory", 1)
+
+    assert await heir.claims.look() == (2, 0)
+    first, second = await heir.claims.adopt(), await heir.claims.adopt()
+    assert first is not None
+    assert second is not None
+    await heir.claims.bury(first, "poison")
+    (third, *_) = await heir.claim(1)
+    heir.claims.give_back([third])
+    ((retaken, _),) = await heir.claims.retake(1)
+    for place in (second.entry, retaken):
+        heir.claims.put_reply_body("me", place.decode(), bytes(1_000), 60_000)
+        heir.claims.reply("me", Reply(place.decode(), large=True).fields())
+        heir.claims.settle([place])
+    await heir.claims.leave()
+
+    replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
+    assert {Reply.of(fields).id for fields in replies} == {second.entry.decode(), retaken.decode()}
+    assert await commands.send("STRLEN", keys.reply_body("me", retaken.decode())) == 1_000
+    assert await commands.send("XLEN", keys.dead(TAG)) == 1
+    assert await commands.send("XLEN", keys.requests(TAG)) == 1
+
+
+async def test_a_reply_and_its_settling_wait_together_for_the_broker(
+    server: EmbeddedServer, connect: Connect, keys: Keys
+) -> None:
+    """If the reply gave up and the settling went through, a request would be lost."""
+    commands = await connect(server.url)
+    commands.patience_s = 0.0
+    replica = Replica(commands, await connect(server.url), keys, "a")
+    await commands.send("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    other = await connect(server.url)
+    await other.send("XADD", keys.replies("me"), "*", "", "")
+    other.post(lambda reply: None, "CLIENT", "KILL", "ID", await commands.send("CLIENT", "ID"))
+    await wait_until_async(lambda: not commands.connected)
+    replica.claims.reply("me", Reply("1").fields())
+    replica.claims.settle([b"1-1"])
+    await wait_until_async(lambda: commands.connected)
+    assert await other.send("XLEN", keys.replies("me")) == 2
