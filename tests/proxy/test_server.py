@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from penstock.broker.errors import ConfigError
+from penstock.broker.errors import ConfigError, PenstockError
 from penstock.broker.wire import Entry, Reply
 from penstock.proxy import server as server_module
 from penstock.proxy.server import PortInUse, Server, is_wildcard
@@ -291,6 +291,12 @@ class TestStopping:
             assert response.headers["retry-after"] == "1"
             assert "shutting down" in response.text
         await wait_until_async(lambda: _is_empty(site))
+
+    async def test_it_says_whether_it_serves(self, site: Site) -> None:
+        async with serving(site) as server:
+            await server.check()
+        with pytest.raises(PenstockError, match=f"127.0.0.1:{server.port} has ended"):
+            await server.check()
 
     async def test_idle_connections_do_not_hold_it_up(self, site: Site) -> None:
         async with httpx.AsyncClient() as http:

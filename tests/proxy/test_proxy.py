@@ -1,0 +1,166 @@
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from starlette.middleware import Middleware
+
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.errors import ConfigError
+from penstock.broker.registry import Change, EndpointRecord
+from penstock.proxy.proxy import Proxy
+from tests.proxy.site import INSTANCE, Site, running, text
+from tests.proxy.test_middlewares import Adds
+from tests.waiting import wait_until_async
+
+
+@asynccontextmanager
+async def proxy(url: str, name: str = "p1", *, node: str = "n1", **options: Any) -> AsyncGenerator[Proxy]:
+    proxy = Proxy(url, INSTANCE, name, {"port": 0, **options}, node=node)
+    try:
+        yield proxy
+    finally:
+        await proxy.drain(0.2)
+
+
+async def reports(site: Site) -> dict[str, dict[str, Any]]:
+    return await site.caller.registry.reports("proxies")
+
+
+async def test_it_serves_and_says_where(site: Site, redis_url: str) -> None:
+    await site.endpoint("/{x:int}", text("hello"))
+    async with proxy(redis_url) as one, httpx.AsyncClient() as http:
+        where = await one.ready()
+        assert where["node"] == "n1"
+        assert where["pid"] == os.getpid()
+        assert (await http.get(f"{where['url']}/1")).text == "hello"
+        assert await one.ready() == where
+        await one.check()
+        await wait_until_async(lambda: _has(site, "p1", {**where, "version": site.caller.snapshot.version}))
+    assert "url" not in (await reports(site))["p1"]
+
+
+async def test_it_follows_the_registry_and_says_how_far(site: Site, redis_url: str) -> None:
+    await site.endpoint("/a", text("hello"))
+    async with proxy(redis_url) as one, httpx.AsyncClient() as http:
+        url = (await one.ready())["url"]
+        for n in range(20):
+            moved = EndpointRecord(name="e", route=f"/{n}", traffic={"e": 1.0})
+            await site.change(Change({}, {"e": moved}))
+            version = site.caller.snapshot.version
+            await wait_until_async(lambda version=version: _has(site, "p1", {"version": version}))
+            # What it says is so.
+            assert (await http.get(f"{url}/{n}")).text == "hello"
+            assert (await http.get(f"{url}/{n - 1}")).status_code == 404
+
+
+async def test_its_options_are_those_of_http_options(site: Site, redis_url: str) -> None:
+    await site.endpoint("/", None)
+    options: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "max_body_bytes": 3,
+        "request_timeout_s": 0.2,
+        "root_path": "/root",
+        "debug": True,
+        "middlewares": [Middleware(Adds, mark="a")],
+        "location": "HeadOnly",
+        "proxies_per_node": 1,
+    }
+    async with proxy(redis_url, **options) as one, httpx.AsyncClient() as http:
+        url = (await one.ready())["url"]
+        assert (await http.post(f"{url}/", content=b"1234")).status_code == 413
+        response = await http.get(f"{url}/root/")
+        assert response.status_code == 504
+        assert response.headers["x-mark"] == "a"
+
+
+async def test_proxies_of_a_node_take_the_same_port_however_they_start(site: Site, redis_url: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    async with AsyncExitStack() as stack:
+        proxies = [await stack.enter_async_context(proxy(redis_url, f"p{n}", port=port)) for n in range(3)]
+        for n in range(3):  # as the controller writes it before it starts one
+            await site.caller.registry.report("proxies", f"p{n}", {"node": "n1", "state": "starting"})
+        where = await asyncio.gather(*(one.ready() for one in proxies))
+        assert {told["url"] for told in where} == {f"http://127.0.0.1:{port}"}
+        # A fourth, later.
+        late = await stack.enter_async_context(proxy(redis_url, "p4", port=port))
+        assert (await late.ready())["url"] == f"http://127.0.0.1:{port}"
+
+
+async def test_a_port_of_another_process_is_refused_by_name(site: Site, redis_url: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        # The proxy of another node has nothing to do with it.
+        await site.caller.registry.report("proxies", "far", {"node": "n2", "url": f"http://127.0.0.1:{port}"})
+        async with proxy(redis_url, port=port) as one:
+            for ask in (one.ready, one.ready, one.check):
+                with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
+                    await ask()
+
+
+async def test_one_that_listens_everywhere_says_where_its_node_is(site: Site, redis_url: str) -> None:
+    one = Proxy(redis_url, INSTANCE, "p", {"host": "0.0.0.0", "port": 0}, node="n", address="127.0.0.1")
+    url = (await one.ready())["url"]
+    assert url.startswith("http://127.0.0.1:")
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{url}/-/healthz")).text == "ok"
+    await one.drain(1)
+
+
+async def test_draining_finishes_what_is_in_flight(site: Site, redis_url: str) -> None:
+    release = asyncio.Event()
+
+    async def later(entry: Any) -> Any:
+        await release.wait()
+        return text("done")(entry)
+
+    await site.endpoint("/", later)
+    async with proxy(redis_url) as one, httpx.AsyncClient() as http:
+        url = (await one.ready())["url"]
+        asked = asyncio.ensure_future(http.get(url))
+        await wait_until_async(lambda: site.started)
+        draining = asyncio.ensure_future(one.drain(10))
+        await wait_until_async(lambda: _has(site, "p1", {"state": "draining"}))
+        release.set()
+        assert (await asked).text == "done"
+        await asyncio.wait_for(draining, 5)
+
+
+async def test_it_can_end_before_it_has_started(redis_url: str) -> None:
+    one = Proxy(redis_url, INSTANCE, "p", {"port": 0})
+    starting = asyncio.ensure_future(one.ready())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(one.drain(1), 5)
+    assert (await asyncio.gather(starting, return_exceptions=True))[0] is not None
+
+
+async def test_it_rides_through_a_broker_that_dies_and_comes_back_empty() -> None:
+    with EmbeddedServer.start() as broker:
+        async with running(broker.url) as site, proxy(broker.url) as one, httpx.AsyncClient() as http:
+            url = (await one.ready())["url"]
+            await site.endpoint("/", None)
+            await wait_until_async(lambda: _status(http.put(url), 405))
+            assert broker.pid is not None
+            os.kill(broker.pid, signal.SIGKILL)
+            await wait_until_async(lambda: _status(http.get(f"{url}/-/healthz"), 503))
+            await wait_until_async(lambda: _status(http.get(f"{url}/-/healthz"), 200))
+            await wait_until_async(lambda: _status(http.put(url), 404))
+            assert "url" in (await reports(site))["p1"]
+
+
+async def _has(site: Site, name: str, wanted: dict[str, Any]) -> bool:
+    report = (await reports(site)).get(name, {})
+    return wanted.items() <= report.items()
+
+
+async def _status(asked: Awaitable[httpx.Response], status: int) -> bool:
+    return (await asked).status_code == status
