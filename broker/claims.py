@@ -1,6 +1,9 @@
-"""Requests off their stream: claim, settle, take over, give back. One replica's side of one backend.
+"""Requests off their streams: claim, settle, take over, give back. One replica's side of one backend.
 
-The stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from
+There are two: one for interactive requests, and one for what batch producers publish. Entries of both are named by
+their `places`.
+
+Each stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from
 its claim to its settling, so a replica that dies leaves a record of exactly what it held.
 
 The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one
@@ -13,15 +16,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from .connection import BLOCK_MS, Arg, Connection, Script
 from .keys import Keys
+from .places import apart, id_of, is_batch, place_of
 from .signals import LOOK, signal
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,8 @@ RETURNED = "-returned-"
 """The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
 
 HISTORY_S = 7 * 24 * 3600
+HISTORY = b"history"
+"""The field of a dead letter that tells how it came to be one (JSON); its other fields are those of the entry."""
 
 _FULL_S = 1.0
 _BURIED_FIELDS = 2_000
@@ -42,63 +48,94 @@ class Taken:
     """An entry taken over from a consumer that is gone."""
 
     entry: bytes
+    """Its place."""
     deliveries: int
     """How many replicas have held it and died."""
     fields: list[bytes]
 
 
-# What there is to take over. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
+# What there is to take over. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
 # entries the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way:
 # only those, as deleting a consumer loses what it holds.
 _LOOK = Script("""#!lua flags=allow-oom
 local orphans, returned = 0, 0
-for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local name, pending = c[2], c[4]
-  if name == ARGV[4] then
-    returned = pending
-  elseif name ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
-    orphans = orphans + pending
-    if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
+for _, stream in ipairs(KEYS) do
+  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
+    local name, pending = c[2], c[4]
+    if name == ARGV[4] then
+      returned = returned + pending
+    elseif name ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+      orphans = orphans + pending
+      if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name) end
+    end
   end
 end
 return {orphans, returned}
 """)
 
 # Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the
-# whole of it is this script. KEYS: the stream. ARGV: group, me, what lease keys begin with, RETURNED, what history keys
-# begin with, seconds to keep history. Answers the entry's id, its deliveries so far and its fields; or nothing.
+# whole of it is this script. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED, seconds to keep
+# history, then for each stream what its history keys begin with. Answers the entry's id, its deliveries so far, its
+# fields and the number of its stream; or nothing.
 _ADOPT = Script("""#!lua flags=allow-oom
-local stream, group, me = KEYS[1], ARGV[1], ARGV[2]
-for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
-  local name = c[2]
-  if c[4] > 0 and name ~= me and name ~= ARGV[4] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
-    for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
-      local claimed = redis.call('XCLAIM', stream, group, me, 0, p[1])
-      if claimed[1] then
-        local now = redis.call('TIME')
-        redis.call('RPUSH', ARGV[5] .. p[1], name, now[1] .. string.sub('000000' .. now[2], -6, -4))
-        redis.call('EXPIRE', ARGV[5] .. p[1], ARGV[6])
-        return {p[1], p[4], claimed[1][2]}
+local group, me = ARGV[1], ARGV[2]
+for s, stream in ipairs(KEYS) do
+  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+    local name = c[2]
+    if c[4] > 0 and name ~= me and name ~= ARGV[4] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+      for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
+        local claimed = redis.call('XCLAIM', stream, group, me, 0, p[1])
+        if claimed[1] then
+          local now = redis.call('TIME')
+          local history = ARGV[5 + s] .. p[1]
+          redis.call('RPUSH', history, name, now[1] .. string.sub('000000' .. now[2], -6, -4))
+          redis.call('EXPIRE', history, ARGV[5])
+          return {p[1], p[4], claimed[1][2], s}
+        end
+        redis.call('XACK', stream, group, p[1])
       end
-      redis.call('XACK', stream, group, p[1])
     end
   end
 end
 return {}
 """)
 
-# Takes what was given back. KEYS: the stream. ARGV: group, me, RETURNED, how many at most. Answers as XREADGROUP does.
+# Takes what was given back. KEYS: the streams. ARGV: group, me, RETURNED, how many at most. Answers for each stream as
+# XREADGROUP does.
 _RETAKE = Script("""#!lua flags=allow-oom
-local out = {}
-for _, p in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[4], ARGV[3])) do
-  local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, p[1])
-  if claimed[1] then
-    out[#out + 1] = claimed[1]
-  else
-    redis.call('XACK', KEYS[1], ARGV[1], p[1])
+local out, left = {}, tonumber(ARGV[4])
+for s, stream in ipairs(KEYS) do
+  out[s] = {}
+  for _, p in ipairs(left > 0 and redis.call('XPENDING', stream, ARGV[1], '-', '+', left, ARGV[3]) or {}) do
+    local claimed = redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, p[1])
+    if claimed[1] then
+      out[s][#out[s] + 1] = claimed[1]
+      left = left - 1
+    else
+      redis.call('XACK', stream, ARGV[1], p[1])
+    end
   end
 end
 return out
+""")
+
+# Claims from both streams at once, without waiting. KEYS: the interactive stream, the batch stream. ARGV: group, me,
+# how many at most, how many of these the batch stream gets if it has them. Answers the entries of each.
+_SHARE = Script("""#!lua flags=allow-oom
+local left = tonumber(ARGV[3])
+local function read(stream, count)
+  if count < 1 then return {} end
+  local got = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', count, 'STREAMS', stream, '>')
+  got = got and got[1] and got[1][2] or {}
+  left = left - #got
+  return got
+end
+local interactive = read(KEYS[1], left - ARGV[4])
+local batch = read(KEYS[2], left)
+if #batch < tonumber(ARGV[4]) then
+  for _, entry in ipairs(read(KEYS[1], left)) do interactive[#interactive + 1] = entry end
+end
+return {interactive, batch}
 """)
 
 _REPLY = Script("""#!lua flags=allow-oom
@@ -119,7 +156,7 @@ redis.call('DEL', KEYS[3])
 return 1
 """)
 
-# Undoes claims. KEYS: the stream. ARGV: group, me, RETURNED, then entry ids. Only what is still ours goes back, and its
+# Undoes claims. KEYS: a stream. ARGV: group, me, RETURNED, then entry ids. Only what is still ours goes back, and its
 # delivery is not counted: it was never started.
 _GIVE_BACK = Script("""#!lua flags=allow-oom
 local given = 0
@@ -133,17 +170,19 @@ end
 return given
 """)
 
-# KEYS: the stream. ARGV: group, me. Forgets a consumer with nothing pending.
+# KEYS: the streams. ARGV: group, me. Forgets a consumer with nothing pending.
 _LEAVE = Script("""#!lua flags=allow-oom
-for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  if c[2] == ARGV[2] and c[4] == 0 then return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
+for _, stream in ipairs(KEYS) do
+  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
+    if c[2] == ARGV[2] and c[4] == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2]) end
+  end
 end
 return 0
 """)
 
 
 class Claims:
-    """What one replica does to the request stream of its backend.
+    """What one replica does to the request streams of its backend.
 
     ``commands`` is the process's multiplexed connection; ``reads`` is one of its own, as claiming blocks.
     """
@@ -151,49 +190,72 @@ class Claims:
     def __init__(self, commands: Connection, reads: Connection, keys: Keys, backend: str, replica: str) -> None:
         self._commands, self._reads, self._keys = commands, reads, keys
         self._backend, self._replica = backend, replica
-        self._stream = keys.requests(backend)
+        self._streams = [keys.requests(backend), keys.batch(backend)]
         self._history = keys.history(backend, "")
         self._leases = keys.alive(backend, "")
         self._full_until = 0.0
         """The broker was out of memory: replies go by a script until then."""
 
     async def ensure_group(self) -> None:
-        """Create the stream and its group if they are not there. What was published before is delivered."""
-        try:
-            await self._commands.send("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM", repeat=True)
-        except ResponseError as e:
-            if not str(e).startswith("BUSYGROUP"):
-                raise
+        """Create the streams and their groups if they are not there. What was published before is delivered."""
+        for stream in self._streams:
+            try:
+                await self._commands.send("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM", repeat=True)
+            except ResponseError as e:
+                if not str(e).startswith("BUSYGROUP"):
+                    raise
 
     def claim(self, up_to: int, then: Callable[[Any], None]) -> None:
-        """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(entry id, fields)``, or an exception.
+        """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(place, fields)``, or an exception.
 
         Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came.
+        There are at most ``up_to`` of each stream, those of the batch stream last.
         After an exception, entries may be ours that we never saw: `pending` has them.
         """
+        interactive, batch = self._streams
+        batch_name = batch.encode()
 
         def unwrap(reply: Any) -> None:
-            then(reply if isinstance(reply, Exception) else reply[0][1] if reply else [])
+            if isinstance(reply, Exception):
+                then(reply)
+                return
+            entries: list[tuple[bytes, list[bytes]]] = []
+            for stream, found in reply or ():
+                entries += _on_batch(found) if stream == batch_name else found
+            then(entries)
 
         self._reads.post(
             unwrap,
             *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, "BLOCK", BLOCK_MS),
-            *("STREAMS", self._stream, ">"),
+            *("STREAMS", interactive, batch, ">", ">"),
         )
+
+    def claim_shared(self, up_to: int, owed: int, then: Callable[[Any], None]) -> None:
+        """Claim at most ``up_to`` entries of both streams together, without waiting; ``then`` hears as from `claim`.
+
+        Interactive ones come first, but ``owed`` of them all are left to the batch stream if it has as many.
+        """
+
+        def unwrap(reply: Any) -> None:
+            then(reply if isinstance(reply, Exception) else reply[0] + _on_batch(reply[1]))
+
+        self._reads.post_script(unwrap, _SHARE, self._streams, [GROUP, self._replica, up_to, owed])
 
     async def pending(self) -> list[tuple[bytes, list[bytes] | None]]:
         """Return all that this replica has claimed and not settled; no fields (None) where the caller withdrew it."""
         held: list[tuple[bytes, list[bytes] | None]] = []
-        after: bytes | str = "0"
-        while True:
-            reply = await self._commands.send(
-                "XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 100, "STREAMS", self._stream, after, repeat=True
-            )
-            page: list[tuple[bytes, list[bytes] | None]] = reply[0][1] if reply else []
-            if not page:
-                return held
-            held += page
-            after = page[-1][0]
+        for batch, stream in enumerate(self._streams):
+            after: bytes | str = "0"
+            while True:
+                reply = await self._commands.send(
+                    "XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 100, "STREAMS", stream, after, repeat=True
+                )
+                page: list[tuple[bytes, list[bytes] | None]] = reply[0][1] if reply else []
+                if not page:
+                    break
+                after = page[-1][0]
+                held += _on_batch(page) if batch else page
+        return held
 
     def reply(self, caller: str, fields: Sequence[bytes]) -> None:
         """Append a reply to a caller's stream, if the caller still keeps one."""
@@ -218,32 +280,40 @@ class Claims:
         key = self._keys.reply_body(caller, request)
         self._commands.post_script(_log_failure, _PUT_BODY, [key], [body, ttl_ms], repeat=True, patient=True)
 
-    def settle(self, entries: Sequence[bytes]) -> None:
-        """Acknowledge and delete, together: an entry that is only acknowledged stays on the stream for ever."""
-        # Patient, as replies are: if one of the two gave up while the broker is away, the other must not go through.
-        self._commands.post(_log_failure, "XACK", self._stream, GROUP, *entries, repeat=True, patient=True)
-        self._commands.post(_log_failure, "XDEL", self._stream, *entries, repeat=True, patient=True)
+    def settle(self, places: Iterable[bytes]) -> None:
+        """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""
+        for stream, entries in zip(self._streams, apart(places), strict=True):
+            if entries:
+                # Patient, as replies are: if one of the two gave up while the broker is away, the other must not go
+                # through.
+                self._commands.post(_log_failure, "XACK", stream, GROUP, *entries, repeat=True, patient=True)
+                self._commands.post(_log_failure, "XDEL", stream, *entries, repeat=True, patient=True)
 
-    def forget_history(self, entry: bytes) -> None:
-        self._commands.post(_log_failure, "DEL", self._history + entry.decode(), repeat=True)
+    def forget_history(self, place: bytes) -> None:
+        self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True)
 
     async def look(self) -> tuple[int, int]:
         """Return how many entries are held by replicas that are gone, and how many were given back."""
         orphans, returned = await self._commands.run_script(
-            _LOOK, [self._stream], [GROUP, self._replica, self._leases, RETURNED], repeat=True
+            _LOOK, self._streams, [GROUP, self._replica, self._leases, RETURNED], repeat=True
         )
         return orphans, returned
 
     async def adopt(self) -> Taken | None:
         """Claim the oldest entry of a replica that is gone, and write that death into the entry's history."""
-        args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, self._history, HISTORY_S]
-        reply = await self._commands.run_script(_ADOPT, [self._stream], args)
-        return Taken(*reply) if reply else None
+        histories = (self._history, self._history + place_of(b"", batch=True).decode())
+        args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, HISTORY_S, *histories]
+        reply = await self._commands.run_script(_ADOPT, self._streams, args)
+        if not reply:
+            return None
+        entry, deliveries, fields, stream = reply
+        return Taken(place_of(entry, batch=stream == 2), deliveries, fields)
 
     async def retake(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
         """Claim the oldest of what was given back."""
         args: list[Arg] = [GROUP, self._replica, RETURNED, up_to]
-        return cast("list[tuple[bytes, list[bytes]]]", await self._commands.run_script(_RETAKE, [self._stream], args))
+        interactive, batch = await self._commands.run_script(_RETAKE, self._streams, args)
+        return cast("list[tuple[bytes, list[bytes]]]", interactive) + _on_batch(batch)
 
     async def bury(self, taken: Taken, error: str) -> None:
         """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it."""
@@ -256,20 +326,29 @@ class Claims:
         history = orjson.dumps({"error": error, "deliveries": deliveries})
         await self._commands.run_script(
             _BURY,
-            [self._stream, self._keys.dead(self._backend), key],
-            [GROUP, taken.entry, b"history", history, *taken.fields[:_BURIED_FIELDS]],
+            [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key],
+            [GROUP, id_of(taken.entry), HISTORY, history, *taken.fields[:_BURIED_FIELDS]],
             repeat=True,
         )
 
-    def give_back(self, entries: Sequence[bytes]) -> None:
+    def give_back(self, places: Iterable[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
-        args: list[Arg] = [GROUP, self._replica, RETURNED, *entries]
-        self._commands.post_script(_log_failure, _GIVE_BACK, [self._stream], args, repeat=True, patient=True)
+        for stream, entries in zip(self._streams, apart(places), strict=True):
+            if entries:
+                args: list[Arg] = [GROUP, self._replica, RETURNED, *entries]
+                self._commands.post_script(_log_failure, _GIVE_BACK, [stream], args, repeat=True, patient=True)
         signal(self._commands, self._keys, self._backend, LOOK)
 
     async def leave(self) -> None:
         """Forget this replica as a consumer, if it holds nothing."""
-        await self._commands.run_script(_LEAVE, [self._stream], [GROUP, self._replica], repeat=True)
+        await self._commands.run_script(_LEAVE, self._streams, [GROUP, self._replica], repeat=True)
+
+
+_FieldsT = TypeVar("_FieldsT", list[bytes], "list[bytes] | None")
+
+
+def _on_batch(entries: list[tuple[bytes, _FieldsT]]) -> list[tuple[bytes, _FieldsT]]:
+    return [(place_of(entry, batch=True), fields) for entry, fields in entries]
 
 
 def _log_failure(result: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Union
 
 from .connection import Arg, Connection, Script
 from .keys import Keys
+from .places import place_of
 from .signals import signal
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Publisher:
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         self._connection.post(_ignore, "XDEL", stream, entry, repeat=True)
-        signal(self._connection, self._keys, backend, entry)
+        signal(self._connection, self._keys, backend, place_of(entry, batch=batch))
 
 
 def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:

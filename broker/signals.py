@@ -17,7 +17,7 @@ from .keys import Keys
 log = logging.getLogger(__name__)
 
 LOOK = b"look"
-"""Work was given back. Any other signal is the id of an entry that its caller gave up."""
+"""Work was given back. Any other signal is the place of an entry that its caller gave up."""
 
 _KEPT = 1_000
 _TTL_MS = 60_000

@@ -54,6 +54,14 @@ _SLACK_MS = 60_000
 """The clock that numbers entries may have been another server's."""
 
 
+def batch_limit(max_queued_requests: int) -> int:
+    """Return how many unsettled requests may stand in the way of a batch item.
+
+    The rest is kept for interactive requests, which a batch must not have refused.
+    """
+    return max(1, max_queued_requests * 4 // 5)
+
+
 class Call:
     """One request on its way."""
 
@@ -61,6 +69,7 @@ class Call:
         "_caller",
         "acceptance",
         "backend",
+        "batch",
         "body",
         "deadline",
         "entry",
@@ -78,6 +87,8 @@ class Call:
     ) -> None:
         self._caller, self.id, self.backend = caller, id_, backend
         self.fields, self.limit, self.then = fields, limit, then
+        self.batch = False
+        """It lies on the batch stream."""
         self.body = b""
         """A large one, which is not among the fields but in a key of its own."""
         self.entry: bytes | None = None
@@ -257,10 +268,12 @@ class Caller:
         *,
         shard_key: str | None = None,
         timeout_s: float | None = None,
+        batch: bool = False,
     ) -> Call:
         """Send a request to one of the endpoint's backends, by its traffic, and copies to its shadows.
 
-        ``then`` hears the outcome exactly once, in the loop, unless the call is cancelled first.
+        ``then`` hears the outcome exactly once, in the loop, unless the call is cancelled first. With ``batch`` it lies
+        on the batch stream: replicas take interactive requests first, and some of the queue's places are kept for them.
 
         Raises:
             BackendNotFound: the endpoint sends to nobody.
@@ -270,7 +283,7 @@ class Caller:
         backend = None if tag is None else backends.get(tag)
         if backend is None:
             raise BackendNotFound(str(tag), backends)
-        call = self.submit(backend, header, body, then, timeout_s=timeout_s)
+        call = self.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch)
         if endpoint.shadows:
             self._shadow(endpoint, header, body)
         return call
@@ -283,6 +296,7 @@ class Caller:
         then: Callable[[Outcome], None],
         *,
         timeout_s: float | None = None,
+        batch: bool = False,
     ) -> Call:
         """Send a request to ``backend``; see `dispatch`. Never blocks.
 
@@ -295,8 +309,9 @@ class Caller:
             header.deadline_ms = int(now_ms + timeout_s * 1000)
         large = len(body) > LARGE
         fields = Entry(id_, self.id, header, b"" if large else body, large).fields()
-        call = Call(self, id_, backend.tag, fields, backend.config.get("max_queued_requests", _MAX_QUEUED), then)
-        call.since_ms = now_ms
+        limit: int = backend.config.get("max_queued_requests", _MAX_QUEUED)
+        call = Call(self, id_, backend.tag, fields, batch_limit(limit) if batch else limit, then)
+        call.since_ms, call.batch = now_ms, batch
         self._in_flight[id_] = call
         if self.closed:
             self._loop.call_soon(self._finish, call, self._unavailable("the connection was closed"))
@@ -331,11 +346,12 @@ class Caller:
         return True
 
     def _take_back(self, call: Call, entry: bytes) -> None:
-        self._publisher.withdraw(call.backend, entry)
+        self._publisher.withdraw(call.backend, entry, batch=call.batch)
         self._drop_body(call)
 
     def _publish(self, call: Call, limit: int) -> None:
-        self._publisher.publish(call.backend, call.fields, limit, partial(self._on_published, call))
+        then = partial(self._on_published, call)
+        self._publisher.publish(call.backend, call.fields, limit, then, batch=call.batch)
 
     def _put_body(self, call: Call) -> None:
         # Ahead of its entry on the same connection, so that no replica can look for it too early.
@@ -475,14 +491,14 @@ class Caller:
             # Calls that were never sent are sent by the connection; those sent since it is back are not our business.
             sent = [call for call in self._in_flight.values() if call.unsure or call.entry is not None]
             sent += [call for call in self._doomed.values() if call.unsure]
-            by_backend: defaultdict[str, list[Call]] = defaultdict(list)
+            by_stream: defaultdict[tuple[str, bool], list[Call]] = defaultdict(list)
             for call in sent:
-                by_backend[call.backend].append(call)
+                by_stream[call.backend, call.batch].append(call)
             missing: list[Call] = []
-            for backend, calls in by_backend.items():
+            for (backend, batch), calls in by_stream.items():
                 since_ms = min(call.since_ms for call in calls) - _SLACK_MS
                 known = [(call.id, call.entry) for call in calls]
-                found = await self._publisher.find(backend, b"id", known, since_ms)
+                found = await self._publisher.find(backend, b"id", known, since_ms, batch=batch)
                 for call, entry in zip(calls, found, strict=True):
                     if entry is None:
                         missing.append(call)

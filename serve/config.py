@@ -129,6 +129,9 @@ class BackendConfig(_Config):
     max_queued_requests: Count = 10_000
     """Publishing beyond this many unsettled requests, waiting and running, raises ``Overloaded``."""
 
+    batch_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """While batch items wait, replicas take at least this share of what they take from them, whatever else there is."""
+
     max_deliveries: Count = 3
     """A request whose replica died this many times is a dead letter."""
 

@@ -12,6 +12,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ..broker.claims import Claims, Taken
@@ -19,9 +20,11 @@ from ..broker.connection import Connection
 from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
+from ..broker.places import id_of, is_batch
 from ..broker.signals import LOOK, Signals
 from ..broker.wire import LARGE, Entry, Reply
 from ..handles.errors import DeliveryLimitExceeded, to_wire
+from .fairness import BATCH_SHARE, Fairness
 from .runner import Runner
 from .running import Running
 
@@ -33,6 +36,10 @@ _PREFETCH = 16
 _PREFETCH_S = 0.002
 """Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
+_SHARED_SLOW_S = 0.004
+"""While batch items wait, a whole batch of them is fetched ahead only if it is over this soon: an interactive request
+that comes now waits behind it.
+"""
 _STUCK_S = 0.025
 _LOOK_S = 0.5
 _REPLY_BODY_MS = 120_000
@@ -66,10 +73,15 @@ class Worker:
         self._lease = Lease(url, self._keys.alive(backend, replica))
         self._signals = Signals(url, self._keys, backend, self._on_signal)
         self._held: dict[bytes, _Held] = {}
-        """By their place on the stream: all that is claimed and not settled, started or not."""
+        """By their place: all that is claimed and not settled, started or not."""
         self._by_entry: dict[int, _Held] = {}
         self._unstarted: deque[_Held] = deque()
-        """Parked: for a batch to fill up, or while a suspect runs alone."""
+        """Parked: for a batch to fill up, while a suspect runs alone, or until there is room."""
+        self._crowded = False
+        """We hold more than there was room for: both streams answered the same claim."""
+        self._fairness = Fairness()
+        self._sharing = False
+        """Batch items waited when we last claimed."""
         self._settled: list[bytes] = []
         self._withdrawn: dict[bytes, None] = {}
         self._batches = 0
@@ -162,12 +174,14 @@ class Worker:
         self._max_deliveries: int = config.get("max_deliveries", 3)
         self._batch_size: int = config.get("max_batch_size") or 1 if self._runner.accepts_batch else 0
         self._batch_wait_s: float = config.get("batch_wait_timeout", 0.0)
+        self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
 
     # -- claiming
 
     def _room(self) -> int:
         if self._batch_size:
-            capacity = (self._concurrency + (self._run_s <= _SLOW_S)) * self._batch_size
+            quick = self._run_s <= (_SHARED_SLOW_S if self._sharing else _SLOW_S)
+            capacity = (self._concurrency + quick) * self._batch_size
         elif self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
@@ -180,9 +194,33 @@ class Worker:
         room = self._room()
         if room > 0:
             self._claiming = True
-            self._claims.claim(min(room, max(_CLAIM, self._batch_size)), self._on_claimed)
+            up_to = min(room, max(_CLAIM, self._batch_size))
+            if self._sharing:
+                owed = self._fairness.owed(up_to)
+                self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
+            else:
+                self._claims.claim(up_to, self._on_claimed)
+
+    def _on_claimed_shared(self, up_to: int, owed: int, result: Any) -> None:
+        if isinstance(result, Exception):
+            self._sharing = False
+        else:
+            batch = sum(is_batch(place) for place, _ in result)
+            self._sharing = len(result) == up_to and batch >= owed
+            self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
+        self._take_claimed(result)
 
     def _on_claimed(self, result: Any) -> None:
+        room = None
+        if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
+            # From both streams at once there can be more than there is room for. Interactive requests come first.
+            self._sharing = True
+            if not self._batch_size:
+                room = max(0, self._room())
+        self._take_claimed(result, room)
+
+    def _take_claimed(self, result: Any, room: int | None = None) -> None:
+        """Take all of a claim, and start what there is ``room`` for: all of it unless that is said."""
         self._claiming = False
         if isinstance(result, Exception):
             if self._draining:
@@ -196,6 +234,11 @@ class Worker:
             if result:
                 self._claims.give_back([place for place, _ in result])
             return
+        if room is not None and room < len(result):
+            for place, fields in result[:room]:
+                self._take(place, fields)
+            self._crowded = True
+            result = result[room:]
         for place, fields in result:
             self._take(place, fields)
         self._start_unstarted()
@@ -262,8 +305,8 @@ class Worker:
     # -- running
 
     def _offer(self, held: _Held) -> None:
-        """Start what was claimed, unless a suspect has the floor or a batch is to fill up."""
-        if held.alone is None and (self._nursing or self._batch_size):
+        """Start what was claimed, unless a suspect has the floor, a batch is to fill up or there is no room."""
+        if held.alone is None and (self._nursing or self._batch_size or self._crowded):
             self._unstarted.append(held)
         else:
             self._start([held])
@@ -275,8 +318,12 @@ class Worker:
                 self._watch_for_slowness()
             return
         if not self._batch_size:
-            while waiting:
+            while waiting and (not self._crowded or len(waiting) + self._room() > 0):
                 self._start([waiting.popleft()])
+            if waiting:
+                self._watch_for_slowness()
+            else:
+                self._crowded = False
             return
         while waiting and self._batches < self._concurrency:
             # The linger counts from the first entry of the batch, and only an incomplete batch lingers.
@@ -325,6 +372,8 @@ class Worker:
 
     def _on_done(self, entry: Entry, reply: Reply) -> None:
         self._finish(entry, reply)
+        if self._crowded:
+            self._start_unstarted()
         self._ask()
 
     def _finish(self, entry: Entry, reply: Reply) -> None:
@@ -351,7 +400,7 @@ class Worker:
             self._wake.set()
 
     def _reply(self, held: _Held, reply: Reply) -> None:
-        published_ms = float(held.place.partition(b"-")[0])
+        published_ms = float(id_of(held.place).partition(b"-")[0])
         reply.queue_ms = max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
         caller = held.entry.caller
         if len(reply.body) > LARGE:
@@ -422,6 +471,7 @@ class Worker:
         for held in self._unstarted:
             self._forget(held)
         self._unstarted.clear()
+        self._crowded = False
         if places:
             self._claims.give_back(places)
         if self._runner.blocking:

@@ -98,7 +98,7 @@ class Client:
 
     def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
         """Send a request; return it, and the future of its reply or of the error why there is none."""
-        timeout_s = options.pop("timeout_s", None)
+        timeout_s, batch = options.pop("timeout_s", None), options.pop("batch", False)
         backend = BackendRecord(tag=TAG, version="1", code="", config={**CONFIG, **options.pop("config", {})})
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
@@ -108,14 +108,17 @@ class Client:
             else:
                 future.set_exception(outcome)
 
-        return self.caller.submit(backend, Header(codec="bytes", **options), body, then, timeout_s=timeout_s), future
+        header = Header(codec="bytes", **options)
+        return self.caller.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch), future
 
     async def ask(self, body: bytes = b"", **options: Any) -> Reply:
         return await self.call(body, **options)[1]
 
     async def claimed(self) -> int:
         """Return how many of these some replica holds."""
-        return int((await self.redis.xpending(self.caller.keys.requests(TAG), "replicas"))["pending"])
+        keys = self.caller.keys
+        pending = [await self.redis.xpending(key, "replicas") for key in (keys.requests(TAG), keys.batch(TAG))]
+        return sum(int(one["pending"]) for one in pending)
 
     async def dead(self) -> int:
         """Return how many dead letters there are."""
@@ -123,7 +126,8 @@ class Client:
 
     async def depth(self) -> int:
         """Return how many requests are unsettled."""
-        return int(await self.redis.xlen(self.caller.keys.requests(TAG)))
+        keys = self.caller.keys
+        return int(await self.redis.xlen(keys.requests(TAG))) + int(await self.redis.xlen(keys.batch(TAG)))
 
 
 @asynccontextmanager
@@ -135,7 +139,7 @@ async def calling(url: str) -> AsyncGenerator[Client]:
             yield Client(caller, redis)
         finally:
             # Its streams are the backend's, and go with it; here there is none to be deleted.
-            await redis.delete(caller.keys.requests(TAG), caller.keys.dead(TAG))
+            await redis.delete(caller.keys.requests(TAG), caller.keys.batch(TAG), caller.keys.dead(TAG))
             await caller.close()
 
 

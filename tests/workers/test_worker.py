@@ -10,7 +10,7 @@ import pytest
 
 from penstock import serve
 from penstock.broker.wire import LARGE
-from penstock.handles.errors import DeliveryLimitExceeded, RequestCancelled, RequestTimeout, from_wire
+from penstock.handles.errors import DeliveryLimitExceeded, Overloaded, RequestCancelled, RequestTimeout, from_wire
 from tests.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, Killable, calling, serving, start_killable
 
@@ -275,6 +275,101 @@ async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> N
         await call.accepted()
     with pytest.raises(RequestCancelled):
         await answer
+
+
+@pytest.mark.parametrize("function", [echo, echo_async])
+async def test_batch_items_and_interactive_requests_are_answered_beside_each_other(
+    redis_url: str, function: Any
+) -> None:
+    async with calling(redis_url) as client, serving(redis_url, function, max_concurrent_queries=3):
+        replies = await asyncio.gather(*(client.ask(b"%d" % n, batch=n % 3 > 0) for n in range(900)))
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(900)]
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_interactive_requests_overtake_batch_items_and_leave_them_their_share(redis_url: str) -> None:
+    ran: list[bytes] = []
+
+    async def record(request: Any) -> None:
+        ran.append(request.data)
+        await asyncio.sleep(0.001)
+
+    async with calling(redis_url) as client:
+        batch = [client.call(b"batch", batch=True) for _ in range(300)]
+        interactive = [client.call(b"interactive") for _ in range(300)]
+        await asyncio.gather(*(call.accepted() for call, _ in batch + interactive))
+        async with serving(redis_url, record, max_concurrent_queries=1, batch_share=0.2):
+            await asyncio.gather(*(answer for _, answer in batch + interactive))
+    until_the_last = ran[: 300 - ran[::-1].index(b"interactive") + 299]
+    # The first claim is the one that finds out that there are both.
+    assert abs(until_the_last.count(b"batch") - 0.2 * len(until_the_last)) < 4
+
+
+async def test_no_more_runs_at_once_than_may_when_both_streams_answer_one_claim(redis_url: str) -> None:
+    running = most = 0
+
+    async def count(request: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.005)
+        running -= 1
+
+    async with calling(redis_url) as client:
+        answers = [client.call(b"x", batch=n % 2 > 0) for n in range(40)]
+        await asyncio.gather(*(call.accepted() for call, _ in answers))
+        async with serving(redis_url, count, max_concurrent_queries=4):
+            await asyncio.gather(*(answer for _, answer in answers))
+    assert most == 4
+
+
+async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "slowly")
+        calls = [client.call(b"x", batch=n % 2 > 0) for n in range(6)]
+        await wait_until_async(lambda: _claimed(client, 6))
+        await first.kill()
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 6
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_batch_item_that_was_given_up_is_never_started(redis_url: str) -> None:
+    ran: list[bytes] = []
+    busy, release = threading.Event(), threading.Event()
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+        if request.data == b"first":
+            busy.set()
+            release.wait(30)
+
+    async with calling(redis_url) as client, serving(redis_url, record):
+        _, first = client.call(b"first", batch=True)
+        await wait_until_async(busy.is_set)
+        second, _ = client.call(b"second", batch=True)
+        await second.accepted()
+        second.cancel()
+        release.set()
+        await first
+        await client.ask(b"third", batch=True)
+        await wait_until_async(lambda: _is_empty(client))
+    assert ran == [b"first", b"third"]
+
+
+async def test_a_batch_leaves_places_in_the_queue_to_interactive_requests(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        config = {"max_queued_requests": 10}
+        calls = [client.call(b"x", batch=True, config=config)[0] for _ in range(8)]
+        await asyncio.gather(*(call.accepted() for call in calls))
+        with pytest.raises(Overloaded):
+            await client.ask(b"x", batch=True, config=config)
+        calls.append(client.call(b"x", config=config)[0])
+        await calls[-1].accepted()
+        assert await client.depth() == 9
+        for call in calls:
+            call.cancel()
 
 
 async def _is_empty(client: Client) -> bool:

@@ -1,0 +1,37 @@
+"""Where an entry lies: its id, marked if that is on the batch stream of its backend and not on the interactive one.
+
+Ids of the two streams may coincide, so that an id alone names no entry. A place does: it is what replicas hold entries
+by, what signals speak of and what histories are kept under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_BATCH = b"b"
+"""No id begins with it: they begin with a digit."""
+
+
+def place_of(entry: bytes, *, batch: bool) -> bytes:
+    return _BATCH + entry if batch else entry
+
+
+def is_batch(place: bytes) -> bool:
+    return place.startswith(_BATCH)
+
+
+def id_of(place: bytes) -> bytes:
+    """Return the id of the entry on its stream."""
+    return place[1:] if place.startswith(_BATCH) else place
+
+
+def apart(places: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Return the ids on the interactive stream, and those on the batch stream."""
+    interactive: list[bytes] = []
+    batch: list[bytes] = []
+    for place in places:
+        if place.startswith(_BATCH):
+            batch.append(place[1:])
+        else:
+            interactive.append(place)
+    return interactive, batch
