@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -47,7 +47,7 @@ class Replica:
 
 
 @pytest.fixture
-async def join(broker_url: str, commands: Connection, connect: Connect, keys: Keys) -> AsyncIterator[Joining]:
+def join(broker_url: str, commands: Connection, connect: Connect, keys: Keys) -> Joining:
     """Makes replicas that are alive."""
 
     async def join(name: str) -> Replica:
