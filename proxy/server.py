@@ -319,6 +319,7 @@ class Protocol(HttpToolsProtocol):
         logger.warning("refused a request whose head has more than %d bytes", MAX_HEAD_BYTES)
         cycle = self._current()
         if cycle is None or cycle.response_complete:
+            self._corked.flush()
             self._tcp.write(_HEAD_TOO_LONG)
         self._linger()
 

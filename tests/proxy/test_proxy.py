@@ -52,8 +52,7 @@ async def test_it_follows_the_registry_and_says_how_far(site: Site, redis_url: s
         for n in range(20):
             moved = EndpointRecord(name="e", route=f"/{n}", traffic={"e": 1.0})
             await site.change(Change({}, {"e": moved}))
-            version = site.caller.snapshot.version
-            await wait_until_async(lambda version=version: _has(site, "p1", {"version": version}))
+            await wait_until_async(lambda: _has(site, "p1", {"version": site.caller.snapshot.version}))
             # What it says is so.
             assert (await http.get(f"{url}/{n}")).text == "hello"
             assert (await http.get(f"{url}/{n - 1}")).status_code == 404
