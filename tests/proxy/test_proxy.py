@@ -64,7 +64,7 @@ async def test_its_options_are_those_of_http_options(site: Site, redis_url: str)
         "host": "127.0.0.1",
         "max_body_bytes": 3,
         "request_timeout_s": 0.2,
-        "root_path": "/root",
+        "root_path": "/base",
         "debug": True,
         "middlewares": [Middleware(Adds, mark="a")],
         "location": "HeadOnly",
@@ -73,7 +73,7 @@ async def test_its_options_are_those_of_http_options(site: Site, redis_url: str)
     async with proxy(redis_url, **options) as one, httpx.AsyncClient() as http:
         url = (await one.ready())["url"]
         assert (await http.post(f"{url}/", content=b"1234")).status_code == 413
-        response = await http.get(f"{url}/root/")
+        response = await http.get(f"{url}/base/")
         assert response.status_code == 504
         assert response.headers["x-mark"] == "a"
 
