@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Target = Callable[..., Any] | str
+"""What can be deployed: a function, a class, or where to import either."""
 
 
 class Client:

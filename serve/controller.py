@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from dataclasses import replace
@@ -34,7 +35,7 @@ from .sight import Sight
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 10.0
+LEASE_S = 5.0
 """The instance has an owner for so long after its controller was last seen. Ray restarts a controller in less."""
 
 _PASS_S = 0.5
@@ -274,6 +275,9 @@ class ControllerActor:
         done, _ = await asyncio.wait([http_ready, self._run], return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             await task
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def attend(self) -> None:
         """Return never: who waits for this learns when the controller has ended for good. A restart is no end."""

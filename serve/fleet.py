@@ -156,10 +156,11 @@ class Fleet:
         self._changed()
 
     async def _drain(self, member: Member, timeout_s: float) -> None:
-        try:
-            await asyncio.wait_for(_outcome(member.handle.drain.remote(timeout_s)), timeout_s + _DRAIN_MARGIN_S)
-        except asyncio.TimeoutError:
-            log.warning("a %s hangs instead of draining, and is killed", self._kind)
+        if member.ready:
+            try:
+                await asyncio.wait_for(_outcome(member.handle.drain.remote(timeout_s)), timeout_s + _DRAIN_MARGIN_S)
+            except asyncio.TimeoutError:
+                log.warning("a %s hangs instead of draining, and is killed", self._kind)
         member.kill()
         await member.ended()
 

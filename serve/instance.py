@@ -23,6 +23,8 @@ from .settings import Settings
 
 _POLL_S = 0.02
 _ALIVE_S = 1.0
+_GONE_S = 5.0
+"""A controller whose lease has lapsed for so long will not come back: Ray restarts one in less."""
 _LIVE_S = 30.0
 """A proxy that is well follows the registry within a second; one that has not after this long is not well."""
 _STOP_S = 60.0
@@ -157,11 +159,13 @@ class Instance:
         async def has_come_about() -> bool:
             status = (await self.registry.reports("backends")).get(record.tag, {})
             if (status.get("version"), status.get("config_version")) == (record.version, record.config_version):
+                if status["came_about"]:
+                    return True
                 if status["failing"]:
                     raise from_wire(status["failing"])
                 if status["lacking"]:
                     raise ConfigError(f"backend {record.tag!r}: {status['lacking']}")
-                return bool(status["settled"])
+                return False
             if (await self.snapshot()).backends.get(record.tag) != record:
                 raise PenstockError(f"the backend {record.tag!r} was changed or deleted by somebody else meanwhile")
             return False
@@ -239,7 +243,7 @@ class Instance:
         Raises:
             PenstockError: it did not within ``timeout_s``, or there is no controller any more to bring it about.
         """
-        started_s = asked_s = time.monotonic()
+        started_s = asked_s = seen_s = time.monotonic()
         while not await condition():
             now_s = time.monotonic()
             if timeout_s is not None and now_s - started_s > timeout_s:
@@ -248,7 +252,9 @@ class Instance:
                 raise PenstockError(f"{complaint} within {timeout_s:g} s")
             if now_s - asked_s > _ALIVE_S:
                 asked_s = now_s
-                if not await self.has_owner():
+                if await self.has_owner():
+                    seen_s = now_s
+                elif now_s - seen_s > _GONE_S:
                     raise PenstockError(
                         f"{complaint}: the instance {self.name!r} has lost its controller; serve.start resumes it"
                     )

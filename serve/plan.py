@@ -144,6 +144,8 @@ class Seen:
     proxy_failures: Mapping[str, Failures] = field(default_factory=dict[str, Failures])
     proven: frozenset[Version] = frozenset()
     """Versions of which a replica was ready at some time."""
+    came_about: frozenset[tuple[str, str, int]] = frozenset()
+    """Backends, with their version and that of their configuration, that were all they should be at some time."""
     reported: frozenset[str] = frozenset()
     """Backends that a status was reported of. Where such a one was deleted, its queue may still hold requests."""
 
@@ -289,6 +291,9 @@ def _start(backend: Backend, replicas: Iterable[Replica], seen: Seen) -> list[Re
     failures = seen.failures.get(backend.key, NO_FAILURES)
     if missing <= 0 or not failures.allow_start(seen.now_s, proven=backend.key in seen.proven):
         return []
+    # What never had room is refused as a whole. What had it, and lost a node, gets what there is.
+    if not _came_about(backend, seen) and lacking(backend, seen) is not None:
+        return []
     placeable = min(missing, room(backend.asks, _left(seen)))
     return [StartReplica(backend.tag, backend.version)] * int(placeable)
 
@@ -307,6 +312,10 @@ def _stop(backend: Backend, replicas: Sequence[Replica]) -> list[ReplicaStep]:
 
 def _end(replica: Replica, grace_s: float) -> ReplicaStep:
     return KillReplica(replica.id) if replica.state is State.STARTING else DrainReplica(replica.id, grace_s)
+
+
+def _came_about(backend: Backend, seen: Seen) -> bool:
+    return (backend.tag, backend.version, backend.config_version) in seen.came_about
 
 
 def _by_backend(seen: Seen) -> dict[str, list[Replica]]:
@@ -339,8 +348,9 @@ class Status:
     wanted: int
     ready: int
     starting: int
-    settled: bool
-    """Every wanted replica is ready and has taken over the configuration; none of another version takes requests."""
+    came_about: bool
+    """At some time every wanted replica was ready and had taken over the configuration, and none of another version
+    took requests any more."""
     failing: dict[str, Any] | None
     """Why it cannot come about: the error of the last replica that could not start, as ``to_wire`` writes it."""
     lacking: str | None
@@ -365,7 +375,7 @@ def status(backend: Backend, seen: Seen, failing: dict[str, Any] | None) -> Stat
         wanted=backend.replicas,
         ready=len(ready),
         starting=len(starting),
-        settled=settled,
+        came_about=settled or _came_about(backend, seen),
         failing=failing,
         lacking=lacking(backend, seen),
     )

@@ -43,6 +43,7 @@ class Sight:
         self._reports: dict[str, Report] = {}
         self._asks: dict[Version, Amounts] = {}
         self._proven: set[Version] = set()
+        self._came_about: dict[str, tuple[str, str, int]] = {}
         self._failing: dict[Version, dict[str, Any]] = {}
         self._failures: dict[Version, Failures] = {}
         self._proxy_failures: dict[str, Failures] = {}
@@ -54,6 +55,8 @@ class Sight:
         for tag, report in self.statuses.items():
             if report.get("failing"):
                 self._failing[tag, report["version"]] = report["failing"]
+            if report.get("came_about"):
+                self._came_about[tag] = (tag, report["version"], report["config_version"])
 
     async def look(self, registry: Registry) -> None:
         """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures."""
@@ -101,13 +104,16 @@ class Sight:
             failures=self._failures,
             proxy_failures=self._proxy_failures,
             proven=frozenset(self._proven),
+            came_about=frozenset(self._came_about.values()),
             reported=frozenset(self.statuses),
         )
 
     def status(self, backend: Backend, seen: Seen) -> dict[str, Any]:
         """Describe a backend as it is to be reported."""
-        failing = self._failing.get(backend.key) or self._refusal(backend)
-        return asdict(status(backend, seen, failing))
+        described = status(backend, seen, self._failing.get(backend.key) or self._refusal(backend))
+        if described.came_about:
+            self._came_about[backend.tag] = (backend.tag, backend.version, backend.config_version)
+        return asdict(described)
 
     def backend_of(self, replica: str) -> str:
         return str(self._reports.get(replica, {}).get("backend", replica.rpartition("#")[0]))

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -24,12 +23,12 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture
 def start(cluster: str, redis_url: str) -> Iterator[StartClient]:
-    """Start instances, by default one on any free port, that end with the test."""
+    """Start instances, by default one without HTTP, that end with the test."""
     with ExitStack() as started:
 
         def start(**options: Any) -> serve.Client:
-            options = {"redis_url": redis_url, "http_options": {"port": 0}, **options}
-            client = serve.start(**options)
+            defaults: dict[str, Any] = {"redis_url": redis_url, "http_options": {"location": None}}
+            client = serve.start(**{**defaults, **options})
             started.callback(client.shutdown)
             return client
 
@@ -38,14 +37,21 @@ def start(cluster: str, redis_url: str) -> Iterator[StartClient]:
 
 @pytest.fixture
 def client(start: StartClient) -> serve.Client:
+    """An instance for handles alone."""
     return start()
+
+
+@pytest.fixture
+def web(start: StartClient) -> serve.Client:
+    """An instance with HTTP on any free port."""
+    return start(http_options={"port": 0})
 
 
 @pytest.fixture(scope="module")
 def standing(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
     """An instance for all tests of a module that do not disturb each other: backend `f`, endpoint `api`."""
     with clean(brokers.url("embedded")) as url:
-        client = serve.start(redis_url=url, instance="standing", http_options={"port": 0})
+        client = serve.start(redis_url=url, instance="standing", http_options={"location": None})
         client.create_backend("f", _echo, ray_actor_options={"num_cpus": 0.1})
         client.create_endpoint("api", backend="f", route="/api/{x}", methods=["GET", "POST"])
         yield client
@@ -53,15 +59,12 @@ def standing(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
 
 
 @pytest.fixture
-def http(client: serve.Client) -> Iterator[HTTPClient]:
-    """An HTTP client of ``client``'s server."""
-    assert client.http_url is not None
-    with HTTPClient(base_url=client.http_url, timeout=30) as http:
+def http(web: serve.Client) -> Iterator[HTTPClient]:
+    """An HTTP client of ``web``."""
+    assert web.http_url is not None
+    with HTTPClient(base_url=web.http_url, timeout=30) as http:
         yield http
 
 
 def _echo(request: serve.Request) -> Any:
     return {"data": request.data, "params": request.path_params}
-
-
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from httpx import Client as HTTPClient, TransportError
 
 from penstock import serve
-from penstock.handles import background
-from penstock.serve.instance import Instance
+from tests.serve.backends import SMALL, Slow, answering, replicas
 from tests.serve.load import load
 from tests.waiting import wait_until
-
-SMALL = {"num_cpus": 0.1}
-
-
-def answering(value: Any) -> Callable[[serve.Request], Any]:
-    return lambda _: value
-
-
-def replicas(client: serve.Client, tag: str = "f") -> dict[str, int]:
-    """The process of each replica that has not begun to go."""
-
-    async def read() -> dict[str, int]:
-        instance = await Instance(client.redis_url, "default").open()
-        try:
-            reports = await instance.registry.reports("replicas")
-        finally:
-            await instance.close()
-        return {
-            name: report["pid"]
-            for name, report in reports.items()
-            if report["backend"] == tag and report["state"] == "ready"
-        }
-
-    return background.run(read())
-
-
-class Slow:
-    """Takes its time, and tells who it is."""
-
-    def __init__(self, name: str = "slow") -> None:
-        self.name = name
-
-    async def __call__(self, request: serve.Request) -> Any:
-        await asyncio.sleep(0.05)
-        return self.name
 
 
 def test_scaling_up_and_down_fails_nothing(client: serve.Client) -> None:
@@ -66,16 +28,16 @@ def test_scaling_up_and_down_fails_nothing(client: serve.Client) -> None:
             calls.goes_on()
 
 
-def test_new_code_takes_over_without_a_failure_and_at_once(client: serve.Client, http: HTTPClient) -> None:
-    client.create_backend("f", Slow, "old", config={"num_replicas": 2}, ray_actor_options=SMALL)
-    client.create_endpoint("e", backend="f", route="/e")
+def test_new_code_takes_over_without_a_failure_and_at_once(web: serve.Client, http: HTTPClient) -> None:
+    web.create_backend("f", Slow, "old", config={"num_replicas": 2}, ray_actor_options=SMALL)
+    web.create_endpoint("e", backend="f", route="/e")
     with load(lambda: http.get("/e").raise_for_status().text) as calls:
-        client.update_backend("f", Slow, "new")
+        web.update_backend("f", Slow, "new")
         over_s = time.monotonic()
         calls.goes_on()
     assert set(calls.since(0)) == {"old", "new"}
     assert set(calls.since(over_s)) == {"new"}
-    assert client.get_backend_config("f").num_replicas == 2
+    assert web.get_backend_config("f").num_replicas == 2
 
 
 def test_new_code_that_cannot_start_leaves_the_old_serving(client: serve.Client) -> None:
@@ -221,18 +183,18 @@ def test_a_replica_that_is_killed_costs_time_and_no_answer(client: serve.Client)
     assert len(replicas(client).keys() & before.keys()) == 1
 
 
-def test_a_proxy_that_is_killed_is_back_on_its_port(client: serve.Client) -> None:
-    client.create_backend("f", answering("here"), ray_actor_options=SMALL)
-    client.create_endpoint("e", backend="f", route="/e")
-    (proxy,) = client.status()["proxies"].values()
+def test_a_proxy_that_is_killed_is_back_on_its_port(web: serve.Client) -> None:
+    web.create_backend("f", answering("here"), ray_actor_options=SMALL)
+    web.create_endpoint("e", backend="f", route="/e")
+    (proxy,) = web.status()["proxies"].values()
     os.kill(proxy["pid"], signal.SIGKILL)
 
     def is_back() -> bool:
         with HTTPClient() as http:
             try:
-                return http.get(f"{client.http_url}/e").text == "here"
+                return http.get(f"{web.http_url}/e").text == "here"
             except TransportError:
                 return False
 
     wait_until(is_back, timeout_s=5)
-    assert next(iter(client.status()["proxies"].values()))["pid"] != proxy["pid"]
+    assert next(iter(web.status()["proxies"].values()))["pid"] != proxy["pid"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from httpx import Client as HTTPClient
 from penstock import serve
 
 
-def test_path_parameters_have_the_types_of_their_route(client: serve.Client, http: HTTPClient) -> None:
+def test_path_parameters_have_the_types_of_their_route(web: serve.Client, http: HTTPClient) -> None:
     def f(request: serve.Request) -> list[Any]:
         return [[name, type(value).__name__, value] for name, value in request.path_params.items()]
 
-    client.create_backend("f", f)
-    client.create_endpoint("complex", backend="f", route="/api/{user_id:int}/{number:float}")
-    client.create_endpoint("simple", backend="f", route="/api/{username}")
+    web.create_backend("f", f)
+    web.create_endpoint("complex", backend="f", route="/api/{user_id:int}/{number:float}")
+    web.create_endpoint("simple", backend="f", route="/api/{username}")
 
     assert http.get("/api/123/3.14").json() == [["user_id", "int", 123], ["number", "float", 3.14]]
     assert http.get("/api/abc/3.14").status_code == 404
@@ -60,21 +61,25 @@ def test_a_batch_is_taken_whole(client: serve.Client) -> None:
     assert [future.result(timeout=10) for future in futures] == [4, 4, 4, 4]
 
 
-def test_a_backend_finds_its_own_instance_and_its_name(client: serve.Client, http: HTTPClient) -> None:
+def test_a_backend_finds_its_own_instance_and_its_name(web: serve.Client, http: HTTPClient) -> None:
     async def doubled(request: serve.Request) -> Any:
         inner = serve.connect().get_handle("inner", sync=False)
         return [await (await inner.remote(request.data)), serve.get_current_backend_tag()]
 
-    client.create_backend("inner", lambda request: 2 * request.data)
-    client.create_endpoint("inner", backend="inner")
-    client.create_backend("outer", doubled)
-    client.create_endpoint("outer", backend="outer", route="/double", methods=["POST"])
+    def double(request: serve.Request) -> Any:
+        return 2 * request.data
+
+    web.create_backend("inner", double)
+    web.create_endpoint("inner", backend="inner")
+    web.create_backend("outer", doubled)
+    web.create_endpoint("outer", backend="outer", route="/double", methods=["POST"])
     assert http.post("/double", json=21).json() == [42, "outer"]
 
 
 def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:
-    import os
+    def colour(request: serve.Request) -> str | None:
+        return os.environ.get("COLOUR")
 
-    client.create_backend("env", lambda _: os.environ.get("COLOUR"), runtime_env={"env_vars": {"COLOUR": "red"}})
+    client.create_backend("env", colour, runtime_env={"env_vars": {"COLOUR": "red"}})
     client.create_endpoint("env", backend="env")
     assert client.get_handle("env").remote().result(timeout=10) == "red"

@@ -1,0 +1,277 @@
+"""How instances begin, end, outlive their scripts and come back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from httpx import Client as HTTPClient
+from redis import Redis
+
+from penstock import serve
+from penstock.handles.errors import ConfigError, PenstockError
+from tests.serve.backends import SMALL, answering
+from tests.waiting import wait_until
+
+StartClient = Callable[..., serve.Client]
+
+NO_HTTP: dict[str, Any] = {"location": None}
+
+SCRIPT = """
+import os, signal, sys, time
+from penstock import serve
+
+def f(request):
+    return os.getpid()
+
+client = serve.start({arguments})
+client.create_backend("f", f, config={{"num_replicas": 2}}, ray_actor_options={{"num_cpus": 0.1}})
+client.create_endpoint("e", backend="f", route="/e")
+replica = client.get_handle("e").remote().result(timeout=30)
+proxies = [proxy["pid"] for proxy in client.status()["proxies"].values()]
+print("serves", client.redis_url, replica, *proxies, flush=True)
+"""
+
+
+class Script:
+    """A Python script in a process, and a session, of its own."""
+
+    def __init__(self, arguments: str, then: str, **environment: str) -> None:
+        code = SCRIPT.format(arguments=arguments) + textwrap.dedent(then)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
+        self.redis_url, self.pids = "", list[int]()
+
+    def serves(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("serves"):
+                _, self.redis_url, *pids = line.split()
+                self.pids = [int(pid) for pid in pids]
+                return
+        pytest.fail(f"the script failed:\n{self.process.stderr.read() if self.process.stderr else ''}")
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does: every process of the terminal's group gets it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def ended(self) -> str:
+        """Wait for it, and return what it wrote to stderr."""
+        return self.process.communicate(timeout=60)[1]
+
+    def nothing_runs(self) -> bool:
+        return not any(Path(f"/proc/{pid}").exists() for pid in self.pids)
+
+
+@contextmanager
+def script(arguments: str, then: str = "", **environment: str) -> Generator[Script]:
+    running = Script(arguments, then, **environment)
+    try:
+        running.serves()
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+def keys(url: str) -> list[bytes]:
+    with Redis.from_url(url) as redis:
+        return cast("list[bytes]", redis.keys("penstock:*"))
+
+
+@pytest.fixture
+def joined(cluster: str) -> dict[str, str]:
+    """The environment of a script that joins the tests' Ray."""
+    return {"RAY_ADDRESS": cluster}
+
+
+@pytest.mark.parametrize(
+    "then", ["", "raise SystemExit(3)", "raise RuntimeError", "client.shutdown()", "with client: pass"]
+)
+def test_everything_goes_with_the_script(then: str, redis_url: str, joined: dict[str, str]) -> None:
+    with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", then, **joined) as running:
+        running.ended()
+        wait_until(running.nothing_runs)
+        assert keys(redis_url) == []
+
+
+def test_everything_goes_with_ctrl_c(joined: dict[str, str]) -> None:
+    with script("http_options={'port': 0}", "time.sleep(60)", **joined) as running:
+        running.interrupt()
+        assert "KeyboardInterrupt" in running.ended()
+        wait_until(running.nothing_runs)
+        assert not Path(running.redis_url.removeprefix("unix://")).exists()
+
+
+def test_processes_go_with_a_script_that_is_killed(joined: dict[str, str]) -> None:
+    with script("http_options={'port': 0}", "time.sleep(60)", **joined) as running:
+        running.process.kill()
+        wait_until(running.nothing_runs)
+        wait_until(lambda: not Path(running.redis_url.removeprefix("unix://")).exists())
+
+
+def test_a_ray_that_start_has_started_ends_too() -> None:
+    """The fixture that looks for processes after all tests is what would find it."""
+    then = """
+        client.shutdown()
+        import ray
+        print(ray.is_initialized())
+    """
+    with script("http_options={'port': 0}", then, RAY_ADDRESS="") as running:
+        assert running.process.stdout is not None
+        assert running.process.stdout.read() == "False\n"
+        assert "Traceback" not in running.ended()
+        wait_until(running.nothing_runs)
+
+
+def test_what_a_killed_script_has_left_in_redis_is_resumed(
+    redis_url: str, joined: dict[str, str], start: StartClient
+) -> None:
+    with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", "time.sleep(60)", **joined) as running:
+        handle = serve.connect(redis_url).get_handle("e")
+        running.process.kill()
+        wait_until(running.nothing_runs)
+        waiting = handle.remote()  # nobody is there to answer it, but it is durably queued
+        client = start()
+        assert client.list_backends().keys() == {"f"}
+        assert waiting.result(timeout=20) not in running.pids
+
+
+def test_a_detached_instance_outlives_its_script(redis_url: str, joined: dict[str, str]) -> None:
+    arguments = f"redis_url={redis_url!r}, detached=True, http_options={{'port': 0}}"
+    with script(arguments, **joined) as running:
+        running.ended()
+        client = serve.connect(redis_url)
+        try:
+            with HTTPClient() as http:
+                answers = {http.get(f"{client.http_url}/e").json() for _ in range(100)}
+            assert running.pids[0] in answers
+            with serve.connect(redis_url) as other:
+                other.create_backend("g", answering("g"), ray_actor_options=SMALL)
+            assert client.list_backends().keys() == {"f", "g"}
+            complaint = r"the instance 'default' runs already on .*: serve\.connect\(\) finds it"
+            with pytest.raises(ConfigError, match=complaint):
+                serve.start(redis_url=redis_url, detached=True)
+        finally:
+            client.shutdown()
+        wait_until(running.nothing_runs)
+        assert keys(redis_url) == []
+
+
+def test_connect_says_what_is_missing(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"there is no instance 'other' on unix://.*; serve\.start\(\) starts one"):
+        serve.connect(redis_url, "other")
+    monkeypatch.delenv("PENSTOCK_REDIS_URL", raising=False)
+    with pytest.raises(ConfigError, match="connect needs a redis_url, or PENSTOCK_REDIS_URL"):
+        serve.connect()
+    monkeypatch.setenv("PENSTOCK_REDIS_URL", redis_url)
+    with pytest.raises(ConfigError, match="no instance"):
+        serve.connect()
+
+
+def test_two_instances_do_not_touch_each_other(start: StartClient, redis_url: str) -> None:
+    one, two = start(instance="one"), start(instance="two")
+    for client, value in ((one, 1), (two, 2)):
+        client.create_backend("f", answering(value), ray_actor_options=SMALL)
+        client.create_endpoint("e", backend="f")
+    handles = [client.get_handle("e") for client in (one, two)]
+    assert [handle.remote().result(timeout=10) for handle in handles] == [1, 2]
+    one.shutdown()
+    assert handles[1].remote().result(timeout=10) == 2
+    assert {key.split(b":")[1] for key in keys(redis_url)} == {b"two"}
+
+
+def test_a_second_start_is_refused_and_touches_nothing(client: serve.Client, redis_url: str) -> None:
+    client.create_backend("f", answering("f"), ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    with pytest.raises(ConfigError, match="'default' runs already on"):
+        serve.start(redis_url=redis_url, http_options=NO_HTTP)
+    with pytest.raises(ConfigError, match="'default' runs already in this Ray cluster, on another Redis"):
+        serve.start(http_options=NO_HTTP)  # with an embedded server
+    assert client.get_handle("e").remote().result(timeout=10) == "f"
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(web: serve.Client, redis_url: str) -> None:
+    port = int(str(web.http_url).rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
+        serve.start(redis_url=redis_url, instance="other", http_options={"port": port})
+    assert not any(b":other:" in key for key in keys(redis_url))
+    with HTTPClient() as http:
+        assert http.get(f"{web.http_url}/-/healthz").text == "ok"
+
+
+def test_shutdown_twice_is_once_and_then_nothing_else_works(client: serve.Client) -> None:
+    client.shutdown()
+    client.shutdown()
+    with pytest.raises(PenstockError, match="this client of the instance 'default' was shut down"):
+        client.list_backends()
+    assert "shut down" in repr(client)
+
+
+def test_a_data_dir_is_resumed_until_it_is_shut_down(cluster: str, tmp_path: Path) -> None:
+    with serve.start(data_dir=tmp_path, http_options=NO_HTTP) as client:
+        client.create_backend("f", answering("f"), config={"num_replicas": 2}, ray_actor_options=SMALL)
+        client.create_endpoint("e", backend="f", route="/e")
+    with serve.start(data_dir=tmp_path, http_options={"port": 0}) as client:
+        assert client.list_backends()["f"].num_replicas == 2
+        assert client.get_handle("e").remote().result(timeout=20) == "f"
+        with HTTPClient() as http:
+            assert http.get(f"{client.http_url}/e").text == "f"
+        client.shutdown()
+    with serve.start(data_dir=tmp_path, http_options=NO_HTTP) as client:
+        assert client.list_backends() == {}
+        client.shutdown()
+
+
+def test_an_embedded_server_that_dies_comes_back_with_its_data(cluster: str, tmp_path: Path) -> None:
+    with serve.start(data_dir=tmp_path, http_options=NO_HTTP) as client:
+        client.create_backend("f", answering("f"), ray_actor_options=SMALL)
+        client.create_endpoint("e", backend="f")
+        handle = client.get_handle("e")
+        assert handle.remote().result(timeout=10) == "f"
+        with Redis.from_url(client.redis_url) as redis:
+            os.kill(int(redis.info("server")["process_id"]), signal.SIGKILL)
+        assert handle.remote().result(timeout=20) == "f"
+        client.create_backend("g", answering("g"), ray_actor_options=SMALL)
+        client.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"instance": "a b"}, ConfigError, "an instance 'a b' must be"),
+        ({"instance": 3}, TypeError, "an instance must be a str, not int"),
+        ({"redis_url": 3}, TypeError, "redis_url must be a str, not int"),
+        ({"redis_url": "http://x"}, ConfigError, "is not a Redis URL"),
+        ({"data_dir": 3}, TypeError, "data_dir must be a str or a Path, not int"),
+        ({"redis_url": "redis://x", "data_dir": "x"}, ConfigError, "data_dir is for the embedded server"),
+        ({"detached": True}, ConfigError, "a detached instance outlives this process"),
+        ({"http_options": {"prot": 1}}, ConfigError, "HTTPOptions has no field 'prot'; did you mean 'port'?"),
+        ({"http_options": 3}, TypeError, "http_options must be a HTTPOptions, a dict of its fields or None, not int"),
+        ({"http_options": {"port": "1"}}, TypeError, "HTTPOptions.port must be a valid integer, not str"),
+    ],
+)
+def test_a_wrong_start_is_refused(cluster: str, arguments: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=re.escape(says)):
+        serve.start(**arguments)
+
+
+def test_an_embedded_server_is_refused_on_several_nodes(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["penstock.serve.start"], "alive_nodes", lambda: [1, 2])
+    with pytest.raises(ConfigError, match="this Ray cluster has 2 nodes: give the redis_url of a server that all"):
+        serve.start()
