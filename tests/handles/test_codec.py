@@ -1,0 +1,117 @@
+import dataclasses
+import datetime
+import pickle
+import uuid
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydantic
+import pytest
+from hypothesis import given, strategies as st
+
+from penstock.handles.codec import decode, encode
+from penstock.handles.errors import MalformedBody
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+@dataclasses.dataclass
+class Plain:
+    when: datetime.date
+    where: Point
+
+
+class Model(pydantic.BaseModel):
+    name: str
+    sizes: tuple[int, ...] = ()
+
+
+TRANSPOSED: object = np.array([[0.0, 1.0], [2.0, 3.0]]).T
+"""Not contiguous: orjson does not read it by itself."""
+
+
+class Unwilling:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("on purpose")
+
+
+@given(JSON | st.binary())
+def test_what_is_sent_is_what_arrives(value: Any) -> None:
+    assert decode(*encode(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "codec"),
+    [(None, "none"), ("ü", "text"), (b"\xff", "bytes"), (bytearray(b"x"), "bytes"), ({}, "json"), (0, "json")],
+)
+def test_the_codec_says_what_it_was(value: object, codec: str) -> None:
+    assert encode(value)[0] == codec
+    assert encode(value, allow_pickle=True)[0] == codec, "pickle is for what cannot travel otherwise"
+
+
+@pytest.mark.parametrize(
+    ("value", "arrives"),
+    [
+        (Plain(datetime.date(2024, 2, 29), Point(1, 2)), {"when": "2024-02-29", "where": [1, 2]}),
+        (Model(name="m", sizes=(1, 2)), {"name": "m", "sizes": [1, 2]}),
+        (TRANSPOSED, [[0, 2], [1, 3]]),
+        (np.float64(0.5), 0.5),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        ((1, 2), [1, 2]),
+        ({1: "a"}, {"1": "a"}),
+        (float("nan"), None),
+        (memoryview(b"view"), b"view"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_json_can_hold_arrives_as_json(value: object, arrives: object) -> None:
+    assert decode(*encode(value)) == arrives
+
+
+@pytest.mark.parametrize("value", [object(), {"a": object()}, 2**64, "\ud800", {1, 2}, Model], ids=repr)
+def test_what_cannot_travel_is_a_type_error(value: object) -> None:
+    with pytest.raises(TypeError, match="cannot be sent"):
+        encode(value)
+
+
+def test_python_values_travel_by_pickle_where_that_is_allowed() -> None:
+    codec, body = encode({1, 2}, allow_pickle=True)
+    assert codec == "pickle"
+    assert decode(codec, body, allow_pickle=True) == {1, 2}
+    with pytest.raises(MalformedBody, match="allow_pickle"):
+        decode(codec, body)
+
+
+@pytest.mark.parametrize("value", [Unwilling(), lambda: None], ids=["unwilling", "lambda"])
+def test_what_cannot_be_pickled_is_a_type_error(value: object) -> None:
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        encode(value, allow_pickle=True)
+
+
+@given(st.sampled_from(["json", "text", "bytes", "none", "pickle", "", "unheard-of"]), st.binary(max_size=20))
+def test_bytes_that_are_not_what_the_codec_says_are_malformed(codec: str, body: bytes) -> None:
+    with suppress(MalformedBody):
+        decode(codec, body, allow_pickle=False)
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", pickle.dumps({})[:-3], b"cos\nno_such_name\n."])
+def test_a_broken_pickle_is_malformed(body: bytes) -> None:
+    with pytest.raises(MalformedBody, match="cannot be unpickled"):
+        decode("pickle", body, allow_pickle=True)

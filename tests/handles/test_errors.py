@@ -1,0 +1,91 @@
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from penstock.handles import errors
+from penstock.handles.errors import PenstockError, from_wire, to_wire
+
+EXAMPLES: list[tuple[PenstockError, int, str]] = [
+    (errors.BackendError("ValueError", "bad", "Traceback …"), 500, "ValueError: bad"),
+    (errors.BackendError("HTTPException", "teapot", status=418), 418, "HTTPException: teapot"),
+    (errors.BackendNotFound("b", ["a", "c"]), 404, "there is no backend 'b'; there is 'a', 'c'"),
+    (errors.EndpointNotFound("e"), 404, "there is no endpoint 'e'; there is none"),
+    (errors.BrokerUnavailable("redis://h", "gone"), 503, "the broker at redis://h is unavailable: gone"),
+    (errors.DeliveryLimitExceeded("b", "id", 3, 3), 500, "3"),
+    (errors.MalformedBody("not JSON"), 400, "not JSON"),
+    (
+        errors.Overloaded("b", 10, 10, 2.5),
+        503,
+        "'b' has 10 unsettled requests (max_queued_requests is 10); retry in 2.5 s",
+    ),
+    (errors.Overloaded("b", 0, 10), 503, "the broker has no memory left"),
+    (errors.PayloadTooLarge(11, 10), 413, "11 bytes or more (max_body_bytes is 10)"),
+    (errors.RequestCancelled("id"), 499, "'id' was cancelled"),
+    (errors.RequestTimeout("backend 'b'", 0.25), 504, "backend 'b' did not answer within 0.25 s"),
+    (errors.WireError("what is this"), 500, "what is this"),
+    (errors.ConfigError("port must be …"), 400, "port must be …"),
+    (PenstockError("anything"), 500, "anything"),
+]
+each_example = pytest.mark.parametrize(("error", "status", "says"), EXAMPLES, ids=lambda value: type(value).__name__)
+
+
+def alike(one: BaseException, other: BaseException) -> bool:
+    return (type(one), one.args, str(one), vars(one)) == (type(other), other.args, str(other), vars(other))
+
+
+@each_example
+def test_each_error_has_its_status_and_says_what_is_the_matter(error: PenstockError, status: int, says: str) -> None:
+    assert error.status == status
+    assert says in str(error)
+
+
+@each_example
+def test_each_error_survives_pickling_and_copying(error: PenstockError, status: int, says: str) -> None:
+    assert alike(pickle.loads(pickle.dumps(error)), error)
+    assert alike(copy.copy(error), error)
+
+
+@each_example
+def test_each_error_survives_the_wire(error: PenstockError, status: int, says: str) -> None:
+    arrived = from_wire(json.loads(json.dumps(to_wire(error))))
+    if type(error) in (PenstockError, errors.ConfigError):
+        assert says in str(arrived), "replicas do not send these; what they say is quoted"
+    else:
+        assert alike(arrived, error)
+
+
+def test_all_errors_are_under_one_root_and_under_what_python_calls_them() -> None:
+    kinds = [getattr(errors, name) for name in errors.__all__]
+    assert all(issubclass(kind, PenstockError) for kind in kinds)
+    assert {kind for kind, _, _ in [(type(error), 0, 0) for error, _, _ in EXAMPLES]} == set(kinds)
+    assert issubclass(errors.ConfigError, ValueError)
+    assert issubclass(errors.MalformedBody, ValueError)
+    assert issubclass(errors.BackendNotFound, KeyError)
+    assert issubclass(errors.EndpointNotFound, KeyError)
+    assert issubclass(errors.RequestTimeout, TimeoutError)
+
+
+def test_an_error_of_a_later_release_is_quoted() -> None:
+    for raw in ({"kind": "Brandnew", "args": [1]}, {"kind": "RequestTimeout", "args": [1, 2, 3, 4]}, {}):
+        error = from_wire(raw)
+        assert type(error) is PenstockError
+        assert str(raw.get("kind")) in str(error)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["kind", "args", "more"]),
+        st.sampled_from(errors.__all__)
+        | st.text()
+        | st.lists(st.none() | st.integers() | st.text() | st.lists(st.text())),
+    )
+)
+def test_garbage_instead_of_an_error_is_still_an_error_that_can_be_shown(raw: dict[str, Any]) -> None:
+    error = from_wire(raw)
+    assert str(error)
+    assert 100 <= error.status <= 599
+    pickle.dumps(error)

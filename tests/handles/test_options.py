@@ -1,0 +1,52 @@
+import pickle
+from typing import Any
+
+import pytest
+
+from penstock.handles.errors import ConfigError
+from penstock.handles.options import Options
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("method_name", 7, TypeError, "method_name must be a str, not int"),
+        ("method_name", "_private", ConfigError, "'_private' is private"),
+        ("method_name", "no method", ConfigError, "'no method' is not the name of a method"),
+        ("shard_key", 7, TypeError, "shard_key must be a str or None, not int"),
+        ("http_method", None, TypeError, "http_method must be a str"),
+        ("http_method", "GET /", ConfigError, "'GET /' is not a method of HTTP"),
+        ("http_headers", [("a", "b")], TypeError, "http_headers must be a dict"),
+        ("http_headers", {"a": 1}, TypeError, "1 is a int"),
+        ("http_headers", {"a": "b\r\nc: d"}, ConfigError, "control characters"),
+        ("http_headers", {"a": "\ud800"}, ConfigError, "surrogates"),
+        ("timeout_s", "1", TypeError, "timeout_s must be a number"),
+        ("timeout_s", True, TypeError, "timeout_s must be a number"),
+        ("timeout_s", 0, ConfigError, "above 0"),
+        ("timeout_s", float("nan"), ConfigError, "above 0"),
+        ("timeout_s", float("inf"), ConfigError, "at most"),
+        ("frobnicate", 1, TypeError, "options\\(\\) has no 'frobnicate'; it has method_name"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_by_name(
+    name: str, value: object, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        Options().with_({name: value})
+
+
+def test_options_keep_what_a_change_does_not_name() -> None:
+    options = Options().with_({"shard_key": "s", "timeout_s": 2}).with_({"method_name": "train"})
+    assert options == Options(shard_key="s", timeout_s=2, method_name="train")
+
+
+def test_options_are_not_changed_from_outside() -> None:
+    headers: dict[str, Any] = {"a": "b"}
+    options = Options(http_headers=headers)
+    headers["c"] = 1
+    assert options.http_headers == {"a": "b"}
+
+
+def test_options_can_be_pickled() -> None:
+    options = Options(http_method="M-SEARCH", http_headers={"x": "täglich\t"}, timeout_s=0.5)
+    assert pickle.loads(pickle.dumps(options)) == options
