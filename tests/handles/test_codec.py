@@ -43,7 +43,7 @@ class Model(pydantic.BaseModel):
     sizes: tuple[int, ...] = ()
 
 
-TRANSPOSED: object = np.array([[0.0, 1.0], [2.0, 3.0]]).T
+TRANSPOSED: object = np.asfortranarray([[0.0, 2.0], [1.0, 3.0]])
 """Not contiguous: orjson does not read it by itself."""
 
 
