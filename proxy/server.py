@@ -114,7 +114,7 @@ class Server:
         if self._serving is None:
             return
         deadline = time.monotonic() + timeout_s
-        self._uvicorn.stop_listening()
+        await self._uvicorn.stop_listening()
         await self._connections_end(min(1.0, timeout_s / 4))
         self._uvicorn.config.timeout_graceful_shutdown = max(0, math.ceil(deadline - time.monotonic()))
         self._uvicorn.should_exit = True
@@ -218,9 +218,24 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals are for whoever hosts us
 
-    def stop_listening(self) -> None:
+    async def stop_listening(self) -> None:
+        """Take no more connections but those that the kernel has taken for us; it would reset them."""
+        loop = asyncio.get_running_loop()
+        left: list[socket.socket] = []
         for server in self.servers:
+            listeners = [listener.dup() for listener in server.sockets]
             server.close()
+            for listener in listeners:
+                with listener, contextlib.suppress(OSError):
+                    listener.setblocking(False)
+                    while True:
+                        left.append(listener.accept()[0])
+        for connection in left:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, {}, asyncio.get_running_loop())
 
 
 class Protocol(HttpToolsProtocol):

@@ -334,6 +334,32 @@ class TestStopping:
                 going_on = False
                 await asyncio.gather(*clients)
 
+    async def test_clients_that_connect_just_then_fail_no_request_either(self, redis_url: str) -> None:
+        async with running(redis_url) as one, running(redis_url, guest=True) as other:
+            await one.endpoint("/", text("one"))
+            async with serving(one) as stays:
+                answered = 0
+                going_on = True
+
+                async def client() -> None:
+                    nonlocal answered
+                    while going_on:
+                        answer = await talk(stays, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                        assert answer.startswith(b"HTTP/1.1 200 ")
+                        answered += 1
+
+                clients = [asyncio.ensure_future(client()) for _ in range(16)]
+                for _ in range(6):
+                    other.app.draining = False
+                    leaves = Server(other.app, "127.0.0.1", stays.port, shared=True)
+                    await leaves.start()
+                    before = answered
+                    await wait_until_async(lambda: answered > before + 50)  # noqa: B023 - it is awaited here
+                    other.app.draining = True
+                    await leaves.stop(5)
+                going_on = False
+                await asyncio.gather(*clients)
+
 
 async def _is_empty(site: Site) -> bool:
     return await site.queued() == 0
