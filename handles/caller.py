@@ -68,6 +68,7 @@ class Call:
     __slots__ = (
         "_caller",
         "acceptance",
+        "answered",
         "backend",
         "batch",
         "body",
@@ -76,6 +77,7 @@ class Call:
         "fields",
         "id",
         "limit",
+        "outcome",
         "since_ms",
         "then",
         "timeout_s",
@@ -95,20 +97,22 @@ class Call:
         """Its id on the stream, once it is durably there."""
         self.unsure = False
         """The connection broke before we heard whether it is on its stream."""
+        self.answered = False
+        """Its reply has come, and the body of that is still on its way."""
+        self.outcome: Outcome | None = None
         self.since_ms = 0.0
         self.deadline = 0.0
         self.timeout_s = 0.0
         self.acceptance: asyncio.Future[None] | None = None
 
     def accepted(self) -> Awaitable[None]:
-        """Return a future that is done once the request is durably on its stream; it raises why it never will be.
-
-        Ask in the tick that made the call.
-        """
+        """Return a future that is done once the request is durably on its stream; it raises why it never will be."""
         if self.acceptance is None:
             self.acceptance = asyncio.get_running_loop().create_future()
             if self.entry is not None:
                 self.acceptance.set_result(None)
+            elif self.outcome is not None:
+                self._settle_acceptance(self.outcome)
         return self.acceptance
 
     def cancel(self) -> bool:
@@ -124,17 +128,23 @@ class Call:
             self.acceptance.set_result(None)
 
     def conclude(self, outcome: Outcome) -> None:
-        acceptance = self.acceptance
-        if acceptance is not None and not acceptance.done():
-            if isinstance(outcome, Reply):
-                acceptance.set_result(None)  # who answers it has read it
-            else:
-                acceptance.set_exception(outcome)
-                acceptance.exception()  # whoever waited for it may be gone
+        self.outcome = outcome
+        if self.acceptance is not None:
+            self._settle_acceptance(outcome)
         try:
             self.then(outcome)
         except Exception:
             log.exception("cannot hand over the outcome of request %s", self.id)
+
+    def _settle_acceptance(self, outcome: Outcome) -> None:
+        acceptance = self.acceptance
+        if acceptance is None or acceptance.done():
+            return
+        if isinstance(outcome, Reply):
+            acceptance.set_result(None)  # who answers it has read it
+        else:
+            acceptance.set_exception(outcome)
+            acceptance.exception()  # whoever waited for it may be gone
 
 
 class Caller:
@@ -432,7 +442,10 @@ class Caller:
             # Cancelled, too late, or a second answer after a take-over.
             if reply.large:
                 self._connection.post(_ignore, "UNLINK", self.keys.reply_body(self.id, reply.id), repeat=True)
+        elif call.answered:
+            pass  # a second answer, while the body of the first is on its way
         elif reply.large:
+            call.answered = True
             task = self._loop.create_task(self._fetch(call, reply))
             self._fetches.add(task)
             task.add_done_callback(self._fetches.discard)
@@ -510,7 +523,7 @@ class Caller:
             await self._replies.drain()
             for call in missing:
                 self._doomed.pop(call.id, None)
-                if call.id in self._in_flight:
+                if call.id in self._in_flight and not call.answered:
                     limit = call.limit if call.unsure else _UNLIMITED  # accepted is accepted
                     call.entry, call.unsure = None, False
                     if call.body:
