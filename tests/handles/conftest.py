@@ -1,0 +1,40 @@
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock import handles
+from penstock.broker.embedded import EmbeddedServer
+from penstock.handles.connection import Connected
+from tests.handles.site import INSTANCE, Site
+
+
+@pytest.fixture
+def site(redis_url: str) -> Iterator[Site]:
+    """An instance on the embedded server. What it left is erased, and nothing else may be left."""
+    site = Site(redis_url)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def any_site(broker_url: str) -> Iterator[Site]:
+    """An instance on each kind of broker in turn."""
+    site = Site(broker_url)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def durable() -> Iterator[EmbeddedServer]:
+    """A server of the test's own that has its data again after a restart."""
+    with tempfile.TemporaryDirectory() as parent, EmbeddedServer.start(data_dir=Path(parent) / "data") as server:
+        yield server
+
+
+@pytest.fixture
+def connected(site: Site) -> Iterator[Connected]:
+    """The thin door to `site`."""
+    with handles.connect(site.url, INSTANCE) as connected:
+        yield connected

@@ -1,0 +1,136 @@
+"""Backends to call: real workers on a real broker, in a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, TypeVar
+
+from penstock.broker.connection import Connection
+from penstock.broker.keys import Keys
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
+from penstock.workers import target
+from penstock.workers.runner import Runner
+from penstock.workers.worker import Worker
+
+T = TypeVar("T")
+
+INSTANCE = "default"
+CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
+
+
+class Site:
+    """One instance, with the endpoints and workers that a test asks for. Its methods may be called from any thread."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="site")
+        self._workers: list[tuple[Worker, Runner]] = []
+        self._numbers = itertools.count(1)
+        self._thread.start()
+        try:
+            self._connection = self._run(self._open())
+        except BaseException:
+            self._end()
+            raise
+        self._keys = Keys(INSTANCE)
+        self._registry = Registry(self._connection, self._keys)
+
+    def declare(self, name: str = "ask", *, tag: str = "model", **config: Any) -> None:
+        """Make an endpoint and its backend, without anybody to serve it."""
+        backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})
+        endpoint = EndpointRecord(name=name, traffic={tag: 1.0})
+        self._run(self._registry.change(lambda seen: Change({tag: backend}, {name: endpoint})))
+
+    def send_traffic(self, name: str, traffic: dict[str, float], shadows: dict[str, float] | None = None) -> None:
+        endpoint = EndpointRecord(name=name, traffic=traffic, shadows=shadows or {})
+        self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
+
+    def serve(self, function: Callable[..., Any], name: str = "ask", *, tag: str = "model", **config: Any) -> Worker:
+        """Make an endpoint, and a worker that runs ``function`` for it. It may close over what the test looks at."""
+        self.declare(name, tag=tag, **config)
+        return self._run(self._start(function, tag, {**CONFIG, **config}))
+
+    def stop_serving(self) -> None:
+        self._run(self._stop())
+
+    def depth(self, tag: str = "model") -> int:
+        """Return how many requests are unsettled."""
+        return self._run(self._count(tag))
+
+    def batch_depth(self, tag: str = "model") -> int:
+        """Return how many batch items are unsettled."""
+        return self._run(self._count(tag, batch=True))
+
+    def keys_left(self) -> set[str]:
+        """Return all keys but those of the registry, leases, signals, callers and streams."""
+        return self._run(self._scan())
+
+    def close(self) -> None:
+        try:
+            self._run(self._close())
+        finally:
+            self._end()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _open(self) -> Connection:
+        return await Connection(self.url, name="site").open()
+
+    async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Worker:
+        replica = f"{tag}#{next(self._numbers)}"
+        runner = Runner(tag, replica, target.dump(_AsItIs(function)), config)
+        await runner.start()
+        worker = Worker(self.url, INSTANCE, tag, replica, runner)
+        await worker.start()
+        self._workers.append((worker, runner))
+        return worker
+
+    async def _stop(self) -> None:
+        while self._workers:
+            worker, runner = self._workers.pop()
+            await worker.drain(5.0)
+            await worker.stop()
+            await runner.stop()
+
+    async def _count(self, tag: str, *, batch: bool = False) -> int:
+        return int(await self._connection.send("XLEN", (self._keys.batch if batch else self._keys.requests)(tag)))
+
+    async def _scan(self) -> set[str]:
+        _, found = await self._connection.send("SCAN", 0, "MATCH", self._keys.pattern, "COUNT", 100_000)
+        expected = (":requests", ":requests:batch", ":replies", ":signals")
+        names = {key.decode() for key in found}
+        return {n for n in names if "{registry}" not in n and ":alive:" not in n and not n.endswith(expected)}
+
+    async def _close(self) -> None:
+        await self._stop()
+        await self._registry.erase()
+        await self._connection.close()
+
+
+class _AsItIs:
+    """Code of a test, which reaches its runner with the events and lists that it closes over."""
+
+    functions: ClassVar[dict[int, Callable[..., Any]]] = {}
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.functions[id(function)] = function
+        self._key = id(function)
+
+    def __call__(self) -> None: ...
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _found, (self._key,)
+
+
+def _found(key: int) -> Callable[..., Any]:
+    return _AsItIs.functions[key]
