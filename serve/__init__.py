@@ -6,6 +6,7 @@ from ..workers.context import get_current_backend_tag, get_current_replica_tag
 from ..workers.request import Request
 from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions
+from .controller import ControllerActor as ControllerActor  # see there; not for users
 from .start import connect, start
 
 __all__ = [

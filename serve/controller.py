@@ -27,6 +27,7 @@ from ..handles.errors import BackendNotFound, to_wire
 from ..workers.replica import Replica as ReplicaActor
 from . import plan as planning
 from .config import BackendConfig, HTTPOptions
+from .copy import Copy
 from .fleet import Fleet
 from .plan import HTTP, Desired, State, Step
 from .proxy_actor import ProxyActor
@@ -57,6 +58,7 @@ class Controller:
         self._http_ready = asyncio.Event()
         self._http_error: PenstockError | None = None
         self._sight = Sight(self._replicas, self._proxies)
+        self._copy = Copy()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -66,12 +68,18 @@ class Controller:
             PenstockError: there is no such instance.
         """
         await self._connect()
-        settings = await self._begin()
+        await self._begin()
         complaint = ""
         while True:
             self._wake.clear()
             try:
-                settings = await Settings.read(self._registry) or settings
+                # In this order: where there are settings, what was read before them is whole, even if the broker loses
+                # its data in this moment. The watcher's snapshot may be from just after that.
+                snapshot = await self._registry.snapshot()
+                settings = await Settings.read(self._registry)
+                if settings is None:
+                    await self._copy.restore(self._registry)
+                    continue
                 if settings.stopping:
                     await self._stop(settings)
                     return
@@ -79,7 +87,8 @@ class Controller:
                     log.error("instance %r has another owner now: ending its actors here", self._instance)
                     await self._end_actors()
                     return
-                await self._bring_about(settings)
+                await self._copy.keep(self._registry, settings, snapshot)
+                await self._bring_about(settings, snapshot)
             except BrokerUnavailable as e:
                 log.warning("the controller waits for its broker: %s", e)
             except Exception as e:
@@ -109,9 +118,10 @@ class Controller:
                 await asyncio.sleep(_PASS_S)
             else:
                 self._watcher.add_listener(lambda _: self._wake.set())
+                self._connection.on_reconnect(self._look_again)
                 return
 
-    async def _begin(self) -> Settings:
+    async def _begin(self) -> None:
         while True:
             try:
                 settings = await Settings.read(self._registry)
@@ -119,10 +129,13 @@ class Controller:
                     raise PenstockError(f"there is no instance {self._instance!r}")
                 self._options = await settings.http_options(self._registry)
                 await self._sight.begin(self._registry)
-                return settings
+                return
             except BrokerUnavailable as e:
                 log.warning("the controller waits for its broker: %s", e)
                 await asyncio.sleep(_PASS_S)
+
+    async def _look_again(self) -> None:
+        self._wake.set()
 
     async def _sleep(self) -> None:
         waking = asyncio.ensure_future(self._wake.wait())
@@ -131,8 +144,8 @@ class Controller:
 
     # -- one pass
 
-    async def _bring_about(self, settings: Settings) -> None:
-        sight, snapshot = self._sight, self._watcher.snapshot
+    async def _bring_about(self, settings: Settings, snapshot: Snapshot) -> None:
+        sight = self._sight
         await sight.look(self._registry)
         desired = sight.desired(snapshot, settings)
         for step in planning.plan(desired, sight.seen()):
@@ -182,14 +195,14 @@ class Controller:
 
     async def _retire(self, tag: str) -> None:
         """Refuse what lies in the queue of a backend that is gone; and once more what late senders put there."""
-        error = BackendNotFound(tag, self._watcher.snapshot.backends)
+        error = BackendNotFound(tag, (await self._registry.snapshot()).backends)
         await retire(self._connection, self._keys, tag, error.status, to_wire(error))
         await self._registry.report("backends", tag, None)
         self._sight.statuses.pop(tag, None)
 
         async def again() -> None:
             await asyncio.sleep(_LAST_SENDERS_S)
-            if tag not in self._watcher.snapshot.backends:
+            if tag not in (await self._registry.snapshot()).backends:
                 await retire(self._connection, self._keys, tag, error.status, to_wire(error))
 
         task = asyncio.get_running_loop().create_task(again())
@@ -242,7 +255,7 @@ class Controller:
         await self._end_actors()
         if settings.stopping == "erase":
             error = PenstockError(f"the instance {self._instance!r} was shut down")
-            for tag in self._watcher.snapshot.backends:
+            for tag in (await self._registry.snapshot()).backends:
                 await retire(self._connection, self._keys, tag, 503, to_wire(error))
             await self._registry.erase()
             return
@@ -291,4 +304,8 @@ def _end_actor(run: asyncio.Task[None]) -> None:
     ray.kill(cast(Any, ray.get_runtime_context()).current_actor)
 
 
+# Whoever gets a handle to this actor imports its class, in a thread of Ray's, while the user's code may import
+# `penstock.serve` in another. Looked for there and not here, it is found under the one lock that both take: with the
+# locks of the module and of its package taken in different orders, Python lets one of them see half a module.
+ControllerActor.__module__ = "penstock.serve"
 Actor: Any = ray.remote(ControllerActor)

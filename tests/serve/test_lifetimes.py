@@ -16,10 +16,11 @@ from typing import Any, cast
 import pytest
 from httpx import Client as HTTPClient
 from redis import Redis
+from redis.exceptions import RedisError
 
 from penstock import serve
 from penstock.handles.errors import ConfigError, PenstockError
-from tests.serve.backends import SMALL, answering
+from tests.serve.backends import SMALL, answering, replicas
 from tests.waiting import wait_until
 
 StartClient = Callable[..., serve.Client]
@@ -92,6 +93,15 @@ def script(arguments: str, then: str = "", **environment: str) -> Generator[Scri
 def keys(url: str) -> list[bytes]:
     with Redis.from_url(url) as redis:
         return cast("list[bytes]", redis.keys("penstock:*"))
+
+
+def server_pid(url: str) -> int:
+    """The process of the server that answers there, 0 if none does."""
+    with Redis.from_url(url) as redis:
+        try:
+            return int(cast("dict[str, Any]", redis.info("server"))["process_id"])
+        except RedisError:
+            return 0
 
 
 @pytest.fixture
@@ -244,11 +254,31 @@ def test_an_embedded_server_that_dies_comes_back_with_its_data(cluster: str, tmp
         client.create_endpoint("e", backend="f")
         handle = client.get_handle("e")
         assert handle.remote().result(timeout=10) == "f"
-        with Redis.from_url(client.redis_url) as redis:
-            os.kill(int(redis.info("server")["process_id"]), signal.SIGKILL)
+        os.kill(server_pid(client.redis_url), signal.SIGKILL)
         assert handle.remote().result(timeout=20) == "f"
         client.create_backend("g", answering("g"), ray_actor_options=SMALL)
         client.shutdown()
+
+
+def test_one_that_keeps_nothing_is_told_anew_what_it_held(cluster: str) -> None:
+    with serve.start(http_options={"port": 0}) as client:
+        client.create_backend("f", answering("f"), ray_actor_options=SMALL)
+        client.create_endpoint("e", backend="f", route="/e")
+        before = replicas(client)
+        killed = server_pid(client.redis_url)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: server_pid(client.redis_url) not in (0, killed))
+        # Until it has been told, there are no endpoints.
+        wait_until(lambda: replicas(client) == before and _answers(client), timeout_s=20)
+        wait_until(lambda: client.list_endpoints().keys() == {"e"})
+        assert client.get_handle("e").remote().result(timeout=20) == "f"
+        client.update_backend_config("f", {"num_replicas": 2})
+        client.set_traffic("e", {"f": 1.0})
+
+
+def _answers(client: serve.Client) -> bool:
+    with HTTPClient() as http:
+        return http.get(f"{client.http_url}/e").text == "f"
 
 
 @pytest.mark.parametrize(
