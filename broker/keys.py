@@ -78,6 +78,19 @@ class Keys:
         """A short stream to all of a backend's replicas; see ``broker/signals.py``."""
         return f"{self._root}{{{backend}}}:signals"
 
+    def job(self, name: str) -> str:
+        """What is known of a named batch job."""
+        return f"{self._root}{{{self.job_caller(name)}}}:job"
+
+    def job_owner(self, name: str) -> str:
+        """The lease of the producer that works on a named batch job."""
+        return f"{self._root}{{{self.job_caller(name)}}}:owner"
+
+    @staticmethod
+    def job_caller(name: str) -> str:
+        """Whose replies a job's results are. No name of a backend holds a colon."""
+        return f"job:{name}"
+
     def replies(self, caller: str) -> str:
         return f"{self._root}{{{caller}}}:replies"
 

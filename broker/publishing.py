@@ -77,6 +77,25 @@ end
 return out
 """)
 
+# What of one caller is on the stream? KEYS: the stream. ARGV: the names of the fields that have the caller and the
+# request's id, then the caller. Answers with the id of each request and that of its entry in turn.
+_FIND_OF = Script("""#!lua flags=no-writes
+local out, from = {}, '-'
+while from do
+  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
+  for _, entry in ipairs(page) do
+    local fields, named = entry[2], {}
+    for f = 1, #fields, 2 do named[fields[f]] = fields[f + 1] end
+    if named[ARGV[1]] == ARGV[3] and named[ARGV[2]] then
+      out[#out + 1] = named[ARGV[2]]
+      out[#out + 1] = entry[1]
+    end
+  end
+  from = #page == 500 and '(' .. page[#page][1] or nil
+end
+return out
+""")
+
 _BATCH_BYTES = 512 * 1024
 """More than this in one script call would hold up the broker's other clients."""
 _BATCH_ARGS = 6_000
@@ -148,6 +167,13 @@ class Publisher:
             args += (id_, entry or b"")
         found = await self._connection.run_script(_FIND, [stream], args, repeat=True)
         return [entry or None for entry in found]
+
+    async def find_of(self, backend: str, caller: str, *, caller_field: bytes, id_field: bytes) -> dict[bytes, bytes]:
+        """Return what of a caller lies on a backend's batch stream: the entry's id by that of the request."""
+        found = await self._connection.run_script(
+            _FIND_OF, [self._keys.batch(backend)], [caller_field, id_field, caller], repeat=True
+        )
+        return dict(zip(found[::2], found[1::2], strict=True))
 
     def withdraw(self, backend: str, entry: bytes, *, batch: bool = False) -> None:
         """Take a request back: never started if it is still waiting, cancelled if a replica holds it and can.

@@ -37,7 +37,7 @@ class ReplyStream:
     """The reply stream of one caller: reads it, trims it, keeps it.
 
     ``on_reply`` gets the fields of each entry, in order, in the reader. ``on_loss`` is awaited when the stream turned
-    out to be gone, and replies with it: the caller was away for longer than `TTL_S`, or Redis lost its data.
+    out to be gone, and replies with it: the caller was away for longer than ``ttl_s``, or Redis lost its data.
     """
 
     def __init__(
@@ -47,8 +47,13 @@ class ReplyStream:
         caller: str,
         on_reply: Callable[[list[bytes]], None],
         on_loss: Callable[[], Awaitable[None]],
+        *,
+        ttl_s: float = TTL_S,
     ) -> None:
         self._commands, self._key = commands, keys.replies(caller)
+        self._ttl_ms = int(ttl_s * 1000)
+        self.place = b"0"
+        """Of the reply that is being handed over."""
         self._reads = Connection(commands.url, name="penstock-replies")
         self._on_reply, self._on_loss = on_reply, on_loss
         self._last: bytes = b"0"
@@ -61,12 +66,20 @@ class ReplyStream:
     async def open(self) -> None:
         """Create the stream and start reading. Raises `BrokerUnavailable`."""
         await self._reads.open()
-        await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
+        await self._commands.run_script(_KEEP, [self._key], [self._ttl_ms], repeat=True)
         self._read()
         self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="reply stream")
 
     async def close(self) -> None:
         """Stop reading and delete the stream."""
+        await self._end()
+        try:
+            if self._commands.connected:
+                await self._commands.send("UNLINK", self._key)
+        except (BrokerUnavailable, RedisError):
+            pass  # it lapses by itself
+
+    async def _end(self) -> None:
         self._closed = True
         for _, drained in self._draining:
             drained.cancel()
@@ -74,11 +87,6 @@ class ReplyStream:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
         await self._reads.close()
-        try:
-            if self._commands.connected:
-                await self._commands.send("UNLINK", self._key)
-        except (BrokerUnavailable, RedisError):
-            pass  # it lapses by itself
 
     def _read(self) -> None:
         # A read's continuation asks for the next: no task is woken between a reply's arrival and its caller's future.
@@ -98,7 +106,8 @@ class ReplyStream:
         if entries:
             self._last = entries[-1][0]
         self._read()
-        for _, fields in entries:
+        for place, fields in entries:
+            self.place = place
             try:
                 self._on_reply(fields)
             except Exception:
@@ -123,7 +132,7 @@ class ReplyStream:
 
     async def renew(self) -> None:
         """Put off the stream's expiry; if it has lapsed, make it anew and say so through ``on_loss``."""
-        was_there = await self._commands.run_script(_KEEP, [self._key], [int(TTL_S * 1000)], repeat=True)
+        was_there = await self._commands.run_script(_KEEP, [self._key], [self._ttl_ms], repeat=True)
         if not was_there:
             # A server that lost its data may count from a clock that is behind the one it had.
             self._last = self._trimmed = b"0"
@@ -151,9 +160,12 @@ class ReplyStream:
         # Five times a second, not at each reply: an exact trim costs the broker, and memory is bounded all the same.
         if self._last != self._trimmed:
             self._trimmed = self._last
-            time, _, sequence = self._last.decode().partition("-")
-            after = f"{time}-{int(sequence or 0) + 1}"
-            self._commands.post(_ignore, "XTRIM", self._key, "MINID", after, repeat=True)
+            self._delete_up_to(self._last)
+
+    def _delete_up_to(self, place: bytes) -> None:
+        time, _, sequence = place.decode().partition("-")
+        after = f"{time}-{int(sequence or 0) + 1}"
+        self._commands.post(_ignore, "XTRIM", self._key, "MINID", after, repeat=True)
 
 
 def _order(entry: bytes) -> tuple[int, int]:

@@ -1,7 +1,18 @@
 """Calling a backend from Python with nothing but a Redis URL: sync and asyncio handles, batch producers, errors."""
 
 from . import errors
+from .batch import Batch, BatchProducer
 from .connection import connect
 from .handle import AsyncServeHandle, ServeHandle
+from .producing import BatchItem, BatchResult
 
-__all__ = ["AsyncServeHandle", "ServeHandle", "connect", "errors"]
+__all__ = [
+    "AsyncServeHandle",
+    "Batch",
+    "BatchItem",
+    "BatchProducer",
+    "BatchResult",
+    "ServeHandle",
+    "connect",
+    "errors",
+]

@@ -13,13 +13,14 @@ import random
 import secrets
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, Union, cast
 
 from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
 from ..broker.errors import OutOfMemoryError, RedisError
+from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
@@ -153,13 +154,24 @@ class Caller:
     Only for the loop that opened it, and it ends with that loop. `get` shares one among all who ask in the same loop.
     """
 
-    def __init__(self, url: str, instance: str) -> None:
+    def __init__(self, url: str, instance: str, *, job: str | None = None, job_ttl_s: float = 0.0) -> None:
+        """``job`` is the name of a batch job, whose results are kept for ``job_ttl_s`` when this caller is gone."""
         self.url, self.keys = url, Keys(instance)
-        self.id = secrets.token_hex(6)
+        self.id = secrets.token_hex(6) if job is None else self.keys.job_caller(job)
         self._connection = Connection(url, name=f"penstock-caller-{self.id}")
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
-        self._replies = ReplyStream(self._connection, self.keys, self.id, self._on_reply, self._reconcile)
+        self.results: JobReplies | None = None
+        self.job: Job | None = None
+        if job is None:
+            self._replies = ReplyStream(self._connection, self.keys, self.id, self._on_reply, self._reconcile)
+        else:
+            self.results = self._replies = JobReplies(
+                self._connection, self.keys, job, self._on_reply, self._reconcile, ttl_s=job_ttl_s
+            )
+            self.job = Job(self._connection, self.keys, job, job_ttl_s)
+        self.on_stray: Callable[[str, Outcome], None] | None = None
+        """Hears, by the request's id, what else comes: results that a job's former producer has left."""
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._in_flight: dict[str, Call] = {}
         self._timed: dict[str, Call] = {}
@@ -242,7 +254,10 @@ class Caller:
             self._opening.cancel()
             await asyncio.wait([self._opening])
         for call in list(self._in_flight.values()):
-            self._give_up(call)
+            if self.results is None:
+                self._give_up(call)
+            else:  # what a job has on its stream outlives us
+                del self._in_flight[call.id]
             call.conclude(RequestCancelled(call.id))
         await self._shut()
 
@@ -279,6 +294,7 @@ class Caller:
         shard_key: str | None = None,
         timeout_s: float | None = None,
         batch: bool = False,
+        id_: str | None = None,
     ) -> Call:
         """Send a request to one of the endpoint's backends, by its traffic, and copies to its shadows.
 
@@ -293,9 +309,9 @@ class Caller:
         backend = None if tag is None else backends.get(tag)
         if backend is None:
             raise BackendNotFound(str(tag), backends)
-        call = self.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch)
+        call = self.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch, id_=id_)
         if endpoint.shadows:
-            self._shadow(endpoint, header, body)
+            self._shadow(endpoint, header, body, batch)
         return call
 
     def submit(
@@ -307,13 +323,18 @@ class Caller:
         *,
         timeout_s: float | None = None,
         batch: bool = False,
+        id_: str | None = None,
+        entry: bytes | None = None,
     ) -> Call:
         """Send a request to ``backend``; see `dispatch`. Never blocks.
+
+        With an ``id_``, which must be the caller's own, and an ``entry`` it lies on its stream already.
 
         Raises:
             TypeError: the header holds what JSON cannot.
         """
-        id_ = f"{self.id}-{next(self._numbers)}"
+        if id_ is None:
+            id_ = f"{self.id}-{next(self._numbers)}"
         now_ms = self._connection.now_ms()
         if timeout_s is not None:
             header.deadline_ms = int(now_ms + timeout_s * 1000)
@@ -334,9 +355,28 @@ class Caller:
             self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
         if large:
             call.body = body
+        if entry is not None:
+            call.entry = entry
+            return call
+        if large:
             self._put_body(call)
         self._publish(call, call.limit)
         return call
+
+    async def accepted_before(self, backends: Iterable[str]) -> dict[str, tuple[str, bytes]]:
+        """Return what lies on batch streams in this caller's name: backend and entry, by the request's id."""
+        found: dict[str, tuple[str, bytes]] = {}
+        for backend in backends:
+            names = {"caller_field": b"by", "id_field": b"id"}
+            for id_, entry in (await self._publisher.find_of(backend, self.id, **names)).items():
+                found[id_.decode()] = backend, entry
+        return found
+
+    async def drain(self) -> None:
+        """Return when all replies that have been written by now have been heard."""
+        await self._replies.drain()
+        if self._fetches:
+            await asyncio.wait(self._fetches)
 
     def withdraw(self, call: Call) -> bool:
         """Give a call up; see `Call.cancel`."""
@@ -377,7 +417,7 @@ class Caller:
         if call.body:
             self._connection.post(_ignore, "UNLINK", self.keys.body(call.backend, call.id), repeat=True)
 
-    def _shadow(self, endpoint: EndpointRecord, header: Header, body: bytes) -> None:
+    def _shadow(self, endpoint: EndpointRecord, header: Header, body: bytes, batch: bool) -> None:
         for tag, proportion in endpoint.shadows.items():
             backend = self.watcher.snapshot.backends.get(tag)
             if backend is None or random.random() >= proportion:
@@ -391,7 +431,8 @@ class Caller:
                 key = self.keys.body(tag, id_)
                 self._connection.post(_ignore, "SET", key, body, "PX", _SHADOW_BODY_TTL_MS, repeat=True)
                 then = partial(self._on_shadowed, key)
-            self._publisher.publish(tag, fields, backend.config.get("max_queued_requests", _MAX_QUEUED), then)
+            limit: int = backend.config.get("max_queued_requests", _MAX_QUEUED)
+            self._publisher.publish(tag, fields, batch_limit(limit) if batch else limit, then, batch=batch)
 
     def _on_shadowed(self, body: str, result: Published) -> None:
         if type(result) is not bytes:
@@ -438,34 +479,41 @@ class Caller:
                 self._finish(call, e)
             return
         call = self._in_flight.get(reply.id)
-        if call is None:
+        then: Callable[[Outcome], None]
+        if call is not None:
+            if call.answered:
+                return  # a second answer, while the body of the first is on its way
+            call.answered = reply.large
+            then = partial(self._finish, call)
+        elif self.on_stray is not None:
+            then = partial(self.on_stray, reply.id)
+        else:
             # Cancelled, too late, or a second answer after a take-over.
             if reply.large:
                 self._connection.post(_ignore, "UNLINK", self.keys.reply_body(self.id, reply.id), repeat=True)
-        elif call.answered:
-            pass  # a second answer, while the body of the first is on its way
-        elif reply.large:
-            call.answered = True
-            task = self._loop.create_task(self._fetch(call, reply))
+            return
+        if reply.large:
+            task = self._loop.create_task(self._fetch(reply, then))
             self._fetches.add(task)
             task.add_done_callback(self._fetches.discard)
         else:
-            self._finish(call, reply)
+            then(reply)
 
-    async def _fetch(self, call: Call, reply: Reply) -> None:
+    async def _fetch(self, reply: Reply, then: Callable[[Outcome], None]) -> None:
         key = self.keys.reply_body(self.id, reply.id)
         try:
             # Not GETDEL: it could not be repeated if the connection broke.
             body = await self._connection.send("GET", key, repeat=True, patient=True)
         except (BrokerUnavailable, RedisError) as e:
-            self._finish(call, self._unavailable(f"cannot fetch the body of a reply: {e}"))
+            then(self._unavailable(f"cannot fetch the body of a reply: {e}"))
             return
-        self._connection.post(_ignore, "UNLINK", key, repeat=True)
+        if self.results is None:  # else the job's next producer may need it
+            self._connection.post(_ignore, "UNLINK", key, repeat=True)
         if body is None:
-            self._finish(call, WireError(f"the body of the reply to {reply.id!r} has expired"))
+            then(WireError(f"the body of the reply to {reply.id!r} has expired"))
             return
         reply.body, reply.large = body, False
-        self._finish(call, reply)
+        then(reply)
 
     def _sweep(self) -> None:
         # One sweep for all deadlines instead of a timer for each request.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from . import background
+from .batch import JOB_TTL_S, BatchProducer
 from .caller import Caller
 from .errors import EndpointNotFound
 from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
@@ -62,6 +63,42 @@ class Connected:
             raise EndpointNotFound(endpoint, known)
         warn_of_the_other_face(sync)
         return handle
+
+    def batch(
+        self,
+        endpoint: str,
+        *,
+        window: int | None = None,
+        timeout_s: float | None = None,
+        method_name: str = "__call__",
+        shard_key: str | None = None,
+        job: str | None = None,
+        job_ttl_s: float = JOB_TTL_S,
+    ) -> BatchProducer:
+        """Return what sends any number of items through ``endpoint``, behind its interactive requests.
+
+        For the arguments see `BatchProducer`.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ConfigError: a value cannot be.
+            EndpointNotFound: there is none of that name.
+            BrokerUnavailable: Redis cannot be reached.
+        """
+        producer = BatchProducer(
+            self.redis_url,
+            endpoint,
+            instance=self.instance,
+            window=window,
+            timeout_s=timeout_s,
+            method_name=method_name,
+            shard_key=shard_key,
+            job=job,
+            job_ttl_s=job_ttl_s,
+        )
+        if endpoint not in (known := self.list_endpoints()):
+            raise EndpointNotFound(endpoint, known)
+        return producer
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Return ``{name: {"route", "methods", "traffic", "shadows"}}``. Raises `BrokerUnavailable`."""

@@ -20,6 +20,10 @@ SERVE = [
 
 HANDLES = [
     "AsyncServeHandle",
+    "Batch",
+    "BatchItem",
+    "BatchProducer",
+    "BatchResult",
     "ServeHandle",
     "connect",
     "errors",

@@ -501,8 +501,10 @@ class Worker:
             # Apart from each other, so that replicas do not all look in the same moment.
             pause_s = _LOOK_S * random.uniform(0.6, 1.0)
             waking = asyncio.ensure_future(self._wake.wait())
-            await asyncio.wait([waking], timeout=pause_s)
-            waking.cancel()
+            try:
+                await asyncio.wait([waking], timeout=pause_s)
+            finally:
+                waking.cancel()
 
     async def _nurse(self) -> None:
         """Run suspects one at a time and alone: then a second death convicts the one that caused it and nobody else."""

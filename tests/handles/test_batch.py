@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from penstock.handles import BatchItem, BatchProducer, BatchResult
 from penstock.handles.connection import Connected
@@ -230,10 +230,10 @@ async def test_what_iterating_over_the_items_raises_is_raised_in_asyncio_code(si
 def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(site: Site, connected: Connected) -> None:
     with pytest.raises(EndpointNotFound, match="nowhere"):
         connected.batch("nowhere")
-    taken: list[int] = []
+    items = iter(range(3))
     with pytest.raises(EndpointNotFound, match="nowhere"):
-        list(BatchProducer(site.url, "nowhere").map(taken.append(n) for n in range(3)))
-    assert taken == []
+        list(BatchProducer(site.url, "nowhere").map(items))
+    assert list(items) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -404,6 +404,7 @@ def _producer(url: str, items: int, output: Path) -> subprocess.Popen[str]:
     return process
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2_000)))
 def test_a_set_of_indices_is_a_set(indices: list[int]) -> None:
     bits, plain = Indices(), set[int]()
@@ -413,5 +414,3 @@ def test_a_set_of_indices_is_a_set(indices: list[int]) -> None:
     assert len(bits) == len(plain)
     assert all((index in bits) == (index in plain) for index in range(2_010))
     assert -1 not in bits
-    assert "1" not in bits
-

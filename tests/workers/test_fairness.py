@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from penstock.workers.fairness import Fairness
 
@@ -8,6 +8,7 @@ shares = st.floats(0.0, 1.0)
 rooms = st.lists(st.integers(1, 64), min_size=1, max_size=200)
 
 
+@settings(deadline=None)
 @given(shares, rooms)
 def test_under_constant_interactive_load_batch_items_get_their_share_and_no_more(
     share: float, rooms: list[int]
@@ -22,6 +23,7 @@ def test_under_constant_interactive_load_batch_items_get_their_share_and_no_more
         assert batch <= share * claimed + 1e-6
 
 
+@settings(deadline=None)
 @given(shares, st.lists(st.tuples(st.integers(1, 64), st.integers(0, 64)), max_size=100))
 def test_what_nobody_else_wanted_is_not_held_against_batch_items(share: float, claims: list[tuple[int, int]]) -> None:
     """Whatever went before, the next stretch of constant interactive load begins with no debt of theirs."""
@@ -37,6 +39,7 @@ def test_what_nobody_else_wanted_is_not_held_against_batch_items(share: float, c
     assert batch > share * claimed - 1 - 1e-6
 
 
+@settings(deadline=None)
 @given(shares, rooms)
 def test_nothing_is_owed_to_those_who_were_not_there(share: float, rooms: list[int]) -> None:
     fairness = Fairness(share)
@@ -45,6 +48,7 @@ def test_nothing_is_owed_to_those_who_were_not_there(share: float, rooms: list[i
     assert fairness == Fairness(share)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 1e6), shares, st.integers(0, 1_000))
 def test_no_more_is_owed_than_there_is_room_for(credit: float, share: float, room: int) -> None:
     assert 0 <= Fairness(share, credit).owed(room) <= room

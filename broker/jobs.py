@@ -1,0 +1,155 @@
+"""Batch jobs that outlive their producer: whose they are, and the stream of their results.
+
+A job's results are replies to a caller that has the job's name, so replicas know nothing of jobs. Its stream is kept
+and not trimmed when the producer goes, until it expires: the next producer reads it from the beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+import orjson
+from redis.exceptions import RedisError
+
+from .connection import Connection, Script
+from .errors import BrokerUnavailable, ConfigError, WireError
+from .keys import Keys
+from .replies import ReplyStream
+
+log = logging.getLogger(__name__)
+
+_LEASE_MS = 3_000
+_RENEW_S = 0.5
+_POLL_S = 0.05
+
+# KEYS: owner. ARGV: who, milliseconds. Takes the lease if nobody has it or it is ours already.
+_OWN = Script("""#!lua flags=allow-oom
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+""")
+
+_DISOWN = Script("""#!lua flags=allow-oom
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+""")
+
+# KEYS: the job's record. ARGV: what it is to be, milliseconds. Answers what it is.
+_RECORD = Script("""#!lua flags=allow-oom
+if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return redis.call('GET', KEYS[1])
+""")
+
+
+class Job:
+    """A named job, for the one producer that works on it, from `take` to `leave`."""
+
+    def __init__(self, connection: Connection, keys: Keys, name: str, ttl_s: float) -> None:
+        self._connection, self._keys, self._name = connection, keys, name
+        self._ttl_ms = int(ttl_s * 1000)
+        self._token = secrets.token_hex(8)
+        self._keeper: asyncio.Task[None] | None = None
+        self.lost = False
+        """Somebody else works on it now, as this process did not come to renew its lease."""
+
+    async def take(self) -> None:
+        """Work on the job alone. A producer that died had a lease, and this waits until that has lapsed.
+
+        Raises:
+            ConfigError: a producer that lives works on it.
+        """
+        lowest_ms: int | None = None
+        while not await self._own():
+            # A lease that is renewed has somebody who renews it.
+            left_ms: int = await self._connection.send("PTTL", self._keys.job_owner(self._name), repeat=True)
+            if lowest_ms is not None and left_ms > lowest_ms:
+                raise ConfigError(f"another producer is at work on the job {self._name!r}")
+            lowest_ms = left_ms
+            await asyncio.sleep(_POLL_S)
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name=f"job {self._name}")
+
+    async def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write down what the job is, if it is new; return what it is."""
+        raw = await self._connection.run_script(
+            _RECORD, [self._keys.job(self._name)], [orjson.dumps(record), self._ttl_ms], repeat=True
+        )
+        found = orjson.loads(raw)
+        if type(found) is not dict:
+            raise WireError(f"the record of the job {self._name!r} must be a JSON object")
+        return cast("dict[str, Any]", found)
+
+    async def leave(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        try:
+            if self._connection.connected:
+                await self._connection.run_script(_DISOWN, [self._keys.job_owner(self._name)], [self._token])
+        except (BrokerUnavailable, RedisError):
+            pass  # it lapses by itself
+
+    async def _own(self) -> bool:
+        owner = [self._keys.job_owner(self._name)]
+        return bool(await self._connection.run_script(_OWN, owner, [self._token, _LEASE_MS], repeat=True))
+
+    async def _keep(self) -> None:
+        expiry_in = 0
+        while not self.lost:
+            await asyncio.sleep(_RENEW_S)
+            try:
+                self.lost = not await self._own()
+                if expiry_in == 0:
+                    await self._connection.send("PEXPIRE", self._keys.job(self._name), self._ttl_ms, repeat=True)
+                    expiry_in = 10
+                expiry_in -= 1
+            except (BrokerUnavailable, RedisError) as e:
+                log.debug("cannot renew the lease of the job %s: %s", self._name, e)
+
+
+class JobReplies(ReplyStream):
+    """The results of a job: read from the first on, kept for ``ttl_s`` after their reader is gone."""
+
+    def __init__(
+        self,
+        commands: Connection,
+        keys: Keys,
+        job: str,
+        on_reply: Callable[[list[bytes]], None],
+        on_loss: Callable[[], Awaitable[None]],
+        *,
+        ttl_s: float,
+    ) -> None:
+        super().__init__(commands, keys, keys.job_caller(job), on_reply, on_loss, ttl_s=ttl_s)
+        self._paused = self._waiting = False
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._waiting and not self._closed:
+            self._waiting = False
+            self._read()
+
+    def forget(self, place: bytes) -> None:
+        """Delete what lies on the stream up to ``place``."""
+        self._delete_up_to(place)
+
+    async def close(self) -> None:
+        """Stop reading."""
+        await self._end()
+
+    def _read(self) -> None:
+        if self._paused:
+            self._waiting = True
+        else:
+            super()._read()
+
+    def _trim(self) -> None:
+        """Who reads does not decide what may go."""

@@ -1,0 +1,467 @@
+"""A batch on its way: a bounded window of items in flight, refusals tried again, results as they come.
+
+This is the core of both faces of `BatchProducer`, in the loop of its caller. It asks for items when it has room for
+them, so that memory stays flat however many there are, and whoever holds the items decides how to iterate over them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from ..broker.wire import Header, Reply
+from .caller import Call, Caller, Outcome
+from .codec import dump_json, encode
+from .errors import (
+    BrokerUnavailable,
+    ConfigError,
+    EndpointNotFound,
+    Overloaded,
+    PenstockError,
+    RequestTimeout,
+)
+from .options import Options
+from .results import value_of
+
+log = logging.getLogger(__name__)
+
+_LEAST_WINDOW = 1_000
+_MOST_BYTES = 64 * 1024 * 1024
+"""Of bodies in flight: the window is smaller where items are large."""
+_CHUNK = 128
+_PATIENCE_S = 60.0
+_FOLLOW_S = 10.0
+_MAX_QUEUED = 10_000
+_CONCURRENCY = 16
+"""What a replica is taken to run at a time where nothing says how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One item with options of its own; None is what the producer has."""
+
+    data: Any
+    """What the backend reads as ``request.data``."""
+    query: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """JSON values, which the backend reads as ``request.query_params``."""
+    method_name: str | None = None
+    shard_key: str | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What became of one item."""
+
+    index: int
+    """Of the item, counted from 0."""
+    value: Any = None
+    error: Exception | None = None
+    """Why there is no value: what a handle's future would raise."""
+
+    def get(self) -> Any:
+        """Return the value, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Indices(Container[int]):
+    """A set of indices that takes a bit for each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+        self._count = 0
+
+    def add(self, index: int) -> None:
+        if index in self:
+            return
+        byte = index >> 3
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1 - len(self._bits)))
+        self._bits[byte] |= 1 << (index & 7)
+        self._count += 1
+
+    def __contains__(self, index: object) -> bool:
+        if not isinstance(index, int) or index < 0:
+            return False
+        byte = index >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] >> (index & 7) & 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class _Sent:
+    """An item until its result."""
+
+    __slots__ = ("backend", "body", "call", "codec", "ends", "index", "options", "query", "timeout_s")
+
+    def __init__(
+        self, index: int, options: Options, query: dict[str, Any], codec: str, body: bytes, ends: float | None
+    ) -> None:
+        self.index, self.options, self.query, self.codec, self.body = index, options, query, codec, body
+        self.ends, self.timeout_s = ends, options.timeout_s
+        self.backend: str | None = None
+        self.call: Call | None = None
+
+
+class Production:
+    """One batch, from `open` to `close`.
+
+    ``on_results`` is called when `results` has some again, ``on_want`` with a number of items that there is room for;
+    `feed` answers that. Items whose index is in ``skip`` are passed over, and so are results of theirs.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        endpoint: str,
+        options: Options,
+        window: int | None,
+        *,
+        skip: Container[int],
+        in_order: bool,
+        on_results: Callable[[], None],
+        on_want: Callable[[int], None],
+    ) -> None:
+        self._caller, self._endpoint, self._options = caller, endpoint, options
+        self._window = window or 0
+        self._skip, self._in_order = skip, in_order
+        self._on_results, self._on_want = on_results, on_want
+        self._loop = asyncio.get_running_loop()
+        self.results: deque[BatchResult] = deque()
+        self.failure: BaseException | None = None
+        """Why the batch cannot go on."""
+        self._next = 0
+        self._exhausted = False
+        self._wanting = self._begun = False
+        self._in_flight: dict[int, _Sent] = {}
+        self._bytes = 0
+        self._refused: deque[_Sent] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+        self._unreachable_since: float | None = None
+        self._unyielded = 0
+        self._seen = Indices()
+        """Of a job: what has a result."""
+        self._accepted: dict[int, tuple[str, bytes]] = {}
+        """Of a job: what a former producer has put on a batch stream."""
+        self._places: dict[int, bytes] = {}
+        self._forgettable = b""
+        self._paused = False
+        if caller.results is not None:
+            caller.on_stray = self._on_stray
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to come any more."""
+        return self._exhausted and not self._in_flight
+
+    async def open(self) -> None:
+        """Find the endpoint, and what a former producer of the job has left; then ask for items.
+
+        Raises:
+            EndpointNotFound: there is no such endpoint.
+            ConfigError: the job has another producer, or is another endpoint's.
+            BrokerUnavailable: Redis cannot be reached.
+        """
+        endpoint = self._caller.snapshot.endpoints.get(self._endpoint)
+        if endpoint is None:
+            # What we follow may be a moment behind.
+            seen = await self._caller.registry.snapshot()
+            if (endpoint := seen.endpoints.get(self._endpoint)) is None:
+                raise EndpointNotFound(self._endpoint, seen.endpoints)
+            await self._caller.watcher.wait_for(seen.version, _FOLLOW_S)
+        if not self._window:
+            self._window = await self._default_window(endpoint.traffic)
+        if self._caller.job is not None:
+            await self._caller.job.take()
+            record = await self._caller.job.describe({"endpoint": self._endpoint})
+            if record.get("endpoint") != self._endpoint:
+                raise ConfigError(
+                    f"there is a job of that name already, for the endpoint {record.get('endpoint')!r} "
+                    f"and not {self._endpoint!r}"
+                )
+            # In this order: what was settled since we looked has its result among those that we then wait for.
+            accepted = await self._caller.accepted_before(self._caller.snapshot.backends)
+            self._accepted = {_index_of(id_): where for id_, where in accepted.items()}
+            await self._caller.drain()
+        self._begun = True
+        self._ask()
+
+    async def close(self) -> None:
+        """Give up what is in flight. What a job has on its streams stays there."""
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._caller.job is not None:
+            self._caller.on_stray = None
+            self._in_flight.clear()
+            await self._caller.job.leave()
+            await self._caller.close()
+            return
+        for sent in self._in_flight.values():
+            if sent.call is not None:
+                sent.call.cancel()
+        self._in_flight.clear()
+
+    async def _default_window(self, tags: Iterable[str]) -> int:
+        """Return four times what the replicas can hold at once, but no more than half of what queues may."""
+        backends = self._caller.snapshot.backends
+        replicas = await self._caller.registry.reports("replicas")
+        held = most = 0
+        for tag in tags:
+            if (backend := backends.get(tag)) is None:
+                continue
+            config = backend.config
+            ready = sum(report.get("backend") == tag for report in replicas.values())
+            size: int = config.get("max_batch_size") or 0
+            at_once: int = config.get("max_concurrent_queries") or (2 if size else _CONCURRENCY)
+            held += max(1, ready) * at_once * max(1, size)
+            most += config.get("max_queued_requests", _MAX_QUEUED) // 2
+        return max(1, min(max(_LEAST_WINDOW, 4 * held), most))
+
+    # -- items
+
+    def feed(self, items: Iterable[Any], *, last: bool = False) -> None:
+        """Take what was asked for, or less; ``last`` if there are no more."""
+        self._wanting = False
+        for item in items:
+            index = self._next
+            self._next += 1
+            if index in self._skip or index in self._seen:
+                continue
+            self._submit(index, item)
+        if last:
+            self._exhausted = True
+            self._on_results()
+        else:
+            self._ask()
+
+    def took(self, results: Sequence[BatchResult]) -> None:
+        """Hear that these are somebody else's now."""
+        self._unyielded -= len(results)
+        if self._places:
+            for result in results:
+                self._places.pop(result.index, None)
+        if self._paused and self._caller.results is not None and self._unyielded < self._window:
+            self._paused = False
+            self._caller.results.resume()
+        self._ask()
+
+    def fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            self._on_results()
+
+    def forget_results(self) -> None:
+        """Delete the job's results that have been taken: whoever took them has them safe."""
+        results = self._caller.results
+        if results is None:
+            return
+        if self._places:
+            # What is still to be taken may lie anywhere: only what is before all of it may go.
+            oldest = min(self._places.values(), key=_order)
+            number, _, sequence = oldest.partition(b"-")
+            if int(sequence) > 0:
+                results.forget(b"%s-%d" % (number, int(sequence) - 1))
+            elif int(number) > 0:
+                results.forget(b"%d-%d" % (int(number) - 1, 2**64 - 2))
+        elif self._forgettable:
+            results.forget(self._forgettable)
+
+    def _ask(self) -> None:
+        if self._wanting or self._exhausted or not self._begun or self._refused or self.failure is not None:
+            return
+        room = self._window - len(self._in_flight) - self._unyielded
+        if self._bytes > _MOST_BYTES:
+            return
+        # A few at a time cost as much as many.
+        if room >= min(_CHUNK, max(1, self._window // 4)):
+            self._wanting = True
+            self._on_want(min(room, _CHUNK))
+
+    def _submit(self, index: int, item: Any) -> None:
+        try:
+            sent = self._written(index, item)
+        except Exception as e:  # whatever the value's own methods raise
+            self._deliver(index, BatchResult(index, error=e))
+            return
+        self._in_flight[index] = sent
+        self._bytes += len(sent.body)
+        self._send(sent)
+
+    def _written(self, index: int, item: Any) -> _Sent:
+        options, query = self._options, dict[str, Any]()
+        if isinstance(item, BatchItem):
+            own = {"method_name": item.method_name, "shard_key": item.shard_key, "timeout_s": item.timeout_s}
+            if changes := {name: value for name, value in own.items() if value is not None}:
+                options = options.with_(changes)
+            if item.query:
+                query = orjson.loads(dump_json(dict(item.query)))
+            item = item.data
+        try:
+            codec, body = encode(item)
+        except TypeError:
+            if not self._takes_pickle():
+                raise
+            codec, body = encode(item, allow_pickle=True)
+        ends = None if options.timeout_s is None else self._loop.time() + options.timeout_s
+        return _Sent(index, options, query, codec, body, ends)
+
+    def _takes_pickle(self) -> bool:
+        snapshot = self._caller.snapshot
+        endpoint = snapshot.endpoints.get(self._endpoint)
+        backends = [snapshot.backends.get(tag) for tag in (endpoint.traffic if endpoint else ())]
+        return bool(backends) and all(backend and backend.config.get("allow_pickle") for backend in backends)
+
+    def _send(self, sent: _Sent) -> None:
+        options = sent.options
+        header = Header(
+            endpoint=self._endpoint,
+            method=options.http_method.upper(),
+            query=sent.query,
+            headers=[(name.lower(), value) for name, value in options.http_headers.items()],
+            codec=sent.codec,
+            call=options.method_name,
+        )
+        timeout_s = None
+        if sent.ends is not None and (timeout_s := sent.ends - self._loop.time()) <= 0:
+            self._hear(sent, RequestTimeout(f"endpoint {self._endpoint!r}", options.timeout_s or 0.0))
+            return
+
+        def then(outcome: Outcome) -> None:
+            self._hear(sent, outcome)
+
+        id_ = None if self._caller.job is None else f"{self._caller.id}-{sent.index}"
+        snapshot = self._caller.snapshot
+        try:
+            if sent.index in self._accepted:
+                tag, entry = self._accepted.pop(sent.index)
+                if tag in snapshot.backends:
+                    sent.call = self._caller.submit(
+                        snapshot.backends[tag],
+                        header,
+                        sent.body,
+                        then,
+                        timeout_s=timeout_s,
+                        batch=True,
+                        id_=id_,
+                        entry=entry,
+                    )
+                    return
+            if sent.backend is not None and sent.backend in snapshot.backends:
+                # Refused before: shadows have had their copies.
+                sent.call = self._caller.submit(
+                    snapshot.backends[sent.backend], header, sent.body, then, timeout_s=timeout_s, batch=True, id_=id_
+                )
+                return
+            endpoint = snapshot.endpoints.get(self._endpoint)
+            if endpoint is None:
+                raise EndpointNotFound(self._endpoint, snapshot.endpoints)
+            sent.call = self._caller.dispatch(
+                endpoint,
+                header,
+                sent.body,
+                then,
+                shard_key=options.shard_key,
+                timeout_s=timeout_s,
+                batch=True,
+                id_=id_,
+            )
+            sent.backend = sent.call.backend
+        except (PenstockError, TypeError) as e:
+            self._hear(sent, e)
+
+    # -- results
+
+    def _hear(self, sent: _Sent, outcome: Outcome) -> None:
+        if self._in_flight.get(sent.index) is not sent:
+            return
+        if isinstance(outcome, Reply):
+            self._unreachable_since = None
+            self._conclude(sent, _read(sent.index, outcome))
+            if self._refused:  # one place is free
+                self._send(self._refused.popleft())
+        elif isinstance(outcome, Overloaded):
+            self._unreachable_since = None
+            self._try_again(sent, outcome.retry_after_s)
+        elif isinstance(outcome, BrokerUnavailable) and not self._caller.closed:
+            now = self._loop.time()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+            if now - self._unreachable_since > _PATIENCE_S:
+                self.fail(outcome)
+            else:
+                self._try_again(sent, outcome.retry_after_s)
+        elif isinstance(outcome, Exception):
+            self._conclude(sent, BatchResult(sent.index, error=outcome))
+        else:
+            self.fail(outcome)
+
+    def _conclude(self, sent: _Sent, result: BatchResult) -> None:
+        self._deliver(sent.index, result)
+
+    def _try_again(self, sent: _Sent, after_s: float) -> None:
+        self._refused.append(sent)
+        if self._retry is None:
+            self._retry = self._loop.call_later(after_s, self._retry_refused)
+
+    def _retry_refused(self) -> None:
+        self._retry = None
+        refused, self._refused = self._refused, deque()
+        for sent in refused:
+            self._send(sent)
+        self._ask()
+
+    def _on_stray(self, request: str, outcome: Outcome) -> None:
+        """Take a result that a former producer was to have."""
+        if (index := _index_of(request)) < 0:
+            return
+        if isinstance(outcome, Reply):
+            self._deliver(index, _read(index, outcome))
+        else:
+            log.warning("a result of the job is lost, and its item is sent again: %s", outcome)
+
+    def _deliver(self, index: int, result: BatchResult) -> None:
+        results = self._caller.results
+        if results is not None:
+            self._accepted.pop(index, None)
+            if index in self._skip or index in self._seen:
+                return
+            self._seen.add(index)
+            self._places[index] = self._forgettable = results.place
+        self._unyielded += 1
+        # In this order, as another thread may look on: what is no longer in flight is among the results.
+        self.results.append(result)
+        if (sent := self._in_flight.pop(index, None)) is not None:
+            self._bytes -= len(sent.body)
+            sent.call = None  # they hold each other, and there are many
+        if len(self.results) == 1 or self.over:
+            self._on_results()
+        # In order, the next one may be behind all that has come.
+        if results is not None and not self._in_order and not self._paused and self._unyielded > 2 * self._window > 0:
+            self._paused = True
+            results.pause()
+
+
+def _read(index: int, reply: Reply) -> BatchResult:
+    try:
+        return BatchResult(index, value_of(reply))
+    except Exception as e:
+        return BatchResult(index, error=e)
+
+
+def _index_of(request: str) -> int:
+    index = request.rpartition("-")[2]
+    return int(index) if index.isdecimal() else -1
+
+
+def _order(place: bytes) -> tuple[int, int]:
+    number, _, sequence = place.partition(b"-")
+    return int(number), int(sequence or 0)
