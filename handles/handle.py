@@ -20,6 +20,7 @@ from . import background
 from .caller import Call, Caller, Outcome
 from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
+from .object_refs import object_ref
 from .options import Options
 from .results import value_of
 
@@ -64,6 +65,7 @@ class _Handle:
         http_method: str = _UNSET,
         http_headers: Mapping[str, str] = _UNSET,
         timeout_s: float | None = _UNSET,
+        return_type: str = _UNSET,
     ) -> _HandleT:
         """Return a handle to the same endpoint with other options; those that are not named stay as they are.
 
@@ -74,6 +76,8 @@ class _Handle:
             http_method: what ``request.method`` says; ``"GET"`` unless set.
             http_headers: what ``request.headers`` holds; empty unless set.
             timeout_s: seconds until a request expires, counted from ``remote``; None, the default, is never.
+            return_type: ``"future"``, the default, or ``"object_ref"``: ``remote`` then gives a ``ray.ObjectRef`` that
+                ``ray.get``, ``ray.wait`` and ``await`` take. Needs Ray, and costs each request a call of Ray's.
 
         Raises:
             TypeError: an option is of the wrong type.
@@ -85,9 +89,17 @@ class _Handle:
             "http_method": http_method,
             "http_headers": http_headers,
             "timeout_s": timeout_s,
+            "return_type": return_type,
         }
         changes = {name: value for name, value in given.items() if value is not _UNSET}
         return type(self)(self._url, self._instance, self._endpoint, self._options.with_(changes), self._missing_ok)
+
+    def _object_ref(self, body: tuple[Any, ...], query: dict[str, Any]) -> Any:
+        """Let an actor make the call, through an asyncio handle of the same options."""
+        self._write(body, query)  # what cannot travel is refused here, not there
+        options = self._options.with_({"return_type": "future"})
+        caller = AsyncServeHandle(self._url, self._instance, self._endpoint, options, self._missing_ok)
+        return object_ref(caller.remote, body, query)
 
     def _write(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Written:
         """Encode a call in the thread that makes it, so that what cannot travel is refused on the spot."""
@@ -208,6 +220,8 @@ class AsyncServeHandle(_Handle):
         The future raises `BackendError` if the backend's code raised, `RequestTimeout` if ``timeout_s`` passed,
         `DeliveryLimitExceeded` if every replica that took the request died. Cancelling it cancels the request.
         """
+        if self._options.return_type == "object_ref":
+            return self._object_ref(body, query)
         written = self._write(body, query)
         caller = Caller.shared(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
@@ -251,6 +265,8 @@ class ServeHandle(_Handle):
 
         The future raises what ``AsyncServeHandle.remote`` and its future raise. Cancelling it cancels the request.
         """
+        if self._options.return_type == "object_ref":
+            return self._object_ref(body, query)
         written = self._write(body, query)
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         _outbox().put(partial(self._start, written, future))

@@ -13,6 +13,7 @@ _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """A token of RFC 9110, section 5.6.2."""
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 _LONGEST_S = 1e9
+RETURN_TYPES = ("future", "object_ref")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +25,14 @@ class Options:
     http_method: str = "GET"
     http_headers: Mapping[str, str] = field(default_factory=dict[str, str])
     timeout_s: float | None = None
+    return_type: str = "future"
 
     def __post_init__(self) -> None:
         _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
+        if not isinstance(cast(object, self.return_type), str):
+            raise TypeError(f"return_type must be a str, not {type(self.return_type).__name__}")
+        if self.return_type not in RETURN_TYPES:
+            raise ConfigError(f"return_type must be one of {', '.join(RETURN_TYPES)}, not {self.return_type!r}")
         # A copy, as the caller may change theirs.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 
