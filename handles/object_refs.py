@@ -1,8 +1,8 @@
 """Answers as Ray object references, for those who gather them with ``ray.get`` and ``ray.wait``.
 
 A reference is to what a task of Ray's returns, so an actor on this node makes the calls: one for each process, started
-by its first call and ended with it. It costs each request a call of that actor; futures cost none. This is the only part
-of ``handles`` that needs Ray, and loads it when it is first asked for.
+by its first call and ended with it. It costs each request a call of that actor; futures cost none. This is the only
+part of ``handles`` that needs Ray, and loads it when it is first asked for.
 """
 
 from __future__ import annotations
