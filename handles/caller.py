@@ -19,6 +19,7 @@ from typing import Any, Union, cast
 
 from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
+from ..broker.dead import DeadQueue
 from ..broker.errors import OutOfMemoryError, RedisError
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
@@ -371,6 +372,9 @@ class Caller:
             for id_, entry in (await self._publisher.find_of(backend, self.id, **names)).items():
                 found[id_.decode()] = backend, entry
         return found
+
+    def dead_queue(self, backend: str) -> DeadQueue:
+        return DeadQueue(self._connection, self.keys, backend)
 
     async def drain(self) -> None:
         """Return when all replies that have been written by now have been heard."""

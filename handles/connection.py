@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+from ..broker.keys import check_name
 from . import background
 from .batch import JOB_TTL_S, BatchProducer
 from .caller import Caller
+from .dead_letters import DeadLetters
 from .errors import EndpointNotFound
 from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
 
@@ -99,6 +101,14 @@ class Connected:
         if endpoint not in (known := self.list_endpoints()):
             raise EndpointNotFound(endpoint, known)
         return producer
+
+    def dead_letters(self, tag: str) -> DeadLetters:
+        """Return the requests of a backend that nobody could serve.
+
+        Raises:
+            TypeError, ConfigError: ``tag`` cannot be that of a backend.
+        """
+        return DeadLetters(self.redis_url, self.instance, check_name("a backend", tag))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Return ``{name: {"route", "methods", "traffic", "shadows"}}``. Raises `BrokerUnavailable`."""

@@ -1,0 +1,99 @@
+"""The dead letters of a backend, for sync code that looks at them and decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from ..broker.dead import DeadLetter, DeadQueue
+from ..broker.keys import Keys
+from . import background
+from .caller import Caller, batch_limit
+from .errors import BackendNotFound, ConfigError, Overloaded, PenstockError
+
+T = TypeVar("T")
+
+_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_MAX_QUEUED = 10_000
+
+
+class DeadLetters:
+    """The requests of a backend that nobody could serve. Made by ``dead_letters(tag)`` of a client or a thin door."""
+
+    def __init__(self, redis_url: str, instance: str, tag: str) -> None:
+        self._url, self._keys, self.tag = redis_url, Keys(instance), tag
+
+    def __len__(self) -> int:
+        return background.run(self._with_queue(lambda queue: queue.count()))
+
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Iterate over them as they are now, oldest first. Raises `BrokerUnavailable`."""
+
+        async def all_(queue: DeadQueue) -> list[DeadLetter]:
+            return [letter async for letter in queue.letters()]
+
+        return iter(background.run(self._with_queue(all_)))
+
+    def get(self, id_: str) -> DeadLetter:
+        """Return one of them.
+
+        Raises:
+            TypeError, ConfigError: ``id_`` is no id of a dead letter.
+            PenstockError: there is none of that id.
+        """
+        letter = background.run(self._with_queue(lambda queue: queue.get(_checked(id_))))
+        if letter is None:
+            raise self._none(id_)
+        return letter
+
+    def body(self, letter: DeadLetter) -> bytes | None:
+        """Return the body of its request; None if it has expired or cannot be read."""
+        return background.run(self._with_queue(lambda queue: queue.body(letter)))
+
+    def drop(self, id_: str) -> None:
+        """Delete one of them. Raises as `get` does."""
+        if not background.run(self._with_queue(lambda queue: queue.drop(_checked(id_)))):
+            raise self._none(id_)
+
+    def replay(self, id_: str) -> None:
+        """Queue its request again, behind interactive ones and without a deadline; it is no dead letter any more.
+
+        Its caller has been told of its end: nobody waits for an answer now, unless it is an item of a batch job.
+
+        Raises:
+            TypeError, ConfigError, PenstockError: see `get`; or its body has expired.
+            WireError: it cannot be read.
+            BackendNotFound: the backend is no more.
+            Overloaded: the backend's queue is full.
+        """
+        background.run(self._replay(_checked(id_)))
+
+    async def _replay(self, id_: str) -> None:
+        caller = await Caller.get(self._url, self._keys.instance)
+        snapshot = await caller.registry.snapshot()
+        if self.tag not in snapshot.backends:
+            raise BackendNotFound(self.tag, snapshot.backends)
+        limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", _MAX_QUEUED))
+        queue = caller.dead_queue(self.tag)
+        letter = await queue.get(id_)
+        answer = None if letter is None else await queue.replay(letter, limit)
+        if answer is None:
+            raise self._none(id_)
+        if isinstance(answer, int):
+            raise Overloaded(self.tag, answer, limit)
+
+    async def _with_queue(self, work: Callable[[DeadQueue], Coroutine[Any, Any, T]]) -> T:
+        caller = await Caller.get(self._url, self._keys.instance)
+        return await work(caller.dead_queue(self.tag))
+
+    def _none(self, id_: str) -> PenstockError:
+        return PenstockError(f"backend {self.tag!r} has no dead letter {id_!r}")
+
+
+def _checked(id_: object) -> str:
+    if not isinstance(id_, str):
+        raise TypeError(f"a dead letter's id must be a str, not {type(id_).__name__}")
+    if _ID.fullmatch(id_) is None:
+        raise ConfigError(f"{id_!r} is no id of a dead letter, such as '1700000000000-0'")
+    return id_
