@@ -14,21 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..broker.load import Load
 from .config import AutoscalingConfig
 
 _BUSY = 0.8
 _MEMORY_S = 1.0
 """How far back the average of what is in progress reaches."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What the broker counts for one backend."""
-
-    unsettled: int
-    """Requests waiting and running."""
-    in_progress: int
-    """Those of them that replicas hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +41,7 @@ class Standing:
 def decide(config: AutoscalingConfig, concurrency: int, standing: Standing, load: Load, now_s: float) -> Standing:
     """Return the standing after ``load`` was seen at ``now_s``, a time that never runs backwards.
 
-    ``concurrency`` is how many requests one replica runs at a time. A restarted controller begins with
+    ``concurrency`` is how many requests one replica holds at a time. A restarted controller begins with
     ``Standing(replicas=...)`` of what runs: it forgets how long it has waited, and nothing else.
     """
     elapsed_s = max(0.0, now_s - standing.at_s)

@@ -31,6 +31,7 @@ from .copy import Copy
 from .fleet import Fleet
 from .plan import HTTP, Desired, State, Step
 from .proxy_actor import ProxyActor
+from .scaler import Scaler
 from .settings import Settings
 from .sight import Sight
 
@@ -58,6 +59,7 @@ class Controller:
         self._http_ready = asyncio.Event()
         self._http_error: PenstockError | None = None
         self._sight = Sight(self._replicas, self._proxies)
+        self._scaler = Scaler()
         self._copy = Copy()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -147,7 +149,9 @@ class Controller:
     async def _bring_about(self, settings: Settings, snapshot: Snapshot) -> None:
         sight = self._sight
         await sight.look(self._registry)
-        desired = sight.desired(snapshot, settings)
+        desired = await self._scaler.scaled(
+            sight.desired(snapshot, settings), snapshot, self._connection, self._keys, sight.statuses, sight.said()
+        )
         for step in planning.plan(desired, sight.seen()):
             await self._act(step, snapshot)
         self._check_health(snapshot)

@@ -47,6 +47,7 @@ class Sight:
         self._failing: dict[Version, dict[str, Any]] = {}
         self._failures: dict[Version, Failures] = {}
         self._proxy_failures: dict[str, Failures] = {}
+        self._noted: set[Member] = set()
         self._counted: set[Member] = set()
 
     async def begin(self, registry: Registry) -> None:
@@ -87,12 +88,17 @@ class Sight:
                 grace_s=config.graceful_shutdown_timeout_s,
                 asks=self._asks.setdefault((tag, record.version), asked(record.actor_options)),
             )
+        self._forget_versions({backend.key for backend in backends.values()})
         alive = [node.id for node in self.nodes]
         where = {"HeadOnly": [node for node in alive if node == settings.node], "EveryNode": alive, "NoServer": []}
         options = settings.http
         nodes = tuple(where[options["location"]])
         http = HTTP(nodes=nodes, per_node=options["proxies_per_node"], port=options["port"])
         return Desired(backends=backends, http=http)
+
+    def said(self) -> dict[str, Report]:
+        """Return what replicas say of themselves."""
+        return {name: self._reports[name] for name in self._replicas.members if name in self._reports}
 
     def seen(self) -> Seen:
         """Return what there is."""
@@ -123,6 +129,7 @@ class Sight:
         self._reports[name] = report
 
     def forget(self, fleet: Fleet, name: str) -> None:
+        self._noted.discard(fleet.members[name])
         self._counted.discard(fleet.members[name])
         self._reports.pop(name, None)
         fleet.forget(name)
@@ -154,10 +161,20 @@ class Sight:
     def _version_of(self, replica: str) -> Version:
         return self.backend_of(replica), str(self._reports.get(replica, {}).get("version", ""))
 
+    def _forget_versions(self, desired: set[Version]) -> None:
+        """Keep what is known of versions that are wanted or still there."""
+        kept = desired | {self._version_of(name) for name in self._replicas.members}
+        tables: tuple[dict[Version, Any], ...] = (self._asks, self._failing, self._failures)
+        for table in tables:
+            for version in table.keys() - kept:
+                del table[version]
+        self._proven &= kept
+
     def _take_note(self, now_s: float) -> None:
         for name, member in self._replicas.members.items():
             version = self._version_of(name)
-            if member.ready:
+            if member.ready and member not in self._noted:
+                self._noted.add(member)
                 self._proven.add(version)
                 self._failing.pop(version, None)
             elif (error := self._new_failure(member)) is not None:

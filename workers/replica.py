@@ -113,7 +113,7 @@ class Serving:
             raise
         self._worker = await self._claiming(self._runner)
         self._config_version = record.config_version
-        self._say(state="ready", config_version=record.config_version)
+        self._say(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
         self._watcher.add_listener(self._on_change)
         self._on_change(self._watcher.snapshot)
 
@@ -172,7 +172,8 @@ class Serving:
                 self._say(error=to_wire(e), refused=record.config_version)
             else:
                 self._config_version = record.config_version
-                self._say(config_version=record.config_version, error=None, refused=None)
+                capacity = self._worker.capacity
+                self._say(config_version=record.config_version, error=None, refused=None, capacity=capacity)
 
     def _newer(self) -> BackendRecord | None:
         record = self._watcher.snapshot.backends.get(self._backend)

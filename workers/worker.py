@@ -104,6 +104,11 @@ class Worker:
         self.largest_batch = 0
 
     @property
+    def capacity(self) -> int:
+        """How many requests run here at a time when all of it is busy."""
+        return self._concurrency * max(1, self._batch_size)
+
+    @property
     def in_progress(self) -> int:
         return len(self._held)
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from penstock.serve.autoscaling import Load, Standing, decide
+from penstock.broker.load import Load
+from penstock.serve.autoscaling import Standing, decide
 from penstock.serve.config import AutoscalingConfig
 
 _TICK_S = 0.5

@@ -1,0 +1,58 @@
+"""How many replicas backends with an ``autoscaling_config`` should have, looked at in every pass of the controller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..broker.connection import Connection
+from ..broker.keys import Keys
+from ..broker.load import load_of
+from ..broker.registry import Snapshot
+from .autoscaling import Standing, decide
+from .config import BackendConfig
+from .plan import Desired
+
+Report = Mapping[str, Any]
+
+
+class Scaler:
+    """Remembers how long each backend's load has called for another number of replicas, and nothing else."""
+
+    def __init__(self) -> None:
+        self._standings: dict[str, Standing] = {}
+
+    async def scaled(
+        self,
+        desired: Desired,
+        snapshot: Snapshot,
+        connection: Connection,
+        keys: Keys,
+        statuses: Mapping[str, Report],
+        replicas: Mapping[str, Report],
+    ) -> Desired:
+        """Return ``desired`` with as many replicas as the load calls for.
+
+        ``statuses`` are what was reported of the backends last, ``replicas`` what replicas say of themselves. Raises
+        `BrokerUnavailable`.
+        """
+        backends = dict(desired.backends)
+        for tag, backend in desired.backends.items():
+            config = BackendConfig.stored(snapshot.backends[tag].config)
+            if config.autoscaling_config is None:
+                self._standings.pop(tag, None)
+                continue
+            standing = self._standings.get(tag)
+            if standing is None:
+                # A controller that was restarted goes on from where the one before it was.
+                standing = Standing(replicas=statuses.get(tag, {}).get("wanted", backend.replicas))
+            load = await load_of(connection, keys, tag)
+            capacity = max((said.get("capacity", 1) for said in replicas.values() if said["backend"] == tag), default=1)
+            standing = decide(config.autoscaling_config, capacity, standing, load, time.monotonic())
+            self._standings[tag] = standing
+            backends[tag] = replace(backend, replicas=standing.replicas)
+        for tag in self._standings.keys() - backends.keys():
+            del self._standings[tag]
+        return replace(desired, backends=backends)

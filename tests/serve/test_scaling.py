@@ -1,0 +1,67 @@
+"""Autoscaling, on real replicas."""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from penstock import serve
+from tests.serve.backends import SMALL, replicas
+from tests.serve.test_controller import kill_controller
+from tests.waiting import wait_until
+
+
+class Busy:
+    """Keeps a replica busy for a tenth of a second."""
+
+    async def __call__(self, request: serve.Request) -> int:
+        await asyncio.sleep(0.1)
+        return os.getpid()
+
+
+def create(client: serve.Client, **autoscaling: Any) -> serve.ServeHandle:
+    config = {
+        "max_concurrent_queries": 1,
+        "autoscaling_config": {"max_replicas": 4, "target_queue_per_replica": 4.0, **autoscaling},
+    }
+    client.create_backend("f", Busy, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("f", backend="f")
+    return client.get_handle("f")
+
+
+def test_a_backlog_gets_more_replicas_and_a_lull_fewer(client: serve.Client) -> None:
+    handle = create(client, downscale_delay_s=2.0)
+    assert len(replicas(client)) == 1
+    futures = [handle.remote(n) for n in range(150)]
+    asked = time.monotonic()
+    wait_until(lambda: client.status()["backends"]["f"]["wanted"] == 4)
+    assert time.monotonic() - asked < 2.0
+    pids = {future.result(60) for future in futures}
+    assert len(pids) > 1
+    wait_until(lambda: len(replicas(client)) == 1, 30)
+    assert handle.remote(1).result(10)
+
+
+def test_a_backend_at_rest_has_no_replica_and_the_next_request_wakes_it(client: serve.Client) -> None:
+    handle = create(client, min_replicas=0, downscale_delay_s=0.5)
+    wait_until(lambda: not replicas(client), 30)
+    assert client.status()["backends"]["f"]["wanted"] == 0
+    futures = [handle.remote(n) for n in range(10)]
+    assert all(future.result(60) for future in futures)
+
+
+def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client) -> None:
+    handle = create(client, min_replicas=0, downscale_delay_s=0.5)
+    wait_until(lambda: not replicas(client), 30)
+    kill_controller()
+    futures = [handle.remote(n) for n in range(10)]
+    assert all(future.result(60) for future in futures)
+
+
+def test_the_bounds_can_be_changed_while_it_serves(client: serve.Client) -> None:
+    handle = create(client, downscale_delay_s=0.5)
+    client.update_backend_config("f", {"autoscaling_config": {"min_replicas": 2, "max_replicas": 3}})
+    wait_until(lambda: len(replicas(client)) == 2, 30)
+    client.update_backend_config("f", {"autoscaling_config": None, "num_replicas": 1})
+    wait_until(lambda: len(replicas(client)) == 1, 30)
+    assert handle.remote(1).result(10)
