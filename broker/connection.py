@@ -268,35 +268,45 @@ class Connection:
     # -- connecting and reading
 
     async def _run(self) -> None:
-        backoff_s = _BACKOFF_S[0]
         try:
-            while not self._closed:
-                try:
-                    reader = await self._connect()
-                    backoff_s = _BACKOFF_S[0]
-                    await self._read(reader)
-                except hiredis.ProtocolError as e:
-                    self._reason = f"it does not speak Redis's protocol: {e}"
-                except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
-                    self._reason = str(e) or type(e).__name__
-                    if _turned_away(e) and self._first is not None and not self._first.done():
-                        return  # waiting does not mend a password
-                except Exception as e:
-                    log.exception("the connection to the broker failed in a way of its own")
-                    self._reason = f"{type(e).__name__}: {e}"
-                if self._writer is not None:
-                    log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
-                self._lose()
-                await self._disconnect()
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
-                backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
-        finally:
+            await self._stay_connected()
+        except GeneratorExit:
+            raise  # the loop is gone, and cannot wait for a farewell
+        except BaseException:
             # Also where nobody called `close`: `asyncio.run` cancels what is left at its end.
-            self._closed = True
-            self._lose(final=True)
-            if self._first is not None and not self._first.done():
-                self._first.set_exception(self._unavailable())
-            await self._disconnect(wait=True)
+            await self._end()
+            raise
+        await self._end()
+
+    async def _end(self) -> None:
+        self._closed = True
+        self._lose(final=True)
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(self._unavailable())
+        await self._disconnect(wait=True)
+
+    async def _stay_connected(self) -> None:
+        backoff_s = _BACKOFF_S[0]
+        while not self._closed:
+            try:
+                reader = await self._connect()
+                backoff_s = _BACKOFF_S[0]
+                await self._read(reader)
+            except hiredis.ProtocolError as e:
+                self._reason = f"it does not speak Redis's protocol: {e}"
+            except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
+                self._reason = str(e) or type(e).__name__
+                if _turned_away(e) and self._first is not None and not self._first.done():
+                    return  # waiting does not mend a password
+            except Exception as e:
+                log.exception("the connection to the broker failed in a way of its own")
+                self._reason = f"{type(e).__name__}: {e}"
+            if self._writer is not None:
+                log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
+            self._lose()
+            await self._disconnect()
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
+            backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
 
     async def _connect(self) -> asyncio.StreamReader:
         await _within(_CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]

@@ -98,6 +98,12 @@ redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version)
 return version
 """)
 
+# Leaves nothing for a watcher to see, and lets it look. KEYS: as above.
+_CLEAR = Script("""#!lua flags=allow-oom
+redis.call('DEL', KEYS[2], KEYS[3])
+redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
+""")
+
 # A lease: taken if nobody has it or it is ours already. KEYS: owner. ARGV: who, milliseconds.
 _OWN = Script("""#!lua flags=allow-oom
 local holder = redis.call('GET', KEYS[1])
@@ -216,7 +222,9 @@ class Registry:
         await self._connection.send("DEL", self._keys.alive(backend, replica), repeat=True)
 
     async def erase(self) -> None:
-        """Delete every key of the instance."""
+        """Delete every key of the instance, after telling all watchers that nothing is left."""
+        keys = [self._keys.version, self._keys.backends, self._keys.endpoints, self._keys.feed]
+        await self._connection.run_script(_CLEAR, keys, [], repeat=True)
         cursor: bytes | int = 0
         while True:
             cursor, found = await self._connection.send(
@@ -232,15 +240,15 @@ class Watcher:
     """A snapshot that follows the registry, at most a moment behind it.
 
     It reads the change feed with a blocking read on a connection of its own, and takes a whole snapshot whenever
-    something was appended and after each break of the connection, so that it does not matter what it missed.
+    something was appended, after each break of the connection, and every `BLOCK_MS` anyhow, so that it does not matter
+    what it missed.
     """
 
     def __init__(self, url: str, registry: Registry, keys: Keys) -> None:
         self.snapshot = Snapshot()
         self._registry, self._keys = registry, keys
         self._feed = Connection(url, name="penstock-watcher")
-        self._feed.on_reconnect(self._doubt)
-        self._stale = False
+        self._feed.on_reconnect(self.refresh)
         self._task: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._changed = asyncio.Event()
@@ -249,7 +257,7 @@ class Watcher:
         """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`."""
         await self._feed.open()
         place = await self._place()
-        await self._refresh()
+        await self.refresh()
         self._task = asyncio.get_running_loop().create_task(self._follow(place), name="registry watcher")
 
     async def close(self) -> None:
@@ -284,34 +292,24 @@ class Watcher:
         last = await self._feed.send("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1, repeat=True)
         return cast(bytes, last[0][0]) if last else b"0"
 
-    async def _doubt(self) -> None:
-        self._stale = True
-        await self._refresh()
-
     async def _follow(self, place: bytes) -> None:
         while True:
             try:
-                if self._stale:
-                    await self._refresh()
-                reply = await self._feed.send(
-                    "XREAD", "COUNT", 100, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, place
-                )
-                if reply:
-                    place = reply[0][1][-1][0]
-                    self._stale = True
+                await self._feed.send("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, place)
+                # Whatever that said: a feed that began anew can have ids that are not after the last. The place comes
+                # before the snapshot, so that nothing falls between them.
+                place = await self._place()
+                await self.refresh()
             except BrokerUnavailable:
-                # The connection comes back by itself. A Redis that lost its data starts its ids anew, but by the clock,
-                # so that they are after ours.
-                self._stale = True
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # the connection comes back by itself
             except Exception:  # or nobody would follow any more
                 log.exception("cannot read the registry")
                 await asyncio.sleep(1.0)
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Look at once, for who knows of a change before it was heard of. Raises `BrokerUnavailable`."""
         fresh = await self._registry.snapshot()
-        self._stale = False
-        if fresh.version == self.snapshot.version:
+        if fresh == self.snapshot:  # not by the version alone: an instance that was erased begins again
             return
         self.snapshot = fresh
         changed, self._changed = self._changed, asyncio.Event()

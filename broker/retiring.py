@@ -18,7 +18,7 @@ _PAGE = 500
 
 
 async def retire(connection: Connection, keys: Keys, backend: str, status: int, error: Mapping[str, Any]) -> int:
-    """Answer every request of ``backend`` with ``error``, and delete all that it has in the broker, dead letters included.
+    """Answer every request of ``backend`` with ``error``, and delete all that it has in the broker, dead letters too.
 
     No replica of it may run any more, and nobody may publish to it. Returns how many callers were told.
     """

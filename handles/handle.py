@@ -135,6 +135,12 @@ class _Handle:
             call=options.method_name,
         )
 
+    async def _connect(self) -> Caller:
+        caller = await Caller.get(self._url, self._instance)
+        if self._endpoint not in caller.snapshot.endpoints:
+            await caller.watcher.refresh()  # it may be a moment behind
+        return caller
+
     async def _reach(self, timeout_s: float | None) -> tuple[Caller, EndpointRecord, float | None]:
         """Connect if need be, and find the endpoint, waiting for it if it may be missing.
 
@@ -143,7 +149,7 @@ class _Handle:
         loop = asyncio.get_running_loop()
         ends = loop.time() + (_MISSING_OK_S if timeout_s is None else timeout_s)
         try:
-            caller = await asyncio.wait_for(Caller.get(self._url, self._instance), timeout_s)
+            caller = await asyncio.wait_for(self._connect(), timeout_s)
         except asyncio.TimeoutError:
             assert timeout_s is not None
             raise RequestTimeout(f"the broker of endpoint {self._endpoint!r}", timeout_s) from None

@@ -297,6 +297,26 @@ async def test_a_watcher_sees_that_the_server_has_lost_everything(
     await wait_until_async(lambda: watcher.snapshot == Snapshot())
 
 
+async def test_a_watcher_hears_of_the_end_of_its_instance_and_of_the_next_one(
+    registry: Registry, watch: Watching, broker_url: str
+) -> None:
+    """Also where the next one is at the same version by then."""
+    watcher = await watch(broker_url, registry)
+    assert await registry.change(lambda seen: adding(backend("first"))) == 1
+    await wait_until_async(lambda: set(watcher.snapshot.backends) == {"first"})
+    await registry.erase()
+    await wait_until_async(lambda: not watcher.snapshot.backends)
+    assert await registry.change(lambda seen: adding(backend("second"))) == 1
+    await wait_until_async(lambda: set(watcher.snapshot.backends) == {"second"})
+
+
+async def test_a_watcher_can_be_asked_to_look_at_once(registry: Registry, watch: Watching, broker_url: str) -> None:
+    watcher = await watch(broker_url, registry)
+    await registry.change(lambda seen: adding(backend("model")))
+    await watcher.refresh()
+    assert set(watcher.snapshot.backends) == {"model"}
+
+
 async def test_a_watcher_outlives_a_record_that_it_cannot_read(
     registry: Registry, watch: Watching, broker_url: str, commands: Connection, keys: Keys
 ) -> None:

@@ -75,6 +75,13 @@ class Site:
         finally:
             self._end()
 
+    def abandon(self) -> None:
+        """Close it although its broker is gone."""
+        try:
+            self._run(self._connection.close())
+        finally:
+            self._end()
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
