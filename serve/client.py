@@ -9,20 +9,20 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from secrets import token_hex
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar
 
 from ..broker.errors import PenstockError
 from ..broker.keys import check_name
 from ..broker.registry import BackendRecord, EndpointRecord
 from ..handles import background
-from ..handles.errors import EndpointNotFound
-from ..handles.handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
+from ..handles.connection import Connected
 from ..proxy.routing import check_route
 from ..workers.accept_batch import accepts_batch
 from ..workers.target import dump
 from . import changes, validation
 from .config import BackendConfig
 from .instance import Instance
+from .status import Status
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ Target = Callable[..., Any] | str
 """What can be deployed: a function, a class, or where to import either."""
 
 
-class Client:
-    """One instance: its backends, its endpoints, its end.
+class Client(Connected):
+    """One instance: its backends, its endpoints, its handles, its end.
 
     ``serve.start`` and ``serve.connect`` make it. Its methods block, and may be called from any thread. Those that
     change something return when the change serves; when they raise, they have changed nothing.
@@ -42,22 +42,18 @@ class Client:
     """
 
     def __init__(
-        self, instance: Instance, http_url: str | None, *, started: ExitStack | None = None, owns: bool, keep: bool
+        self, core: Instance, http_url: str | None, *, started: ExitStack | None = None, owns: bool, keep: bool
     ) -> None:
         """``started`` undoes what ``start`` did. Who ``owns`` the instance ends it, and may ``keep`` its keys."""
-        self._instance = instance
+        super().__init__(core.redis_url, core.name)
+        self._core = core
         self._http_url = http_url
         self._started = started or ExitStack()
         self._owns, self._keep = owns, keep
         self._closed = False
         self._closing = threading.Lock()
         if owns:
-            atexit.register(self._close)
-
-    @property
-    def redis_url(self) -> str:
-        """Where the instance's Redis is; that of the embedded server too."""
-        return self._instance.redis_url
+            atexit.register(self.close)
 
     @property
     def http_url(self) -> str | None:
@@ -66,7 +62,7 @@ class Client:
 
     def __repr__(self) -> str:
         closed = ", shut down" if self._closed else ""
-        return f"Client({self._instance.name!r}, redis_url={self.redis_url!r}, http_url={self.http_url!r}{closed})"
+        return f"Client({self.instance!r}, redis_url={self.redis_url!r}, http_url={self.http_url!r}{closed})"
 
     # -- backends
 
@@ -74,7 +70,6 @@ class Client:
         self,
         tag: str,
         func_or_class: Target,
-        /,
         *init_args: Any,
         config: BackendConfig | Mapping[str, Any] | None = None,
         ray_actor_options: Mapping[str, Any] | None = None,
@@ -116,13 +111,12 @@ class Client:
             accepts_batch=_may_take_batches(func_or_class),
         )
         blob = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
-        self._run(self._instance.add_backend(record, blob))
+        self._run(self._core.add_backend(record, blob))
 
     def update_backend(
         self,
         tag: str,
         func_or_class: Target,
-        /,
         *init_args: Any,
         config: BackendConfig | Mapping[str, Any] | None = None,
         ray_actor_options: Mapping[str, Any] | None = None,
@@ -167,7 +161,7 @@ class Client:
             )
 
         blob = _checked_code(func_or_class, init_args, init_kwargs, BackendConfig(), version)
-        self._run(self._instance.update_backend(tag, update, blob))
+        self._run(self._core.update_backend(tag, update, blob))
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change how a backend runs; return when all its replicas do so, and there are as many as are wanted.
@@ -189,16 +183,16 @@ class Client:
             validation.check_batch_size(merged, f"the code of {tag!r}", takes_batch=old.accepts_batch)
             return replace(old, config=merged.model_dump())
 
-        self._run(self._instance.update_backend(tag, update))
+        self._run(self._core.update_backend(tag, update))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """Return how a backend runs. Raises `BackendNotFound`."""
         validation.check_tag(tag)
-        return BackendConfig.stored(changes.backend_of(self._run(self._instance.snapshot()), tag).config)
+        return BackendConfig.stored(changes.backend_of(self._run(self._core.snapshot()), tag).config)
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """Return every backend's configuration, by tag."""
-        seen = self._run(self._instance.snapshot())
+        seen = self._run(self._core.snapshot())
         return {tag: BackendConfig.stored(record.config) for tag, record in seen.backends.items()}
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
@@ -215,7 +209,7 @@ class Client:
             ConfigError: an endpoint sends or shadows to it.
         """
         validation.check_tag(tag)
-        self._run(self._instance.remove_backend(tag, drain=not force))
+        self._run(self._core.remove_backend(tag, drain=not force))
 
     # -- endpoints
 
@@ -245,25 +239,17 @@ class Client:
             methods=validation.check_methods(methods),
             traffic={backend: 1.0},
         )
-        self._run(self._instance.change(lambda seen: changes.add_endpoint(seen, new)))
+        self._run(self._core.change(lambda seen: changes.add_endpoint(seen, new)))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Return ``{name: {"route", "methods", "traffic", "shadows"}}``."""
-        seen = self._run(self._instance.snapshot())
-        return {
-            name: {
-                "route": endpoint.route,
-                "methods": list(endpoint.methods),
-                "traffic": dict(endpoint.traffic),
-                "shadows": dict(endpoint.shadows),
-            }
-            for name, endpoint in seen.endpoints.items()
-        }
+        self._check_open()
+        return super().list_endpoints()
 
     def delete_endpoint(self, name: str) -> None:
         """Delete an endpoint; return when no proxy serves its route. Its backends stay. Raises `EndpointNotFound`."""
         check_name("an endpoint", name)
-        self._run(self._instance.change(lambda seen: changes.remove_endpoint(seen, name)))
+        self._run(self._core.change(lambda seen: changes.remove_endpoint(seen, name)))
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Share out an endpoint's requests among backends; return when every proxy does so.
@@ -280,7 +266,7 @@ class Client:
             TypeError: an argument is of the wrong type.
         """
         check_name("an endpoint", endpoint)
-        self._run(self._instance.change(lambda seen: changes.set_traffic(seen, endpoint, traffic)))
+        self._run(self._core.change(lambda seen: changes.set_traffic(seen, endpoint, traffic)))
 
     def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
         """Copy a part of an endpoint's requests to a backend; return when every proxy does so.
@@ -301,49 +287,13 @@ class Client:
         check_name("an endpoint", endpoint)
         validation.check_tag(tag)
         share = validation.check_proportion(proportion)
-        self._run(self._instance.change(lambda seen: changes.set_shadow(seen, endpoint, tag, share)))
-
-    @overload
-    def get_handle(self, endpoint: str, *, sync: Literal[True] = True, missing_ok: bool = False) -> ServeHandle: ...
-    @overload
-    def get_handle(self, endpoint: str, *, sync: Literal[False], missing_ok: bool = False) -> AsyncServeHandle: ...
-    @overload
-    def get_handle(self, endpoint: str, *, sync: bool, missing_ok: bool = False) -> ServeHandle | AsyncServeHandle: ...
-
-    def get_handle(
-        self, endpoint: str, *, sync: bool = True, missing_ok: bool = False
-    ) -> ServeHandle | AsyncServeHandle:
-        """Return a handle to call an endpoint with. It can be pickled, and used in processes without Ray.
-
-        Args:
-            endpoint: its name.
-            sync: True for a handle whose futures are ``concurrent.futures.Future``; False for one to await. Each
-                warns when it is asked for in the other's place.
-            missing_ok: True for an endpoint that may be created later: a call waits for it until its deadline, 30 s
-                without one.
-
-        Raises:
-            EndpointNotFound: there is no such endpoint, and ``missing_ok`` is False.
-            TypeError: ``endpoint`` is not a ``str``.
-        """
-        kind = ServeHandle if sync else AsyncServeHandle
-        handle = kind(self.redis_url, self._instance.name, endpoint, None, missing_ok)
-        known = self._run(self._instance.snapshot()).endpoints
-        if not missing_ok and endpoint not in known:
-            raise EndpointNotFound(endpoint, known)
-        warn_of_the_other_face(sync)
-        return handle
+        self._run(self._core.change(lambda seen: changes.set_shadow(seen, endpoint, tag, share)))
 
     # -- the whole
 
-    def status(self) -> dict[str, Any]:
-        """Return how the instance is doing: ``{"backends": {tag: …}, "proxies": {name: …}}``.
-
-        Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is
-        ``failing`` (the error of the last replica that could not start) or ``lacking`` (in the cluster), or None;
-        how many requests are ``queued`` (unsettled, waiting or running) and how many are ``dead_letters``.
-        """
-        return self._run(self._instance.status())
+    def status(self) -> Status:
+        """Return how the instance is doing: see `Status`. Printed, it is a table."""
+        return self._run(self._core.status())
 
     def shutdown(self) -> None:
         """End the instance: all its processes, and every key that it has in Redis. A second time does nothing.
@@ -352,33 +302,43 @@ class Client:
         server, and a Ray that was not running before. The files of a ``data_dir`` stay, with nothing of the instance
         in them.
         """
-        self._close(end=True, keep=False)
+        self._disconnect(end=True, erase=True)
+
+    def close(self) -> None:
+        """End what ``serve.start`` has started, unless that is detached; disconnect in any case.
+
+        So ends a ``with`` statement, and the script. It is `shutdown`, but for an instance with a ``data_dir``, which
+        can be resumed.
+        """
+        self._disconnect(end=self._owns, erase=not self._keep)
 
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._close()
-
-    def _close(self, end: bool | None = None, keep: bool | None = None) -> None:
-        """Disconnect, and end the instance if it is ours to end."""
+    def _disconnect(self, *, end: bool, erase: bool) -> None:
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        atexit.unregister(self._close)
+        atexit.unregister(self.close)
         with self._started:
             try:
-                if self._owns if end is None else end:
-                    background.run(self._instance.end(erase=not (self._keep if keep is None else keep)))
+                if end:
+                    background.run(self._core.end(erase=erase))
             finally:
-                background.run(self._instance.close())
+                background.run(self._core.close())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
+        try:
+            self._check_open()
+        except PenstockError:
             coroutine.close()
-            raise PenstockError(f"this client of the instance {self._instance.name!r} was shut down")
+            raise
         return background.run(coroutine)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PenstockError(f"this client of the instance {self.instance!r} was shut down")
 
 
 def _may_take_batches(func_or_class: object) -> bool:

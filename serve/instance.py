@@ -6,6 +6,7 @@ This is the async core of `Client`. It needs no Ray: what a change comes to, the
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -14,12 +15,14 @@ from typing import Any
 from ..broker.connection import Connection, shown_url
 from ..broker.errors import ConfigError, PenstockError
 from ..broker.keys import Keys
+from ..broker.load import load_of
 from ..broker.registry import BackendRecord, Change, Registry, Snapshot
 from ..handles.caller import Caller
 from ..handles.errors import from_wire
 from . import changes
 from .config import BackendConfig
 from .settings import Settings
+from .status import Status, explained
 
 _POLL_S = 0.02
 _ALIVE_S = 1.0
@@ -28,6 +31,13 @@ _GONE_S = 5.0
 _LIVE_S = 30.0
 """A proxy that is well follows the registry within a second; one that has not after this long is not well."""
 _STOP_S = 60.0
+_LONG_S = 30.0
+_STILL_STARTING = (
+    "backend %r is still starting after %g s: %d of %d replicas are ready. Their constructors may take long, or others "
+    "hold the resources that they wait for; `ray status` tells"
+)
+
+log = logging.getLogger(__name__)
 
 
 class Instance:
@@ -84,7 +94,8 @@ class Instance:
             await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
             await self._until(self._has_stopped, f"instance {self.name!r} did not end", _STOP_S)
         # What the handles of this process share, so that they do not look for a broker that may end now.
-        await (await Caller.get(self.redis_url, self.name)).close()
+        if (caller := Caller.shared(self.redis_url, self.name)) is not None:
+            await caller.close()
         if erase:
             await self.registry.erase()
 
@@ -155,8 +166,10 @@ class Instance:
             ConfigError: the cluster does not have what it asks for.
             PenstockError: somebody else changed it meanwhile.
         """
+        started_s, patient = time.monotonic(), True
 
         async def has_come_about() -> bool:
+            nonlocal patient
             status = (await self.registry.reports("backends")).get(record.tag, {})
             if (status.get("version"), status.get("config_version")) == (record.version, record.config_version):
                 if status["came_about"]:
@@ -165,9 +178,11 @@ class Instance:
                     raise from_wire(status["failing"])
                 if status["lacking"]:
                     raise ConfigError(f"backend {record.tag!r}: {status['lacking']}")
-                return False
-            if (await self.snapshot()).backends.get(record.tag) != record:
+            elif (await self.snapshot()).backends.get(record.tag) != record:
                 raise PenstockError(f"the backend {record.tag!r} was changed or deleted by somebody else meanwhile")
+            if patient and time.monotonic() - started_s > _LONG_S:
+                patient = False
+                log.warning(_STILL_STARTING, record.tag, _LONG_S, status.get("ready", 0), status.get("wanted", 0))
             return False
 
         await self._until(has_come_about, f"backend {record.tag!r} did not come about")
@@ -190,22 +205,24 @@ class Instance:
 
     async def queued(self, tag: str) -> int:
         """Return how many requests of a backend are unsettled: waiting or running."""
-        requests = self._connection.send("XLEN", self._keys.requests(tag), repeat=True)
-        batch = self._connection.send("XLEN", self._keys.batch(tag), repeat=True)
-        return int(await requests) + int(await batch)
+        return (await load_of(self._connection, self._keys, tag)).unsettled
 
-    async def status(self) -> dict[str, Any]:
-        backends = await self.registry.reports("backends")
-        return {
-            "backends": {
-                tag: {
-                    **report,
-                    "queued": await self.queued(tag),
-                    "dead_letters": int(await self._connection.send("XLEN", self._keys.dead(tag), repeat=True)),
-                }
-                for tag, report in backends.items()
+    async def status(self) -> Status:
+        return Status(
+            backends={
+                tag: await self._status(tag, said) for tag, said in (await self.registry.reports("backends")).items()
             },
-            "proxies": await self.registry.reports("proxies"),
+            proxies=await self.registry.reports("proxies"),
+        )
+
+    async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
+        load = await load_of(self._connection, self._keys, tag)
+        return {
+            **said,
+            "failing": explained(said.get("failing")),
+            "queued": load.unsettled - load.in_progress,
+            "in_progress": load.in_progress,
+            "dead_letters": int(await self._connection.send("XLEN", self._keys.dead(tag), repeat=True)),
         }
 
     # -- endpoints

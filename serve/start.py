@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, cast
@@ -83,7 +83,7 @@ def start(
         except BaseException:
             background.run(_unfound(opened, settings, resumed))
             raise
-        undo.callback(cast(Any, ray.kill), controller)
+        undo.callback(_end_for_good, controller)
         try:
             http_url = background.run(_bring_up(opened, controller))
         except BaseException:
@@ -175,6 +175,13 @@ def _start_controller(instance: Instance, settings: Settings) -> Any:
             f"the instance {instance.name!r} runs already in this Ray cluster, on another Redis: "
             "start(instance=...) with another name starts one beside it"
         ) from None
+
+
+def _end_for_good(controller: Any) -> None:
+    """End the controller, and with it whatever is left of its instance."""
+    with suppress(RayError, ValueError):  # it has ended by itself, as it should
+        if ray.is_initialized():
+            ray.kill(controller)
 
 
 def _redis_url(given: object) -> str | None:

@@ -99,7 +99,7 @@ def server_pid(url: str) -> int:
     """The process of the server that answers there, 0 if none does."""
     with Redis.from_url(url) as redis:
         try:
-            return int(cast("dict[str, Any]", redis.info("server"))["process_id"])
+            return int(redis.info("server")["process_id"])
         except RedisError:
             return 0
 

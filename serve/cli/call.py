@@ -1,0 +1,94 @@
+"""``penstock call``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+import orjson
+
+from ...handles.errors import BackendError, PenstockError
+from ...handles.results import Response
+from .common import FAILED, as_json, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
+
+
+@click.command()
+@click.argument("endpoint")
+@click.argument("data", required=False)
+@which_instance
+@click.option("--text", is_flag=True, help="DATA is text, and not JSON.")
+@click.option("--query", multiple=True, metavar="NAME=VALUE", help="What request.query_params holds. Can be repeated.")
+@click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
+@click.option("--shard-key", metavar="KEY", help="Calls with the same key go to the same backend.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this long.")
+@as_json
+def call(
+    endpoint: str,
+    data: str | None,
+    redis_url: str | None,
+    instance: str,
+    text: bool,
+    query: tuple[str, ...],
+    method: str,
+    shard_key: str | None,
+    timeout: float | None,
+    json: bool,
+) -> None:
+    """Call ENDPOINT once with DATA, and write what it answers.
+
+    DATA is JSON; "-" reads it from standard input. Text and bytes are written as they are, anything else as JSON.
+
+    \b
+    Examples:
+      penstock call greet '{"name": "Ada"}'
+      penstock call greet Ada --text
+      penstock call digit - < image.json
+    """  # noqa: D301
+    body = _body(data, text)
+    parameters = dict(_pair(one) for one in query)
+    with door_to(redis_url, instance) as door:
+        with telling_what_is_wrong():
+            handle = door.get_handle(endpoint).options(method_name=method, shard_key=shard_key, timeout_s=timeout)
+        try:
+            arguments = () if data is None else (body,)
+            answer = handle.remote(*arguments, **parameters).result()
+        except PenstockError as e:
+            if json:
+                write_json({"error": error_of(e)})
+            else:
+                click.echo(f"Error: {e.type_name}: {e.message}" if isinstance(e, BackendError) else f"Error: {e}", err=True)
+            sys.exit(FAILED)
+    _write(answer, json)
+
+
+def _body(data: str | None, text: bool) -> Any:
+    if data is None:
+        return None
+    raw = click.get_text_stream("stdin").read() if data == "-" else data
+    if text:
+        return raw
+    try:
+        return orjson.loads(raw)
+    except ValueError as e:
+        wrong(f"DATA is not JSON ({e}); --text sends it as text")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        wrong(f"--query is NAME=VALUE, not {text!r}")
+    return name, value
+
+
+def _write(answer: Any, json: bool) -> None:
+    if isinstance(answer, Response):
+        answer = answer.body
+    if json:
+        write_json({"result": answer.decode(errors="replace") if isinstance(answer, bytes) else answer})
+    elif isinstance(answer, bytes):
+        click.echo(answer, nl=False)
+    elif isinstance(answer, str):
+        click.echo(answer)
+    elif answer is not None:
+        write_json(answer)

@@ -1,0 +1,81 @@
+"""What the commands share: their options, and how they speak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import click
+import orjson
+
+from ...broker.errors import ConfigError
+from ...handles import connect as connect_thin
+from ...handles.connection import Connected
+from ...handles.errors import BackendNotFound, EndpointNotFound
+from ..client import Client
+from ..start import REDIS_URL, connect
+
+FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def which_instance(command: FunctionT) -> FunctionT:
+    """Give a command the options that say which instance it is about."""
+    command = click.option(
+        "--instance", default="default", show_default=True, help="The name of the instance.", metavar="NAME"
+    )(command)
+    return click.option(
+        "--redis-url",
+        envvar=REDIS_URL,
+        show_envvar=True,
+        metavar="URL",
+        help="The instance's broker: redis://, rediss:// or unix://.",
+    )(command)
+
+
+def as_json(command: FunctionT) -> FunctionT:
+    return click.option("--json", "json", is_flag=True, help="Write JSON, for scripts.")(command)
+
+
+def wrong(message: object) -> NoReturn:
+    """End the command: what it was asked cannot be, and nothing was done."""
+    error = click.ClickException(str(message))
+    error.exit_code = USAGE
+    raise error
+
+
+@contextmanager
+def telling_what_is_wrong() -> Generator[None]:
+    """Turn the errors of wrong names and values into those of a wrong command line."""
+    try:
+        yield
+    except (ConfigError, EndpointNotFound, BackendNotFound, TypeError) as e:
+        wrong(e)
+
+
+def client_of(redis_url: str | None, instance: str) -> Client:
+    with telling_what_is_wrong():
+        return connect(redis_url, instance)
+
+
+def door_to(redis_url: str | None, instance: str) -> Connected:
+    """Return what needs nothing but Redis."""
+    if redis_url is None:
+        wrong(f"which broker? Give --redis-url, or set {REDIS_URL}")
+    with telling_what_is_wrong():
+        return connect_thin(redis_url, instance)
+
+
+def write_json(value: Any) -> None:
+    """Write one line."""
+    click.echo(orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
+
+
+def error_of(error: BaseException) -> dict[str, Any]:
+    """Return an error as JSON has it: of a backend's, the type that its code raised."""
+    return {
+        "type": getattr(error, "type_name", type(error).__name__),
+        "message": getattr(error, "message", None) or str(error),
+    }

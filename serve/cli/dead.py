@@ -1,0 +1,164 @@
+"""``penstock dead``: the requests that nobody could serve."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ...broker.dead import DeadLetter
+from ...handles.codec import decode
+from ...handles.dead_letters import DeadLetters
+from ...handles.errors import MalformedBody, PenstockError
+from .common import FAILED, as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
+
+_SHOWN = 2_000
+"""Characters of a body."""
+
+
+@click.group()
+def dead() -> None:
+    """See to the requests that nobody could serve.
+
+    A request whose every replica died, or that none could read, is a dead letter of its backend. It stays until it is
+    replayed or dropped.
+    """
+
+
+@dead.command("list")
+@click.argument("backend")
+@which_instance
+@as_json
+def list_(backend: str, redis_url: str | None, instance: str, json: bool) -> None:
+    """List the dead letters of BACKEND, oldest first."""
+    table = Table("ID", "DIED", "ENDPOINT", "DELIVERIES", "ERROR", box=None, pad_edge=False)
+    with door_to(redis_url, instance) as door:
+        for letter in _letters(door, backend):
+            if json:
+                write_json(_summary(letter))
+            else:
+                said = _summary(letter)
+                endpoint = said["endpoint"] or "-"
+                table.add_row(said["id"], said["died"], endpoint, str(said["deliveries"]), said["error"])
+    if not json:
+        Console().print(table if table.row_count else f"backend {backend!r} has no dead letters")
+
+
+@dead.command()
+@click.argument("backend")
+@click.argument("id")
+@which_instance
+@as_json
+def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool) -> None:  # noqa: A002
+    """Show one dead letter of BACKEND: its request, and how it died."""
+    with door_to(redis_url, instance) as door, telling_what_is_wrong():
+        letters = _letters(door, backend)
+        letter = letters.get(id)
+        said = {**_summary(letter), "deliveries": list(letter.deliveries), "request": _request(letters, letter)}
+    if json:
+        write_json(said)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name in ("id", "died", "error"):
+        table.add_row(name, str(said[name]))
+    for delivery in letter.deliveries:
+        table.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
+    for name, value in (said["request"] or {}).items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@dead.command()
+@click.argument("backend")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "all_", is_flag=True, help="All there are.")
+@which_instance
+def replay(backend: str, ids: tuple[str, ...], all_: bool, redis_url: str | None, instance: str) -> None:
+    """Queue dead letters of BACKEND again, behind its interactive requests."""
+    _each(backend, ids, all_, redis_url, instance, lambda letters, id_: letters.replay(id_), "replayed")
+
+
+@dead.command()
+@click.argument("backend")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "all_", is_flag=True, help="All there are.")
+@which_instance
+def drop(backend: str, ids: tuple[str, ...], all_: bool, redis_url: str | None, instance: str) -> None:
+    """Delete dead letters of BACKEND."""
+    _each(backend, ids, all_, redis_url, instance, lambda letters, id_: letters.drop(id_), "dropped")
+
+
+def _each(
+    backend: str,
+    ids: tuple[str, ...],
+    all_: bool,
+    redis_url: str | None,
+    instance: str,
+    act: Callable[[DeadLetters, str], None],
+    done: str,
+) -> None:
+    if bool(ids) == all_:
+        wrong("which ones? Give their ids (`penstock dead list` has them), or --all")
+    failed = succeeded = 0
+    with door_to(redis_url, instance) as door:
+        letters = _letters(door, backend)
+        for id_ in [letter.id for letter in letters] if all_ else ids:
+            try:
+                act(letters, id_)
+                succeeded += 1
+            except PenstockError as e:
+                failed += 1
+                click.echo(f"Error: {e}", err=True)
+    click.echo(f"{done} {succeeded}" + (f", {failed} failed" if failed else ""))
+    if failed:
+        sys.exit(FAILED)
+
+
+def _letters(door: Any, backend: str) -> DeadLetters:
+    with telling_what_is_wrong():
+        letters: DeadLetters = door.dead_letters(backend)
+        known = {tag for endpoint in door.list_endpoints().values() for tag in (*endpoint["traffic"], *endpoint["shadows"])}
+        if backend not in known and not len(letters):
+            wrong(f"no endpoint sends to a backend {backend!r}, and it has no dead letters")
+        return letters
+
+
+def _summary(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "died": _when(letter.died_ms),
+        "endpoint": None if letter.entry is None else letter.entry.header.endpoint,
+        "deliveries": len(letter.deliveries),
+        "error": letter.error,
+    }
+
+
+def _request(letters: DeadLetters, letter: DeadLetter) -> dict[str, Any] | None:
+    if letter.entry is None:
+        return None
+    header = letter.entry.header
+    body = letters.body(letter)
+    data: Any = "(expired)"
+    if body is not None:
+        try:
+            # Never unpickled: that would run the code of whoever sent it.
+            data = decode(header.codec, body) if header.codec in ("json", "text", "none") else repr(body[:_SHOWN])
+        except MalformedBody:
+            data = repr(body[:_SHOWN])
+    return {
+        "endpoint": header.endpoint,
+        "method": header.method,
+        "path": header.path,
+        "query": header.query,
+        "call": header.call,
+        "data": data,
+    }
+
+
+def _when(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,101 @@
+"""``penstock start`` and ``penstock shutdown``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any, cast
+
+import click
+import ray
+
+from ..start import REDIS_URL, start as start_instance
+from .common import FAILED, as_json, client_of, telling_what_is_wrong, which_instance, write_json, wrong
+
+
+@click.command()
+@which_instance
+@click.option("--http-host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where HTTP is served.")
+@click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
+@click.option(
+    "--location",
+    type=click.Choice(["HeadOnly", "EveryNode", "NoServer"]),
+    default="HeadOnly",
+    show_default=True,
+    help="Which nodes of the Ray cluster serve HTTP.",
+)
+@as_json
+def start(redis_url: str | None, instance: str, http_host: str, http_port: int, location: str, json: bool) -> None:
+    """Start an instance that outlives this command.
+
+    It runs on the Ray cluster that RAY_ADDRESS names, or that runs on this machine; if there is none, one is started
+    here. The broker must run already: Redis 7.0 or newer, or Valkey 8 or newer.
+
+    \b
+    Examples:
+      penstock start --redis-url redis://localhost:6379
+      penstock start --http-host 0.0.0.0 --http-port 80 --location EveryNode
+    """  # noqa: D301
+    if redis_url is None:
+        wrong(f"an instance that outlives this command needs a broker that does: give --redis-url, or set {REDIS_URL}")
+    began_ray = _join_ray()
+    with telling_what_is_wrong():
+        client = start_instance(
+            redis_url=redis_url,
+            instance=instance,
+            detached=True,
+            http_options={"host": http_host, "port": http_port, "location": location},
+        )
+    if json:
+        write_json({"instance": instance, "http_url": client.http_url, "started_ray": began_ray})
+        return
+    click.echo(f"instance {instance!r} serves" + (f" on {client.http_url}" if client.http_url else ", without HTTP"))
+    if began_ray:
+        click.echo("a Ray cluster was started on this machine for it; `ray stop` ends that", err=True)
+
+
+@click.command()
+@which_instance
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def shutdown(redis_url: str | None, instance: str, yes: bool) -> None:
+    """End an instance, and delete all that it has in its broker.
+
+    Requests that are still queued are refused. Backends, endpoints, dead letters and the results of batch jobs are
+    deleted.
+    """
+    with client_of(redis_url, instance) as client:
+        if not yes:
+            queued = sum(backend["queued"] for backend in client.status()["backends"].values())
+            click.confirm(
+                f"End the instance {instance!r} ({len(client.list_backends())} backends, {queued} requests queued)?",
+                abort=True,
+                err=True,
+            )
+        # The controller ends it; should that be gone, this process ends what it finds.
+        client.shutdown()
+    click.echo(f"instance {instance!r} has ended")
+
+
+def _join_ray() -> bool:
+    """Connect to a Ray cluster; tell whether it had to be started."""
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address or "auto", **options)
+        return False
+    except ConnectionError as e:
+        if address:
+            wrong(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}")
+    ran = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard=false"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        error = click.ClickException(f"cannot start Ray on this machine:\n{ran.stderr.strip()}")
+        error.exit_code = FAILED
+        raise error
+    cast(Any, ray.init)(address="auto", **options)
+    return True

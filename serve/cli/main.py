@@ -1,0 +1,75 @@
+"""The command itself, and what all of its commands share in the end: how they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from ...broker.errors import BrokerUnavailable, PenstockError
+from .batch import batch
+from .call import call
+from .common import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE
+from .dead import dead
+from .deploy import deploy
+from .lifetime import shutdown, start
+from .status import status
+
+EPILOG = """
+Exit codes: 0 all went well; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is wrong,
+and nothing was done; 3 the broker cannot be reached; 130 interrupted.
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EPILOG)
+@click.version_option(package_name="penstock")
+def penstock() -> None:
+    """Serve Python functions and models from one durable queue per backend.
+
+    \b
+    A first session:
+      export PENSTOCK_REDIS_URL=redis://localhost:6379
+      penstock start                        # bring an instance up, in the background
+      penstock deploy app.yaml              # its backends and endpoints, as the file declares them
+      penstock call greet '{"name": "Ada"}' # ask one of them
+      penstock batch greet rows.jsonl --output answers.jsonl
+      penstock status --watch
+      penstock shutdown
+    """  # noqa: D301 - click reads \b as: do not wrap what follows
+
+
+for command in (start, deploy, status, call, batch, dead, shutdown):
+    penstock.add_command(command)
+
+
+def main() -> None:
+    """Run the command, and end the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(penstock.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has enough of it. The interpreter's last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except BrokerUnavailable as e:
+        click.echo(f"Error: {e}", err=True)
+        sys.exit(UNAVAILABLE)
+    except (PenstockError, OSError) as e:
+        click.echo(f"Error: {e}", err=True)
+        sys.exit(FAILED)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that what runs is wound up.
+    sys.exit(TERMINATED)

@@ -1,0 +1,96 @@
+"""``penstock status``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..client import Client
+from .common import as_json, client_of, which_instance, write_json
+
+
+@click.command()
+@which_instance
+@click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
+@click.option("--every", default=1.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")
+@as_json
+def status(redis_url: str | None, instance: str, watch: bool, every: float, json: bool) -> None:
+    """Show how an instance is doing: its backends, endpoints and proxies.
+
+    With --watch a terminal shows a live table; a pipe gets one after another, with --json one line for each look.
+    """
+    console = Console()
+    with client_of(redis_url, instance) as client:
+        if not watch:
+            look = _look(client)
+            if json:
+                write_json(look)
+            else:
+                console.print(_table(look))
+        elif json:
+            for look in _looks(client, every):
+                write_json(look)
+        elif console.is_terminal:
+            with Live(console=console, auto_refresh=False, screen=True) as live:
+                for look in _looks(client, every):
+                    live.update(_table(look), refresh=True)
+        else:
+            for look in _looks(client, every):
+                console.print(_table(look))
+
+
+def _looks(client: Client, every_s: float) -> Iterator[dict[str, Any]]:
+    while True:
+        yield _look(client)
+        time.sleep(every_s)
+
+
+def _look(client: Client) -> dict[str, Any]:
+    return {**client.status(), "endpoints": client.list_endpoints()}
+
+
+def _table(look: dict[str, Any]) -> RenderableType:
+    backends = Table("BACKEND", "VERSION", "REPLICAS", "QUEUED", "DEAD", "STATE", box=None, pad_edge=False)
+    for tag, backend in sorted(look["backends"].items()):
+        ready, wanted = backend.get("ready", 0), backend.get("wanted", 0)
+        dead = backend["dead_letters"]
+        backends.add_row(
+            tag,
+            str(backend.get("version", "")),
+            Text(f"{ready}/{wanted}", style="" if ready >= wanted else "yellow"),
+            str(backend["queued"]),
+            Text(str(dead), style="red" if dead else ""),
+            _state(backend),
+        )
+    endpoints = Table("ENDPOINT", "ROUTE", "METHODS", "TRAFFIC", box=None, pad_edge=False)
+    for name, endpoint in sorted(look["endpoints"].items()):
+        traffic = ", ".join(f"{tag} {weight:.4g}" for tag, weight in endpoint["traffic"].items())
+        shadows = "".join(f", {tag} shadowed {share:.4g}" for tag, share in endpoint["shadows"].items())
+        endpoints.add_row(name, endpoint["route"] or "-", " ".join(endpoint["methods"]), traffic + shadows)
+    proxies = Table("PROXY", "URL", "NODE", box=None, pad_edge=False)
+    for name, proxy in sorted(look["proxies"].items()):
+        proxies.add_row(name, proxy.get("url", "-"), str(proxy.get("node", ""))[:8])
+    parts: list[RenderableType] = []
+    for table in (backends, endpoints, proxies):
+        if table.row_count:
+            parts += [table, ""]
+    return Group(*parts[:-1]) if parts else Text("nothing is deployed")
+
+
+def _state(backend: dict[str, Any]) -> Text:
+    failing, lacking = backend.get("failing"), backend.get("lacking")
+    if failing:
+        args = failing.get("args") or [failing.get("kind", "")]
+        return Text("failing: " + ": ".join(str(arg) for arg in args[:2]), style="red")
+    if lacking:
+        return Text(f"waits for resources: {lacking}", style="yellow")
+    if backend.get("settled", True):
+        return Text("ready", style="green")
+    return Text("changing", style="yellow")

@@ -1,0 +1,62 @@
+"""How an instance is doing, as ``Client.status`` tells it: a dict for programs that prints well for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..handles.errors import BackendError, from_wire
+
+_LAST_LINES = 5
+
+
+class Status(dict[str, Any]):
+    """``{"backends": {tag: …}, "proxies": {name: …}}``; ``str`` of it is a table.
+
+    Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
+    error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; how many requests are
+    ``queued`` and ``in_progress``; how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state``, ``pid``.
+    """
+
+    def __str__(self) -> str:
+        backends, proxies = self["backends"], self["proxies"]
+        parts = [
+            _table(
+                ("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters"),
+                (
+                    (tag, *(str(b[name]) for name in ("version", "wanted", "ready", "starting")), *_counts(b))
+                    for tag, b in sorted(backends.items())
+                ),
+            )
+        ]
+        for tag, backend in sorted(backends.items()):
+            troubles = [trouble for trouble in ("failing", "lacking") if backend[trouble]]
+            parts += [f"{tag} is {trouble}: {backend[trouble]}".replace("\n", "\n    ") for trouble in troubles]
+        rows = [(p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()]
+        if rows:
+            parts.append(_table(("node", "proxy", "url", "state"), sorted(rows)))
+        return "\n\n".join(parts)
+
+
+def explained(failing: Mapping[str, Any] | None) -> str | None:
+    """Return an error as text: what it is, and the last lines of its traceback."""
+    if not failing:
+        return None
+    error = from_wire(failing)
+    if not isinstance(error, BackendError):
+        return str(error)
+    said = f"{error.type_name}: {error.message}"
+    lines = error.traceback.strip().splitlines()
+    return "\n".join([said, *lines[-_LAST_LINES - 1 : -1]] if len(lines) > 1 else [said])
+
+
+def _counts(backend: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(backend["queued"]), str(backend["in_progress"]), str(backend["dead_letters"])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, *rows]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
