@@ -15,7 +15,8 @@ class Status(dict[str, Any]):
 
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
     error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; how many requests are
-    ``queued`` and ``in_progress``; how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state``, ``pid``.
+    ``queued`` and ``in_progress``; how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and
+    ``pid``.
     """
 
     def __str__(self) -> str:
