@@ -203,7 +203,7 @@ def _fields(kind: type[_Config], value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, kind):
         return {field: getattr(value, field) for field in value.model_fields_set}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a {kind.__name__}, a dict of its fields or None, not {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind.__name__}, a dict of its fields or None, not {type(value).__name__}")
     fields: dict[Any, Any] = dict(cast(Any, value))
     for field in fields:
         if not isinstance(field, str):

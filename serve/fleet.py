@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from ..handles.errors import BackendError, PenstockError
 from .resources import Node
@@ -90,7 +90,7 @@ class Fleet:
                 max_concurrency=_CONCURRENCY,
                 **options,
             ).remote(*args)
-        except (RayError, ValueError) as e:  # such as a name that is taken, or an option that Ray does not take
+        except Exception as e:  # whatever Ray has against the options: a runtime_env that cannot be, most of all
             self.members[name] = member = Member(None)
             member.end(error_of(e))
             self._changed()

@@ -28,6 +28,8 @@ _POLL_S = 0.02
 _ALIVE_S = 1.0
 _GONE_S = 5.0
 """A controller whose lease has lapsed for so long will not come back: Ray restarts one in less."""
+_LAST_BREATH_S = 2.0
+"""Ray ends what a script has left behind in less."""
 _LIVE_S = 30.0
 """A proxy that is well follows the registry within a second; one that has not after this long is not well."""
 _STOP_S = 60.0
@@ -68,16 +70,20 @@ class Instance:
         Raises:
             ConfigError: it has an owner that is alive.
         """
-        lowest_ms = None
+        renewed_since_s, lowest_ms = None, None
         while not await self.registry.own(owner, ttl_s):
-            # A lease that is renewed has somebody who renews it; one that runs out has nobody.
-            left_ms = await self._connection.send("PTTL", self._keys.owner, repeat=True)
-            if lowest_ms is not None and left_ms > lowest_ms:
-                raise ConfigError(
-                    f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() finds "
-                    "it, its shutdown() ends it, and start(instance=...) with another name starts one beside it"
-                )
-            lowest_ms = left_ms
+            left_ms = int(await self._connection.send("PTTL", self._keys.owner, repeat=True))
+            if lowest_ms is None or left_ms <= lowest_ms:
+                lowest_ms = left_ms
+            else:
+                # Somebody renews it. It may be a controller that is about to end, as its script has just been killed.
+                now_s = time.monotonic()
+                renewed_since_s = renewed_since_s or now_s
+                if now_s - renewed_since_s > _LAST_BREATH_S:
+                    raise ConfigError(
+                        f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() finds "
+                        "it, its shutdown() ends it, and start(instance=...) with another name starts one beside it"
+                    )
             await asyncio.sleep(_POLL_S)
 
     async def has_owner(self) -> bool:

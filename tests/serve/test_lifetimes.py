@@ -292,7 +292,7 @@ def _answers(client: serve.Client) -> bool:
         ({"redis_url": "redis://x", "data_dir": "x"}, ConfigError, "data_dir is for the embedded server"),
         ({"detached": True}, ConfigError, "a detached instance outlives this process"),
         ({"http_options": {"prot": 1}}, ConfigError, "HTTPOptions has no field 'prot'; did you mean 'port'?"),
-        ({"http_options": 3}, TypeError, "http_options must be a HTTPOptions, a dict of its fields or None, not int"),
+        ({"http_options": 3}, TypeError, "http_options must be HTTPOptions, a dict of its fields or None, not int"),
         ({"http_options": {"port": "1"}}, TypeError, "HTTPOptions.port must be a valid integer, not str"),
     ],
 )

@@ -148,7 +148,7 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         ConfigError,
         "BackendConfig has no field 'replicas'; did you mean 'num_replicas'?",
     ),
-    (lambda c: c.create_backend("b", function, config=3), TypeError, "config must be a BackendConfig, a dict"),
+    (lambda c: c.create_backend("b", function, config=3), TypeError, "config must be BackendConfig, a dict"),
     (
         lambda c: c.update_backend_config("f", {"num_replicas": 0}),
         ConfigError,
