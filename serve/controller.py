@@ -277,9 +277,7 @@ class Controller:
 
 
 class ControllerActor:
-    """The controller as an actor. Ray runs its constructor in the loop, also after a restart, when nobody calls
-    it.
-    """
+    """The controller as an actor. Ray runs its constructor in the loop, after a restart too."""
 
     def __init__(self, redis_url: str, instance: str) -> None:
         self._controller = Controller(redis_url, instance)

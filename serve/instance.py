@@ -81,8 +81,8 @@ class Instance:
                 renewed_since_s = renewed_since_s or now_s
                 if now_s - renewed_since_s > _LAST_BREATH_S:
                     raise ConfigError(
-                        f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() finds "
-                        "it, its shutdown() ends it, and start(instance=...) with another name starts one beside it"
+                        f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() "
+                        "finds it, its shutdown() ends it, start(instance=...) with another name starts one beside it"
                     )
             await asyncio.sleep(_POLL_S)
 
