@@ -67,6 +67,10 @@ class Keys:
         """The lease of a replica; ``alive(backend, "")`` is what all of a backend's begin with."""
         return f"{self._root}{{{backend}}}:alive:{replica}"
 
+    def proxy_alive(self, proxy: str) -> str:
+        """The lease of a proxy."""
+        return f"{self._root}{{registry}}:alive-proxy:{proxy}"
+
     def history(self, backend: str, entry: str) -> str:
         """A list: the deliveries of one entry that ended with their replica's death."""
         return f"{self._root}{{{backend}}}:history:{entry}"

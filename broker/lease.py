@@ -1,4 +1,4 @@
-"""A replica's sign of life: a key that lapses unless it is renewed.
+"""A replica's sign of life, and a proxy's: a key that lapses unless it is renewed.
 
 It is renewed from a thread of its own over a connection of its own, so that neither user code that blocks the loop nor
 a long reply can let it lapse. What holds the interpreter's lock for longer than the lease does: then another replica

@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp
 
-from ..broker.errors import BrokerUnavailable, ConfigError
+from ..broker.errors import BrokerUnavailable, ConfigError, RedisError
+from ..broker.keys import Keys
+from ..broker.lease import Lease
 from ..broker.registry import Snapshot
 from ..handles.caller import Caller
 from .app import App
@@ -54,6 +56,7 @@ class Proxy:
         self._url, self._instance, self._name, self._options = redis_url, instance, name, options
         self._address = address
         self._said: dict[str, Any] = {"node": node, "pid": os.getpid(), "state": "starting"}
+        self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._caller: Caller | None = None
         self._app: App | None = None
         self._server: Server | None = None
@@ -92,6 +95,8 @@ class Proxy:
 
     async def _start(self) -> None:
         self._caller = await self._connect()
+        # Held before it routes anything: whoever changes a route waits for those that hold one.
+        await self._take_lease()
         options = self._options
         self._app = App(
             self._caller,
@@ -118,6 +123,15 @@ class Proxy:
                 await asyncio.sleep(_RETRY_S)
             else:
                 return caller
+
+    async def _take_lease(self) -> None:
+        while True:
+            try:
+                # In a thread, as it blocks.
+                return await asyncio.to_thread(self._lease.start)
+            except RedisError as e:
+                log.warning("proxy %s waits for its broker: %s", self._name, e)
+                await asyncio.sleep(_RETRY_S)
 
     async def _listen(self, app: ASGIApp) -> Server:
         host, port = self._options.get("host", "127.0.0.1"), self._options.get("port", 8000)
@@ -189,6 +203,7 @@ class Proxy:
             await self._server.stop(timeout_s)
         if self._app is not None:
             self._app.close()
+        await asyncio.to_thread(self._lease.stop)
         if self._telling is not None:
             self._telling.cancel()
         if self._caller is not None:

@@ -187,7 +187,8 @@ class Controller:
         report = {"backend": record.tag, "version": record.version, "state": State.STARTING.value}
         await self._registry.report("replicas", name, report)
         self._sight.note_start(name, report)
-        options: dict[str, Any] = {"num_cpus": 1, **record.actor_options}
+        # Spread, so that what a node's death takes with it is a share of each backend, and not the whole of one.
+        options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD", **record.actor_options}
         if record.runtime_env is not None:
             options["runtime_env"] = record.runtime_env
         self._replicas.start(name, ReplicaActor, (self._url, self._instance, record.tag, name), options)

@@ -240,16 +240,26 @@ class Instance:
         await caller.watcher.wait_for(version, _LIVE_S)
 
         async def is_live() -> bool:
-            proxies = (await self.registry.reports("proxies")).values()
-            return all(proxy.get("version", 0) >= version for proxy in proxies if proxy.get("url"))
+            proxies = (await self.registry.reports("proxies")).items()
+            late = [name for name, proxy in proxies if proxy.get("url") and proxy.get("version", 0) < version]
+            return not any([await self._lives(name) for name in late])
 
         await self._until(is_live, "a proxy did not take the change over", _LIVE_S)
 
+    async def _lives(self, proxy: str) -> bool:
+        """Tell it by its lease: when a whole node dies, Ray may take half a minute to say so."""
+        return bool(await self._connection.send("EXISTS", self._keys.proxy_alive(proxy), repeat=True))
+
     async def http_url(self) -> str | None:
-        """Return where the instance is reached over HTTP, ``None`` without a server."""
-        proxies = await self.registry.reports("proxies")
-        urls = [proxy["url"] for _, proxy in sorted(proxies.items()) if proxy.get("url")]
-        return urls[0] if urls else None
+        """Return where the instance is reached over HTTP, best on the node that started it; ``None`` without a server."""
+        settings = await Settings.read(self.registry)
+        proxies = (await self.registry.reports("proxies")).items()
+        urls = [
+            (settings is None or proxy.get("node") != settings.node, name, proxy["url"])
+            for name, proxy in proxies
+            if proxy.get("url")
+        ]
+        return min(urls)[2] if urls else None
 
     # -- waiting
 
