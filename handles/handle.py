@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 
@@ -227,7 +227,7 @@ class AsyncServeHandle(_Handle):
         `DeliveryLimitExceeded` if every replica that took the request died. Cancelling it cancels the request.
         """
         if self._options.return_type == "object_ref":
-            return self._object_ref(body, query)
+            return cast("asyncio.Future[Any]", self._object_ref(body, query))
         written = self._write(body, query)
         caller = Caller.shared(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
@@ -272,7 +272,7 @@ class ServeHandle(_Handle):
         The future raises what ``AsyncServeHandle.remote`` and its future raise. Cancelling it cancels the request.
         """
         if self._options.return_type == "object_ref":
-            return self._object_ref(body, query)
+            return cast("concurrent.futures.Future[Any]", self._object_ref(body, query))
         written = self._write(body, query)
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         _outbox().put(partial(self._start, written, future))
