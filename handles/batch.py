@@ -95,7 +95,8 @@ class BatchProducer:
 
         Args:
             items: values as handles send them, or `BatchItem`. They are taken one by one as there is room: with
-                ``for`` in the thread that iterates, with ``async for`` in the loop, which they must not block.
+                ``for`` in the thread that iterates, with ``async for`` in the loop, which they must not block. An
+                exception among them is not sent: it is its own result's ``error``.
             skip: indices of items that are not to be sent, nor their results given: what was done before.
         """
         return Batch(self, items, skip, in_order=False)

@@ -298,6 +298,8 @@ class Production:
 
     def _written(self, index: int, item: Any) -> _Sent:
         options, query = self._options, dict[str, Any]()
+        if isinstance(item, Exception):
+            raise item
         if isinstance(item, BatchItem):
             own = {"method_name": item.method_name, "shard_key": item.shard_key, "timeout_s": item.timeout_s}
             if changes := {name: value for name, value in own.items() if value is not None}:

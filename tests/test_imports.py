@@ -25,7 +25,10 @@ OTHERS = {
     "handles": {"orjson"},
     "proxy": {"orjson", "starlette", "uvicorn"},
     "workers": {"orjson", "starlette", "ray"},
-    "serve": {"redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic", "pydantic_core"},
+    "serve": {
+        *("redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic", "pydantic_core"),
+        *("click", "rich", "yaml"),
+    },
 }
 
 FILES = sorted(file for folder in FOLDERS_BELOW for file in (ROOT / folder).rglob("*.py"))

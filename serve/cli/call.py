@@ -57,7 +57,9 @@ def call(
             if json:
                 write_json({"error": error_of(e)})
             else:
-                click.echo(f"Error: {e.type_name}: {e.message}" if isinstance(e, BackendError) else f"Error: {e}", err=True)
+                click.echo(
+                    f"Error: {e.type_name}: {e.message}" if isinstance(e, BackendError) else f"Error: {e}", err=True
+                )
             sys.exit(FAILED)
     _write(answer, json)
 
@@ -65,7 +67,7 @@ def call(
 def _body(data: str | None, text: bool) -> Any:
     if data is None:
         return None
-    raw = click.get_text_stream("stdin").read() if data == "-" else data
+    raw = sys.stdin.read() if data == "-" else data
     if text:
         return raw
     try:

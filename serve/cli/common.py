@@ -39,11 +39,14 @@ def as_json(command: FunctionT) -> FunctionT:
     return click.option("--json", "json", is_flag=True, help="Write JSON, for scripts.")(command)
 
 
+class Wrong(click.ClickException):
+    """What was asked cannot be, and nothing was done."""
+
+    exit_code = USAGE
+
+
 def wrong(message: object) -> NoReturn:
-    """End the command: what it was asked cannot be, and nothing was done."""
-    error = click.ClickException(str(message))
-    error.exit_code = USAGE
-    raise error
+    raise Wrong(str(message))
 
 
 @contextmanager

@@ -59,16 +59,16 @@ def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool
     with door_to(redis_url, instance) as door, telling_what_is_wrong():
         letters = _letters(door, backend)
         letter = letters.get(id)
-        said = {**_summary(letter), "deliveries": list(letter.deliveries), "request": _request(letters, letter)}
+        said, request = _summary(letter), _request(letters, letter)
     if json:
-        write_json(said)
+        write_json({**said, "deliveries": list(letter.deliveries), "request": request})
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name in ("id", "died", "error"):
-        table.add_row(name, str(said[name]))
+        table.add_row(name, said[name])
     for delivery in letter.deliveries:
         table.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
-    for name, value in (said["request"] or {}).items():
+    for name, value in (request or {}).items():
         table.add_row(name, str(value))
     Console().print(table)
 
@@ -122,7 +122,9 @@ def _each(
 def _letters(door: Any, backend: str) -> DeadLetters:
     with telling_what_is_wrong():
         letters: DeadLetters = door.dead_letters(backend)
-        known = {tag for endpoint in door.list_endpoints().values() for tag in (*endpoint["traffic"], *endpoint["shadows"])}
+        known = {
+            tag for endpoint in door.list_endpoints().values() for tag in (*endpoint["traffic"], *endpoint["shadows"])
+        }
         if backend not in known and not len(letters):
             wrong(f"no endpoint sends to a backend {backend!r}, and it has no dead letters")
         return letters

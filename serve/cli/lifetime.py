@@ -11,7 +11,7 @@ import click
 import ray
 
 from ..start import REDIS_URL, start as start_instance
-from .common import FAILED, as_json, client_of, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import as_json, client_of, telling_what_is_wrong, which_instance, write_json, wrong
 
 
 @click.command()
@@ -94,8 +94,6 @@ def _join_ray() -> bool:
         check=False,
     )
     if ran.returncode:
-        error = click.ClickException(f"cannot start Ray on this machine:\n{ran.stderr.strip()}")
-        error.exit_code = FAILED
-        raise error
+        raise click.ClickException(f"cannot start Ray on this machine:\n{ran.stderr.strip()}")
     cast(Any, ray.init)(address="auto", **options)
     return True

@@ -19,8 +19,8 @@ from .lifetime import shutdown, start
 from .status import status
 
 EPILOG = """
-Exit codes: 0 all went well; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is wrong,
-and nothing was done; 3 the broker cannot be reached; 130 interrupted.
+Exit codes: 0 all went well; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is
+wrong, and nothing was done; 3 the broker cannot be reached; 130 interrupted.
 """
 
 

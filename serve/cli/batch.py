@@ -1,0 +1,276 @@
+"""``penstock batch``: every row of a file through an endpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ...handles import BatchItem, BatchResult
+from ...handles.batch import Batch
+from ...handles.producing import Indices
+from ...handles.results import Response
+from .common import FAILED, door_to, error_of, telling_what_is_wrong, which_instance, wrong
+from .rows import Format, Rows
+
+_SAFE_EVERY_S = 1.0
+_SHOW_EVERY = 64
+_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
+@click.command()
+@click.argument("endpoint")
+@click.argument("input_", metavar="INPUT")
+@which_instance
+@click.option("--output", "-o", required=True, metavar="OUTPUT", help="JSON lines; - is standard output.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["jsonl", "csv", "files"]),
+    help="Of INPUT. By default a directory is files, *.csv is csv, and all else is jsonl.",
+)
+@click.option("--job", metavar="NAME", help="A job by this name can be interrupted, and goes on when run again.")
+@click.option("--window", type=click.IntRange(1), metavar="N", help="Rows in flight. By default, by the replicas.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="For each row.")
+@click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
+@click.option("--shard-key", metavar="FIELD", help="Rows with the same value of FIELD go to the same backend.")
+@click.option(
+    "--max-row-bytes",
+    type=click.IntRange(1),
+    default=64 * 1024 * 1024,
+    show_default="64 MiB",
+    help="A longer row is an error.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@click.option("--json", "json", is_flag=True, help="Write the summary as JSON, to standard error.")
+def batch(
+    endpoint: str,
+    input_: str,
+    redis_url: str | None,
+    instance: str,
+    output: str,
+    format_: Format | None,
+    job: str | None,
+    window: int | None,
+    timeout: float | None,
+    method: str,
+    shard_key: str | None,
+    max_row_bytes: int,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Send every row of INPUT through ENDPOINT, behind its interactive requests.
+
+    INPUT is a file of JSON lines, each of which the backend reads as request.data; a CSV file with a header, each
+    record of which it reads as an object (numbers are numbers, nothing is null); a directory, each file of which it
+    reads as bytes; or "-", standard input.
+
+    OUTPUT gets a line for each row, as they come: {"index": 0, "result": ...} or {"index": 0, "row": 1, "error":
+    {"type", "message"}}, and "file" where rows are files. A row that is bad is such a line, and the rest goes on; the
+    exit code is then 1.
+
+    An OUTPUT that exists is refused, unless it is that of a --job, which then goes on where it was: whatever was
+    killed, OUTPUT has one line for every row in the end.
+
+    \b
+    Examples:
+      penstock batch digit images.csv -o digits.jsonl
+      penstock batch digit images.csv -o digits.jsonl --job nightly
+      zcat rows.gz | penstock batch score - -o - | jq .result
+    """  # noqa: D301
+    with ExitStack() as stack:
+        try:
+            rows = Rows(input_, format_, max_row_bytes)
+        except (OSError, ValueError) as e:
+            wrong(e)
+        stack.callback(rows.close)
+        if output != "-" and job is None and Path(output).exists():
+            wrong(f"{output} exists: give another --output, or a --job to go on with")
+        door = stack.enter_context(door_to(redis_url, instance))
+        with telling_what_is_wrong():
+            producer = door.batch(endpoint, window=window, timeout_s=timeout, method_name=method, job=job)
+        try:
+            file, done = _open(output)
+        except (OSError, ValueError) as e:
+            wrong(e)
+        if output != "-":
+            stack.callback(file.close)
+        tally = _Tally(rows, resumed=len(done))
+        items = rows if shard_key is None else (_keyed(row, shard_key) for row in rows)
+        results = producer.as_completed(items, skip=done)
+        progress = None if quiet else _progress(tally, stack)
+        try:
+            with telling_what_is_wrong():
+                _write(results, file, tally, progress, safe=output != "-")
+        except (KeyboardInterrupt, SystemExit):
+            if job is not None:
+                click.echo(f"{tally}; the same command goes on with the job {job!r}", err=True)
+            raise
+        if progress is not None:
+            progress.stop()
+    if json:
+        click.echo(orjson.dumps(tally.summary()), err=True)
+    elif not quiet:
+        click.echo(str(tally), err=True)
+    if tally.errors:
+        sys.exit(FAILED)
+
+
+class _Tally:
+    """What was done so far."""
+
+    def __init__(self, rows: Rows, *, resumed: int) -> None:
+        self._rows, self._resumed = rows, resumed
+        self._began_s = time.monotonic()
+        self.results = self.errors = 0
+
+    def line(self, result: BatchResult) -> bytes:
+        """Count a result, and return its line."""
+        line: dict[str, Any] = {"index": result.index}
+        if self._rows.names and result.index < len(self._rows.names):
+            line["file"] = self._rows.names[result.index]
+        error = result.error
+        if error is None:
+            value = result.value
+            if isinstance(value, Response):
+                value = value.body
+            if isinstance(value, bytes):
+                value = value.decode(errors="replace")
+            try:
+                written = orjson.dumps({**line, "result": value}, option=_LINE)
+            except TypeError as e:
+                error = e
+            else:
+                self.results += 1
+                return written
+        self.errors += 1
+        return orjson.dumps({**line, "row": result.index + 1, "error": error_of(error)}, option=_LINE)
+
+    @property
+    def rate(self) -> float:
+        return (self.results + self.errors) / max(1e-6, time.monotonic() - self._began_s)
+
+    @property
+    def progress(self) -> tuple[int, int | None]:
+        """How much of the input was read, of how much."""
+        return self._rows.read, self._rows.total
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rows": self._resumed + self.results + self.errors,
+            "results": self.results,
+            "errors": self.errors,
+            "resumed": self._resumed,
+            "seconds": round(time.monotonic() - self._began_s, 3),
+            "rows_per_s": round(self.rate, 1),
+        }
+
+    def __str__(self) -> str:
+        resumed = f" ({self._resumed} were done before)" if self._resumed else ""
+        took_s = time.monotonic() - self._began_s
+        return f"{self.results} results, {self.errors} errors{resumed} in {took_s:.1f} s, {self.rate:.0f} rows/s"
+
+
+def _write(results: Batch, file: IO[bytes], tally: _Tally, progress: Progress | None, *, safe: bool) -> None:
+    """Write a line for each result; the job is told what is safe on the disk, and keeps it no longer."""
+    safe_at = shown_at = time.monotonic()
+    for count, result in enumerate(results, start=1):
+        file.write(tally.line(result))
+        if count % _SHOW_EVERY and tally.rate > _SHOW_EVERY:
+            continue  # the clock and the terminal cost more than a line
+        now = time.monotonic()
+        if safe and now - safe_at > _SAFE_EVERY_S:
+            _sync(file)
+            results.checkpoint()
+            safe_at = now
+        elif not safe and now - safe_at > 0.05:
+            file.flush()
+            safe_at = now
+        if progress is not None and now - shown_at > 0.1:
+            _show(progress, tally)
+            shown_at = now
+    if progress is not None:
+        _show(progress, tally)
+    if safe:
+        _sync(file)
+    else:
+        file.flush()
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open(output: str) -> tuple[IO[bytes], Indices]:
+    """Return where lines go, and the indices of those that are there.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there is something else in it.
+    """
+    done = Indices()
+    if output == "-":
+        return sys.stdout.buffer, done
+    file = open(output, "a+b")  # noqa: SIM115 - the caller closes it
+    file.seek(0)
+    whole = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            break  # its writer was killed in the middle of it
+        try:
+            done.add(orjson.loads(line)["index"])
+        except (ValueError, TypeError, KeyError):
+            file.close()
+            raise ValueError(f"{output}: line {number} was not written by a batch: give another --output") from None
+        whole += len(line)
+    file.truncate(whole)
+    return file, done
+
+
+def _keyed(row: Any, field: str) -> Any:
+    if isinstance(row, dict) and field in row:
+        return BatchItem(row, shard_key=str(row[field]))  # pyright: ignore[reportUnknownArgumentType]
+    return row if isinstance(row, Exception) else KeyError(f"the row has no field {field!r} for --shard-key")
+
+
+# -- progress
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['rate']:,.0f} rows/s", style="cyan")
+
+
+class _Errors(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        errors: int = task.fields["errors"]
+        return Text(f"{errors:,} errors", style="red" if errors else "dim")
+
+
+def _progress(tally: _Tally, stack: ExitStack) -> Progress | None:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    _, total = tally.progress
+    bar = BarColumn() if total is not None else SpinnerColumn()
+    columns = (bar, TextColumn("{task.fields[rows]:,} rows"), _Rate(), _Errors(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, auto_refresh=False, transient=True)
+    progress.add_task("", total=total, rows=0, rate=0.0, errors=0)
+    stack.enter_context(progress)
+    return progress
+
+
+def _show(progress: Progress, tally: _Tally) -> None:
+    read, _ = tally.progress
+    rows = tally.results + tally.errors
+    progress.update(progress.task_ids[0], completed=read, rows=rows, rate=tally.rate, errors=tally.errors, refresh=True)

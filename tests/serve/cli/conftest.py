@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.handles.site import Site
+
+COMMAND = (sys.executable, "-c", "from penstock.serve.cli import main; main()")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a command."""
+
+    code: int
+    out: str
+    err: str
+
+    def lines(self) -> list[Any]:
+        """Return what it wrote as JSON lines."""
+        return [orjson.loads(line) for line in self.out.splitlines()]
+
+
+Penstock = Callable[..., Ran]
+
+
+def environment(url: str) -> dict[str, str]:
+    return {**os.environ, "PENSTOCK_REDIS_URL": url, "COLUMNS": "160"}
+
+
+@pytest.fixture
+def site(redis_url: str) -> Iterator[Site]:
+    site = Site(redis_url)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def penstock(redis_url: str) -> Penstock:
+    """Runs the command, as a shell does, with the broker of the test."""
+
+    def penstock(*arguments: object, stdin: str = "") -> Ran:
+        ran = subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+            env=environment(redis_url),
+        )
+        return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+    return penstock
