@@ -121,7 +121,9 @@ class Worker:
         loop = self._loop = asyncio.get_running_loop()
         await self._commands.open()
         await self._reads.open()
+        # Either may have carried a claim that we never saw.
         self._commands.on_reconnect(self._recover)
+        self._reads.on_reconnect(self._recover)
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
         await loop.run_in_executor(None, self._lease.start)
         await self._claims.ensure_group()
@@ -409,8 +411,7 @@ class Worker:
         reply.queue_ms = max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
         caller = held.entry.caller
         if len(reply.body) > LARGE:
-            key = self._keys.reply_body(caller, reply.id)
-            self._commands.post(_log_failure, "SET", key, reply.body, "PX", _REPLY_BODY_MS, repeat=True)
+            self._claims.put_reply_body(caller, reply.id, reply.body, _REPLY_BODY_MS)
             reply.body, reply.large = b"", True
         self._claims.reply(caller, reply.fields())
 
