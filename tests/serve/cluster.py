@@ -1,0 +1,293 @@
+"""A Ray cluster of several machines on one: each node has a network of its own, and an address that it alone has.
+
+A node is a network namespace, plugged into a bridge that lies, with the broker, in one more of them. The machine's own
+network is neither used nor changed: an address or a port that is taken there is free here, and traffic cannot get out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from redis import Redis
+
+from penstock import serve
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.registry import ReportKind
+from penstock.handles import background
+from penstock.serve.instance import Instance
+from tests.waiting import wait_until
+
+T = TypeVar("T")
+
+_PREFIX = "penstock-test"
+_NETWORK = "10.213.77"
+_HUB = 1
+_HEAD = 11
+_RAY_PORT, _BROKER_PORT = 6379, 6380
+_CPUS = 4
+_THREADS = 16
+_CLONE_NEWNET = 0x40000000
+
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    # Python processes that are started just in case take the time of those that are needed.
+    "RAY_prestart_worker_first_driver": "0",
+    # By default Ray takes 15 s to notice that a node has died, and a minute if it was cut off.
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+_SCRIPT = """
+import json, sys
+from penstock import serve
+
+with serve.start(**json.loads(sys.argv[1])) as client:
+    print(json.dumps({"http_url": client.http_url}), flush=True)
+    sys.stdin.read()
+"""
+
+
+class Namespace:
+    """A network namespace. What is called in it, and what that starts, has its network and no other."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        _ip("netns", "add", name)
+        self._threads = ThreadPoolExecutor(_THREADS, name, _enter, (name,))
+        _ip("-n", name, "link", "set", "lo", "up")
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return self._threads.submit(function, *args, **kwargs).result()
+
+    def kill_all(self) -> None:
+        """End every process in it, with -9."""
+        _kill_all(self.name)
+
+    def delete(self) -> None:
+        self._threads.shutdown()
+        self.kill_all()
+        _ip("netns", "delete", self.name)
+
+
+class Node:
+    """A machine of the cluster."""
+
+    def __init__(self, hub: Namespace, namespace: Namespace, number: int) -> None:
+        self.address = f"{_NETWORK}.{number}"
+        self.namespace = namespace
+        self._hub, self._plug = hub, f"plug{number}"
+        name = namespace.name
+        _ip("-n", hub.name, "link", "add", self._plug, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("-n", hub.name, "link", "set", self._plug, "master", "bridge", "up")
+        _ip("-n", name, "address", "add", f"{self.address}/24", "dev", "eth0")
+        _ip("-n", name, "link", "set", "eth0", "up")
+        # By it, Ray finds out which address is ours. Nothing is sent along it.
+        _ip("-n", name, "route", "add", "default", "via", f"{_NETWORK}.{_HUB}")
+
+    def run(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, **_ENVIRONMENT, "RAY_ADDRESS": f"{_NETWORK}.{_HEAD}:{_RAY_PORT}"}
+        return self.namespace.call(subprocess.Popen, command, env=environment, text=True, **options)
+
+    def start_ray(self, *arguments: str) -> None:
+        """Return when the node has joined the cluster, or has begun it."""
+        with tempfile.TemporaryFile("w+") as log:  # not a pipe: the daemons keep it
+            starting = self.run(
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
+                *(f"--node-ip-address={self.address}", f"--num-cpus={_CPUS}", f"--object-store-memory={100 << 20}"),
+                *("--disable-usage-stats", "--include-log-monitor=false"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            if starting.wait(60):
+                log.seek(0)
+                pytest.fail(f"ray start {' '.join(arguments)} failed:\n{log.read()}")
+
+    def kill(self) -> None:
+        """As a machine does that loses its power, but that its peers are told: each connection is reset."""
+        self.namespace.kill_all()
+
+    def unplug(self) -> None:
+        """As a machine does that loses its network: nothing of it is heard any more, and nobody is told."""
+        _ip("-n", self._hub.name, "link", "set", self._plug, "down")
+
+
+class Cluster:
+    """A head, from the start, and the nodes that are added."""
+
+    def __init__(self) -> None:
+        self._ending = ExitStack()
+        self._added = 0
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as undo:
+            self._hub = Namespace(f"{_PREFIX}-{os.getpid()}")
+            undo.callback(self._hub.delete)
+            name = self._hub.name
+            _ip("-n", name, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", name, "address", "add", f"{_NETWORK}.{_HUB}/24", "dev", "bridge")
+            _ip("-n", name, "link", "set", "bridge", "up")
+            self._folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts Unix sockets deep into it
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            server = self._hub.call(EmbeddedServer.start)
+            undo.callback(server.stop)
+            self.near_url = server.url
+            """The broker, for this process."""
+            with Redis.from_url(server.url) as redis:
+                redis.config_set("bind", f"{_NETWORK}.{_HUB}")
+                redis.config_set("protected-mode", "no")
+                redis.config_set("port", str(_BROKER_PORT))
+            self.redis_url = f"redis://{_NETWORK}.{_HUB}:{_BROKER_PORT}"
+            """The broker, for the nodes."""
+            self.head = self._plugged_in(undo, _HEAD)
+            self.head.start_ray(
+                *("--head", f"--port={_RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}")
+            )
+            self._ending = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.close()
+
+    def add_node(self) -> Node:
+        """Return a new node, when it has joined."""
+        self._added += 1
+        node = self._plugged_in(self._ending, _HEAD + self._added)
+        node.start_ray(f"--address={self.head.address}:{_RAY_PORT}")
+        return node
+
+    def _plugged_in(self, undo: ExitStack, number: int) -> Node:
+        namespace = Namespace(f"{self._hub.name}-{number}")
+        undo.callback(namespace.delete)
+        return Node(self._hub, namespace, number)
+
+    @contextmanager
+    def instance(self, **http_options: Any) -> Generator[serve.Client]:
+        """Start an instance from a script on the head; yield a client of it in this process, which has no Ray there."""
+        options = {"redis_url": self.redis_url, "http_options": http_options}
+        script = self.head.run(
+            *(sys.executable, "-c", _SCRIPT, json.dumps(options)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._folder,
+        )
+        with script:
+            try:
+                started = json.loads(_first_line(script, within_s=60))
+                with serve.connect(self.near_url) as client:
+                    assert client.http_url == started["http_url"]
+                    yield client
+                    client.shutdown()
+                _, errors = script.communicate("", timeout=30)
+                assert script.returncode == 0, errors
+            finally:
+                script.kill()
+
+    def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
+        """Return what the instance's replicas or proxies last said of themselves."""
+
+        async def read() -> dict[str, dict[str, Any]]:
+            instance = await Instance(self.near_url, "default").open()
+            try:
+                return await instance.registry.reports(kind)
+            finally:
+                await instance.close()
+
+        return background.run(read())
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call ``function`` where all nodes are reached: it may open connections to them."""
+        return self._hub.call(function, *args, **kwargs)
+
+
+@contextmanager
+def cluster() -> Generator[Cluster]:
+    """Start a cluster; whatever becomes of it, nothing of it is left at the end.
+
+    Without the right to make networks, the test is skipped; in CI (``CI=true``) that is a failure.
+    """
+    if reason := _not_here():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must test on a cluster of several nodes: {reason}")
+        pytest.skip(reason)
+    _sweep()
+    with Cluster() as cluster:
+        yield cluster
+
+
+def _not_here() -> str | None:
+    if sys.platform != "linux":
+        return "network namespaces are Linux's"
+    if shutil.which("ip") is None:
+        return "there is no `ip`, which the package iproute2 brings, to make networks with"
+    name = f"{_PREFIX}-{os.getpid()}-try"
+    try:
+        _ip("netns", "add", name)
+        _ip("-n", name, "link", "add", "bridge", "type", "bridge")
+    except subprocess.CalledProcessError as e:
+        return f"networks cannot be made here, which takes root: {e.stderr.strip()}"
+    finally:
+        with suppress(subprocess.CalledProcessError):
+            _ip("netns", "delete", name)
+    return None
+
+
+def _sweep() -> None:
+    """Remove what a test run that was killed has left."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0]
+        prefix, _, owner = name.partition(f"{_PREFIX}-")
+        if not prefix and owner and not Path("/proc", owner.partition("-")[0]).exists():
+            _kill_all(name)
+            _ip("netns", "delete", name)
+
+
+def _kill_all(namespace: str) -> None:
+    def nobody_is_left() -> bool:
+        pids = [int(pid) for pid in _ip("netns", "pids", namespace).split()]
+        for pid in pids:
+            assert pid != os.getpid()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_until(nobody_is_left)
+
+
+def _first_line(script: subprocess.Popen[str], within_s: float) -> str:
+    assert script.stdout is not None
+    assert script.stderr is not None
+    too_late = threading.Timer(within_s, script.kill)
+    too_late.start()
+    line = script.stdout.readline()
+    too_late.cancel()
+    return line or pytest.fail(f"the script failed:\n{script.stderr.read()}")
+
+
+def _enter(namespace: str) -> None:
+    """Move the calling thread, and no other, into a namespace."""
+    # As os.setns does from Python 3.12 on.
+    with open(Path("/run/netns", namespace)) as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
+
+
+def _ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout
