@@ -24,6 +24,21 @@ def test_path_parameters_have_the_types_of_their_route(web: serve.Client, http: 
     assert http.get("/api/ada").json() == [["username", "str", "ada"]]
 
 
+@pytest.mark.usefixtures("cluster")
+def test_the_whole_path_works_on_every_broker(broker_url: str) -> None:
+    def f(request: serve.Request) -> list[Any]:
+        return [request.data, request.path_params.get("n")]
+
+    with serve.start(redis_url=broker_url, http_options={"port": 0}) as client:
+        client.create_backend("f", f, config={"num_replicas": 2})
+        client.create_endpoint("e", backend="f", route="/e/{n:int}", methods=["POST"])
+        with HTTPClient(base_url=str(client.http_url)) as http:
+            assert http.post("/e/7", json={"a": 1}).json() == [{"a": 1}, 7]
+        handle = client.get_handle("e")
+        assert [handle.remote(n).result(timeout=10) for n in range(20)] == [[n, None] for n in range(20)]
+        client.shutdown()
+
+
 async def test_both_kinds_of_handle_call_it(client: serve.Client) -> None:
     class Greeter:
         def __init__(self, greeting: str, *, mark: str) -> None:
