@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from redis import Redis
 from starlette.middleware import Middleware
 
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.errors import ConfigError
+from penstock.broker.keys import Keys
 from penstock.broker.registry import Change, EndpointRecord
 from penstock.proxy.proxy import Proxy
 from tests.proxy.site import INSTANCE, Site, running, text
@@ -43,6 +45,15 @@ async def test_it_serves_and_says_where(site: Site, redis_url: str) -> None:
         await one.check()
         await wait_until_async(lambda: _has(site, "p1", {**where, "version": site.caller.snapshot.version}))
     assert "url" not in (await reports(site))["p1"]
+
+
+async def test_it_holds_a_lease_as_long_as_it_serves(site: Site, redis_url: str) -> None:
+    with Redis.from_url(redis_url) as redis:
+        lease = Keys(INSTANCE).proxy_alive("p1")
+        async with proxy(redis_url) as one:
+            await one.ready()
+            assert 0 < redis.pttl(lease) <= 2000
+        assert not redis.exists(lease)
 
 
 async def test_it_follows_the_registry_and_says_how_far(site: Site, redis_url: str) -> None:
