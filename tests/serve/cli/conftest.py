@@ -32,6 +32,7 @@ Penstock = Callable[..., Ran]
 
 
 def environment(url: str) -> dict[str, str]:
+    """Return what a command finds; without a ``url``, no broker."""
     return {**os.environ, "PENSTOCK_REDIS_URL": url, "COLUMNS": "160"}
 
 
@@ -46,7 +47,7 @@ def site(redis_url: str) -> Iterator[Site]:
 def penstock(redis_url: str) -> Penstock:
     """Runs the command, as a shell does, with the broker of the test."""
 
-    def penstock(*arguments: object, stdin: str = "") -> Ran:
+    def penstock(*arguments: object, stdin: str = "", url: str = redis_url) -> Ran:
         ran = subprocess.run(
             [*COMMAND, *map(str, arguments)],
             input=stdin,
@@ -54,7 +55,7 @@ def penstock(redis_url: str) -> Penstock:
             text=True,
             timeout=100,
             check=False,
-            env=environment(redis_url),
+            env=environment(url),
         )
         return Ran(ran.returncode, ran.stdout, ran.stderr)
 

@@ -1,0 +1,80 @@
+"""``penstock call`` and ``penstock dead``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.handles.site import Site
+from tests.handles.test_dead_letters import bury, entry
+from tests.serve.cli.conftest import Penstock
+from tests.waiting import wait_until
+
+
+def answer(request: Any) -> Any:
+    if request.data == "bad":
+        raise ValueError("not this one")
+    return [request.data, dict(request.query_params)] if request.query_params else request.data
+
+
+def test_an_answer_is_written_as_it_is(site: Site, penstock: Penstock) -> None:
+    site.serve(answer)
+    assert penstock("call", "ask", '{"n": [1, null]}').out == '{"n":[1,null]}\n'
+    assert penstock("call", "ask", "Ada", "--text").out == "Ada\n"
+    assert penstock("call", "ask", "-", stdin="3").out == "3\n"
+    assert penstock("call", "ask").out == ""
+    assert penstock("call", "ask", "1", "--query", "a=b").out == '[1,{"a":"b"}]\n'
+    assert penstock("call", "ask", "1", "--json").lines() == [{"result": 1}]
+
+
+def test_what_goes_wrong_has_an_exit_code(site: Site, penstock: Penstock) -> None:
+    site.serve(answer)
+    failed = penstock("call", "ask", '"bad"')
+    assert (failed.code, failed.out, failed.err) == (1, "", "Error: ValueError: not this one\n")
+    assert penstock("call", "ask", '"bad"', "--json").lines()[0]["error"]["type"] == "ValueError"
+    for wrong in (("ask", "Ada"), ("nowhere", "1"), ("ask", "1", "--query", "a"), ("ask", "1", "--method", "_x")):
+        assert penstock("call", *wrong).code == 2
+
+
+def test_a_call_that_nobody_answers_ends(site: Site, penstock: Penstock) -> None:
+    site.declare()
+    late = penstock("call", "ask", "1", "--timeout", "0.3")
+    assert late.code == 1
+    assert "within 0.3 s" in late.err
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(site: Site, penstock: Penstock) -> None:
+    ran: list[Any] = []
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+
+    site.serve(record)
+    first, second, third = bury(site, entry(), "it died"), bury(site, None, "garbage"), bury(site, entry())
+
+    listed = penstock("dead", "list", "model")
+    assert listed.code == 0
+    assert all(id_ in listed.out for id_ in (first, second, third))
+    assert [letter["error"] for letter in penstock("dead", "list", "model", "--json").lines()][:2] == [
+        "it died",
+        "garbage",
+    ]
+    (shown,) = penstock("dead", "show", "model", first, "--json").lines()
+    assert shown["request"]["data"] == "x"
+    assert shown["deliveries"][0]["replica"] == "model#1"
+    assert "it died" in penstock("dead", "show", "model", first).out
+
+    assert penstock("dead", "replay", "model", first).out == "replayed 1\n"
+    wait_until(lambda: ran == ["x"])
+    partly = penstock("dead", "replay", "model", "--all")
+    assert (partly.code, partly.out) == (1, "replayed 1, 1 failed\n")
+    assert "cannot be read" in partly.err
+    assert penstock("dead", "drop", "model", second).out == "dropped 1\n"
+    assert penstock("dead", "list", "model").out == "backend 'model' has no dead letters\n"
+
+
+def test_dead_letters_that_are_not_there(site: Site, penstock: Penstock) -> None:
+    site.declare()
+    assert penstock("dead", "list", "nobody").code == 2
+    assert penstock("dead", "show", "model", "1-0").code == 1
+    assert penstock("dead", "show", "model", "x").code == 2
+    assert penstock("dead", "drop", "model").code == 2

@@ -1,0 +1,138 @@
+"""An instance's life by the command line: start, deploy, call, status, shutdown."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import orjson
+import pytest
+
+from tests.serve.cli.conftest import COMMAND, Penstock, Ran, environment
+
+APP = """\
+backends:
+  method:
+    import: operator:attrgetter
+    args: [method]
+    ray_actor_options: {num_cpus: 0.1}
+endpoints:
+  ask:
+    route: /ask
+    methods: [GET, POST]
+    backend: method
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    (tmp_path / "app.yaml").write_text(APP)
+    return tmp_path / "app.yaml"
+
+
+@pytest.fixture
+def running(cluster: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, penstock: Penstock) -> Iterator[Ran]:
+    """What starting an instance in the background wrote."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    yield penstock("start", "--http-port", "0", "--json")
+    penstock("shutdown", "--yes")
+
+
+def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: str) -> None:
+    assert running.code == 0, running.err
+    url = running.lines()[0]["http_url"]
+
+    refused = penstock("start", "--http-port", "0")
+    assert (refused.code, "runs already" in refused.err) == (2, True)
+
+    checked = penstock("deploy", app, "--check")
+    assert checked.code == 0, checked.err
+    assert "+ create backend method: operator:attrgetter, 1 replicas" in checked.out
+    assert "nothing was changed" in checked.out
+    assert penstock("status", "--json").lines()[0]["backends"] == {}
+
+    deployed = penstock("deploy", app)
+    assert deployed.code == 0, deployed.err
+    assert deployed.out.splitlines()[-1] == "2 changes serve"
+    assert httpx.post(f"{url}/ask").text == "POST"
+    assert penstock("deploy", app).out == "nothing to change\n"
+
+    assert penstock("call", "ask").out == "GET\n"
+    assert penstock("call", "ask", "--json").lines() == [{"result": "GET"}]
+    rows = penstock("batch", "ask", "-", "-o", "-", "--quiet", stdin="1\n2\n")
+    assert sorted(line["index"] for line in rows.lines()) == [0, 1]
+
+    (status,) = penstock("status", "--json").lines()
+    assert status["backends"]["method"]["ready"] == 1
+    assert status["endpoints"]["ask"]["route"] == "/ask"
+    shown = penstock("status").out
+    assert "method" in shown
+    assert "/ask" in shown
+    with subprocess.Popen(
+        [*COMMAND, "status", "--watch", "--json", "--every", "0.1"], stdout=subprocess.PIPE, env=environment(redis_url)
+    ) as watching:
+        assert watching.stdout is not None
+        for _ in range(3):
+            assert "method" in orjson.loads(watching.stdout.readline())["backends"]
+        watching.terminate()
+
+    app.write_text(APP.replace("/ask", "/other").replace("ray_actor", "config: {num_replicas: 2}\n    ray_actor"))
+    changed = penstock("deploy", app, "--json")
+    assert changed.code == 0, changed.err
+    assert [(c["verb"], c["name"]) for c in changed.lines()[0]["changes"]] == [
+        ("configure", "method"),
+        ("update", "ask"),
+    ]
+    assert httpx.get(f"{url}/other").text == "GET"
+    assert httpx.get(f"{url}/ask").status_code == 404
+
+    app.write_text("backends: {}\n")
+    assert penstock("deploy", app).out == "nothing to change\n"
+    assert penstock("deploy", app, "--prune").out.splitlines()[-1] == "2 changes serve"
+    assert httpx.get(f"{url}/other").status_code == 404
+
+    ended = penstock("shutdown", "--yes")
+    assert (ended.code, ended.out) == (0, "instance 'default' has ended\n")
+    gone = penstock("status")
+    assert (gone.code, "there is no instance 'default'" in gone.err) == (2, True)
+
+
+def test_a_file_with_mistakes_changes_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
+    app.write_text(APP.replace("backend: method", "backend: nobody").replace("num_cpus", "cpus"))
+    refused = penstock("deploy", app)
+    assert refused.code == 2
+    assert [line.partition(": ")[0] for line in refused.err.splitlines()] == [
+        f"{app}, line 5",
+        f"{app}, line 10",
+        "nothing was changed",
+    ]
+    assert [mistake["line"] for mistake in penstock("deploy", app, "--json").lines()[0]["mistakes"]] == [5, 10]
+    assert penstock("deploy", app.parent / "none.yaml").code == 2
+    assert penstock("status", "--json").lines()[0]["backends"] == {}
+
+
+def test_code_that_cannot_start_is_told_and_leaves_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
+    app.write_text(APP.replace("operator:attrgetter", "nowhere:Model"))
+    failed = penstock("deploy", app)
+    assert failed.code == 1
+    assert "No module named 'nowhere'" in failed.err
+    assert "0 of 2 changes were made" in failed.err
+    (status,) = penstock("status", "--json").lines()
+    assert (status["backends"], status["endpoints"]) == ({}, {})
+
+
+def test_without_a_broker_there_is_a_way_out(penstock: Penstock) -> None:
+    for command in (("start",), ("status",), ("shutdown",), ("call", "ask"), ("dead", "list", "model")):
+        refused = penstock(*command, url="")
+        assert refused.code == 2
+        assert "PENSTOCK_REDIS_URL" in refused.err
+
+
+def test_every_command_has_a_help(penstock: Penstock) -> None:
+    for command in ("start", "deploy", "status", "call", "batch", "dead", "shutdown"):
+        shown = penstock(command, "--help")
+        assert shown.code == 0
+        assert "Usage" in shown.out
+    assert penstock("frobnicate").code == 2
