@@ -125,7 +125,12 @@ def test_what_is_no_yaml_is_told_with_its_line() -> None:
 def test_routes_must_not_clash_with_each_other_or_with_what_there_is() -> None:
     there = Snapshot(1, {"b": record("b")}, {"old": EndpointRecord(name="old", route="/x", traffic={"b": 1.0})})
     said = mistakes(
-        "endpoints:\n  one: {route: /x, backend: b}\n  two: {route: /y, backend: b}\n  three: {route: /y, backend: b}\n",
+        """\
+        endpoints:
+          one: {route: /x, backend: b}
+          two: {route: /y, backend: b}
+          three: {route: /y, backend: b}
+        """,
         there,
     )
     assert len(said) == 2
