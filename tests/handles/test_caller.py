@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -441,10 +442,12 @@ def test_a_loop_that_ends_without_closing_takes_its_caller_along(site: Site) -> 
         send(caller, b"left in flight")
         return caller
 
+    left: list[weakref.ref[Caller]] = []
     for _ in range(3):
         caller = asyncio.run(ask())
         assert caller.closed
         assert not caller.connected
+        left.append(weakref.ref(caller))
         del caller
     gc.collect()
-    assert [each for each in gc.get_objects() if type(each) is Caller] == []
+    assert [caller() for caller in left] == [None] * 3
