@@ -36,9 +36,13 @@ _PREFETCH = 16
 _PREFETCH_S = 0.002
 """Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
-_SHARED_SLOW_S = 0.004
-"""While batch items wait, a whole batch of them is fetched ahead only if it is over this soon: an interactive request
-that comes now waits behind it.
+_CONSIDERATE_S = 1.0
+"""While batch items wait, and for this long after an interactive request has come, room is made for the next one: it
+waits behind all that was claimed before it.
+"""
+_SHARED_SLOW_S = 0.002
+"""Then a batch of items is fetched ahead only if it is over this soon, and batches so quick are small ones: what they
+take is the work around them, item by item.
 """
 _STUCK_S = 0.025
 _LOOK_S = 0.5
@@ -82,6 +86,7 @@ class Worker:
         self._fairness = Fairness()
         self._sharing = False
         """Batch items waited when we last claimed."""
+        self._considerate_until = 0.0
         self._settled: list[bytes] = []
         self._withdrawn: dict[bytes, None] = {}
         self._batches = 0
@@ -187,8 +192,12 @@ class Worker:
 
     def _room(self) -> int:
         if self._batch_size:
-            quick = self._run_s <= (_SHARED_SLOW_S if self._sharing else _SLOW_S)
-            capacity = (self._concurrency + quick) * self._batch_size
+            size, slow_s = self._batch_size, _SLOW_S
+            if self._sharing and self._loop.time() < self._considerate_until:
+                slow_s = _SHARED_SLOW_S
+                if self._run_s <= slow_s and not self._batch_wait_s:
+                    size = min(size, _CLAIM)
+            capacity = (self._concurrency + (self._run_s <= slow_s)) * size
         elif self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
@@ -214,6 +223,8 @@ class Worker:
         else:
             batch = sum(is_batch(place) for place, _ in result)
             self._sharing = len(result) == up_to and batch >= owed
+            if batch < len(result):
+                self._considerate_until = self._loop.time() + _CONSIDERATE_S
             self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
         self._take_claimed(result)
 
