@@ -72,7 +72,6 @@ def shutdown(redis_url: str | None, instance: str, yes: bool) -> None:
                 abort=True,
                 err=True,
             )
-        # The controller ends it; should that be gone, this process ends what it finds.
         client.shutdown()
     click.echo(f"instance {instance!r} has ended")
 
