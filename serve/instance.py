@@ -251,7 +251,7 @@ class Instance:
         return bool(await self._connection.send("EXISTS", self._keys.proxy_alive(proxy), repeat=True))
 
     async def http_url(self) -> str | None:
-        """Return where the instance is reached over HTTP, best on the node that started it; ``None`` without a server."""
+        """Return where HTTP is served, best on the node that started the instance; ``None`` without a server."""
         settings = await Settings.read(self.registry)
         proxies = (await self.registry.reports("proxies")).items()
         urls = [
