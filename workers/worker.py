@@ -54,7 +54,7 @@ _RETRY_S = 0.2
 class _Held:
     """An entry from its claim to its settling."""
 
-    __slots__ = ("alone", "claimed_ms", "entry", "place", "recalled", "running", "taken")
+    __slots__ = ("alone", "claimed_ms", "entry", "place", "recalled", "running")
 
     def __init__(self, place: bytes, entry: Entry, claimed_ms: float) -> None:
         self.place, self.entry, self.claimed_ms = place, entry, claimed_ms
@@ -244,9 +244,7 @@ class Worker:
             if self._draining:
                 return
             self._claiming = True  # until the retry
-            task = self._loop.create_task(self._retry_claim(result))
-            self._loading.add(task)
-            task.add_done_callback(self._loading.discard)
+            self._task(self._retry_claim(result))
             return
         if self._draining:  # it was asked for before
             if result:
@@ -275,20 +273,29 @@ class Worker:
         self._claiming = False
         self._ask()
 
-    def _take(self, place: bytes, fields: list[bytes] | None) -> _Held | None:
-        """Hold an entry and start it as soon as may be; None if there is nothing to run."""
+    def _take(self, place: bytes, fields: list[bytes] | None) -> None:
+        """Hold an entry and start it as soon as may be, if there is anything to run and it is not held already."""
         if place in self._held:
-            return None
+            return
         if fields is None or place in self._withdrawn:
             self._withdrawn.pop(place, None)
             self._settle(place)
-            return None
+            return
         try:
             entry = Entry.of(fields)
         except WireError as e:
             log.error("entry %s of %r cannot be read and goes to the dead letters: %s", place.decode(), self.backend, e)
             self._task(self._claims.bury(Taken(place, 0, fields), str(e)))
-            return None
+            return
+        if (held := self._hold(place, entry)) is None:
+            return
+        if entry.large:
+            self._task(self._load_body(held))
+        else:
+            self._offer(held)
+
+    def _hold(self, place: bytes, entry: Entry) -> _Held | None:
+        """Hold an entry that is to run; None, and it is settled, if its deadline has passed."""
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
         if deadline_ms and deadline_ms <= now_ms:
@@ -297,10 +304,6 @@ class Worker:
             return None
         held = self._held[place] = _Held(place, entry, now_ms)
         self._by_entry[id(entry)] = held
-        if entry.large:
-            self._task(self._load_body(held))
-        else:
-            self._offer(held)
         return held
 
     async def _load_body(self, held: _Held) -> None:
@@ -475,7 +478,7 @@ class Worker:
 
     def _on_stuck(self) -> None:
         self._recall = None
-        if len(self._held) <= (self._concurrency * max(1, self._batch_size)) and not self._nursing:
+        if len(self._held) <= self.capacity and not self._nursing:
             return
         if self._loop.time() - self._last_done < _STUCK_S:
             self._watch_for_slowness()
@@ -536,7 +539,6 @@ class Worker:
                 if taken.deliveries >= self._max_deliveries:
                     await self._convict(taken)
                     continue
-                self._nursing = True
                 await self._run_alone(taken)
         finally:
             self._nursing = False
@@ -556,17 +558,13 @@ class Worker:
         return True
 
     async def _run_alone(self, taken: Taken) -> None:
-        done = asyncio.Event()
         try:
             entry = Entry.of(taken.fields)
         except WireError as e:
             await self._claims.bury(taken, str(e))
             return
-        deadline_ms = entry.header.deadline_ms
-        if not (deadline_ms and deadline_ms <= self._commands.now_ms()):
-            held = self._held[taken.entry] = _Held(taken.entry, entry, self._commands.now_ms())
-            self._by_entry[id(entry)] = held
-            held.alone = done
+        if (held := self._hold(taken.entry, entry)) is not None:
+            held.alone = done = asyncio.Event()
             if entry.large:
                 await self._load_body(held)
                 if taken.entry not in self._held:
@@ -574,9 +572,6 @@ class Worker:
             else:
                 self._offer(held)
             await done.wait()
-        else:
-            self._settle(taken.entry)
-            self._drop_body(entry)
         self._claims.forget_history(taken.entry)
 
     async def _convict(self, taken: Taken) -> None:
@@ -597,8 +592,7 @@ class Worker:
         """After a reconnect: what is in our name and not in our hands was lost on its way to us."""
         await self._claims.ensure_group()
         for place, fields in await self._claims.pending():
-            if place not in self._held:
-                self._take(place, fields)
+            self._take(place, fields)
         self._start_unstarted()
 
     def _task(self, coroutine: Any) -> None:
@@ -609,4 +603,4 @@ class Worker:
 
 def _log_failure(result: Any) -> None:
     if isinstance(result, Exception):
-        log.error("the broker did not take the body of a reply: %s", result)
+        log.error("the broker did not delete the body of a request: %s", result)
