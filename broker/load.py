@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+from .claims import GROUP
 from .connection import Connection, Script
 from .keys import Keys
 
@@ -22,8 +23,6 @@ end
 return {unsettled, held}
 """)
 
-_GROUP = "replicas"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -38,6 +37,6 @@ class Load:
 async def load_of(connection: Connection, keys: Keys, backend: str) -> Load:
     """Count the requests of ``backend``. Raises `BrokerUnavailable`."""
     streams = [keys.requests(backend), keys.batch(backend)]
-    unsettled, held = cast("list[int]", await connection.run_script(_LOAD, streams, [_GROUP], repeat=True))
+    unsettled, held = cast("list[int]", await connection.run_script(_LOAD, streams, [GROUP], repeat=True))
     # What a caller withdrew while it ran is still held, and no longer counted.
     return Load(unsettled=unsettled, in_progress=min(held, unsettled))

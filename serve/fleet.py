@@ -17,11 +17,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from ..handles.errors import BackendError, PenstockError
+from ..workers.replica import NAMESPACE
 from .resources import Node
 
 log = logging.getLogger(__name__)
-
-NAMESPACE = "penstock"
 
 _CONCURRENCY = 1000
 _RETRY_S = 0.5

@@ -20,18 +20,16 @@ from ..broker.embedded import EmbeddedServer, EmbeddedServerError
 from ..broker.errors import ConfigError
 from ..broker.keys import Keys
 from ..handles import background
+from ..workers.replica import NAMESPACE, REDIS_URL
 from .client import Client
 from .config import HTTPOptions
 from .controller import LEASE_S, Actor
-from .fleet import NAMESPACE, actor_name, alive_nodes, error_of
+from .fleet import actor_name, alive_nodes, error_of
 from .instance import Instance
 from .settings import Settings, dump_http
 
 _CONCURRENCY = 10_000
 """Every replica and every proxy has a call pending on the controller."""
-
-REDIS_URL = "PENSTOCK_REDIS_URL"
-"""The environment variable that names the broker where no ``redis_url`` is given."""
 
 
 def start(

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "penstock"
 REDIS_URL = "PENSTOCK_REDIS_URL"
+"""The environment variable that names the broker where no ``redis_url`` is given."""
 
 _RETRY_S = 0.5
 _PROMPTLY_S = 1.0

@@ -13,8 +13,9 @@ from ...broker.errors import ConfigError
 from ...handles import connect as connect_thin
 from ...handles.connection import Connected
 from ...handles.errors import BackendNotFound, EndpointNotFound
+from ...workers.replica import REDIS_URL
 from ..client import Client
-from ..start import REDIS_URL, connect
+from ..start import connect
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 import click
 import ray
 
-from ..start import REDIS_URL, start as start_instance
+from ...workers.replica import REDIS_URL
+from ..start import start as start_instance
 from .common import as_json, client_of, telling_what_is_wrong, which_instance, write_json, wrong
 
 

@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from penstock import serve
-from penstock.serve.fleet import NAMESPACE, actor_name
+from penstock.serve.fleet import actor_name
+from penstock.workers.replica import NAMESPACE
 from tests.serve.backends import SMALL, Slow, answering, replicas
 from tests.serve.load import load
 from tests.waiting import wait_until
