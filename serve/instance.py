@@ -22,7 +22,7 @@ from ..handles.errors import from_wire
 from . import changes
 from .config import BackendConfig
 from .settings import Settings
-from .status import Status, explained
+from .status import Status, explained, explained_refusal
 
 _POLL_S = 0.02
 _ALIVE_S = 1.0
@@ -226,6 +226,7 @@ class Instance:
         return {
             **said,
             "failing": explained(said.get("failing")),
+            "refused": explained_refusal(said.get("refused")),
             "queued": load.unsettled - load.in_progress,
             "in_progress": load.in_progress,
             "dead_letters": int(await self._connection.send("XLEN", self._keys.dead(tag), repeat=True)),

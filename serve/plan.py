@@ -355,6 +355,38 @@ class Status:
     """Why it cannot come about: the error of the last replica that could not start, as ``to_wire`` writes it."""
     lacking: str | None
     """The resources that are missing for it."""
+    refused: Refusal | None = None
+    """The last change that could not come about and was taken back, until a later one has come about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A change that could not come about, and was taken back."""
+
+    version: str
+    failing: dict[str, Any] | None
+    lacking: str | None
+    undone_by: int
+    """The version of the configuration that took its place."""
+
+
+def refusal(before: Mapping[str, Any] | None, now: Status) -> Refusal | None:
+    """Return which change of a backend was refused, given what was reported ``before``."""
+    if before is None:
+        return None
+    if (before["version"], before["config_version"]) != (now.version, now.config_version):
+        trouble = before["failing"] or before["lacking"]
+        if trouble and not before["came_about"]:
+            return Refusal(
+                version=before["version"],
+                failing=before["failing"],
+                lacking=before["lacking"],
+                undone_by=now.config_version,
+            )
+    if (known := before.get("refused")) is None:
+        return None
+    overcome = now.came_about and now.config_version > known["undone_by"]
+    return None if overcome else Refusal(**known)
 
 
 def status(backend: Backend, seen: Seen, failing: dict[str, Any] | None) -> Status:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -18,7 +18,20 @@ from ..broker.registry import Registry, Snapshot
 from ..handles.errors import to_wire
 from .config import BackendConfig
 from .fleet import Fleet, Member, alive_nodes
-from .plan import HTTP, NO_FAILURES, Backend, Desired, Failures, Proxy, Replica, Seen, State, Version, status
+from .plan import (
+    HTTP,
+    NO_FAILURES,
+    Backend,
+    Desired,
+    Failures,
+    Proxy,
+    Replica,
+    Seen,
+    State,
+    Version,
+    refusal,
+    status,
+)
 from .resources import Amounts, Node, asked
 from .settings import Settings
 
@@ -119,7 +132,7 @@ class Sight:
         described = status(backend, seen, self._failing.get(backend.key) or self._refusal(backend))
         if described.came_about:
             self._came_about[backend.tag] = (backend.tag, backend.version, backend.config_version)
-        return asdict(described)
+        return asdict(replace(described, refused=refusal(self.statuses.get(backend.tag), described)))
 
     def backend_of(self, replica: str) -> str:
         return str(self._reports.get(replica, {}).get("backend", replica.rpartition("#")[0]))

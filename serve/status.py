@@ -14,9 +14,9 @@ class Status(dict[str, Any]):
     """``{"backends": {tag: …}, "proxies": {name: …}}``; ``str`` of it is a table.
 
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
-    error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; how many requests are
-    ``queued`` and ``in_progress``; how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and
-    ``pid``.
+    error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
+    ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``;
+    how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``.
     """
 
     def __str__(self) -> str:
@@ -31,12 +31,24 @@ class Status(dict[str, Any]):
             )
         ]
         for tag, backend in sorted(backends.items()):
-            troubles = [trouble for trouble in ("failing", "lacking") if backend[trouble]]
-            parts += [f"{tag} is {trouble}: {backend[trouble]}".replace("\n", "\n    ") for trouble in troubles]
+            parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in troubles(backend)]
         rows = [(p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()]
         if rows:
             parts.append(_table(("node", "proxy", "url", "state"), sorted(rows)))
         return "\n\n".join(parts)
+
+
+def troubles(backend: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a backend, as the ends of sentences that begin with its tag."""
+    said = [f"is {trouble}: {backend[trouble]}" for trouble in ("failing", "lacking") if backend[trouble]]
+    return [*said, f"refused {backend['refused']}"] if backend["refused"] else said
+
+
+def explained_refusal(refused: Mapping[str, Any] | None) -> str | None:
+    """Return as text which change was refused, and why."""
+    if not refused:
+        return None
+    return f"version {refused['version']}: {explained(refused['failing']) or refused['lacking']}"
 
 
 def explained(failing: Mapping[str, Any] | None) -> str | None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..client import Client
+from ..status import troubles
 from .common import as_json, client_of, which_instance, write_json
 
 
@@ -57,15 +58,16 @@ def _look(client: Client) -> dict[str, Any]:
 
 
 def _table(look: dict[str, Any]) -> RenderableType:
-    backends = Table("BACKEND", "VERSION", "REPLICAS", "QUEUED", "DEAD", "STATE", box=None, pad_edge=False)
+    backends = Table("BACKEND", "VERSION", "REPLICAS", "QUEUED", "RUNNING", "DEAD", "STATE", box=None, pad_edge=False)
     for tag, backend in sorted(look["backends"].items()):
-        ready, wanted = backend.get("ready", 0), backend.get("wanted", 0)
+        ready, wanted = backend["ready"], backend["wanted"]
         dead = backend["dead_letters"]
         backends.add_row(
             tag,
-            str(backend.get("version", "")),
+            backend["version"],
             Text(f"{ready}/{wanted}", style="" if ready >= wanted else "yellow"),
             str(backend["queued"]),
+            str(backend["in_progress"]),
             Text(str(dead), style="red" if dead else ""),
             _state(backend),
         )
@@ -81,16 +83,17 @@ def _table(look: dict[str, Any]) -> RenderableType:
     for table in (backends, endpoints, proxies):
         if table.row_count:
             parts += [table, ""]
+    for tag, backend in sorted(look["backends"].items()):
+        for trouble in troubles(backend):
+            parts += [Text(f"{tag} {trouble}".replace("\n", "\n    ")), ""]
     return Group(*parts[:-1]) if parts else Text("nothing is deployed")
 
 
 def _state(backend: dict[str, Any]) -> Text:
-    failing, lacking = backend.get("failing"), backend.get("lacking")
-    if failing:
-        args = failing.get("args") or [failing.get("kind", "")]
-        return Text("failing: " + ": ".join(str(arg) for arg in args[:2]), style="red")
-    if lacking:
-        return Text(f"waits for resources: {lacking}", style="yellow")
-    if backend.get("settled", True):
+    if backend["failing"]:
+        return Text("failing", style="red")
+    if backend["lacking"]:
+        return Text("lacking", style="yellow")
+    if backend["ready"] == backend["wanted"] and backend["came_about"]:
         return Text("ready", style="green")
     return Text("changing", style="yellow")

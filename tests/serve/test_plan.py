@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -22,6 +22,7 @@ from penstock.serve.plan import (
     KillProxy,
     KillReplica,
     Proxy,
+    Refusal,
     Replica,
     RetireBackend,
     Seen,
@@ -31,6 +32,7 @@ from penstock.serve.plan import (
     Step,
     lacking,
     plan,
+    refusal,
     status,
 )
 from penstock.serve.resources import Node
@@ -425,3 +427,18 @@ def test_a_backend_has_come_about_when_every_replica_has_its_configuration() -> 
     assert status(wanted, see(new_config, new_config, replica(State.DRAINING, "v0")), None).came_about
     takes = replace(replica(State.DRAINING, "v0"), takes=True)
     assert not status(wanted, see(new_config, new_config, takes), None).came_about
+
+
+def test_what_was_refused_is_told_until_a_later_change_has_come_about() -> None:
+    error = {"kind": "BackendError", "args": ["ValueError", "no"]}
+    wanted = replace(backend(replicas=1, version="v1"), config_version=3)
+    failed = status(replace(wanted, version="v2", config_version=2), see(replica(State.READY)), error)
+    assert refusal(None, failed) is None
+    back = status(wanted, see(replica(State.READY)), None)
+    refused = refusal(asdict(failed), back)
+    assert refused == Refusal(version="v2", failing=error, lacking=None, undone_by=3)
+    back = replace(back, refused=refused, came_about=True)
+    assert refusal(asdict(back), back) == refused
+    changing = replace(back, config_version=4, came_about=False, refused=None)
+    assert refusal(asdict(back), changing) == refused
+    assert refusal(asdict(replace(changing, refused=refused)), replace(changing, came_about=True)) is None

@@ -10,6 +10,7 @@ import pytest
 from penstock import serve
 from penstock.serve.status import Status
 from tests.serve.backends import SMALL, answering
+from tests.serve.test_controller import kill_controller
 from tests.waiting import wait_until
 
 
@@ -47,9 +48,24 @@ def test_it_counts_replicas_and_requests(client: serve.Client) -> None:
 def test_it_says_why_new_code_does_not_start_while_the_old_serves(client: serve.Client) -> None:
     client.create_backend("f", answering("old"), ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
+    old = client.status()["backends"]["f"]["version"]
     with pytest.raises(serve.errors.BackendError, match=r"weights\.bin"):
         client.update_backend("f", Broken)
+    wait_until(lambda: client.status()["backends"]["f"]["version"] == old)
+    backend = client.status()["backends"]["f"]
+    assert backend["failing"] is None
+    assert "FileNotFoundError: weights.bin" in backend["refused"]
+    assert 'raise FileNotFoundError("weights.bin")' in backend["refused"]
+    assert f"f refused {backend['refused'].splitlines()[0]}" in str(client.status())
     assert client.get_handle("e").remote().result(10) == "old"
+
+    with pytest.raises(serve.errors.ConfigError, match="CPU 64"):
+        client.update_backend("f", answering("new"), ray_actor_options={"num_cpus": 64})
+    wait_until(lambda: "CPU 64" in client.status()["backends"]["f"]["refused"])
+    kill_controller()
+    client.update_backend("f", answering("new"))
+    assert client.status()["backends"]["f"]["refused"] is None
+    assert client.get_handle("e").remote().result(10) == "new"
 
 
 def test_there_is_a_proxy_for_the_node(web: serve.Client) -> None:
@@ -71,7 +87,14 @@ def test_it_prints_as_a_table() -> None:
     }
     proxy = {"node": "0123456789abcdef", "url": "http://127.0.0.1:8000", "state": "ready", "pid": 7}
     status = Status(
-        backends={"model": {**backend, "failing": 'ValueError: no\n  File "model.py"', "lacking": None}},
+        backends={
+            "model": {
+                **backend,
+                "failing": 'ValueError: no\n  File "model.py"',
+                "lacking": None,
+                "refused": "version b2c3: 1 replica with GPU 1 each asked for, room for 0",
+            }
+        },
         proxies={"0": proxy},
     )
     assert str(status).splitlines() == [
@@ -80,6 +103,8 @@ def test_it_prints_as_a_table() -> None:
         "",
         "model is failing: ValueError: no",
         '      File "model.py"',
+        "",
+        "model refused version b2c3: 1 replica with GPU 1 each asked for, room for 0",
         "",
         "node          proxy  url                    state",
         "0123456789ab  0      http://127.0.0.1:8000  ready",

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from tests.serve.cli.conftest import COMMAND, Penstock, Ran, environment
+from tests.waiting import wait_until
 
 APP = """\
 backends:
@@ -121,6 +122,13 @@ def test_code_that_cannot_start_is_told_and_leaves_nothing(running: Ran, app: Pa
     assert "0 of 2 changes were made" in failed.err
     (status,) = penstock("status", "--json").lines()
     assert (status["backends"], status["endpoints"]) == ({}, {})
+
+    app.write_text(APP)
+    assert penstock("deploy", app).code == 0
+    app.write_text(APP.replace("operator:attrgetter", "nowhere:Model"))
+    assert penstock("deploy", app).code == 1
+    wait_until(lambda: "method refused version" in (shown := penstock("status").out) and "nowhere" in shown)
+    assert penstock("call", "ask").out == "GET\n"
 
 
 def test_without_a_broker_there_is_a_way_out(penstock: Penstock) -> None:
