@@ -149,6 +149,7 @@ _KINDS: dict[str, type[PenstockError]] = {
         BackendError,
         BackendNotFound,
         BrokerUnavailable,
+        ConfigError,
         DeliveryLimitExceeded,
         EndpointNotFound,
         MalformedBody,

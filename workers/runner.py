@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..broker.wire import Entry
-from ..handles.errors import BackendError, PenstockError
+from ..handles.errors import BackendError, ConfigError, PenstockError
 from .context import context_of
 from .failures import backend_error
 from .running import Done, OnLoop, OnThread, Place, Refused, Running, Several
@@ -40,6 +40,7 @@ class Runner:
 
         Raises:
             BackendError: what any of that raised, with its traceback.
+            ConfigError: there is a ``max_batch_size``, and nothing of it takes batches.
         """
         context = context_of(self.backend, self.replica)
         self._threads = Threads(self.replica, self._thread_limit(), context)
@@ -52,6 +53,7 @@ class Runner:
         else:
             self._target = await self._threads.call(_guarded, code.construct)
         self._blob = b""  # it can be a whole model
+        self._check_batch_size(self.config)
         if (user_config := self.config.get("user_config")) is not None:
             await self._configure(user_config)
 
@@ -60,7 +62,9 @@ class Runner:
 
         Raises:
             BackendError: what that raised; the configuration is the old one still.
+            ConfigError: as for `start`.
         """
+        self._check_batch_size(config)
         if (user_config := config.get("user_config")) != self.config.get("user_config"):
             await self._configure(user_config)
         self.config = dict(config)
@@ -153,6 +157,13 @@ class Runner:
 
     def _thread_limit(self) -> int:
         return self.config.get("max_concurrent_queries") or 1
+
+    def _check_batch_size(self, config: Mapping[str, Any]) -> None:
+        # Where the code was at hand, whoever called has been told before anything started.
+        if (size := config.get("max_batch_size")) is not None and not self.accepts_batch:
+            raise ConfigError(
+                f"max_batch_size is {size}, but {self._target} takes one request: mark it with @serve.accept_batch"
+            )
 
     async def _configure(self, user_config: Any) -> None:
         if (hook := self._target.hook(RECONFIGURE)) is None:

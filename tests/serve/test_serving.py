@@ -57,9 +57,14 @@ async def test_both_kinds_of_handle_call_it(client: serve.Client) -> None:
 
 
 def test_code_that_only_the_workers_can_import(client: serve.Client) -> None:
-    client.create_backend("method", "operator:itemgetter", "method")
+    client.create_backend("method", "operator:attrgetter", "method")
     client.create_endpoint("method", backend="method")
-    assert client.get_handle("method").options(http_method="PUT").remote().result(timeout=10) == "PUT"
+    handle = client.get_handle("method").options(http_method="PUT")
+    assert handle.remote().result(timeout=10) == "PUT"
+    with pytest.raises(serve.errors.ConfigError, match="max_batch_size is 4, but attrgetter takes one request"):
+        client.update_backend_config("method", {"max_batch_size": 4})
+    assert client.get_backend_config("method").max_batch_size is None
+    assert handle.remote().result(timeout=10) == "PUT"
     with pytest.raises(serve.errors.BackendError, match="ModuleNotFoundError: No module named 'nowhere'"):
         client.create_backend("other", "nowhere:Model")
 

@@ -192,6 +192,13 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         BackendError,
         "ValueError: cannot use 3",
     ),
+    (
+        lambda c: c.create_backend(
+            "b", "operator:itemgetter", 0, config={"max_batch_size": 4}, ray_actor_options=SMALL
+        ),
+        ConfigError,
+        "max_batch_size is 4, but itemgetter takes one request: mark it with @serve.accept_batch",
+    ),
     (lambda c: c.create_backend("b", Exits, ray_actor_options=SMALL), BackendError, "died"),
     (lambda c: c.update_backend("f", Raises), BackendError, "the weights are missing"),
 ]
