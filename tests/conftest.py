@@ -2,10 +2,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
+
+# How long an example takes says nothing where others use the machine too.
+settings.register_profile("penstock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("penstock")
 
 
 @pytest.fixture(scope="session", autouse=True)
