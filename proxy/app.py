@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from starlette.types import Receive, Scope, Send
 
 from ..broker.registry import EndpointRecord, Snapshot
 from ..broker.wire import Header, PathParam, Reply
-from ..handles.caller import Call, Caller
+from ..handles.caller import Call, Caller, Outcome
 from ..handles.errors import ConfigError, PenstockError
 from . import metrics, replies, request_ids
 from .bodies import has_body, read_body
 from .hangups import HangUps, HungUp
-from .replies import Answer
+from .replies import Answer, RawHeaders
 from .routing import RESERVED, Found, MethodNotAllowed, Routes
 
 logger = logging.getLogger("penstock.proxy")
@@ -32,6 +33,24 @@ _USUAL_CONNECTION = (None, b"keep-alive", b"close")
 _CLOSE = (b"connection", b"close")
 
 RawNamed = dict[bytes, bytes]
+
+
+class Asked:
+    """One request, from its head to its answer."""
+
+    __slots__ = ("call", "endpoint", "is_counted", "named", "params", "request_id", "scope", "started", "status")
+
+    def __init__(self, scope: Scope) -> None:
+        self.started = time.perf_counter()
+        self.scope = scope
+        self.named: RawNamed = dict(scope["headers"])
+        self.request_id = request_ids.request_id_of(self.named)
+        self.endpoint: EndpointRecord | None = None
+        self.params: dict[str, PathParam] = {}
+        self.call: Call | None = None
+        self.status = CLIENT_CLOSED_REQUEST
+        """Of its answer, once there is one."""
+        self.is_counted = False
 
 
 class App:
@@ -47,8 +66,8 @@ class App:
         debug: bool = False,
     ) -> None:
         self._caller = caller
-        self._max_body_bytes = max_body_bytes
-        self._request_timeout_s = request_timeout_s
+        self.max_body_bytes = max_body_bytes
+        self.request_timeout_s = request_timeout_s
         self._root_path = root_path.rstrip("/")
         self._debug = debug
         self._hang_ups = HangUps()
@@ -69,36 +88,114 @@ class App:
         if scope["type"] != "http":
             await _other_than_http(scope, receive, send)
             return
-        started = time.perf_counter()
-        named: RawNamed = dict(scope["headers"])
-        request_id = request_ids.request_id_of(named)
-        path = self._route_path(scope["path"])
-        if path.startswith(RESERVED):
-            await self._send(send, self._about_itself(scope["method"], path), scope["method"], request_id)
-            return
-
-        self.metrics.in_flight += 1
-        endpoint, status = "", CLIENT_CLOSED_REQUEST
+        asked = Asked(scope)
         try:
-            found = self._routes.match(scope["method"], path)
-            if isinstance(found, Found):
-                endpoint = found.endpoint.name
-                answer = await self._call(*found, scope, receive, named, request_id.decode())
-            elif isinstance(found, MethodNotAllowed):
-                answer = _not_allowed(scope["method"], path, found.allowed)
-            elif found.redirect is not None:
-                answer = replies.redirect(self._root_path + found.redirect, scope["query_string"])
-            else:
-                answer = replies.of_status(404, f"no endpoint has a route for {path!r}")
-            if not isinstance(found, Found) and has_body(named):
+            answer = self.route(asked)
+            if answer is None:
+                answer = await self._call(asked, receive)
+            elif has_body(asked.named):
                 answer = answer._replace(close=True)  # rather than read and drop whatever may still come
-            status = answer.status
-            await self._send(send, answer, scope["method"], request_id)
+            status, headers, body = self.render(asked, answer)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
         except HungUp:
             pass
         finally:
+            self.done(asked)
+
+    # The steps of a request. They are called in this order by whoever serves it: `__call__`, or `direct.Direct`.
+
+    def route(self, asked: Asked) -> Answer | None:
+        """Find the endpoint; return the answer if there is none to call."""
+        scope = asked.scope
+        path = self._route_path(scope["path"])
+        if path.startswith(RESERVED):
+            return self._about_itself(scope["method"], path)
+        self.metrics.in_flight += 1
+        asked.is_counted = True
+        found = self._routes.match(scope["method"], path)
+        if isinstance(found, Found):
+            asked.endpoint, asked.params = found
+            return None
+        if isinstance(found, MethodNotAllowed):
+            return _not_allowed(scope["method"], path, found.allowed)
+        if found.redirect is not None:
+            return replies.redirect(self._root_path + found.redirect, scope["query_string"])
+        return replies.of_status(404, f"no endpoint has a route for {path!r}")
+
+    def dispatch(self, asked: Asked, body: bytes, then: Callable[[Outcome], None], timeout_s: float) -> None:
+        """Send it to its endpoint's backend; ``then`` hears the outcome, unless `withdraw` comes first.
+
+        Raises:
+            PenstockError: it cannot be sent. `answer` says what its client gets to see, also of any other exception.
+        """
+        scope, named, endpoint = asked.scope, asked.named, asked.endpoint
+        assert endpoint is not None
+        method_name = named.get(b"x-serve-call-method")
+        client = scope["client"]
+        shard_key = named.get(b"x-serve-shard-key")
+        asked.call = self._caller.dispatch(
+            endpoint,
+            # The codec stays as it is for HTTP, so that nothing a client sends is ever unpickled.
+            Header(
+                endpoint=endpoint.name,
+                method=scope["method"],
+                path=self._root_path + self._route_path(scope["path"]),
+                path_params=asked.params,
+                query=scope["query_string"].decode("latin-1"),
+                headers=_request_headers(scope, named),
+                call="__call__" if method_name is None else _public(method_name),
+                request_id=asked.request_id.decode(),
+                client=f"{client[0]}:{client[1]}" if client else "",
+            ),
+            body,
+            then,
+            shard_key=None if shard_key is None else _text(shard_key),
+            timeout_s=timeout_s,
+        )
+
+    def withdraw(self, asked: Asked) -> None:
+        """Nobody waits for the outcome any more."""
+        if asked.call is not None:
+            asked.call.cancel()
+
+    def answer(self, asked: Asked, outcome: Outcome) -> Answer:
+        """Return what the client gets to see of an outcome, or of what `dispatch` raised."""
+        if type(outcome) is Reply:
+            return replies.of_reply(outcome, debug=self._debug)
+        if isinstance(outcome, PenstockError):
+            return replies.of_error(outcome, debug=self._debug)
+        assert isinstance(outcome, BaseException)
+        logger.error("request %s failed in the proxy", asked.request_id.decode(), exc_info=outcome)
+        return replies.of_status(500, f"the proxy failed with {type(outcome).__name__}; its log says more")
+
+    def out_of_time(self) -> Answer:
+        """Return the answer to what is unfinished when the time to shut down is over."""
+        return replies.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
+
+    def render(self, asked: Asked, answer: Answer) -> tuple[int, RawHeaders, bytes]:
+        """Return status, headers and body as they are sent."""
+        status, headers, body, head_length, close = answer
+        asked.status = status
+        headers = [*headers, (request_ids.HEADER, asked.request_id)]
+        if status == 204 or status == 304:
+            body = b""
+        else:
+            length = len(body)
+            if asked.scope["method"] == "HEAD":
+                length, body = head_length or length, b""
+            headers.append((b"content-length", b"%d" % length))
+        if self.draining or close:
+            headers.append(_CLOSE)
+        return status, headers, body
+
+    def done(self, asked: Asked) -> None:
+        """Count it. To be called once for everything that was routed, whatever became of it."""
+        asked.call = None  # it may lead back to us, and what leads in circles waits for the garbage collector
+        if asked.is_counted:
             self.metrics.in_flight -= 1
-            self.metrics.of(endpoint).count(status, time.perf_counter() - started)
+            endpoint = "" if asked.endpoint is None else asked.endpoint.name
+            self.metrics.of(endpoint).count(asked.status, time.perf_counter() - asked.started)
 
     def _route_path(self, path: str) -> str:
         # Whoever stands before us may strip the prefix or leave it.
@@ -106,71 +203,37 @@ class App:
             return path[len(self._root_path) :] or "/"
         return path
 
-    async def _call(
-        self,
-        endpoint: EndpointRecord,
-        params: dict[str, PathParam],
-        scope: Scope,
-        receive: Receive,
-        named: RawNamed,
-        request_id: str,
-    ) -> Answer:
+    async def _call(self, asked: Asked, receive: Receive) -> Answer:
         """Call the endpoint's backend.
 
         Raises:
             HungUp: the client went away; its request is cancelled.
         """
-        body, timeout_s = b"", self._request_timeout_s
-        if has_body(named):
+        body, timeout_s = b"", self.request_timeout_s
+        if has_body(asked.named):
             began = time.perf_counter()
             try:
-                body = await read_body(receive, named, limit=self._max_body_bytes, timeout_s=timeout_s)
+                body = await read_body(receive, asked.named, limit=self.max_body_bytes, timeout_s=timeout_s)
             except PenstockError as e:
-                return replies.of_error(e, debug=self._debug)._replace(close=True)
+                return self.answer(asked, e)._replace(close=True)
             timeout_s -= time.perf_counter() - began
         waiting = self._hang_ups.watch(receive)
-        call: Call | None = None
         try:
-            method_name = named.get(b"x-serve-call-method")
-            client = scope["client"]
-            shard_key = named.get(b"x-serve-shard-key")
-            call = self._caller.dispatch(
-                endpoint,
-                # The codec stays as it is for HTTP, so that nothing a client sends is ever unpickled.
-                Header(
-                    endpoint=endpoint.name,
-                    method=scope["method"],
-                    path=self._root_path + self._route_path(scope["path"]),
-                    path_params=params,
-                    query=scope["query_string"].decode("latin-1"),
-                    headers=_request_headers(scope, named),
-                    call="__call__" if method_name is None else _public(method_name),
-                    request_id=request_id,
-                    client=f"{client[0]}:{client[1]}" if client else "",
-                ),
-                body,
-                waiting.hear,
-                shard_key=None if shard_key is None else _text(shard_key),
-                timeout_s=timeout_s,
-            )
+            self.dispatch(asked, body, waiting.hear, timeout_s)
             outcome = await waiting.outcome
-            if type(outcome) is Reply:
-                return replies.of_reply(outcome, debug=self._debug)
-            assert isinstance(outcome, BaseException)
-            raise outcome
-        except PenstockError as e:
-            return replies.of_error(e, debug=self._debug)
-        except (HungUp, asyncio.CancelledError) as e:
-            if call is not None:
-                call.cancel()
-            if self.draining and isinstance(e, asyncio.CancelledError):  # the server's time to finish is over
-                return replies.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
+        except asyncio.CancelledError:
+            self.withdraw(asked)
+            if self.draining:  # the server's time to finish is over
+                return self.out_of_time()
             raise
         except Exception as e:
-            logger.exception("request %s to %s failed in the proxy", request_id, endpoint.name)
-            return replies.of_status(500, f"the proxy failed with {type(e).__name__}; its log says more")
+            outcome = e
         finally:
             self._hang_ups.forget(waiting)
+        if type(outcome) is HungUp:
+            self.withdraw(asked)
+            raise outcome
+        return self.answer(asked, outcome)
 
     def _about_itself(self, method: str, path: str) -> Answer:
         name = path[len(RESERVED) :]
@@ -187,21 +250,6 @@ class App:
         if not self._caller.connected:
             return replies.of_text("no broker", 503)
         return replies.of_text("ok")
-
-    async def _send(self, send: Send, answer: Answer, method: str, request_id: bytes) -> None:
-        status, headers, body, head_length, close = answer
-        headers = [*headers, (request_ids.HEADER, request_id)]
-        if status == 204 or status == 304:
-            body = b""
-        else:
-            length = len(body)
-            if method == "HEAD":
-                length, body = head_length or length, b""
-            headers.append((b"content-length", b"%d" % length))
-        if self.draining or close:
-            headers.append(_CLOSE)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
 
 
 async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,36 +6,19 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
-import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp, Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.types import ASGIApp
 
 from ..broker.errors import ConfigError, PenstockError
+from .direct import protocol_for
+from .protocol import Protocol
 
-logger = logging.getLogger("penstock.proxy")
-
-MAX_HEAD_BYTES = 64 * 1024
-"""Longer request lines and headers are refused with 431. What arrives in one read is only looked at beyond this."""
-
-HEAD_TIMEOUT_S = 15.0
-"""A client that has begun a request must have sent its headers by then."""
-
-STALL_TIMEOUT_S = 60.0
-"""A client that takes nothing of its answer for so long is cut off."""
-
-_HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-# After nginx's lingering_timeout and lingering_time.
-_LINGER_IDLE_S = 5.0
-_LINGER_S = 30.0
-_JOINED_BYTES = 64 * 1024
-"""Copying a longer body behind its head costs more than a system call."""
 _KEEP_ALIVE_S = 65  # above the 60 s of common load balancers, so that they end idle connections and not we
 _SWEEP_S = 1.0
 _FLUSH_S = 0.5
@@ -63,7 +46,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=protocol_for(app),
                 ws="none",
                 lifespan="off",
                 loop="none",
@@ -122,6 +105,9 @@ class Server:
         self._serving = None
         if self._sweeping is not None:
             self._sweeping.cancel()
+        for connection in list(self._uvicorn.server_state.connections):
+            if isinstance(connection, Protocol):
+                connection.give_up()
         # Those that were told that there is no time left may still have to hear it.
         await self._connections_end(_FLUSH_S)
         for connection in list(self._uvicorn.server_state.connections):
@@ -234,149 +220,6 @@ class _Uvicorn(uvicorn.Server):
             connection.setblocking(False)
             await loop.connect_accepted_socket(self._protocol, connection)
 
-    def _protocol(self) -> Protocol:
-        return Protocol(self.config, self.server_state, {}, asyncio.get_running_loop())
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with an end to what it would wait for for ever: long heads, slow heads, answers that nobody reads.
-
-    And with a lingering close: to close a connection on which the client still sends resets it, and may so take the
-    answer away before the client has read it. We only end our direction then, and drop what still comes for a while.
-    """
-
-    _head_bytes = 0
-    _head_since = 0.0
-    _unsent = 0
-    _unsent_since = 0.0
-    _lingering_since = 0.0
-    _heard_at = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._tcp = cast(asyncio.Transport, transport)
-        self._corked = _Transport(self._tcp, self.close)
-        super().connection_made(cast(asyncio.Transport, self._corked))
-        self._head_since = time.monotonic()  # a client that connects has as long for its first request
-
-    def data_received(self, data: bytes) -> None:
-        if self._lingering_since:
-            self._heard_at = time.monotonic()
-            return
-        if (
-            len(data) > MAX_HEAD_BYTES
-            and self._head_bytes == 0
-            and not self._in_body()
-            and data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) < 0
-        ):
-            self._refuse_head()
-            return
-        super().data_received(data)
-        if self._in_head():
-            if self._head_bytes == 0:
-                self._head_since = time.monotonic()
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse_head()
-        else:
-            self._head_bytes = 0
-
-    def shutdown(self) -> None:
-        if self._lingering_since:
-            self._tcp.close()
-        elif not self._has_begun_head():  # a request that is on its way is still served
-            super().shutdown()
-
-    def close(self) -> None:
-        """Close the connection once what was written is sent; with a client in the middle of a message, linger."""
-        if self._tcp.is_closing() or self._lingering_since:
-            return
-        self._corked.flush()
-        if self._has_begun_head() or self._in_body():
-            self._linger()
-        else:
-            self._tcp.close()
-
-    def _linger(self) -> None:
-        self._lingering_since = self._heard_at = time.monotonic()
-        self._corked.flush()
-        self._tcp.write_eof()
-        self.flow.resume_reading()
-
-    def cut_off_if_stalled(self, now: float) -> None:
-        if self._lingering_since:
-            if now - self._heard_at > _LINGER_IDLE_S or now - self._lingering_since > _LINGER_S:
-                self._tcp.abort()
-            return
-        if self._in_head() and now - self._head_since > HEAD_TIMEOUT_S:
-            self._tcp.abort()
-            return
-        unsent = self._tcp.get_write_buffer_size()
-        if unsent == 0 or unsent != self._unsent:
-            self._unsent, self._unsent_since = unsent, now
-        elif now - self._unsent_since > STALL_TIMEOUT_S:
-            self._tcp.abort()
-
-    def _current(self) -> RequestResponseCycle | None:
-        return self.cycle  # None until the first request, whatever its annotation says
-
-    def _in_head(self) -> bool:
-        # A message gets its scope with its first byte, and its cycle with the last one of its head.
-        cycle = self._current()
-        return cycle is None or cycle.scope is not self.scope
-
-    def _has_begun_head(self) -> bool:
-        return cast("Scope | None", self.scope) is not None and self._in_head()
-
-    def _in_body(self) -> bool:
-        return not self._in_head() and self.cycle.more_body
-
-    def _refuse_head(self) -> None:
-        logger.warning("refused a request whose head has more than %d bytes", MAX_HEAD_BYTES)
-        cycle = self._current()
-        if cycle is None or cycle.response_complete:
-            self._corked.flush()
-            self._tcp.write(_HEAD_TOO_LONG)
-        self._linger()
-
-
-class _Transport:
-    """A transport that holds back the head of an answer until its body comes, and whose ``close`` is the protocol's.
-
-    uvicorn writes head and body apart, and the second system call cost a tenth of the proxy's time. A head whose body
-    does not come in the same turn of the loop is sent at its end.
-    """
-
-    def __init__(self, tcp: asyncio.Transport, close: Callable[[], None]) -> None:
-        self._tcp, self._protocol_close = tcp, close
-        self._head = b""
-        self._loop = asyncio.get_running_loop()
-        self.abort = tcp.abort
-        self.pause_reading, self.resume_reading = tcp.pause_reading, tcp.resume_reading
-        self.get_extra_info, self.set_protocol = tcp.get_extra_info, tcp.set_protocol
-        self._closing = False
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            if len(data) <= _JOINED_BYTES:
-                data = self._head + data
-            else:
-                self._tcp.write(self._head)
-            self._head = b""
-            self._tcp.write(data)
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._loop.call_soon(self.flush)
-        else:
-            self._tcp.write(data)
-
-    def flush(self) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            self._tcp.write(head)
-
-    def close(self) -> None:
-        self._closing = True
-        self._protocol_close()
-
-    def is_closing(self) -> bool:
-        return self._closing or self._tcp.is_closing()
+    def _protocol(self) -> asyncio.Protocol:
+        kind = cast("type[Protocol]", self.config.http_protocol_class)
+        return kind(self.config, self.server_state, {}, asyncio.get_running_loop())

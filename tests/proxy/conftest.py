@@ -5,7 +5,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from tests.proxy.site import Site, running
+from tests.proxy.site import WAYS, Site, running
 
 
 def pytest_asyncio_loop_factories(
@@ -15,7 +15,8 @@ def pytest_asyncio_loop_factories(
     return {"uvloop": uvloop.new_event_loop}
 
 
-@pytest_asyncio.fixture
-async def site(redis_url: str) -> AsyncIterator[Site]:
-    async with running(redis_url) as site:
+@pytest_asyncio.fixture(params=WAYS)
+async def site(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    """A proxy, once for each way through it."""
+    async with running(redis_url, way=request.param) as site:
         yield site

@@ -11,6 +11,7 @@ import httpx
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.broker.claims import GROUP
 from penstock.broker.keys import Keys
@@ -19,6 +20,7 @@ from penstock.broker.wire import Entry, Reply
 from penstock.handles.caller import Caller
 from penstock.proxy.app import App
 from penstock.proxy.middlewares import wrap
+from penstock.proxy.server import Server
 
 INSTANCE = "proxy-tests"
 
@@ -50,6 +52,10 @@ def header_as_json(entry: Entry) -> Reply:
     return Reply(entry.id, codec="json", body=json.dumps(told).encode())
 
 
+WAYS = ("asgi", "direct")
+"""Through a proxy: by its ASGI application, or from uvicorn's parser to the stream without a task."""
+
+
 class Site:
     """What a test has of it."""
 
@@ -57,6 +63,8 @@ class Site:
         self.redis, self.caller = redis, caller
         self.keys = Keys(INSTANCE)
         self.app: App = cast(Any, None)
+        self.served: ASGIApp = cast(Any, None)
+        """What a `Server` is to be given, for the way that was asked for."""
         self.http: httpx.AsyncClient = cast(Any, None)
         self.started: list[Entry] = []
         """Every entry that a backend claimed."""
@@ -134,14 +142,16 @@ class Site:
 async def running(
     url: str,
     *,
+    way: str = "asgi",
     guest: bool = False,
     middlewares: tuple[Middleware, ...] = (),
     client: tuple[str, int] = ("127.0.0.1", 123),
     **options: Any,
 ) -> AsyncGenerator[Site]:
-    """Run a site on the broker at ``url``; ``site.http`` is a client that speaks ASGI to its application.
+    """Run a site on the broker at ``url``; ``site.http`` is its client.
 
-    A ``guest`` is a second proxy of an instance that belongs to another site.
+    That speaks ASGI to the application, or HTTP to a server if the ``way`` is ``direct``. A ``guest`` is a second proxy
+    of an instance that belongs to another site.
     """
     caller = Caller(url, INSTANCE)
     await caller.open()
@@ -149,10 +159,37 @@ async def running(
         site = Site(redis, caller)
         site.app = App(caller, **options)
         caller.watcher.add_listener(site.app.apply)
-        transport = httpx.ASGITransport(wrap(site.app, middlewares), client=client)
+        site.served = site.app if way == "direct" else _without_type(site.app)
         try:
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as site.http:
+            async with _client(site, way, middlewares, client) as site.http:
                 yield site
         finally:
             site.app.close()
             await site.close(erase=not guest)
+
+
+def _without_type(app: ASGIApp) -> ASGIApp:
+    """Return an application that a server does not know for a proxy's, and so calls as any other."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+
+    return call
+
+
+@asynccontextmanager
+async def _client(
+    site: Site, way: str, middlewares: tuple[Middleware, ...], client: tuple[str, int]
+) -> AsyncGenerator[httpx.AsyncClient]:
+    if way == "asgi":
+        transport = httpx.ASGITransport(wrap(site.app, middlewares), client=client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            yield http
+        return
+    server = Server(wrap(site.app, middlewares), "127.0.0.1", 0)
+    await server.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as http:
+            yield http
+    finally:
+        await server.stop(0.1)

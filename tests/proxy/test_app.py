@@ -48,7 +48,7 @@ class TestTheRequestThatABackendGets:
         assert told["query"] == "a=1&b=%20"
         assert told["size"] == 3
         assert told["call"] == "__call__"
-        assert told["client"] == "127.0.0.1:123"
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", told["client"])
         sent = [tuple(pair) for pair in told["headers"]]
         assert [value for name, value in sent if name == "x-two"] == ["1", "2"]
         assert ("content-type", "text/csv") in sent
@@ -144,11 +144,9 @@ class TestTheAnswer:
         ]
         await site.endpoint("/", replying("response", b"body", headers=headers))
         response = await site.http.get("/", headers={"x-request-id": "ours"})
-        assert sorted(response.headers.items()) == [
-            ("content-length", "4"),
-            ("x-kept", "1"),
-            ("x-request-id", "ours"),
-        ]
+        given = dict(response.headers)
+        assert given.pop("date", None) != "now"  # the server's own, where there is one
+        assert given == {"content-length": "4", "x-kept": "1", "x-request-id": "ours"}
 
     @pytest.mark.parametrize("status", [204, 304])
     async def test_some_statuses_have_no_body(self, site: Site, status: int) -> None:
@@ -329,11 +327,12 @@ class TestBodies:
             assert (await site.http.post("/", content=chunks())).status_code == 413
             assert sent == 3
 
-    async def test_one_whose_length_is_no_number_is_malformed(self, site: Site) -> None:
-        await site.endpoint("/")
-        response = await site.http.post("/", content=b"x", headers={"content-length": "-1"})
-        assert response.status_code == 400
-        assert "'-1'" in response.json()["error"]["message"]
+    async def test_one_whose_length_is_no_number_is_malformed(self, redis_url: str) -> None:
+        async with running(redis_url) as site:  # a server would have refused it before
+            await site.endpoint("/")
+            response = await site.http.post("/", content=b"x", headers={"content-length": "-1"})
+            assert response.status_code == 400
+            assert "'-1'" in response.json()["error"]["message"]
 
     async def test_one_that_does_not_come_in_time_is_given_up(self, redis_url: str) -> None:
         async with running(redis_url, request_timeout_s=0.2) as site:
@@ -357,13 +356,19 @@ class TestRequestIds:
         assert response.headers.get_list("x-request-id") == ["abc-1 2"]
         assert response.json()["request_id"] == "abc-1 2"
 
-    @pytest.mark.parametrize("given", [None, b"", b"x" * 129, b"a\tb", b"\xff", "ü".encode(), b"a\x1b[31m"])
+    @pytest.mark.parametrize("given", [None, b"", b"x" * 129, b"a\tb", b"\xff", "ü".encode()])
     async def test_one_that_could_forge_a_log_line_is_replaced(self, site: Site, given: bytes | None) -> None:
         await site.endpoint("/")
         headers = {} if given is None else {b"x-request-id": given}
         response = await site.http.get("/", headers=headers)
         assert re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]+", made := response.headers["x-request-id"])
         assert response.json()["request_id"] == made
+
+    async def test_one_that_could_colour_a_terminal_is_replaced(self, redis_url: str) -> None:
+        async with running(redis_url) as site:  # a server would have refused it before
+            await site.endpoint("/")
+            response = await site.http.get("/", headers={b"x-request-id": b"a\x1b[31m"})
+            assert re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]+", response.headers["x-request-id"])
 
     async def test_errors_and_the_proxy_s_own_pages_have_it_too(self, site: Site) -> None:
         await site.endpoint("/a")

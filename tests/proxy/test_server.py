@@ -9,7 +9,7 @@ import pytest
 
 from penstock.broker.errors import ConfigError, PenstockError
 from penstock.broker.wire import Entry, Reply
-from penstock.proxy import server as server_module
+from penstock.proxy import protocol as protocol_module, server as server_module
 from penstock.proxy.server import PortInUse, Server, is_wildcard
 from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async
@@ -17,7 +17,7 @@ from tests.waiting import wait_until_async
 
 @asynccontextmanager
 async def serving(site: Site, port: int = 0, *, shared: bool = False) -> AsyncGenerator[Server]:
-    server = Server(site.app, "127.0.0.1", port, shared=shared)
+    server = Server(site.served, "127.0.0.1", port, shared=shared)
     await server.start()
     try:
         yield server
@@ -166,7 +166,7 @@ class TestLimits:
     async def test_a_head_that_does_not_come_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes
     ) -> None:
-        monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(protocol_module, "HEAD_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(begun)
@@ -176,7 +176,7 @@ class TestLimits:
     async def test_an_answer_that_nobody_reads_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(server_module, "STALL_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(protocol_module, "STALL_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         await site.endpoint("/", lambda entry: Reply(entry.id, codec="bytes", body=b"x" * 20_000_000))
         async with serving(site) as server, connected(server) as (reader, writer):
@@ -231,7 +231,7 @@ class TestPorts:
         assert host in str(raised.value)
 
     async def test_a_name_is_served_at_all_its_addresses(self, site: Site) -> None:
-        server = Server(site.app, "localhost", 0)
+        server = Server(site.served, "localhost", 0)
         await server.start()
         try:
             async with httpx.AsyncClient() as http:
@@ -261,7 +261,7 @@ class TestStopping:
 
         await site.endpoint("/", later)
         async with httpx.AsyncClient() as http:
-            server = Server(site.app, "127.0.0.1", 0)
+            server = Server(site.served, "127.0.0.1", 0)
             await server.start()
             url = f"http://127.0.0.1:{server.port}/"
             asked = asyncio.ensure_future(http.get(url))
@@ -279,7 +279,7 @@ class TestStopping:
 
     async def test_what_is_not_finished_in_time_is_refused(self, site: Site) -> None:
         await site.endpoint("/", None)
-        server = Server(site.app, "127.0.0.1", 0)
+        server = Server(site.served, "127.0.0.1", 0)
         await server.start()
         async with httpx.AsyncClient() as http:
             asked = asyncio.ensure_future(http.get(f"http://127.0.0.1:{server.port}/"))
@@ -300,7 +300,7 @@ class TestStopping:
 
     async def test_idle_connections_do_not_hold_it_up(self, site: Site) -> None:
         async with httpx.AsyncClient() as http:
-            server = Server(site.app, "127.0.0.1", 0)
+            server = Server(site.served, "127.0.0.1", 0)
             await server.start()
             await http.get(f"http://127.0.0.1:{server.port}/")
             async with connected(server):
