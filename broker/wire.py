@@ -21,7 +21,7 @@ VERSION = b"1"
 LARGE = 256 * 1024
 """A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
 
-_V, _ID, _CALLER, _HEADER, _BODY, _LARGE = b"v", b"id", b"by", b"h", b"b", b"large"
+_V, _ID, _CALLER, _HEADER, _BODY, _LARGE, _MANY = b"v", b"id", b"by", b"h", b"b", b"large", b"n"
 
 PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Pairs = list[tuple[str, str]]
@@ -116,18 +116,7 @@ class Entry:
 
     def fields(self) -> list[bytes]:
         """Return names and values in turn, as ``XADD`` takes them."""
-        fields = [
-            _V,
-            VERSION,
-            _ID,
-            self.id.encode(),
-            _CALLER,
-            self.caller.encode(),
-            _HEADER,
-            self.header.dump(),
-        ]
-        fields += (_LARGE, b"1") if self.large else (_BODY, self.body)
-        return fields
+        return entry_fields(self.id, self.caller, self.header.dump(), None if self.large else self.body)
 
     @classmethod
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Entry:
@@ -141,12 +130,34 @@ class Entry:
             return cls(
                 named[_ID].decode(),
                 named[_CALLER].decode(),
-                Header.load(named[_HEADER]),
+                _header_of(named[_HEADER]),
                 named.get(_BODY, b""),
                 named.get(_LARGE) == b"1",
             )
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
+
+
+def entry_fields(id_: str, caller: str, header: bytes, body: bytes | None) -> list[bytes]:
+    """Return the fields of an `Entry` whose header is written already; ``body`` is None for a large one."""
+    fields = [_V, VERSION, _ID, id_.encode(), _CALLER, caller.encode(), _HEADER, header]
+    fields += (_LARGE, b"1") if body is None else (_BODY, body)
+    return fields
+
+
+_last_header = (Header().dump(), Header())
+
+
+def _header_of(raw: bytes) -> Header:
+    # The items of a batch have one header, and come one after another: they share what was made of it. Nobody changes
+    # a header that was read, but user code has the values of its query to itself.
+    global _last_header
+    known, header = _last_header
+    if raw != known:
+        header = Header.load(raw)
+        if type(header.query) is str:
+            _last_header = raw, header
+    return header
 
 
 @dataclass(slots=True)
@@ -186,6 +197,44 @@ class Reply:
         fields = [_V, VERSION, _ID, self.id.encode(), _HEADER, orjson.dumps(header)]
         fields += (_LARGE, b"1") if self.large else (_BODY, self.body)
         return fields
+
+    @staticmethod
+    def fields_of(replies: Sequence[Reply]) -> list[bytes]:
+        """Write several as one entry: they have no headers and no error, and the header that the first has."""
+        if len(replies) == 1:
+            return replies[0].fields()
+        fields = [_V, VERSION, _MANY, b"%d" % len(replies), *replies[0].fields()[4:6]]
+        for reply in replies:
+            fields += (reply.id.encode(), reply.body)
+        return fields
+
+    @classmethod
+    def all_of(cls, fields: Sequence[bytes]) -> list[Reply]:
+        """Read what `fields` or `fields_of` wrote. Raises `WireError` as `Entry.of` does."""
+        if len(fields) < 6 or fields[2] != _MANY:
+            return [cls.of(fields)]
+        first = cls.of([*fields[:2], _ID, b"", *fields[4:6]])
+        ids, bodies = fields[6::2], fields[7::2]
+        if not len(ids) == len(bodies) == _count(fields[3]) or first.headers or first.error is not None:
+            raise WireError(f"an entry does not hold the {shortened(fields[3])} alike replies that it says it does")
+        try:
+            return [
+                cls(
+                    id_.decode(), first.status, first.codec, [], None, first.replica, first.queue_ms, first.run_ms, body
+                )
+                for id_, body in zip(ids, bodies)  # noqa: B905 - the lengths are equal
+            ]
+        except UnicodeDecodeError as e:
+            raise _wrong_field(e) from None
+
+    @staticmethod
+    def ids_of(fields: Sequence[bytes]) -> list[str]:
+        """Return whose replies an entry has that cannot be read, as far as that can be."""
+        if len(fields) >= 6 and fields[2] == _MANY:
+            found = list(fields[6::2])
+        else:
+            found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == _ID][:1]
+        return [id_.decode(errors="replace") for id_ in found]
 
     @classmethod
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Reply:
@@ -237,6 +286,10 @@ _REPLY_TYPES: Mapping[str, tuple[type, ...]] = {
     "run_ms": (float, int),
     "error": (dict, type(None)),
 }
+
+
+def _count(text: bytes) -> int:
+    return int(text) if text.isdigit() else -1
 
 
 def _named(fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:

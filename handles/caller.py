@@ -26,7 +26,7 @@ from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream
-from ..broker.wire import LARGE, Entry, Header, Reply
+from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
 from . import traffic
 from .errors import (
     BackendNotFound,
@@ -86,11 +86,11 @@ class Call:
         "unsure",
     )
 
-    def __init__(
-        self, caller: Caller, id_: str, backend: str, fields: list[bytes], limit: int, then: Callable[[Outcome], None]
-    ) -> None:
-        self._caller, self.id, self.backend = caller, id_, backend
-        self.fields, self.limit, self.then = fields, limit, then
+    def __init__(self, caller: Caller, id_: str, fields: list[bytes], then: Callable[[Outcome], None]) -> None:
+        self._caller, self.id, self.fields, self.then = caller, id_, fields, then
+        self.backend = ""
+        self.limit = 0
+        """Of unsettled requests: with more in its way, it is refused."""
         self.batch = False
         """It lies on the batch stream."""
         self.body = b""
@@ -294,13 +294,22 @@ class Caller:
         *,
         shard_key: str | None = None,
         timeout_s: float | None = None,
-        batch: bool = False,
-        id_: str | None = None,
     ) -> Call:
         """Send a request to one of the endpoint's backends, by its traffic, and copies to its shadows.
 
-        ``then`` hears the outcome exactly once, in the loop, unless the call is cancelled first. With ``batch`` it lies
-        on the batch stream: replicas take interactive requests first, and some of the queue's places are kept for them.
+        ``then`` hears the outcome exactly once, in the loop, unless the call is cancelled first.
+
+        Raises:
+            BackendNotFound: the endpoint sends to nobody.
+        """
+        backend = self.choose(endpoint, shard_key)
+        call = self.submit(backend, header, body, then, timeout_s=timeout_s)
+        if endpoint.shadows:
+            self.shadow(endpoint, header, body)
+        return call
+
+    def choose(self, endpoint: EndpointRecord, shard_key: str | None) -> BackendRecord:
+        """Return the backend that gets the next request, by the endpoint's traffic.
 
         Raises:
             BackendNotFound: the endpoint sends to nobody.
@@ -310,10 +319,7 @@ class Caller:
         backend = None if tag is None else backends.get(tag)
         if backend is None:
             raise BackendNotFound(str(tag), backends)
-        call = self.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch, id_=id_)
-        if endpoint.shadows:
-            self._shadow(endpoint, header, body, batch)
-        return call
+        return backend
 
     def submit(
         self,
@@ -324,45 +330,55 @@ class Caller:
         *,
         timeout_s: float | None = None,
         batch: bool = False,
-        id_: str | None = None,
-        entry: bytes | None = None,
     ) -> Call:
         """Send a request to ``backend``; see `dispatch`. Never blocks.
 
-        With an ``id_``, which must be the caller's own, and an ``entry`` it lies on its stream already.
+        With ``batch`` it lies on the batch stream: replicas take interactive requests first, and some of the queue's
+        places are kept for them.
 
         Raises:
             TypeError: the header holds what JSON cannot.
         """
-        if id_ is None:
-            id_ = f"{self.id}-{next(self._numbers)}"
-        now_ms = self._connection.now_ms()
+        id_ = self.next_id()
         if timeout_s is not None:
-            header.deadline_ms = int(now_ms + timeout_s * 1000)
+            header.deadline_ms = self.deadline_ms(timeout_s)
         large = len(body) > LARGE
-        fields = Entry(id_, self.id, header, b"" if large else body, large).fields()
+        call = Call(self, id_, entry_fields(id_, self.id, header.dump(), None if large else body), then)
+        call.batch = batch
+        if large:
+            call.body = body
+        self.begin(call, backend, timeout_s)
+        return call
+
+    def next_id(self) -> str:
+        return f"{self.id}-{next(self._numbers)}"
+
+    def deadline_ms(self, timeout_s: float) -> int:
+        """Return when, by the broker's clock, what begins now has taken ``timeout_s``."""
+        return int(self._connection.now_ms() + timeout_s * 1000)
+
+    def begin(
+        self, call: Call, backend: BackendRecord, timeout_s: float | None = None, entry: bytes | None = None
+    ) -> None:
+        """Send a call that is made, for the first time or again. With an ``entry`` it lies on its stream already."""
         limit: int = backend.config.get("max_queued_requests", _MAX_QUEUED)
-        call = Call(self, id_, backend.tag, fields, batch_limit(limit) if batch else limit, then)
-        call.since_ms, call.batch = now_ms, batch
-        self._in_flight[id_] = call
+        call.backend, call.limit = backend.tag, batch_limit(limit) if call.batch else limit
+        call.entry, call.unsure, call.answered = entry, False, False
+        call.since_ms = self._connection.now_ms()
+        self._in_flight[call.id] = call
         if self.closed:
             self._loop.call_soon(self._finish, call, self._unavailable("the connection was closed"))
-            return call
+            return
         if timeout_s is not None:
             call.timeout_s = timeout_s
             call.deadline = self._loop.time() + timeout_s
-            self._timed[id_] = call
+            self._timed[call.id] = call
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
-        if large:
-            call.body = body
-        if entry is not None:
-            call.entry = entry
-            return call
-        if large:
-            self._put_body(call)
-        self._publish(call, call.limit)
-        return call
+        if entry is None:
+            if call.body:
+                self._put_body(call)
+            self._publish(call, call.limit)
 
     async def accepted_before(self, backends: Iterable[str]) -> dict[str, tuple[str, bytes]]:
         """Return what lies on batch streams in this caller's name: backend and entry, by the request's id."""
@@ -421,7 +437,8 @@ class Caller:
         if call.body:
             self._connection.post(_ignore, "UNLINK", self.keys.body(call.backend, call.id), repeat=True)
 
-    def _shadow(self, endpoint: EndpointRecord, header: Header, body: bytes, batch: bool) -> None:
+    def shadow(self, endpoint: EndpointRecord, header: Header, body: bytes, *, batch: bool = False) -> None:
+        """Send copies to the endpoint's shadows, in their proportions."""
         for tag, proportion in endpoint.shadows.items():
             backend = self.watcher.snapshot.backends.get(tag)
             if backend is None or random.random() >= proportion:
@@ -475,33 +492,41 @@ class Caller:
 
     def _on_reply(self, fields: list[bytes]) -> None:
         try:
-            reply = Reply.of(fields)
+            replies = Reply.all_of(fields)
         except WireError as e:
             log.error("dropped a reply that cannot be read: %s", e)
-            call = self._in_flight.get(_id_of(fields))
-            if call is not None:
-                self._finish(call, e)
+            for id_ in Reply.ids_of(fields):
+                if (call := self._in_flight.get(id_)) is not None:
+                    self._finish(call, e)
             return
+        for reply in replies:
+            self._hear(reply)
+
+    def _hear(self, reply: Reply) -> None:
         call = self._in_flight.get(reply.id)
+        if reply.large:
+            self._hear_large(reply, call)
+        elif call is not None:
+            if not call.answered:  # else a second answer, while the body of the first is on its way
+                self._finish(call, reply)
+        elif self.on_stray is not None:
+            self.on_stray(reply.id, reply)
+
+    def _hear_large(self, reply: Reply, call: Call | None) -> None:
         then: Callable[[Outcome], None]
         if call is not None:
             if call.answered:
-                return  # a second answer, while the body of the first is on its way
-            call.answered = reply.large
+                return
+            call.answered = True
             then = partial(self._finish, call)
         elif self.on_stray is not None:
             then = partial(self.on_stray, reply.id)
-        else:
-            # Cancelled, too late, or a second answer after a take-over.
-            if reply.large:
-                self._connection.post(_ignore, "UNLINK", self.keys.reply_body(self.id, reply.id), repeat=True)
+        else:  # cancelled, too late, or a second answer after a take-over
+            self._connection.post(_ignore, "UNLINK", self.keys.reply_body(self.id, reply.id), repeat=True)
             return
-        if reply.large:
-            task = self._loop.create_task(self._fetch(reply, then))
-            self._fetches.add(task)
-            task.add_done_callback(self._fetches.discard)
-        else:
-            then(reply)
+        task = self._loop.create_task(self._fetch(reply, then))
+        self._fetches.add(task)
+        task.add_done_callback(self._fetches.discard)
 
     async def _fetch(self, reply: Reply, then: Callable[[Outcome], None]) -> None:
         key = self.keys.reply_body(self.id, reply.id)
@@ -586,13 +611,6 @@ class Caller:
 _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Caller]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-def _id_of(fields: list[bytes]) -> str:
-    for name, value in zip(fields[::2], fields[1::2], strict=False):
-        if name == b"id":
-            return value.decode(errors="replace")
-    return ""
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

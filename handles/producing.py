@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from ..broker.wire import Header, Reply
+from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
 from .caller import Call, Caller, Outcome
 from .codec import dump_json, encode
 from .errors import (
@@ -98,18 +98,24 @@ class Indices(Container[int]):
         return self._count
 
 
-class _Sent:
-    """An item until its result."""
+class _Item(Call):
+    """An item until its result: the call that carries it, made once however often it is sent."""
 
-    __slots__ = ("backend", "body", "call", "codec", "ends", "index", "options", "query", "timeout_s")
+    __slots__ = ("ends", "index", "options", "production", "size")
 
-    def __init__(
-        self, index: int, options: Options, query: dict[str, Any], codec: str, body: bytes, ends: float | None
-    ) -> None:
-        self.index, self.options, self.query, self.codec, self.body = index, options, query, codec, body
-        self.ends, self.timeout_s = ends, options.timeout_s
-        self.backend: str | None = None
-        self.call: Call | None = None
+    def __init__(self, production: Production, caller: Caller, id_: str, index: int, options: Options) -> None:
+        # It has no continuation: that would hold it, and there are many.
+        super().__init__(caller, id_, [], _nobody)
+        self.batch = True
+        self.production, self.index, self.options = production, index, options
+        self.ends: float | None = None
+        self.size = 0
+
+    def conclude(self, outcome: Outcome) -> None:
+        try:
+            self.production.hear(self, outcome)
+        except Exception as e:
+            self.production.fail(e)
 
 
 class Production:
@@ -141,10 +147,11 @@ class Production:
         """Why the batch cannot go on."""
         self._next = 0
         self._exhausted = False
-        self._wanting = self._begun = False
-        self._in_flight: dict[int, _Sent] = {}
+        self._wanting = self._begun = self._announcing = False
+        self._last_header: tuple[tuple[object, ...], bytes] = ((), b"")
+        self._in_flight: dict[int, _Item] = {}
         self._bytes = 0
-        self._refused: deque[_Sent] = deque()
+        self._refused: deque[_Item] = deque()
         self._retry: asyncio.TimerHandle | None = None
         self._unreachable_since: float | None = None
         self._unyielded = 0
@@ -205,9 +212,8 @@ class Production:
             await self._caller.job.leave()
             await self._caller.close()
             return
-        for sent in self._in_flight.values():
-            if sent.call is not None:
-                sent.call.cancel()
+        for item in self._in_flight.values():
+            item.cancel()
         self._in_flight.clear()
 
     async def _default_window(self, tags: Iterable[str]) -> int:
@@ -231,12 +237,12 @@ class Production:
     def feed(self, items: Iterable[Any], *, last: bool = False) -> None:
         """Take what was asked for, or less; ``last`` if there are no more."""
         self._wanting = False
-        for item in items:
+        for value in items:
             index = self._next
             self._next += 1
             if index in self._skip or index in self._seen:
                 continue
-            self._submit(index, item)
+            self._submit(index, value)
         if last:
             self._exhausted = True
             self._on_results()
@@ -286,35 +292,63 @@ class Production:
             self._wanting = True
             self._on_want(min(room, _CHUNK))
 
-    def _submit(self, index: int, item: Any) -> None:
+    def _submit(self, index: int, value: Any) -> None:
         try:
-            sent = self._written(index, item)
+            item = self._written(index, value)
         except Exception as e:  # whatever the value's own methods raise
             self._deliver(index, BatchResult(index, error=e))
             return
-        self._in_flight[index] = sent
-        self._bytes += len(sent.body)
-        self._send(sent)
+        self._in_flight[index] = item
+        self._bytes += item.size
+        self._send(item)
 
-    def _written(self, index: int, item: Any) -> _Sent:
-        options, query = self._options, dict[str, Any]()
-        if isinstance(item, Exception):
-            raise item
-        if isinstance(item, BatchItem):
-            own = {"method_name": item.method_name, "shard_key": item.shard_key, "timeout_s": item.timeout_s}
+    def _written(self, index: int, value: Any) -> _Item:
+        options, query = self._options, ""
+        if isinstance(value, Exception):
+            raise value
+        if isinstance(value, BatchItem):
+            own = {"method_name": value.method_name, "shard_key": value.shard_key, "timeout_s": value.timeout_s}
             if changes := {name: value for name, value in own.items() if value is not None}:
                 options = options.with_(changes)
-            if item.query:
-                query = orjson.loads(dump_json(dict(item.query)))
-            item = item.data
+            if value.query:
+                query = orjson.loads(dump_json(dict(value.query)))
+            value = value.data
         try:
-            codec, body = encode(item)
+            codec, body = encode(value)
         except TypeError:
             if not self._takes_pickle():
                 raise
-            codec, body = encode(item, allow_pickle=True)
-        ends = None if options.timeout_s is None else self._loop.time() + options.timeout_s
-        return _Sent(index, options, query, codec, body, ends)
+            codec, body = encode(value, allow_pickle=True)
+        caller, deadline_ms = self._caller, 0
+        id_ = caller.next_id() if caller.job is None else f"{caller.id}-{index}"
+        item = _Item(self, caller, id_, index, options)
+        if options.timeout_s is not None:
+            item.ends = self._loop.time() + options.timeout_s
+            deadline_ms = caller.deadline_ms(options.timeout_s)
+        item.size = len(body)
+        large = item.size > LARGE
+        if large:
+            item.body = body
+        header = self._header(options, codec, query, deadline_ms)
+        item.fields = entry_fields(id_, caller.id, header, None if large else body)
+        return item
+
+    def _header(self, options: Options, codec: str, query: str | dict[str, Any], deadline_ms: int) -> bytes:
+        key = options, codec, deadline_ms
+        if not query and key == self._last_header[0]:  # as a rule
+            return self._last_header[1]
+        header = Header(
+            endpoint=self._endpoint,
+            method=options.http_method.upper(),
+            query=query,
+            headers=[(name.lower(), value) for name, value in options.http_headers.items()],
+            codec=codec,
+            deadline_ms=deadline_ms,
+            call=options.method_name,
+        ).dump()
+        if not query:
+            self._last_header = key, header
+        return header
 
     def _takes_pickle(self) -> bool:
         snapshot = self._caller.snapshot
@@ -322,77 +356,43 @@ class Production:
         backends = [snapshot.backends.get(tag) for tag in (endpoint.traffic if endpoint else ())]
         return bool(backends) and all(backend and backend.config.get("allow_pickle") for backend in backends)
 
-    def _send(self, sent: _Sent) -> None:
-        options = sent.options
-        header = Header(
-            endpoint=self._endpoint,
-            method=options.http_method.upper(),
-            query=sent.query,
-            headers=[(name.lower(), value) for name, value in options.http_headers.items()],
-            codec=sent.codec,
-            call=options.method_name,
-        )
+    def _send(self, item: _Item) -> None:
         timeout_s = None
-        if sent.ends is not None and (timeout_s := sent.ends - self._loop.time()) <= 0:
-            self._hear(sent, RequestTimeout(f"endpoint {self._endpoint!r}", options.timeout_s or 0.0))
+        if item.ends is not None and (timeout_s := item.ends - self._loop.time()) <= 0:
+            self.hear(item, RequestTimeout(f"endpoint {self._endpoint!r}", item.options.timeout_s or 0.0))
             return
-
-        def then(outcome: Outcome) -> None:
-            self._hear(sent, outcome)
-
-        id_ = None if self._caller.job is None else f"{self._caller.id}-{sent.index}"
-        snapshot = self._caller.snapshot
+        caller, entry = self._caller, None
+        if self._accepted and item.index in self._accepted:
+            item.backend, entry = self._accepted.pop(item.index)
+        snapshot = caller.snapshot
         try:
-            if sent.index in self._accepted:
-                tag, entry = self._accepted.pop(sent.index)
-                if tag in snapshot.backends:
-                    sent.call = self._caller.submit(
-                        snapshot.backends[tag],
-                        header,
-                        sent.body,
-                        then,
-                        timeout_s=timeout_s,
-                        batch=True,
-                        id_=id_,
-                        entry=entry,
-                    )
-                    return
-            if sent.backend is not None and sent.backend in snapshot.backends:
-                # Refused before: shadows have had their copies.
-                sent.call = self._caller.submit(
-                    snapshot.backends[sent.backend], header, sent.body, then, timeout_s=timeout_s, batch=True, id_=id_
-                )
-                return
-            endpoint = snapshot.endpoints.get(self._endpoint)
-            if endpoint is None:
-                raise EndpointNotFound(self._endpoint, snapshot.endpoints)
-            sent.call = self._caller.dispatch(
-                endpoint,
-                header,
-                sent.body,
-                then,
-                shard_key=options.shard_key,
-                timeout_s=timeout_s,
-                batch=True,
-                id_=id_,
-            )
-            sent.backend = sent.call.backend
-        except (PenstockError, TypeError) as e:
-            self._hear(sent, e)
+            backend = snapshot.backends.get(item.backend)
+            if backend is None:
+                endpoint = snapshot.endpoints.get(self._endpoint)
+                if endpoint is None:
+                    raise EndpointNotFound(self._endpoint, snapshot.endpoints)
+                backend, entry = caller.choose(endpoint, item.options.shard_key), None
+                if endpoint.shadows:
+                    copy = Entry.of(item.fields)
+                    caller.shadow(endpoint, copy.header, item.body or copy.body, batch=True)
+            caller.begin(item, backend, timeout_s, entry)
+        except PenstockError as e:
+            self.hear(item, e)
 
     # -- results
 
-    def _hear(self, sent: _Sent, outcome: Outcome) -> None:
-        if self._in_flight.get(sent.index) is not sent:
+    def hear(self, item: _Item, outcome: Outcome) -> None:
+        """Take what became of an item."""
+        if self._in_flight.get(item.index) is not item:
             return
         if isinstance(outcome, Reply):
             self._unreachable_since = None
-            self._conclude(sent, _read(sent.index, outcome))
+            self._deliver(item.index, _read(item.index, outcome))
             if self._refused:  # one place is free
                 self._send(self._refused.popleft())
         elif isinstance(outcome, Overloaded):
             self._unreachable_since = None
-            self._try_again(sent, outcome.retry_after_s)
+            self._try_again(item, outcome.retry_after_s)
         elif isinstance(outcome, BrokerUnavailable) and not self._caller.closed:
             now = self._loop.time()
             if self._unreachable_since is None:
@@ -400,25 +400,22 @@ class Production:
             if now - self._unreachable_since > _PATIENCE_S:
                 self.fail(outcome)
             else:
-                self._try_again(sent, outcome.retry_after_s)
+                self._try_again(item, outcome.retry_after_s)
         elif isinstance(outcome, Exception):
-            self._conclude(sent, BatchResult(sent.index, error=outcome))
+            self._deliver(item.index, BatchResult(item.index, error=outcome))
         else:
             self.fail(outcome)
 
-    def _conclude(self, sent: _Sent, result: BatchResult) -> None:
-        self._deliver(sent.index, result)
-
-    def _try_again(self, sent: _Sent, after_s: float) -> None:
-        self._refused.append(sent)
+    def _try_again(self, item: _Item, after_s: float) -> None:
+        self._refused.append(item)
         if self._retry is None:
             self._retry = self._loop.call_later(after_s, self._retry_refused)
 
     def _retry_refused(self) -> None:
         self._retry = None
         refused, self._refused = self._refused, deque()
-        for sent in refused:
-            self._send(sent)
+        for item in refused:
+            self._send(item)
         self._ask()
 
     def _on_stray(self, request: str, outcome: Outcome) -> None:
@@ -441,15 +438,20 @@ class Production:
         self._unyielded += 1
         # In this order, as another thread may look on: what is no longer in flight is among the results.
         self.results.append(result)
-        if (sent := self._in_flight.pop(index, None)) is not None:
-            self._bytes -= len(sent.body)
-            sent.call = None  # they hold each other, and there are many
-        if len(self.results) == 1 or self.over:
-            self._on_results()
+        if (item := self._in_flight.pop(index, None)) is not None:
+            self._bytes -= item.size
+        if not self._announcing:
+            # Once for all that come in one read.
+            self._announcing = True
+            self._loop.call_soon(self._announce)
         # In order, the next one may be behind all that has come.
         if results is not None and not self._in_order and not self._paused and self._unyielded > 2 * self._window > 0:
             self._paused = True
             results.pause()
+
+    def _announce(self) -> None:
+        self._announcing = False
+        self._on_results()
 
 
 def _read(index: int, reply: Reply) -> BatchResult:
@@ -457,6 +459,10 @@ def _read(index: int, reply: Reply) -> BatchResult:
         return BatchResult(index, value_of(reply))
     except Exception as e:
         return BatchResult(index, error=e)
+
+
+def _nobody(outcome: Outcome) -> None:
+    """An item concludes itself."""
 
 
 def _index_of(request: str) -> int:

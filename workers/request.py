@@ -13,7 +13,7 @@ from starlette.datastructures import Address, FormData, Headers, ImmutableMultiD
 from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
-from ..broker.wire import HTTP_CODEC, Entry
+from ..broker.wire import HTTP_CODEC, Entry, PathParam
 from ..handles.codec import decode
 from ..handles.errors import MalformedBody
 
@@ -35,6 +35,7 @@ class Request(requests.Request):
 
     # Most backends read a body and little else: what is asked for is built when it is asked for, the ASGI scope last.
     _scope: Scope | None = None
+    _path_params: dict[str, PathParam] | None = None
     _data: Any = _NOT_READ
     _form: FormData | None = None
     _stream_consumed = False
@@ -65,7 +66,10 @@ class Request(requests.Request):
     @property
     def path_params(self) -> dict[str, Any]:
         """The values of the route's parameters, of the types that its convertors made: str, int, float or UUID."""
-        return cast("dict[str, Any]", self._entry.header.path_params)
+        if self._path_params is None:
+            # Its own: requests of a batch share one header.
+            self._path_params = dict(self._entry.header.path_params)
+        return cast("dict[str, Any]", self._path_params)
 
     @property
     def headers(self) -> Headers:
@@ -165,7 +169,7 @@ class Request(requests.Request):
             "headers": headers.raw,
             "client": self.client,
             "server": _server(headers.get("host")),
-            "path_params": header.path_params,
+            "path_params": self.path_params,
             "state": {},
             "extensions": {},
         }

@@ -47,6 +47,9 @@ take is the work around them, item by item.
 _STUCK_S = 0.025
 _LOOK_S = 0.5
 _REPLY_BODY_MS = 120_000
+_ALIKE_BYTES = 1024
+"""Of results of batch items no longer than this, those that are alike lie on their caller's stream as one entry."""
+_ALIKE = 64
 _REMEMBER = 10_000
 _RETRY_S = 0.2
 
@@ -88,6 +91,8 @@ class Worker:
         """Batch items waited when we last claimed."""
         self._considerate_until = 0.0
         self._settled: list[bytes] = []
+        self._results: list[tuple[_Held, Reply]] = []
+        """Of batch items, to be written when these are settled."""
         self._withdrawn: dict[bytes, None] = {}
         self._batches = 0
         self._linger: asyncio.TimerHandle | None = None
@@ -425,13 +430,32 @@ class Worker:
             self._wake.set()
 
     def _reply(self, held: _Held, reply: Reply) -> None:
-        published_ms = float(id_of(held.place).partition(b"-")[0])
-        reply.queue_ms = max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
         caller = held.entry.caller
+        if is_batch(held.place) and len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
+            self._results.append((held, reply))
+            return
+        reply.queue_ms = self._queue_ms(held, reply)
         if len(reply.body) > LARGE:
             self._claims.put_reply_body(caller, reply.id, reply.body, _REPLY_BODY_MS)
             reply.body, reply.large = b"", True
         self._claims.reply(caller, reply.fields())
+
+    def _queue_ms(self, held: _Held, reply: Reply) -> float:
+        published_ms = float(id_of(held.place).partition(b"-")[0])
+        return max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
+
+    def _reply_together(self) -> None:
+        """Write the results of batch items, those that are alike as one entry: one costs the broker as much as many."""
+        alike: dict[tuple[str, int, str, float], list[Reply]] = {}
+        for held, reply in self._results:
+            together = alike.setdefault((held.entry.caller, reply.status, reply.codec, reply.run_ms), [])
+            if not together:  # the oldest, whose time in the queue stands for all
+                reply.queue_ms = self._queue_ms(held, reply)
+            together.append(reply)
+        self._results = []
+        for (caller, *_), replies in alike.items():
+            for start in range(0, len(replies), _ALIKE):
+                self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
 
     def _settle(self, place: bytes) -> None:
         # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
@@ -441,6 +465,8 @@ class Worker:
         self._settled.append(place)
 
     def _flush_settled(self) -> None:
+        if self._results:
+            self._reply_together()
         self._claims.settle(self._settled)
         self._settled = []
 

@@ -52,7 +52,7 @@ replies = st.builds(
 MEMBERS = st.sampled_from(
     [*json.loads(Header().dump()), "status", "error", "replica", "queue_ms", "run_ms", "unheard-of"]
 )
-FIELDS = st.sampled_from([b"v", b"id", b"by", b"h", b"b", b"large", b"unheard-of"])
+FIELDS = st.sampled_from([b"v", b"id", b"by", b"h", b"b", b"large", b"n", b"unheard-of"])
 
 
 def field(fields: list[bytes], name: bytes) -> bytes:
@@ -72,6 +72,43 @@ def test_the_entry_that_is_written_is_the_entry_that_is_read(entry: Entry) -> No
 @given(replies)
 def test_the_reply_that_is_written_is_the_reply_that_is_read(reply: Reply) -> None:
     assert Reply.of(reply.fields()) == reply
+
+
+@given(replies, st.lists(st.tuples(TEXT, st.binary(max_size=50)), min_size=1, max_size=5))
+def test_alike_replies_are_written_as_one_entry(reply: Reply, others: list[tuple[str, bytes]]) -> None:
+    alike = [dataclasses.replace(reply, headers=[], error=None, id=id_, body=body) for id_, body in others]
+    fields = Reply.fields_of(alike)
+    assert Reply.all_of(fields) == alike
+    assert Reply.ids_of(fields) == [id_ for id_, _ in others]
+
+
+@given(replies)
+def test_a_reply_alone_is_read_as_one_of_its_kind(reply: Reply) -> None:
+    assert Reply.all_of(reply.fields()) == [reply]
+    assert Reply.ids_of(reply.fields()) == [reply.id]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda fields: fields[:-1],
+        lambda fields: fields[:-2],
+        lambda fields: with_field(fields, b"n", b"many"),
+        lambda fields: with_field(fields, b"v", b"2"),
+        lambda fields: with_field(fields, b"h", b"{"),
+        lambda fields: [*fields[:6], b"\xff", *fields[7:]],
+    ],
+    ids=["odd", "too few", "not a number", "version", "header", "not UTF-8"],
+)
+def test_replies_that_cannot_be_read_together_are_none(spoilt: Any) -> None:
+    with pytest.raises(WireError):
+        Reply.all_of(spoilt(Reply.fields_of([Reply("7"), Reply("8")])))
+
+
+@given(st.lists(headers, min_size=2, max_size=2))
+def test_entries_share_a_header_only_if_it_is_the_same(pair: list[Header]) -> None:
+    for header in [pair[0], pair[0], pair[1], pair[0]]:
+        assert Entry.of(Entry("1", "c", header).fields()).header == header
 
 
 @given(entries)
@@ -180,9 +217,10 @@ def test_a_reply_has_a_status_of_http(status: Any) -> None:
 
 
 def read_or_refuse(fields: list[bytes]) -> None:
-    for kind in (Entry, Reply):
+    for read in (Entry.of, Reply.of, Reply.all_of):
         with suppress(WireError):
-            kind.of(fields)
+            read(fields)
+    Reply.ids_of(fields)
 
 
 @given(st.lists(st.binary(max_size=30), max_size=12))
