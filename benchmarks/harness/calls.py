@@ -54,6 +54,9 @@ class Called:
     items: int
     seconds: float
     caller_cpu_us: float
+    caller_grew_mib: float
+    others_cpu_us: dict[str, float]
+    """By process."""
     wrong: int
 
 
@@ -87,7 +90,15 @@ def markdown(seen: list[Called]) -> str:
         lines.append([
             what, CALLERS[name].title, f"{calls[0].items:,}",
             f"{figure.median:,.0f} ({figure.low:,.0f}–{figure.high:,.0f})", beside,
-            f"{median(one.caller_cpu_us for one in calls):,.0f}", str(sum(one.wrong for one in calls)),
+            f"{median(one.caller_cpu_us for one in calls):,.1f}", _others(calls),
+            f"{median(one.caller_grew_mib for one in calls):.1f}", str(sum(one.wrong for one in calls)),
         ])  # fmt: skip
-    head = ["how", "system", "items", "items/s (lowest–highest)", "× taskiq", "caller's CPU µs/item", "wrong results"]
+    head = ["how", "system", "items", "items/s (lowest–highest)", "× taskiq", "caller's CPU µs/item",
+            "others' CPU µs/item", "caller grew by MiB", "wrong results"]  # fmt: skip
     return "## Calls without HTTP, all results held\n\n" + table(head, lines)
+
+
+def _others(calls: list[Called]) -> str:
+    names = dict.fromkeys(name for one in calls for name in one.others_cpu_us)
+    medians = {name: median(one.others_cpu_us.get(name, 0.0) for one in calls) for name in names}
+    return ", ".join(f"{name} {us:,.1f}" for name, us in medians.items() if us >= 0.5)

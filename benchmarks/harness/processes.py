@@ -81,12 +81,7 @@ class Program:
 
     def cpu_s(self) -> dict[int, tuple[str, float]]:
         """Name and CPU seconds so far of every process of it that lives."""
-        used: dict[int, tuple[str, float]] = {}
-        for pid in keeper.descendants(self._keeper.pid):
-            with contextlib.suppress(OSError, IndexError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                used[pid] = name_of(pid), (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-        return used
+        return cpu_s_below(self._keeper.pid)
 
     def end(self) -> None:
         """End all of its processes and remove its folder. May be called twice."""
@@ -106,6 +101,16 @@ class Program:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+
+def cpu_s_below(keeper_pid: int) -> dict[int, tuple[str, float]]:
+    """Name and CPU seconds so far of every process that lives below a keeper."""
+    used: dict[int, tuple[str, float]] = {}
+    for pid in keeper.descendants(keeper_pid):
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            used[pid] = name_of(pid), (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return used
 
 
 def name_of(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 The work is ``items`` small integers; the function adds one to each, and the program holds all results in order at
 the end. Time runs from the first item published to the last result held; a tenth as many are done before, unmeasured.
+Memory is how far the most that the caller ever held has risen meanwhile.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import resource
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from harness import keeper, processes
 
 
 def parse() -> int:
@@ -28,17 +36,28 @@ def add_one(number: int) -> int:
 def measure(what: str, items: int, run: Callable[[int], Sequence[object]]) -> None:
     """Run once small, once in full, and print what ``harness.calls`` reads."""
     run(max(100, items // 10))
+    all_before, most_before_kib = _cpu_s(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, cpu_before = time.perf_counter(), time.process_time()
     results = run(items)
     took_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_before
+    used: dict[str, float] = {}
+    for pid, (name, after_s) in _cpu_s().items():
+        if pid != os.getpid():
+            used[name] = used.get(name, 0.0) + (after_s - all_before.get(pid, (name, 0.0))[1]) / items * 1e6
     seen = {
         "what": what,
         "items": items,
         "seconds": took_s,
         "caller_cpu_us": cpu_s / items * 1e6,
+        "caller_grew_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most_before_kib) / 1024,
+        "others_cpu_us": {name: us for name, us in sorted(used.items(), key=lambda one: -one[1]) if us >= 0.5},
         "wrong": sum(1 for number in range(items) if number >= len(results) or results[number] != number + 1),
     }
     print("\n@@" + json.dumps(seen), flush=True)  # whatever was printed before may lack its line end
+
+
+def _cpu_s() -> dict[int, tuple[str, float]]:
+    return processes.cpu_s_below(int(os.environ[keeper.PID]))
 
 
 async def at_once(items: int, count: int, call: Callable[[int], Awaitable[object]]) -> list[object]:

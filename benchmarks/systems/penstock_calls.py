@@ -10,11 +10,16 @@ from typing import Any
 
 from items import add_one, at_once, by_threads, measure, parse
 
-ENDPOINT = "add-one"
+ENDPOINT, BATCHED = "add-one", "add-one-to-each"
+BATCH_SIZE = 64
 
 
 def answer(request: Any) -> int:
     return add_one(request.data)
+
+
+def answer_each(requests: list[Any]) -> list[int]:
+    return [add_one(request.data) for request in requests]
 
 
 def call(url: str, items: int) -> None:
@@ -29,7 +34,14 @@ def call(url: str, items: int) -> None:
 
         return await at_once(count, 1_000, one)
 
-    handle: Any = handles.connect(url).get_handle(ENDPOINT)
+    penstock = handles.connect(url)
+    handle: Any = penstock.get_handle(ENDPOINT)
+
+    def by_batch(count: int) -> list[object]:
+        results: list[object] = [None] * count
+        for result in penstock.batch(BATCHED).as_completed(range(count)):
+            results[result.index] = result.get()
+        return results
 
     def by_window(count: int) -> list[object]:
         """One thread that publishes ahead of the results that it reads."""
@@ -43,7 +55,8 @@ def call(url: str, items: int) -> None:
         return results
 
     measure("asyncio, 1,000 in flight", items, lambda count: asyncio.run(by_asyncio(count)))
-    measure("batch", items, by_window)
+    measure("batch", items, by_batch)
+    measure("sync, one thread, 2,000 ahead", items, by_window)
     measure(
         "sync, 16 threads, one at a time",
         items,
@@ -61,6 +74,8 @@ def main(items: int) -> None:
     with serve.start(http_options={"location": "NoServer"}) as client:
         client.create_backend(ENDPOINT, answer)
         client.create_endpoint(ENDPOINT, backend=ENDPOINT)
+        client.create_backend(BATCHED, serve.accept_batch(answer_each), config={"max_batch_size": BATCH_SIZE})
+        client.create_endpoint(BATCHED, backend=BATCHED)
         environment = {**os.environ, "PENSTOCK_CALLS_URL": client.redis_url}
         subprocess.run([sys.executable, __file__, "--items", str(items)], env=environment, check=True)
 
