@@ -16,6 +16,7 @@ import hashlib
 import logging
 import math
 import random
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
@@ -30,7 +31,7 @@ from redis.backoff import NoBackoff
 from .address import redis_options, shown_url
 from .errors import BrokerUnavailable, ConfigError
 
-__all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "shown_url"]
+__all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "shown_url", "user_of"]
 
 Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
@@ -60,6 +61,10 @@ _ERRORS: dict[str, type[redis_errors.RedisError]] = {
     "OOM": redis_errors.OutOfMemoryError,
     "READONLY": redis_errors.ReadOnlyError,
 }
+
+
+_DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
+"""What servers say instead of ``NOPERM`` where a script meets what its user may not: up to Redis 7.0, and since."""
 
 
 class FateUnknown(BrokerUnavailable):
@@ -297,7 +302,7 @@ class Connection:
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
                 self._reason = str(e) or type(e).__name__
                 if _turned_away(e) and self._first is not None and not self._first.done():
-                    return  # waiting does not mend a password
+                    return  # waiting does not mend a password or a certificate
             except Exception as e:
                 log.exception("the connection to the broker failed in a way of its own")
                 self._reason = f"{type(e).__name__}: {e}"
@@ -462,6 +467,11 @@ class Connection:
         self._clock_offset_ms = server_ms - (before + self._clock_read) / 2 * 1000
 
 
+def user_of(url: str) -> str:
+    """Return the Redis user that ``url`` names; empty if it names none. Raises `ConfigError`: it is no Redis URL."""
+    return str(redis_options(url, parse_url).get("username") or "")
+
+
 def _redis_connection(url: str, name: str) -> AbstractConnection:
     options = redis_options(url, parse_url)
     kind: type[AbstractConnection] = options.pop("connection_class", _TcpConnection)
@@ -493,14 +503,14 @@ async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
 
 
 def _turned_away(error: BaseException) -> bool:
-    """Whether the server knows us and will not have us. redis-py wraps what goes wrong while it connects."""
-    refusals = (redis_errors.AuthenticationError, redis_errors.NoPermissionError)
-    return isinstance(error, refusals) or isinstance(error.__cause__, refusals)
+    """Whether the server will not have us, or we not it. redis-py wraps what goes wrong while it connects."""
+    refusals = (redis_errors.AuthenticationError, redis_errors.NoPermissionError, ssl.SSLCertVerificationError)
+    return isinstance(error, refusals) or isinstance(error.__cause__ or error.__context__, refusals)
 
 
 def _reply_error(text: str) -> Exception:
     code, _, rest = text.partition(" ")
-    kind = _ERRORS.get(code)
+    kind = redis_errors.NoPermissionError if text.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
     return redis_errors.ResponseError(text) if kind is None else kind(rest)
 
 

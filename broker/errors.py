@@ -14,11 +14,12 @@ The errors that a caller of a backend sees besides these are in ``handles/errors
 from __future__ import annotations
 
 # What a server says against a command are redis-py's classes. Whoever may import only `broker` catches them by these.
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, ResponseError
 
 __all__ = [
     "BrokerUnavailable",
     "ConfigError",
+    "NoPermissionError",
     "OutOfMemoryError",
     "Overloaded",
     "PenstockError",

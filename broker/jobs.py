@@ -49,8 +49,10 @@ return redis.call('GET', KEYS[1])
 class Job:
     """A named job, for the one producer that works on it, from `take` to `leave`."""
 
-    def __init__(self, connection: Connection, keys: Keys, name: str, ttl_s: float) -> None:
-        self._connection, self._keys, self._name = connection, keys, name
+    def __init__(self, connection: Connection, keys: Keys, name: str, caller: str, ttl_s: float) -> None:
+        """``caller`` is the id of the one whose replies its results are."""
+        self._connection, self._name = connection, name
+        self._record_key, self._owner_key = keys.job(caller), keys.job_owner(caller)
         self._ttl_ms = int(ttl_s * 1000)
         self._token = secrets.token_hex(8)
         self._keeper: asyncio.Task[None] | None = None
@@ -66,7 +68,7 @@ class Job:
         lowest_ms: int | None = None
         while not await self._own():
             # A lease that is renewed has somebody who renews it.
-            left_ms: int = await self._connection.send("PTTL", self._keys.job_owner(self._name), repeat=True)
+            left_ms: int = await self._connection.send("PTTL", self._owner_key, repeat=True)
             if lowest_ms is not None and left_ms > lowest_ms:
                 raise ConfigError(f"another producer is at work on the job {self._name!r}")
             lowest_ms = left_ms
@@ -76,7 +78,7 @@ class Job:
     async def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write down what the job is, if it is new; return what it is."""
         raw = await self._connection.run_script(
-            _RECORD, [self._keys.job(self._name)], [orjson.dumps(record), self._ttl_ms], repeat=True
+            _RECORD, [self._record_key], [orjson.dumps(record), self._ttl_ms], repeat=True
         )
         found = orjson.loads(raw)
         if type(found) is not dict:
@@ -89,13 +91,12 @@ class Job:
             await asyncio.wait([self._keeper])
         try:
             if self._connection.connected:
-                await self._connection.run_script(_DISOWN, [self._keys.job_owner(self._name)], [self._token])
+                await self._connection.run_script(_DISOWN, [self._owner_key], [self._token])
         except (BrokerUnavailable, RedisError):
             pass  # it lapses by itself
 
     async def _own(self) -> bool:
-        owner = [self._keys.job_owner(self._name)]
-        return bool(await self._connection.run_script(_OWN, owner, [self._token, _LEASE_MS], repeat=True))
+        return bool(await self._connection.run_script(_OWN, [self._owner_key], [self._token, _LEASE_MS], repeat=True))
 
     async def _keep(self) -> None:
         expiry_in = 0
@@ -104,7 +105,7 @@ class Job:
             try:
                 self.lost = not await self._own()
                 if expiry_in == 0:
-                    await self._connection.send("PEXPIRE", self._keys.job(self._name), self._ttl_ms, repeat=True)
+                    await self._connection.send("PEXPIRE", self._record_key, self._ttl_ms, repeat=True)
                     expiry_in = 10
                 expiry_in -= 1
             except (BrokerUnavailable, RedisError) as e:
@@ -118,13 +119,13 @@ class JobReplies(ReplyStream):
         self,
         commands: Connection,
         keys: Keys,
-        job: str,
+        caller: str,
         on_reply: Callable[[list[bytes]], None],
         on_loss: Callable[[], Awaitable[None]],
         *,
         ttl_s: float,
     ) -> None:
-        super().__init__(commands, keys, keys.job_caller(job), on_reply, on_loss, ttl_s=ttl_s)
+        super().__init__(commands, keys, caller, on_reply, on_loss, ttl_s=ttl_s)
         self._paused = self._waiting = False
 
     def pause(self) -> None:

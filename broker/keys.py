@@ -7,6 +7,7 @@ What one script touches shares a hash tag, and with it a slot of a Redis Cluster
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 from .errors import ConfigError
 
@@ -82,18 +83,29 @@ class Keys:
         """A short stream to all of a backend's replicas; see ``broker/signals.py``."""
         return f"{self._root}{{{backend}}}:signals"
 
-    def job(self, name: str) -> str:
-        """What is known of a named batch job."""
-        return f"{self._root}{{{self.job_caller(name)}}}:job"
+    def job(self, caller: str) -> str:
+        """What is known of a named batch job, by whose replies its results are."""
+        return f"{self._root}{{{caller}}}:job"
 
-    def job_owner(self, name: str) -> str:
+    def job_owner(self, caller: str) -> str:
         """The lease of the producer that works on a named batch job."""
-        return f"{self._root}{{{self.job_caller(name)}}}:owner"
+        return f"{self._root}{{{caller}}}:owner"
 
     @staticmethod
-    def job_caller(name: str) -> str:
-        """Whose replies a job's results are. No name of a backend holds a colon."""
-        return f"job:{name}"
+    def job_name(job: str) -> str:
+        """What the caller of a named batch job is called. No name of a backend holds a colon."""
+        return f"job:{job}"
+
+    @staticmethod
+    def caller(user: str, name: str) -> str:
+        """The id of a caller: it begins with its Redis user, so that an ACL can leave to each user its own replies.
+
+        Quoted, a user's name ends at the first ``@`` and holds no brace, no colon and no wildcard.
+
+        >>> Keys.caller("web", "1f2e"), Keys.caller("a@b*", "job:1"), Keys.caller("", "1f2e")
+        ('web@1f2e', 'a%40b%2A@job:1', '1f2e')
+        """
+        return f"{quote(user, safe='')}@{name}" if user else name
 
     def replies(self, caller: str) -> str:
         return f"{self._root}{{{caller}}}:replies"

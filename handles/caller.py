@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any, Union, cast
 
 from ..broker.address import shown_url
-from ..broker.connection import Connection, FateUnknown
+from ..broker.connection import Connection, FateUnknown, user_of
 from ..broker.dead import DeadQueue
-from ..broker.errors import OutOfMemoryError, RedisError
+from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
@@ -158,7 +158,7 @@ class Caller:
     def __init__(self, url: str, instance: str, *, job: str | None = None, job_ttl_s: float = 0.0) -> None:
         """``job`` is the name of a batch job, whose results are kept for ``job_ttl_s`` when this caller is gone."""
         self.url, self.keys = url, Keys(instance)
-        self.id = secrets.token_hex(6) if job is None else self.keys.job_caller(job)
+        self.id = self.keys.caller(user_of(url), secrets.token_hex(6) if job is None else self.keys.job_name(job))
         self._connection = Connection(url, name=f"penstock-caller-{self.id}")
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
@@ -168,9 +168,9 @@ class Caller:
             self._replies = ReplyStream(self._connection, self.keys, self.id, self._on_reply, self._reconcile)
         else:
             self.results = self._replies = JobReplies(
-                self._connection, self.keys, job, self._on_reply, self._reconcile, ttl_s=job_ttl_s
+                self._connection, self.keys, self.id, self._on_reply, self._reconcile, ttl_s=job_ttl_s
             )
-            self.job = Job(self._connection, self.keys, job, job_ttl_s)
+            self.job = Job(self._connection, self.keys, job, self.id, job_ttl_s)
         self.on_stray: Callable[[str, Outcome], None] | None = None
         """Hears, by the request's id, what else comes: results that a job's former producer has left."""
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
@@ -385,7 +385,12 @@ class Caller:
         found: dict[str, tuple[str, bytes]] = {}
         for backend in backends:
             names = {"caller_field": b"by", "id_field": b"id"}
-            for id_, entry in (await self._publisher.find_of(backend, self.id, **names)).items():
+            try:
+                entries = await self._publisher.find_of(backend, self.id, **names)
+            except NoPermissionError:
+                log.warning("may not look for what of %s is queued for %r: that is sent again", self.id, backend)
+                continue
+            for id_, entry in entries.items():
                 found[id_.decode()] = backend, entry
         return found
 
@@ -576,7 +581,11 @@ class Caller:
                 await asyncio.sleep(_RETRY_S)
 
     async def _reconcile(self) -> None:
-        """Find out what became of every call that was sent, and publish again what Redis no longer has."""
+        """Find out what became of every call that was sent, and publish again what Redis no longer has.
+
+        A user that may not read the request streams cannot find out: what it has there is taken back and published
+        again. If that was running it runs twice; what waited loses its place in the queue.
+        """
         async with self._reconciling:
             # Calls that were never sent are sent by the connection; those sent since it is back are not our business.
             sent = [call for call in self._in_flight.values() if call.unsure or call.entry is not None]
@@ -588,7 +597,13 @@ class Caller:
             for (backend, batch), calls in by_stream.items():
                 since_ms = min(call.since_ms for call in calls) - _SLACK_MS
                 known = [(call.id, call.entry) for call in calls]
-                found = await self._publisher.find(backend, b"id", known, since_ms, batch=batch)
+                try:
+                    found = await self._publisher.find(backend, b"id", known, since_ms, batch=batch)
+                except NoPermissionError:
+                    found = [None] * len(calls)
+                    for call in calls:
+                        if call.entry is not None:
+                            self._publisher.withdraw(backend, call.entry, batch=batch)
                 for call, entry in zip(calls, found, strict=True):
                     if entry is None:
                         missing.append(call)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from ..broker.address import shown_url
 from ..broker.errors import PenstockError
 from ..broker.keys import check_name
 from ..broker.registry import BackendRecord, EndpointRecord
@@ -62,7 +63,7 @@ class Client(Connected):
 
     def __repr__(self) -> str:
         closed = ", shut down" if self._closed else ""
-        return f"Client({self.instance!r}, redis_url={self.redis_url!r}, http_url={self.http_url!r}{closed})"
+        return f"Client({self.instance!r}, redis_url={shown_url(self.redis_url)!r}, http_url={self.http_url!r}{closed})"
 
     # -- backends
 

@@ -50,8 +50,9 @@ _LAST_SENDERS_S = 2.0
 class Controller:
     """The controller of one instance: a plain asyncio class, which needs Ray to be there."""
 
-    def __init__(self, redis_url: str, instance: str) -> None:
+    def __init__(self, redis_url: str, instance: str, replica_redis_url: str, proxy_redis_url: str) -> None:
         self._url, self._instance = redis_url, instance
+        self._replica_url, self._proxy_url = replica_redis_url, proxy_redis_url
         self._keys = Keys(instance)
         self._wake = asyncio.Event()
         self._replicas = Fleet(instance, "replica", self._wake.set)
@@ -191,7 +192,7 @@ class Controller:
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD", **record.actor_options}
         if record.runtime_env is not None:
             options["runtime_env"] = record.runtime_env
-        self._replicas.start(name, ReplicaActor, (self._url, self._instance, record.tag, name), options)
+        self._replicas.start(name, ReplicaActor, (self._replica_url, self._instance, record.tag, name), options)
 
     async def _forget_replica(self, name: str) -> None:
         await self._registry.drop_lease(self._sight.backend_of(name), name)
@@ -220,7 +221,7 @@ class Controller:
         self._sight.note_start(name, report)
         options = {field: getattr(self._options, field) for field in HTTPOptions.model_fields} | {"port": port}
         where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        args = (self._url, self._instance, name, options)
+        args = (self._proxy_url, self._instance, name, options)
         self._proxies.start(name, ProxyActor, args, {"num_cpus": 0, "scheduling_strategy": where})
 
     async def _forget_proxy(self, name: str) -> None:
@@ -280,8 +281,8 @@ class Controller:
 class ControllerActor:
     """The controller as an actor. Ray runs its constructor in the loop, after a restart too."""
 
-    def __init__(self, redis_url: str, instance: str) -> None:
-        self._controller = Controller(redis_url, instance)
+    def __init__(self, redis_url: str, instance: str, replica_redis_url: str, proxy_redis_url: str) -> None:
+        self._controller = Controller(redis_url, instance, replica_redis_url, proxy_redis_url)
         self._run = asyncio.get_running_loop().create_task(self._controller.run(), name="controller")
         self._run.add_done_callback(_end_actor)
 

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..broker.connection import shown_url
+from ..broker.connection import shown_url, user_of
 from ..broker.embedded import EmbeddedServer, EmbeddedServerError
 from ..broker.errors import ConfigError
 from ..broker.keys import Keys
@@ -39,6 +39,8 @@ def start(
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    replica_redis_url: str | None = None,
+    proxy_redis_url: str | None = None,
 ) -> Client:
     """Start an instance of Penstock; return when its HTTP server takes connections.
 
@@ -54,6 +56,9 @@ def start(
         data_dir: a directory for the embedded server to keep its data in. On one that holds an instance, that is
             resumed: backends, endpoints, traffic, every unsettled request. `Client.shutdown` deletes them; the end
             of the script does not.
+        replica_redis_url: the same broker as replicas reach it, such as with a Redis user of their own; see
+            ``docs/security.md``. Without it, ``redis_url``.
+        proxy_redis_url: as proxies reach it.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -65,6 +70,8 @@ def start(
     options = HTTPOptions.of(http_options, "http_options")
     url = _redis_url(redis_url)
     _check_broker(url, detached, data_dir)
+    _check_door(url, "replica_redis_url", replica_redis_url)
+    _check_door(url, "proxy_redis_url", proxy_redis_url)
     plain, middlewares = dump_http(options)
     with ExitStack() as undo:
         if _join_ray():
@@ -77,7 +84,7 @@ def start(
         undo.callback(lambda: background.run(opened.close()))
         resumed = background.run(_found(opened, settings, middlewares))
         try:
-            controller = _start_controller(opened, settings)
+            controller = _start_controller(opened, settings, replica_redis_url or url, proxy_redis_url or url)
         except BaseException:
             background.run(_unfound(opened, settings, resumed))
             raise
@@ -154,7 +161,7 @@ async def _bring_up(instance: Instance, controller: Any) -> str | None:
     return http_url
 
 
-def _start_controller(instance: Instance, settings: Settings) -> Any:
+def _start_controller(instance: Instance, settings: Settings, replica_redis_url: str, proxy_redis_url: str) -> Any:
     name = actor_name(instance.name, "controller")
     options: dict[str, Any] = {
         "name": name,
@@ -167,7 +174,7 @@ def _start_controller(instance: Instance, settings: Settings) -> Any:
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=settings.node, soft=True),
     }
     try:
-        return Actor.options(**options).remote(instance.redis_url, instance.name)
+        return Actor.options(**options).remote(instance.redis_url, instance.name, replica_redis_url, proxy_redis_url)
     except ValueError:  # that is how Ray says that the name is taken
         raise ConfigError(
             f"the instance {instance.name!r} runs already in this Ray cluster, on another Redis: "
@@ -200,6 +207,18 @@ def _check_broker(url: str | None, detached: bool, data_dir: object) -> None:
             "a detached instance outlives this process, and an embedded server does not: give the redis_url of "
             f"one that runs, or set {REDIS_URL}"
         )
+
+
+def _check_door(redis_url: str | None, name: str, given: object) -> None:
+    if not isinstance(given, str | None):
+        raise TypeError(f"{name} must be a str, not {type(given).__name__}")
+    if given is None:
+        return
+    if redis_url is None:
+        raise ConfigError(
+            f"{name} is another way to the broker of redis_url, and without that the broker is an embedded one"
+        )
+    user_of(given)
 
 
 def _join_ray() -> bool:

@@ -1,10 +1,13 @@
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
+from tests.guarded import Guarded, guarded
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
 
@@ -44,3 +47,23 @@ def broker_url(request: pytest.FixtureRequest, brokers: Brokers) -> Iterator[str
     """
     with clean(brokers.url(request.param)) as url:
         yield url
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def guarded_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """A broker with TLS and users: the embedded Valkey, and the Redis of this machine if it has one."""
+    if request.param == "redis" and shutil.which("redis-server") is None:
+        pytest.skip("no redis-server on PATH")
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    with guarded(directory, tls_by_server=request.param == "redis") as broker:
+        yield broker
+
+
+@pytest.fixture
+def guarded_by_users(guarded_broker: Guarded) -> Iterator[Guarded]:
+    """It, with nothing in it. A test in which anybody was denied what the document grants must say so by `denied`."""
+    guarded_broker.denied()
+    yield guarded_broker
+    denied = guarded_broker.denied()
+    guarded_broker.empty()
+    assert not denied

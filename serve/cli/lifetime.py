@@ -26,8 +26,31 @@ from .common import as_json, client_of, telling_what_is_wrong, which_instance, w
     show_default=True,
     help="Which nodes of the Ray cluster serve HTTP.",
 )
+@click.option(
+    "--replica-redis-url",
+    envvar="PENSTOCK_REPLICA_REDIS_URL",
+    show_envvar=True,
+    metavar="URL",
+    help="The broker as replicas reach it, with a user of their own.",
+)
+@click.option(
+    "--proxy-redis-url",
+    envvar="PENSTOCK_PROXY_REDIS_URL",
+    show_envvar=True,
+    metavar="URL",
+    help="The broker as proxies reach it.",
+)
 @as_json
-def start(redis_url: str | None, instance: str, http_host: str, http_port: int, location: str, json: bool) -> None:
+def start(
+    redis_url: str | None,
+    instance: str,
+    http_host: str,
+    http_port: int,
+    location: str,
+    replica_redis_url: str | None,
+    proxy_redis_url: str | None,
+    json: bool,
+) -> None:
     """Start an instance that outlives this command.
 
     It runs on the Ray cluster that RAY_ADDRESS names, or that runs on this machine; if there is none, one is started
@@ -47,6 +70,8 @@ def start(redis_url: str | None, instance: str, http_host: str, http_port: int, 
             instance=instance,
             detached=True,
             http_options={"host": http_host, "port": http_port, "location": location},
+            replica_redis_url=replica_redis_url,
+            proxy_redis_url=proxy_redis_url,
         )
     if json:
         write_json({"instance": instance, "http_url": client.http_url, "started_ray": began_ray})

@@ -1,0 +1,355 @@
+"""Every part of Penstock under the rules of ``docs/security.md``, and nothing beyond them."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+from redis.exceptions import NoPermissionError, ResponseError
+
+from penstock import handles
+from penstock.broker.connection import Connection
+from penstock.broker.keys import Keys
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
+from penstock.broker.wire import LARGE, Header
+from penstock.handles.caller import Caller
+from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded
+from penstock.proxy.proxy import Proxy
+from penstock.workers.replica import Serving
+from penstock.workers.target import dump
+from tests.guarded import Guarded, documented_rules
+from tests.waiting import wait_until, wait_until_async
+
+KEYS = Keys("default")
+REQUESTS, BODY, REPLIES = KEYS.requests("f"), KEYS.body("f", "r"), KEYS.replies("bob@1")
+OWN = KEYS.replies("alice@1")
+CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
+
+
+def echo(request: Any) -> Any:
+    return request.data
+
+
+async def slowly(request: Any) -> Any:
+    await asyncio.sleep(0.3)
+    return request.data
+
+
+class Site:
+    """An instance whose every part is a user of its own."""
+
+    def __init__(self, broker: Guarded, registry: Registry, parts: AsyncExitStack) -> None:
+        self.broker, self.registry, self._parts = broker, registry, parts
+
+    async def serve(self, target: Any, tag: str = "f", replicas: int = 1, **config: Any) -> list[Serving]:
+        code = await self.registry.put_code(dump(target))
+        backend = BackendRecord(tag=tag, version="1", code=code, config={**CONFIG, **config})
+        endpoint = EndpointRecord(name=tag, route=f"/{tag}", methods=("GET", "POST"), traffic={tag: 1.0})
+        await self.registry.change(lambda seen: Change({tag: backend}, {tag: endpoint}))
+        started = [Serving(self.broker.url("replica"), "default", tag, f"{tag}#{n}") for n in range(replicas)]
+        for replica in started:
+            self._parts.push_async_callback(replica.drain, 0.0)
+            await replica.ready()
+        return started
+
+    async def proxy(self) -> str:
+        proxy = Proxy(self.broker.url("proxy"), "default", "p", {"port": 0})
+        self._parts.push_async_callback(proxy.drain, 0.2)
+        return str((await proxy.ready())["url"])
+
+    async def declare(self, tag: str = "f", **config: Any) -> BackendRecord:
+        """Make a backend and its endpoint, without anybody to serve it."""
+        backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})
+        endpoint = EndpointRecord(name=tag, traffic={tag: 1.0})
+        await self.registry.change(lambda seen: Change({tag: backend}, {tag: endpoint}))
+        return backend
+
+
+@asynccontextmanager
+async def open_site(broker: Guarded) -> AsyncGenerator[Site]:
+    async with AsyncExitStack() as parts:
+        connection = await Connection(broker.url("owner")).open()
+        parts.push_async_callback(connection.close)
+        yield Site(broker, Registry(connection, KEYS), parts)
+
+
+@pytest.fixture
+def broker(guarded_by_users: Guarded) -> Guarded:
+    return guarded_by_users
+
+
+@pytest.fixture
+async def site(broker: Guarded) -> AsyncIterator[Site]:
+    async with open_site(broker) as site:
+        yield site
+
+
+def test_the_document_has_the_rules_of_every_role() -> None:
+    assert list(documented_rules()) == ["owner", "alice", "proxy", "replica"]
+
+
+async def test_callers_of_every_kind_are_answered(site: Site, broker: Guarded) -> None:
+    await site.serve(echo)
+    large = "x" * (LARGE + 1)
+
+    def call() -> None:
+        with handles.connect(broker.url("alice")) as door:
+            handle = door.get_handle("f")
+            assert handle.remote({"a": 1}).result(timeout=10) == {"a": 1}
+            assert handle.remote(large).result(timeout=10) == large
+            assert [result.value for result in door.batch("f").map(range(20))] == list(range(20))
+
+    await asyncio.to_thread(call)
+    with handles.connect(broker.url("alice")) as door:
+        handle = door.get_handle("f", sync=False)
+        assert await (await handle.remote(7)) == 7
+        assert await (await handle.remote(large)) == large
+    await (await Caller.get(broker.url("alice"), "default")).close()
+
+
+async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
+    await site.serve(echo)
+    url = await site.proxy()
+    async with httpx.AsyncClient(base_url=url) as http:
+        assert (await http.post("/f", json={"a": 1})).json() == {"a": 1}
+        large = b"x" * (LARGE + 1)
+        assert (await http.post("/f", content=large)).content == large
+        assert (await http.get("/-/healthz")).status_code == 200
+
+
+async def test_a_proxy_rides_through_a_broken_connection_and_runs_nothing_twice(site: Site, broker: Guarded) -> None:
+    await site.serve(slowly, max_concurrent_queries=4)
+    url = await site.proxy()
+    async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+        answers = [asyncio.ensure_future(http.post("/f", json=n)) for n in range(8)]
+        with Redis.from_url(broker.url("admin")) as redis:
+            await wait_until_async(lambda: redis.xlen(KEYS.requests("f")) == 8)
+            broker.cut("proxy")
+            assert [(await answer).json() for answer in answers] == list(range(8))
+            added = redis.xinfo_stream(KEYS.requests("f"))["entries-added"]
+    assert added == 8  # none was published again
+
+
+async def test_what_is_cancelled_is_not_run(site: Site, broker: Guarded) -> None:
+    seen: list[int] = []
+    await site.serve(slowly)
+
+    def call() -> None:
+        with handles.connect(broker.url("alice")) as door, Redis.from_url(broker.url("admin")) as redis:
+            handle = door.get_handle("f")
+            futures = [handle.remote(n) for n in range(3)]
+            wait_until(lambda: redis.xlen(KEYS.requests("f")) == 3)
+            assert futures[2].cancel()
+            seen.extend(future.result(timeout=10) for future in futures[:2])
+            wait_until(lambda: redis.xlen(KEYS.requests("f")) == 0)
+
+    await asyncio.to_thread(call)
+    assert seen == [0, 1]
+
+
+async def test_a_caller_that_may_not_read_streams_rides_through_a_broken_connection(
+    site: Site, broker: Guarded
+) -> None:
+    """It publishes again what it cannot look for: every request is answered, some may run twice."""
+    await site.serve(slowly, max_concurrent_queries=4)
+
+    def call() -> list[Any]:
+        with handles.connect(broker.url("alice")) as door, Redis.from_url(broker.url("admin")) as redis:
+            handle = door.get_handle("f")
+            futures = [handle.remote(n) for n in range(20)]
+            wait_until(lambda: redis.xlen(KEYS.requests("f")) == 20)
+            broker.cut("alice")
+            results = [future.result(timeout=20) for future in futures]
+            wait_until(lambda: redis.xlen(KEYS.requests("f")) == 0)
+            return results
+
+    assert await asyncio.to_thread(call) == list(range(20))
+    assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
+
+
+async def test_a_batch_job_that_is_continued_sends_again_what_it_cannot_look_for(
+    site: Site, broker: Guarded, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.serve(echo)
+
+    def twice() -> list[list[Any]]:
+        with handles.connect(broker.url("alice")) as door:
+            return [[result.value for result in door.batch("f", job="j").map(range(20))] for _ in range(2)]
+
+    assert await asyncio.to_thread(twice) == [list(range(20))] * 2
+    assert "may not look for what of alice@job:j is queued for 'f'" in caplog.text
+    assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
+
+
+async def test_what_a_dead_replica_held_is_taken_over_and_at_last_a_dead_letter(site: Site, broker: Guarded) -> None:
+    await site.serve(echo, "idle")
+
+    def call() -> None:
+        with Redis.from_url(broker.url("admin")) as redis, handles.connect(broker.url("alice")) as door:
+            future = door.get_handle("f").remote(1)
+            redis.xgroup_create(KEYS.requests("f"), "replicas", "0", mkstream=True)
+            wait_until(lambda: redis.xreadgroup("replicas", "ghost", {KEYS.requests("f"): ">"}))
+            loop.call_soon_threadsafe(died.set)
+            with pytest.raises(DeliveryLimitExceeded):
+                future.result(timeout=20)
+        with handles.connect(broker.url("owner")) as owner:
+            letters = owner.dead_letters("f")
+            letter = next(iter(letters))
+            assert letters.body(letter) == b"1"
+            letters.replay(letter.id)
+            assert len(letters) == 0
+
+    died, loop = asyncio.Event(), asyncio.get_running_loop()
+    await site.declare()
+    calling = asyncio.ensure_future(asyncio.to_thread(call))
+    await died.wait()
+    await site.serve(echo, max_deliveries=1)
+    await calling
+
+
+READING = [
+    *(("XRANGE", key, "-", "+") for key in (REQUESTS, KEYS.batch("f"), KEYS.dead("f"), KEYS.signals("f"), REPLIES)),
+    ("XREVRANGE", REQUESTS, "+", "-"),
+    ("XREAD", "STREAMS", REQUESTS, "0"),
+    ("XREAD", "STREAMS", OWN, REQUESTS, "0", "0"),
+    ("XREAD", "STREAMS", REPLIES, "0"),
+    ("XREADGROUP", "GROUP", "replicas", "me", "STREAMS", REQUESTS, ">"),
+    ("XPENDING", REQUESTS, "replicas"),
+    ("XCLAIM", REQUESTS, "replicas", "me", 0, "1-0"),
+    ("XAUTOCLAIM", REQUESTS, "replicas", "me", 0, "0"),
+    ("XINFO", "STREAM", REQUESTS, "FULL"),
+    ("XINFO", "CONSUMERS", REQUESTS, "replicas"),
+    ("XGROUP", "CREATE", REQUESTS, "mine", "0"),
+    ("DUMP", REQUESTS),
+    ("COPY", REQUESTS, OWN),
+    ("RENAME", REQUESTS, OWN),
+    ("RENAME", BODY, OWN),
+    ("SORT", REQUESTS, "BY", "nosort", "STORE", OWN),
+    ("OBJECT", "ENCODING", REQUESTS),
+    ("MIGRATE", "127.0.0.1", 1, REQUESTS, 0, 1),
+    ("GET", BODY),
+    ("GETDEL", BODY),
+    ("GETEX", BODY),
+    ("GETRANGE", BODY, 0, -1),
+    ("MGET", OWN, BODY),
+    ("SET", BODY, "", "GET"),
+    ("GET", KEYS.reply_body("bob@1", "r")),
+    ("GET", KEYS.code("digest")),
+    ("GET", KEYS.settings),
+    ("HGETALL", KEYS.reports("proxies")),
+    ("KEYS", "*"),
+    ("SCAN", 0),
+    ("RANDOMKEY",),
+]
+WRITING = [
+    ("HSET", KEYS.backends, "f", "{}"),
+    ("HSET", KEYS.endpoints, "f", "{}"),
+    ("HDEL", KEYS.backends, "f"),
+    ("HSET", KEYS.reports("replicas"), "f#1", "{}"),
+    ("INCR", KEYS.version),
+    ("SET", KEYS.version, 7),
+    ("SET", KEYS.code("digest"), "code"),
+    ("SET", KEYS.settings, "{}"),
+    ("SET", KEYS.owner, "me"),
+    ("XADD", KEYS.feed, "*", "version", 7),
+    ("DEL", KEYS.backends),
+    ("UNLINK", KEYS.backends),
+    ("RENAME", OWN, KEYS.backends),
+    ("COPY", OWN, KEYS.code("digest")),
+    ("XADD", REPLIES, "*", "v", "1"),
+    ("UNLINK", REPLIES),
+    ("SET", KEYS.alive("f", "f#1"), 1),
+    ("DEL", KEYS.alive("f", "f#1")),
+]
+RULING = [
+    ("FLUSHALL",),
+    ("CONFIG", "GET", "*"),
+    ("ACL", "LIST"),
+    ("ACL", "SETUSER", "alice", "+@all"),
+    ("CLIENT", "LIST"),
+    ("CLIENT", "KILL", "USER", "bob"),
+    ("MONITOR",),
+    ("SCRIPT", "FLUSH"),
+    ("FUNCTION", "LIST"),
+    ("SAVE",),
+    ("REPLICAOF", "NO", "ONE"),
+    ("PUBLISH", "c", "m"),
+    ("SUBSCRIBE", "c"),
+]
+
+
+@pytest.mark.parametrize("command", [*READING, *WRITING, *RULING], ids=lambda command: " ".join(map(str, command[:3])))
+def test_a_caller_may_not(command: tuple[Any, ...], broker: Guarded) -> None:
+    """Neither by itself nor in a script."""
+    denied: list[Exception] = []
+    with Redis.from_url(broker.url("alice")) as redis:
+        for whole in (command, ("EVAL", "return redis.call(unpack(ARGV))", 0, *command)):
+            with pytest.raises(ResponseError) as raised:
+                redis.execute_command(*whole)
+            denied.append(raised.value)
+    assert isinstance(denied[0], NoPermissionError)
+    assert broker.denied()
+
+
+@pytest.mark.parametrize("user", ["proxy", "replica"])
+@pytest.mark.parametrize("command", WRITING[:13], ids=lambda command: " ".join(map(str, command[:3])))
+def test_proxies_and_replicas_may_not_write_the_registry(user: str, command: tuple[Any, ...], broker: Guarded) -> None:
+    if user == "replica" and command[1] == KEYS.reports("replicas"):
+        command = ("HSET", KEYS.reports("proxies"), "p", "{}")
+    with Redis.from_url(broker.url(user)) as redis, pytest.raises(NoPermissionError):
+        redis.execute_command(*command)
+    assert broker.denied()
+
+
+async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, broker: Guarded) -> None:
+    """And what it tries leaves that as it was."""
+    backend = await site.declare()
+    before = await site.registry.snapshot()
+    bob = Caller(broker.url("bob"), "default")
+    await bob.open()
+    outcomes: list[Any] = []
+    call = bob.submit(backend, Header(), b"x" * (LARGE + 1), outcomes.append)
+    await call.accepted()
+
+    def try_all() -> None:
+        with Redis.from_url(broker.url("alice")) as redis:
+            for command in (*READING, *WRITING, *RULING):
+                own = [str(part).replace(REPLIES, KEYS.replies(bob.id)) for part in command]
+                own = [part.replace(BODY, KEYS.body("f", call.id)) for part in own]
+                with pytest.raises(NoPermissionError):
+                    redis.execute_command(*own)
+
+    await asyncio.to_thread(try_all)
+    assert (await site.registry.snapshot()) == before
+    await asyncio.to_thread(broker.denied)
+    await site.serve(echo)
+    await wait_until_async(lambda: outcomes)
+    assert outcomes[0].body == b"x" * (LARGE + 1)
+    await bob.close()
+
+
+def test_the_ids_of_callers_begin_with_their_user(broker: Guarded) -> None:
+    assert Caller(broker.url("alice"), "default").id.startswith("alice@")
+    assert "@" not in Caller("redis://:secret@localhost", "default").id
+    assert Caller("redis://a%40b%7D:secret@localhost", "default").id.startswith("a%40b%7D@")
+
+
+def test_who_is_not_let_in_is_told_at_once_and_not_the_password(broker: Guarded) -> None:
+    with pytest.raises(BrokerUnavailable, match=r"(?i)username-password") as raised:
+        handles.connect(broker.url("alice", "wrong-one"))
+    assert "wrong-one" not in str(raised.value)
+    assert broker.denied()
+
+
+def test_a_server_whose_certificate_is_not_known_is_not_talked_to(broker: Guarded) -> None:
+    url = f"rediss://alice:secret@localhost:{broker.port}"
+    with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        handles.connect(url)
+
+
+def test_a_server_that_goes_by_another_name_is_not_talked_to(broker: Guarded) -> None:
+    with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        handles.connect(broker.url("alice").replace("localhost", "127.0.0.1"))

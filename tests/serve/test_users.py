@@ -1,0 +1,82 @@
+"""A whole instance on a broker with TLS, where owner, replicas, proxies and callers are users of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock import handles, serve
+from penstock.handles.errors import ConfigError
+from tests.guarded import Guarded
+from tests.serve.cli.conftest import COMMAND
+
+
+def user_of_replica(request: serve.Request) -> Any:
+    """Return whom the process of the replica would connect as."""
+    return {"url": os.environ["PENSTOCK_REDIS_URL"].partition("?")[0], "data": request.data}
+
+
+@pytest.fixture
+def client(cluster: str, guarded_by_users: Guarded) -> Iterator[serve.Client]:
+    client = serve.start(
+        redis_url=guarded_by_users.url("owner"),
+        replica_redis_url=guarded_by_users.url("replica"),
+        proxy_redis_url=guarded_by_users.url("proxy"),
+        http_options={"port": 0},
+    )
+    with client:
+        yield client
+
+
+def penstock(url: str, *arguments: str) -> str:
+    ran = subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PENSTOCK_REDIS_URL": url},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_users: Guarded) -> None:
+    client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1}, config={"num_replicas": 2})
+    client.create_endpoint("e", backend="f", route="/e", methods=["POST"])
+    replica = {"url": guarded_by_users.url("replica").partition("?")[0], "data": 1}
+
+    assert client.http_url is not None
+    assert httpx.post(f"{client.http_url}/e", json=1, timeout=20).json() == replica
+    assert client.get_handle("e").remote(1).result(timeout=20) == replica
+    with handles.connect(guarded_by_users.url("alice")) as door:
+        assert door.get_handle("e").remote(1).result(timeout=20) == replica
+
+    client.update_backend_config("f", {"max_concurrent_queries": 2})
+    assert client.status()["backends"]["f"]["ready"] == 2
+    assert "secret" not in repr(client)
+
+    assert '"data":2' in penstock(guarded_by_users.url("alice"), "call", "e", "2")
+    assert "f" in penstock(guarded_by_users.url("owner"), "status")
+    assert penstock(guarded_by_users.url("owner"), "dead", "list", "f", "--json") == ""
+
+    client.delete_endpoint("e")
+    client.delete_backend("f")
+
+
+@pytest.mark.parametrize("name", ["replica_redis_url", "proxy_redis_url"])
+def test_another_way_to_the_broker_is_checked_before_anything_starts(name: str) -> None:
+    def start(given: Any, **broker: Any) -> None:
+        serve.start(**{name: given, **broker})
+
+    with pytest.raises(TypeError, match=f"{name} must be a str, not int"):
+        start(7, redis_url="redis://localhost")
+    with pytest.raises(ConfigError, match="'http://localhost' is not a Redis URL"):
+        start("http://localhost", redis_url="redis://localhost")
+    with pytest.raises(ConfigError, match=f"{name} is another way to the broker of redis_url"):
+        start("redis://localhost")
