@@ -107,8 +107,12 @@ class App:
 
     def route(self, asked: Asked) -> Answer | None:
         """Find the endpoint; return the answer if there is none to call."""
-        scope = asked.scope
+        scope, named = asked.scope, asked.named
         path = self._route_path(scope["path"])
+        # Usual requests pass by this at the cost of three look-ups.
+        is_odd = len(named) != len(scope["headers"]) or b"host" not in named or b"transfer-encoding" in named
+        if is_odd and (refusal := _refusal(scope)) is not None:
+            return refusal
         if path.startswith(RESERVED):
             return self._about_itself(scope["method"], path)
         self.metrics.in_flight += 1
@@ -264,6 +268,18 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError(f"cannot serve the ASGI scope {scope['type']!r}")
 
 
+def _refusal(scope: Scope) -> Answer | None:
+    """Refuse what others may read differently: whose it is, or where it ends (RFC 9112, sections 3.2 and 6.1)."""
+    pairs: list[tuple[bytes, bytes]] = scope["headers"]
+    hosts = sum(name == b"host" for name, _ in pairs)
+    if hosts > 1 or (hosts == 0 and scope.get("http_version") == "1.1"):
+        return replies.of_status(400, f"a request has one host header, not {hosts}")._replace(close=True)
+    codings = b", ".join(value for name, value in pairs if name == b"transfer-encoding").decode("latin-1")
+    if codings and codings.lower() != "chunked":
+        return replies.of_status(501, f"the transfer coding must be 'chunked', not {codings!r}")._replace(close=True)
+    return None
+
+
 def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> Answer:
     listed = ", ".join(allowed)
     message = f"{path!r} takes {listed}, not {method}"
@@ -272,10 +288,11 @@ def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> Answer:
 
 def _request_headers(scope: Scope, named: RawNamed) -> list[tuple[str, str]]:
     dropped = _HOP_BY_HOP
-    connection = named.get(b"connection")
-    if connection not in _USUAL_CONNECTION:
-        dropped |= {token.strip().lower() for token in (connection or b"").split(b",")}
     pairs: list[tuple[bytes, bytes]] = scope["headers"]
+    if named.get(b"connection") not in _USUAL_CONNECTION or len(named) != len(pairs):  # there may be several
+        for name, value in pairs:
+            if name == b"connection":
+                dropped |= {token.strip().lower() for token in value.split(b",")}
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs if name not in dropped]
 
 

@@ -42,6 +42,8 @@ class Direct(Protocol):
     # -- uvicorn's protocol
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self.transport.is_closing():
+            return  # it came behind what was answered with the end of the connection
         if (
             app is not self.app
             or self.flow.write_paused
@@ -56,7 +58,7 @@ class Direct(Protocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        if (cycle := self._undecided) is not None:
+        if (cycle := self._undecided) is not None and not cycle.more_body:
             self._undecided = None
             self._begin(cycle)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import cast
 
+import httptools
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -26,6 +28,7 @@ JOINED_BYTES = 64 * 1024
 """Copying a longer body behind its head costs more than a system call."""
 
 _HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_FRAMING = (b"content-length", b"transfer-encoding")
 # After nginx's lingering_timeout and lingering_time.
 _LINGER_IDLE_S = 5.0
 _LINGER_S = 30.0
@@ -44,6 +47,10 @@ class Protocol(HttpToolsProtocol):
     _unsent_since = 0.0
     _lingering_since = 0.0
     _heard_at = 0.0
+    _parsed = b""
+    """What the parser is being fed."""
+    _unparsed = b""
+    """What it left, as it took the head before that for the last one in HTTP."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._tcp = cast(asyncio.Transport, transport)
@@ -63,7 +70,7 @@ class Protocol(HttpToolsProtocol):
         ):
             self._refuse_head()
             return
-        super().data_received(data)
+        self._parse(data)
         if self._in_head():
             if self._head_bytes == 0:
                 self._head_since = time.monotonic()
@@ -72,6 +79,35 @@ class Protocol(HttpToolsProtocol):
                 self._refuse_head()
         else:
             self._head_bytes = 0
+
+    def _parse(self, data: bytes) -> None:
+        self._parsed = data
+        super().data_received(data)
+        while self._unparsed:
+            self._parsed, self._unparsed = self._unparsed, b""
+            super().data_received(self._parsed)
+        self._parsed = b""
+
+    def on_message_complete(self) -> None:
+        if not self._is_cut_short():
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Go on in HTTP/1.1 behind a head that asks for another protocol (RFC 9110, section 7.8).
+
+        The parser skips the body there. Whatever came of it in the same read would be lost, and the rest of it would be
+        read as the next request: one that a client smuggles past whoever stands before us.
+        """
+        upgrade = sys.exc_info()[1]
+        assert isinstance(upgrade, httptools.HttpParserUpgrade)
+        self._unparsed = self._parsed[upgrade.args[0] :]
+        if self._is_cut_short():
+            framing = b"".join(b"%b: %b\r\n" % pair for pair in self.headers if pair[0] in _FRAMING)
+            self.parser = httptools.HttpRequestParser(_BehindHead(self))
+            self._unparsed = b"POST / HTTP/1.1\r\n" + framing + b"\r\n" + self._unparsed
+
+    def _is_cut_short(self) -> bool:
+        return self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers)
 
     def shutdown(self) -> None:
         if self._lingering_since:
@@ -135,6 +171,31 @@ class Protocol(HttpToolsProtocol):
         self._linger()
 
 
+class _BehindHead:
+    """What a parser calls that reads on behind a head which another one has read, and is fed a short one instead."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol, self._is_behind = protocol, False
+        self.on_body, self.on_message_complete = protocol.on_body, protocol.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if self._is_behind:
+            self._protocol.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if self._is_behind:
+            self._protocol.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_behind:
+            self._protocol.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._is_behind:
+            self._protocol.on_headers_complete()
+        self._is_behind = True
+
+
 class _Transport:
     """A transport that holds back the head of an answer until its body comes, and whose ``close`` is the protocol's.
 
@@ -152,6 +213,8 @@ class _Transport:
         self._closing = False
 
     def write(self, data: bytes) -> None:
+        if self._closing:
+            return  # such as the answer to a request whose body turned out to be none, which has been refused
         if self._head:
             if len(data) <= JOINED_BYTES:
                 data = self._head + data
