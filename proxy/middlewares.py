@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..handles.log_lines import work_on
 from . import replies, request_ids
 
 logger = logging.getLogger("penstock.proxy")
@@ -34,6 +35,7 @@ class _Outermost:
             await self._app(scope, receive, send)
             return
         request_id = request_ids.request_id_of(dict(scope["headers"]))
+        work_on([request_id.decode()])
         id_header = (request_ids.HEADER, request_id)
         kept = [pair for pair in scope["headers"] if pair[0] != request_ids.HEADER]
         scope["headers"] = [*kept, id_header]

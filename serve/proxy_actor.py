@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import ray
 
+from ..handles.log_lines import name_requests
 from ..proxy.proxy import Proxy
 from ..workers.replica import outlast
 
@@ -16,6 +17,7 @@ class HTTPProxy:
     """A proxy as a Ray actor. All of its methods may be waiting at once."""
 
     def __init__(self, redis_url: str, instance: str, name: str, options: Mapping[str, Any]) -> None:
+        name_requests()
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)

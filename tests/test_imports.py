@@ -23,7 +23,7 @@ FOLDERS_BELOW = {
 OTHERS = {
     "broker": {"redis", "hiredis", "orjson"},
     "handles": {"orjson"},
-    "proxy": {"orjson", "starlette", "uvicorn"},
+    "proxy": {"orjson", "httptools", "starlette", "uvicorn"},
     "workers": {"orjson", "starlette", "ray"},
     "serve": {
         *("redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic", "pydantic_core"),
@@ -97,7 +97,7 @@ def test_calling_loads_nothing_that_only_serving_needs() -> None:
     code = "import sys, penstock.handles; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert "penstock.handles" in loaded
-    assert not loaded & {"ray", "starlette", "uvicorn", "pydantic"}
+    assert not loaded & {"ray", "httptools", "starlette", "uvicorn", "pydantic"}
 
 
 def test_the_root_imports_nothing() -> None:

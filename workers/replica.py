@@ -20,6 +20,7 @@ from ..broker.errors import BrokerUnavailable, PenstockError
 from ..broker.keys import Keys
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
+from ..handles.log_lines import name_requests
 from .runner import Runner
 from .worker import Worker
 
@@ -229,6 +230,7 @@ class ReplicaActor:
     """A replica as a Ray actor. All of its methods may be waiting at once."""
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
+        name_requests()
         # For `serve.connect()` in the user's code.
         os.environ[REDIS_URL] = redis_url
         where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}

@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from ..broker.wire import Entry, Reply
 from ..handles.errors import PenstockError, RequestCancelled, to_wire
+from ..handles.log_lines import work_on
 from .failures import failed_reply
 from .request import Request
 from .responses import Collector, Encoded, encode, is_at_hand
@@ -104,7 +105,7 @@ class Place:
         return Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
 
     def cancelled(self, entry: Entry) -> Reply:
-        return self.refusal(entry, RequestCancelled(entry.header.request_id or entry.id))
+        return self.refusal(entry, RequestCancelled(_name(entry)))
 
     def _outcome(self, entry: Entry, result: object, run_ms: float) -> Reply | Response:
         if isinstance(result, BaseException):
@@ -167,6 +168,7 @@ class _Call:
         """Return what to call the method with. From here on, no entry is dropped."""
         with self._place.starting:
             self._started = True
+        work_on([_name(entry) for entry in self._entries])
         self._requests = [Request(entry, self._place.allow_pickle) for entry in self._entries]
         if self._method.accepts_batch:
             return self._requests
@@ -201,6 +203,7 @@ class OnThread(_Call, Job):
             self._outcomes = self._place.failures(self._entries, e, _ms_since(began_at))
         else:
             self._outcomes = self._place.outcomes(self._method, self._entries, result, _ms_since(began_at))
+        work_on(())  # a health check may be next on this thread
 
     def finish(self) -> None:
         self._deliver(self._outcomes)
@@ -261,6 +264,7 @@ class _Responding:
 
     async def _run(self) -> None:
         place, entry = self._place, self._entry
+        work_on([_name(entry)])
         began_at = perf_counter()
         self._started = True
 
@@ -283,6 +287,11 @@ class _Responding:
                 self._done(entry, place.cancelled(entry))
             else:
                 self._done(entry, failed_reply(entry, e, place.replica, _ms_since(began_at)))
+
+
+def _name(entry: Entry) -> str:
+    """Return the id by which its sender knows the request: that of HTTP, or of a handle's call."""
+    return entry.header.request_id or entry.id
 
 
 def _one_each(results: Any, wanted: int, backend: str) -> Sequence[object]:

@@ -23,11 +23,13 @@ def from_http(
     query: str = "",
     call: str = "__call__",
     client: str = "192.0.2.7:40000",
+    request_id: str = "",
 ) -> Entry:
     pairs = [("host", "example.org:8000"), *(headers or [])]
     if content_type:
         pairs.append(("content-type", content_type))
     header = Header("e", method, path, dict(path_params or {}), query, pairs, call=call, client=client)
+    header.request_id = request_id
     return Entry(f"id-{next(_numbers)}", "caller", header, body)
 
 

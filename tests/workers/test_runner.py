@@ -15,6 +15,7 @@ from starlette.responses import FileResponse, PlainTextResponse, StreamingRespon
 
 from penstock.broker.wire import Entry, Reply
 from penstock.handles.errors import BackendError, MalformedBody, RequestCancelled
+from penstock.handles.log_lines import request_ids
 from penstock.workers import Request, accept_batch, get_current_backend_tag, get_current_replica_tag
 from penstock.workers.runner import Runner
 from penstock.workers.running import Running
@@ -829,3 +830,51 @@ def test_every_request_gets_exactly_one_answer_whatever_is_cancelled_when(
         assert set(replica.replies) == {entry.id for entry in given}
 
     asyncio.run(scenario())
+
+
+def log_lines_are_about(request: Any) -> str:
+    return request_ids()
+
+
+async def log_lines_are_about_async(request: Any) -> str:
+    await asyncio.sleep(0)
+    return request_ids()
+
+
+@accept_batch
+def log_lines_of_each_are_about(requests: Sequence[Request]) -> list[str]:
+    return [request_ids()] * len(requests)
+
+
+@pytest.mark.parametrize("function", [log_lines_are_about, log_lines_are_about_async])
+async def test_log_lines_have_the_id_of_their_request(start: Start, function: object) -> None:
+    replica = await start(function)
+    entries = [from_http(request_id=f"r{n}") for n in range(3)]
+    for entry in entries:
+        replica.run(entry)
+    assert [value_of(await replica.reply_to(entry)) for entry in entries] == ["r0", "r1", "r2"]
+    call = from_handle(None)
+    assert value_of(await replica.call(call)) == call.id
+
+
+async def test_those_of_a_batch_have_all_of_theirs(start: Start) -> None:
+    replica = await start(log_lines_of_each_are_about)
+    entries = [from_http(request_id=f"r{n}") for n in range(3)]
+    replica.run(*entries)
+    assert value_of(await replica.reply_to(entries[0])) == "r0,r1,r2"
+
+
+async def test_what_runs_for_no_request_logs_of_none(start: Start) -> None:
+    class Checked:
+        about = ""
+
+        def __call__(self, request: Request) -> str:
+            return self.about
+
+        def check_health(self) -> None:
+            self.about = request_ids()
+
+    replica = await start(Checked)
+    assert await replica.ask() == ""
+    await replica.runner.check_health()  # on the thread of the request before
+    assert await replica.ask() == "-"

@@ -1,0 +1,49 @@
+"""The id of the request that is being worked on, in every log line of a process of ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextvars import ContextVar
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+
+_working_on: ContextVar[Sequence[str]] = ContextVar("penstock_requests", default=())
+
+
+def work_on(request_ids: Sequence[str]) -> None:
+    """Have what this context logs from now on be about these requests."""
+    _working_on.set(request_ids)
+
+
+def request_ids() -> str:
+    r"""Return what the current context works on, as it may stand in a log line: ids with commas between, or ``-``.
+
+    >>> work_on(["a", "b\n"])
+    >>> request_ids()
+    'a,b\\n'
+    >>> work_on([])
+    """
+    ids = ",".join(_working_on.get()) or "-"
+    # A publisher that writes to Redis itself can give a request any id.
+    return ids if ids.isascii() and ids.isprintable() else ascii(ids)[1:-1]
+
+
+def name_requests() -> None:
+    """Give every log record of this process a ``request_id``; where nobody has set up logging, show it.
+
+    For processes that are ours alone. A format of the user's own has it as ``%(request_id)s``.
+    """
+    make = logging.getLogRecordFactory()
+
+    def make_with_id(*args: object, **named: object) -> logging.LogRecord:
+        record = make(*args, **named)
+        record.request_id = request_ids()
+        return record
+
+    logging.setLogRecordFactory(make_with_id)
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(FORMAT))
+        root.addHandler(handler)

@@ -1,0 +1,35 @@
+"""The id of its request is in every line that the code of a backend logs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import httpx
+
+from penstock import serve
+from penstock.handles.log_lines import FORMAT
+from tests.serve.backends import SMALL
+
+
+class Logs:
+    """A backend that hears what it logs itself, and what format its process logs in."""
+
+    def __call__(self, request: serve.Request) -> Any:
+        heard: list[Any] = []
+        listener = logging.Handler()
+        listener.emit = lambda record: heard.append(record.__dict__["request_id"])  # type: ignore[method-assign]
+        logger = logging.getLogger("user's")
+        logger.addHandler(listener)
+        logger.warning("hello")
+        logger.removeHandler(listener)
+        formatters = [handler.formatter for handler in logging.getLogger().handlers]
+        return heard, [formatter._fmt for formatter in formatters if formatter]
+
+
+def test_what_a_backend_logs_has_the_id_of_its_request(web: serve.Client) -> None:
+    web.create_backend("logs", Logs, ray_actor_options=SMALL)
+    web.create_endpoint("logs", backend="logs", route="/logs")
+    heard, formats = httpx.get(f"{web.http_url}/logs", headers={"x-request-id": "from the client"}).json()
+    assert heard == ["from the client"]
+    assert FORMAT in formats
