@@ -45,7 +45,8 @@ def start(
     """Start an instance of Penstock; return when its HTTP server takes connections.
 
     It runs on the Ray that this process is connected to; else on the cluster that ``RAY_ADDRESS`` names; else on a
-    local one, which is started and ends with it. It ends with the script, unless it is ``detached``.
+    local one, which is started and ends with it. It ends with the script, unless it is ``detached``: then it runs, at
+    last, on the Ray of this machine, which must be there.
 
     Args:
         redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Without it, ``PENSTOCK_REDIS_URL``;
@@ -74,7 +75,7 @@ def start(
     _check_door(url, "proxy_redis_url", proxy_redis_url)
     plain, middlewares = dump_http(options)
     with ExitStack() as undo:
-        if _join_ray():
+        if _join_ray(detached):
             undo.callback(cast(Any, ray.shutdown))
         if url is None:
             url = undo.enter_context(_embedded_server(data_dir)).url
@@ -88,12 +89,16 @@ def start(
         except BaseException:
             background.run(_unfound(opened, settings, resumed))
             raise
-        undo.callback(_end_for_good, controller)
         try:
             http_url = background.run(_bring_up(opened, controller))
         except BaseException:
-            background.run(opened.end(erase=not resumed))
+            try:
+                background.run(opened.end(erase=not resumed))
+            finally:
+                _end_for_good(controller)
             raise
+        if not detached:  # else it ends by `shutdown`, and by nothing that becomes of this process
+            undo.callback(_end_for_good, controller)
         return Client(opened, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
 
 
@@ -221,14 +226,26 @@ def _check_door(redis_url: str | None, name: str, given: object) -> None:
     user_of(given)
 
 
-def _join_ray() -> bool:
-    """Connect this process to Ray; tell whether a local one was started for it."""
+def _join_ray(detached: bool) -> bool:
+    """Connect this process to Ray, and tell whether it was not so before. All but detached ones may start a local one.
+
+    Raises:
+        ConfigError: there is none that outlives this process.
+    """
     if ray.is_initialized():
         return False
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, logging_level=logging.ERROR)
-        return True
-    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    elif detached:
+        try:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        except ConnectionError:
+            raise ConfigError(
+                "a detached instance outlives this process, and so must its Ray: no Ray runs on this machine, and "
+                "RAY_ADDRESS names none; `ray start --head` starts one"
+            ) from None
+    else:
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
     return True
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import ray
 from httpx import Client as HTTPClient
 from redis import Redis
 from redis.exceptions import RedisError
@@ -164,7 +165,7 @@ def test_what_a_killed_script_has_left_in_redis_is_resumed(
 
 def test_a_detached_instance_outlives_its_script(redis_url: str, joined: dict[str, str]) -> None:
     arguments = f"redis_url={redis_url!r}, detached=True, http_options={{'port': 0}}"
-    with script(arguments, **joined) as running:
+    with script(arguments, "client.close()", **joined) as running:
         running.ended()
         client = serve.connect(redis_url)
         try:
@@ -181,6 +182,21 @@ def test_a_detached_instance_outlives_its_script(redis_url: str, joined: dict[st
             client.shutdown()
         wait_until(running.nothing_runs)
         assert keys(redis_url) == []
+
+
+def test_a_detached_instance_is_refused_without_a_ray_that_outlives_it(
+    monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    def finds_none(**options: Any) -> None:
+        assert options["address"] == "auto"
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", finds_none)
+    with pytest.raises(ConfigError, match="no Ray runs on this machine, and RAY_ADDRESS names none; `ray start"):
+        serve.start(redis_url=redis_url, detached=True)
+    assert keys(redis_url) == []
 
 
 def test_connect_says_what_is_missing(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
