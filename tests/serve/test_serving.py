@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from httpx import Client as HTTPClient
 
 from penstock import serve
+from tests.serve.backends import SMALL
+from tests.waiting import wait_until
 
 
 def test_path_parameters_have_the_types_of_their_route(web: serve.Client, http: HTTPClient) -> None:
@@ -103,3 +107,43 @@ def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:
     client.create_backend("env", colour, runtime_env={"env_vars": {"COLOUR": "red"}})
     client.create_endpoint("env", backend="env")
     assert client.get_handle("env").remote().result(timeout=10) == "red"
+
+
+def test_replicas_share_out_gpus_and_what_else_a_cluster_has(client: serve.Client) -> None:
+    async def gpu(request: serve.Request) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    options = {"num_cpus": 0.1, "num_gpus": 0.5, "resources": {"disk": 1}}
+    client.create_backend("half", gpu, config={"num_replicas": 4}, ray_actor_options=options)
+    client.create_endpoint("half", backend="half")
+    handle = client.get_handle("half")
+    wait_until(lambda: {handle.remote().result(timeout=10) for _ in range(20)} == {"0", "1"})
+
+    with pytest.raises(serve.errors.ConfigError, match=r"GPU 0\.25 each asked for, room for 0: .* GPU 2 \(0 unused\)"):
+        client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "num_gpus": 0.25})
+    client.update_backend_config("half", {"num_replicas": 2})
+    with pytest.raises(serve.errors.ConfigError, match=r"disk 3 each asked for, room for 0: .* disk 4 \(2 unused\)"):
+        client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "resources": {"disk": 3}})
+    client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "num_gpus": 1})
+    client.create_endpoint("more", backend="more")
+    assert client.get_handle("more").remote().result(timeout=10) in {"0", "1"}
+
+
+def test_a_runtime_env_brings_modules_and_a_working_directory(client: serve.Client, tmp_path: Path) -> None:
+    modules, folder = tmp_path / "modules.zip", tmp_path / "folder.zip"
+    with ZipFile(modules, "w") as archive:
+        archive.writestr("modules/penstock_colours/__init__.py", "def red(request):\n    return 'red'\n")
+    with ZipFile(folder, "w") as archive:
+        archive.writestr("folder/colour.txt", "blue")
+        archive.writestr("folder/penstock_read.py", "def read(request):\n    return open('colour.txt').read()\n")
+
+    environments: dict[str, dict[str, Any]] = {
+        "penstock_colours:red": {"py_modules": [modules.as_uri()]},
+        "penstock_read:read": {"working_dir": folder.as_uri()},
+    }
+    answers = list[str]()
+    for number, (path, environment) in enumerate(environments.items()):
+        client.create_backend(f"b{number}", path, runtime_env=environment, ray_actor_options=SMALL)
+        client.create_endpoint(f"e{number}", backend=f"b{number}")
+        answers.append(client.get_handle(f"e{number}").remote().result(timeout=10))
+    assert answers == ["red", "blue"]
