@@ -150,6 +150,8 @@ class Controller:
     async def _bring_about(self, settings: Settings, snapshot: Snapshot) -> None:
         sight = self._sight
         await sight.look(self._registry)
+        if not sight.head_answers:
+            return
         desired = await self._scaler.scaled(
             sight.desired(snapshot, settings), snapshot, self._connection, self._keys, sight.statuses, sight.said()
         )

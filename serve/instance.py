@@ -219,6 +219,7 @@ class Instance:
                 tag: await self._status(tag, said) for tag, said in (await self.registry.reports("backends")).items()
             },
             proxies=await self.registry.reports("proxies"),
+            controller="alive" if await self.has_owner() else "away",
         )
 
     async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:

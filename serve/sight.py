@@ -38,6 +38,8 @@ from .settings import Settings
 log = logging.getLogger(__name__)
 
 _NODES_S = 1.0
+_HEAD_S = 1.0
+"""Ray's head, when it is there, answers in less."""
 
 Report = Mapping[str, Any]
 
@@ -52,7 +54,10 @@ class Sight:
         self.nodes: list[Node] = []
         self.proxy_error: PenstockError | None = None
         """Why a proxy failed last."""
+        self.head_answers = True
+        """Whether Ray's head is there. Without it, no actor is started, found or ended, and asking for that blocks."""
         self._nodes_at_s = -_NODES_S
+        self._looking: asyncio.Future[list[Node]] | None = None
         self._reports: dict[str, Report] = {}
         self._asks: dict[Version, Amounts] = {}
         self._proven: set[Version] = set()
@@ -73,11 +78,13 @@ class Sight:
                 self._came_about[tag] = (tag, report["version"], report["config_version"])
 
     async def look(self, registry: Registry) -> None:
-        """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures."""
-        if time.monotonic() - self._nodes_at_s >= _NODES_S:
-            # In a thread, as it blocks for long when Ray's head is away.
-            self.nodes = await asyncio.to_thread(alive_nodes)
-            self._nodes_at_s = time.monotonic()
+        """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures.
+
+        None of that while Ray's head does not answer.
+        """
+        await self._look_at_nodes()
+        if not self.head_answers:
+            return
         for fleet, reports in (
             (self._replicas, await registry.reports("replicas")),
             (self._proxies, await registry.reports("proxies")),
@@ -87,6 +94,22 @@ class Sight:
             for name in reports.keys() - fleet.members.keys():
                 fleet.adopt(name)
         self._take_note(time.monotonic())
+
+    async def _look_at_nodes(self) -> None:
+        if self._looking is None:
+            if time.monotonic() - self._nodes_at_s < _NODES_S:
+                return
+            # In a thread, and not waited for long, as it blocks for long when Ray's head is away.
+            self._looking = asyncio.ensure_future(asyncio.to_thread(alive_nodes))
+        await asyncio.wait([self._looking], timeout=_HEAD_S)
+        answers = False
+        if self._looking.done():
+            looked, self._looking = self._looking, None
+            if answers := looked.exception() is None:
+                self.nodes, self._nodes_at_s = looked.result(), time.monotonic()
+        if answers != self.head_answers:
+            self.head_answers = answers
+            log.warning("Ray's head %s", "answers again" if answers else "does not answer: what runs is left alone")
 
     def desired(self, snapshot: Snapshot, settings: Settings) -> Desired:
         """Return what there should be."""

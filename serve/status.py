@@ -11,12 +11,13 @@ _LAST_LINES = 5
 
 
 class Status(dict[str, Any]):
-    """``{"backends": {tag: …}, "proxies": {name: …}}``; ``str`` of it is a table.
+    """``{"backends": {tag: …}, "proxies": {name: …}, "controller": "alive"}``; ``str`` of it is a table.
 
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
     error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
     ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``;
-    how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``.
+    how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While the controller is
+    ``"away"``, what runs serves on, and no change comes about.
     """
 
     def __str__(self) -> str:
@@ -35,6 +36,8 @@ class Status(dict[str, Any]):
         rows = [(p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()]
         if rows:
             parts.append(_table(("node", "proxy", "url", "state"), sorted(rows)))
+        if self["controller"] != "alive":
+            parts.append(f"the controller is {self['controller']}: what runs serves on, and no change comes about")
         return "\n\n".join(parts)
 
 

@@ -86,6 +86,8 @@ def _table(look: dict[str, Any]) -> RenderableType:
     for tag, backend in sorted(look["backends"].items()):
         for trouble in troubles(backend):
             parts += [Text(f"{tag} {trouble}".replace("\n", "\n    ")), ""]
+    if look["controller"] != "alive":
+        parts += [Text(f"the controller is {look['controller']}: no change comes about", style="yellow"), ""]
     return Group(*parts[:-1]) if parts else Text("nothing is deployed")
 
 

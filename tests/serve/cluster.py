@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ _PREFIX = "penstock-test"
 _NETWORK = "10.213.77"
 _HUB = 1
 _HEAD = 11
-_RAY_PORT, _BROKER_PORT = 6379, 6380
+_RAY_PORT, _BROKER_PORT, _RAY_STATE_PORT = 6379, 6380, 6381
 _CPUS = 4
 _THREADS = 16
 _CLONE_NEWNET = 0x40000000
@@ -53,10 +53,13 @@ _ENVIRONMENT = {
 }
 
 _SCRIPT = """
-import json, sys
+import json, os, sys
+import ray
 from penstock import serve
 
-with serve.start(**json.loads(sys.argv[1])) as client:
+# Nodes that share their files look alike to Ray, but for their addresses.
+ray.init(address=os.environ["RAY_ADDRESS"], _node_ip_address=sys.argv[1], logging_level="ERROR")
+with serve.start(**json.loads(sys.argv[2])) as client:
     print(json.dumps({"http_url": client.http_url}), flush=True)
     sys.stdin.read()
 """
@@ -77,6 +80,10 @@ class Namespace:
     def kill_all(self) -> None:
         """End every process in it, with -9."""
         _kill_all(self.name)
+
+    def pids(self, title: str) -> list[int]:
+        """Return the processes in it that have ``title`` in their command line."""
+        return [pid for pid in _pids(self.name) if title in _command_line(pid)]
 
     def delete(self) -> None:
         self._threads.shutdown()
@@ -99,17 +106,19 @@ class Node:
         # By it, Ray finds out which address is ours. Nothing is sent along it.
         _ip("-n", name, "route", "add", "default", "via", f"{_NETWORK}.{_HUB}")
 
-    def run(self, *command: str, **options: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, **_ENVIRONMENT, "RAY_ADDRESS": f"{_NETWORK}.{_HEAD}:{_RAY_PORT}"}
+    def run(self, *command: str, environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+        ours = {**_ENVIRONMENT, "RAY_ADDRESS": f"{_NETWORK}.{_HEAD}:{_RAY_PORT}"}
+        environment = {**os.environ, **ours, **(environment or {})}
         return self.namespace.call(subprocess.Popen, command, env=environment, text=True, **options)
 
-    def start_ray(self, *arguments: str) -> None:
+    def start_ray(self, *arguments: str, cpus: int = _CPUS, **environment: str) -> None:
         """Return when the node has joined the cluster, or has begun it."""
         with tempfile.TemporaryFile("w+") as log:  # not a pipe: the daemons keep it
             starting = self.run(
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
-                *(f"--node-ip-address={self.address}", f"--num-cpus={_CPUS}", f"--object-store-memory={100 << 20}"),
+                *(f"--node-ip-address={self.address}", f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}"),
                 *("--disable-usage-stats", "--include-log-monitor=false"),
+                environment=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -130,7 +139,9 @@ class Node:
 class Cluster:
     """A head, from the start, and the nodes that are added."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_ray_state: bool = False) -> None:
+        """With ``keep_ray_state``, Ray's own state lies in a Redis too, and the head is nothing but a head."""
+        self._keep_ray_state = keep_ray_state
         self._ending = ExitStack()
         self._added = 0
 
@@ -144,22 +155,36 @@ class Cluster:
             _ip("-n", name, "link", "set", "bridge", "up")
             self._folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts Unix sockets deep into it
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            server = self._hub.call(EmbeddedServer.start)
-            undo.callback(server.stop)
-            self.near_url = server.url
+            self.near_url = self._start_redis(undo, _BROKER_PORT)
             """The broker, for this process."""
-            with Redis.from_url(server.url) as redis:
-                redis.config_set("bind", f"{_NETWORK}.{_HUB}")
-                redis.config_set("protected-mode", "no")
-                redis.config_set("port", str(_BROKER_PORT))
             self.redis_url = f"redis://{_NETWORK}.{_HUB}:{_BROKER_PORT}"
             """The broker, for the nodes."""
+            if self._keep_ray_state:
+                self._start_redis(undo, _RAY_STATE_PORT)
             self.head = self._plugged_in(undo, _HEAD)
-            self.head.start_ray(
-                *("--head", f"--port={_RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}")
-            )
+            self.start_head()
             self._ending = undo.pop_all()
         return self
+
+    def _start_redis(self, undo: ExitStack, port: int) -> str:
+        """Start one that all nodes reach at ``port`` of the hub; return the URL for this process."""
+        server = self._hub.call(EmbeddedServer.start)
+        undo.callback(server.stop)
+        with Redis.from_url(server.url) as redis:
+            redis.config_set("bind", f"{_NETWORK}.{_HUB}")
+            redis.config_set("protected-mode", "no")
+            redis.config_set("port", str(port))
+        return server.url
+
+    def start_head(self) -> None:
+        """Start Ray on the head; again, if it was killed there."""
+        # Ray sees the nodes' processes here, where they would be on other machines, and takes them for this head's.
+        Path(self._folder, "ray_current_cluster").unlink(missing_ok=True)
+        arguments = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
+        if not self._keep_ray_state:
+            self.head.start_ray(*arguments)
+            return
+        self.head.start_ray(*arguments, cpus=0, RAY_REDIS_ADDRESS=f"{_NETWORK}.{_HUB}:{_RAY_STATE_PORT}")
 
     def __exit__(self, *_: object) -> None:
         self._ending.close()
@@ -177,11 +202,17 @@ class Cluster:
         return Node(self._hub, namespace, number)
 
     @contextmanager
-    def instance(self, **http_options: Any) -> Generator[serve.Client]:
-        """Start an instance from a script on the head; yield a client of it in this process, which has no Ray there."""
-        options = {"redis_url": self.redis_url, "http_options": http_options}
-        script = self.head.run(
-            *(sys.executable, "-c", _SCRIPT, json.dumps(options)),
+    def instance(
+        self, *, on: Node | None = None, detached: bool = False, **http_options: Any
+    ) -> Generator[serve.Client]:
+        """Start an instance from a script, on the head unless told otherwise.
+
+        Yields a client of it in this process, which has no Ray there. A detached one has seen the end of its script.
+        """
+        node = on or self.head
+        options = {"redis_url": self.redis_url, "detached": detached, "http_options": http_options}
+        script = node.run(
+            *(sys.executable, "-c", _SCRIPT, node.address, json.dumps(options)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -190,12 +221,16 @@ class Cluster:
         with script:
             try:
                 started = json.loads(_first_line(script, within_s=60))
+                if detached:
+                    _, errors = script.communicate("", timeout=30)
+                    assert script.returncode == 0, errors
                 with serve.connect(self.near_url) as client:
                     assert client.http_url == started["http_url"]
                     yield client
                     client.shutdown()
-                _, errors = script.communicate("", timeout=30)
-                assert script.returncode == 0, errors
+                if not detached:
+                    _, errors = script.communicate("", timeout=30)
+                    assert script.returncode == 0, errors
             finally:
                 script.kill()
 
@@ -217,8 +252,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Generator[Cluster]:
-    """Start a cluster; whatever becomes of it, nothing of it is left at the end.
+def cluster(*, keep_ray_state: bool = False) -> Generator[Cluster]:
+    """Start a `Cluster`; whatever becomes of it, nothing of it is left at the end.
 
     Without the right to make networks, the test is skipped; in CI (``CI=true``) that is a failure.
     """
@@ -227,7 +262,7 @@ def cluster() -> Generator[Cluster]:
             pytest.fail(f"CI must test on a cluster of several nodes: {reason}")
         pytest.skip(reason)
     _sweep()
-    with Cluster() as cluster:
+    with Cluster(keep_ray_state=keep_ray_state) as cluster:
         yield cluster
 
 
@@ -260,7 +295,7 @@ def _sweep() -> None:
 
 def _kill_all(namespace: str) -> None:
     def nobody_is_left() -> bool:
-        pids = [int(pid) for pid in _ip("netns", "pids", namespace).split()]
+        pids = _pids(namespace)
         for pid in pids:
             assert pid != os.getpid()
             with suppress(ProcessLookupError):
@@ -268,6 +303,17 @@ def _kill_all(namespace: str) -> None:
         return not pids
 
     wait_until(nobody_is_left)
+
+
+def _pids(namespace: str) -> list[int]:
+    return [int(pid) for pid in _ip("netns", "pids", namespace).split()]
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""  # it has just ended
 
 
 def _first_line(script: subprocess.Popen[str], within_s: float) -> str:

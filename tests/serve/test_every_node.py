@@ -35,7 +35,7 @@ def second(machines: Cluster) -> Node:
 
 @pytest.fixture(scope="module")
 def client(machines: Cluster, second: Node) -> Iterator[serve.Client]:
-    options = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT, "proxies_per_node": PER_NODE}
+    options: dict[str, Any] = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT, "proxies_per_node": PER_NODE}
     with machines.instance(**options) as client:
         client.create_backend("f", telling_the_node(), config={"num_replicas": 2}, ray_actor_options=SMALL)
         client.create_endpoint("e", backend="f", route="/e")

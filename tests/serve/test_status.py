@@ -96,6 +96,7 @@ def test_it_prints_as_a_table() -> None:
             }
         },
         proxies={"0": proxy},
+        controller="away",
     )
     assert str(status).splitlines() == [
         "backend  version  wanted  ready  starting  queued  in progress  dead letters",
@@ -108,4 +109,6 @@ def test_it_prints_as_a_table() -> None:
         "",
         "node          proxy  url                    state",
         "0123456789ab  0      http://127.0.0.1:8000  ready",
+        "",
+        "the controller is away: what runs serves on, and no change comes about",
     ]
