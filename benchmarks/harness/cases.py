@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+
+SIX = (
+    0, 0, 0, 12, 13, 0, 0, 0,
+    0, 0, 5, 16, 8, 0, 0, 0,
+    0, 0, 13, 16, 3, 0, 0, 0,
+    0, 0, 14, 13, 0, 0, 0, 0,
+    0, 0, 15, 12, 7, 2, 0, 0,
+    0, 0, 13, 16, 13, 16, 3, 0,
+    0, 0, 7, 16, 11, 15, 8, 0,
+    0, 0, 1, 9, 15, 11, 3, 0,
+)  # fmt: skip
+"""The first six of scikit-learn's handwritten digits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +32,16 @@ class Case:
     body_bytes: int = 8
 
     def body(self) -> bytes:
-        """Bytes that are JSON too, since LitServe takes nothing else: a string of the wanted length."""
+        """Bytes that are JSON too, since LitServe takes nothing else: an image, or a string of the wanted length."""
+        if self.workload == "digits":
+            return json.dumps(SIX).encode()
         return b'"' + b"x" * (self.body_bytes - 2) + b'"'
+
+    def answer(self) -> bytes:
+        """Return what the workload answers, white space aside."""
+        if self.workload == "digits":
+            return b'{"digit":6}'
+        return self.body() if self.workload == "echo" else b'{"ok":true}'
 
 
 def counted(replicas: int) -> str:
@@ -29,6 +50,7 @@ def counted(replicas: int) -> str:
 
 ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
 ECHO = ("penstock", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
+PATHS = ("path", "path-bare")
 SLEEP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
 
 CASES = {
@@ -47,6 +69,10 @@ CASES = {
                  replicas=replicas)
             for replicas in (1, 4, 8)
         ),
+        Case(name="digits", title="Classifier of handwritten digits in batches of up to 64, 1 replica",
+             workload="digits", connections=(32, 100), systems=SLEEP),
+        Case(name="bare", title="What the defaults cost: Penstock without Ray, with them and without",
+             workload="noop", connections=(100,), systems=PATHS),
         Case(name="open-noop", title="No-op backend, open loop: from idle up", workload="noop", systems=ALL,
              rates_per_s=(10, 250, 1_000, 2_000, 4_000, 8_000)),
         *(

@@ -43,6 +43,11 @@ SYSTEMS = {
             name="penstock-async", title="Penstock, `async def`", program="penstock_server.py", is_peer=False,
             env={**RAY_QUIET, "PENSTOCK_BENCH_ASYNC": "1"},
         ),
+        System(name="path", title="Penstock without Ray", program="path_server.py", is_peer=False),
+        System(
+            name="path-bare", title="Penstock without Ray, bare", program="path_server.py", is_peer=False,
+            env={"PENSTOCK_BENCH_BARE": "1"},
+        ),
         System(name="ray", title="Ray Serve, default", program="ray_serve.py", env=RAY_QUIET),
         System(
             name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="ray_serve.py",

@@ -181,6 +181,27 @@ def aims_markdown(rows: Rows) -> str:
     return table(["system", "figure", "wanted", "found", ""], lines) if lines else ""
 
 
+BARE_COST_AT_MOST = 0.15
+
+
+def bare_markdown(rows: Rows) -> str:
+    """What the defaults cost over the bare path; empty unless both were measured."""
+    lines = []
+    for connections in sorted({connections for _, connections in rows}):
+        ours, bare = rows.get(("path", connections)), rows.get(("path-bare", connections))
+        if ours is None or bare is None:
+            continue
+        for what, with_them, without in (
+            ("requests/s lost", per_s(ours), per_s(bare)),
+            ("CPU µs/request more", sum(ours.cpu_us.values()), sum(bare.cpu_us.values())),
+        ):
+            cost = 1 - with_them / without if "lost" in what else with_them / without - 1
+            verdict = "met" if cost <= BARE_COST_AT_MOST else "**not met**"
+            lines.append([f"c={connections} {what}", f"{with_them:,.0f}", f"{without:,.0f}", f"{cost:.1%}",
+                          f"≤ {BARE_COST_AT_MOST:.0%}", verdict])  # fmt: skip
+    return table(["figure", "as it is", "bare", "cost", "wanted", ""], lines) if lines else ""
+
+
 def as_json(visits: Sequence[Visit], rows: Rows) -> dict[str, Any]:
     """Everything, raw and condensed."""
     return {"rows": [asdict(row) for row in rows.values()], "visits": [asdict(visit) for visit in visits]}

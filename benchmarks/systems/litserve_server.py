@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import litserve
-from program import NOOP_ANSWER, SLEEP_S, Job, parse
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse
 
 
 class Noop(litserve.LitAPI):
@@ -30,12 +30,29 @@ class Echo(Noop):
         return x
 
 
-APIS: dict[str, type[Noop]] = {"noop": Noop, "sleep": Sleep, "echo": Echo}
+class Digits(litserve.LitAPI):
+    def setup(self, device: str) -> None:
+        from digit_model import Model
+
+        self._digits = Model()
+
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        return inputs
+
+    def predict(self, x: list[Any]) -> list[Any]:
+        return self._digits.answers(x)
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+
+APIS: dict[str, type[litserve.LitAPI]] = {"noop": Noop, "sleep": Sleep, "echo": Echo, "digits": Digits}
 
 
 def main(job: Job) -> None:
     """Serve at LitServe's own route, ``/predict``; it has no GET."""
-    server = litserve.LitServer(APIS[job.workload](), accelerator="cpu", workers_per_device=job.replicas)
+    batching = {"max_batch_size": MAX_BATCH_SIZE, "batch_timeout": BATCH_WAIT_S} if job.workload == "digits" else {}
+    server = litserve.LitServer(APIS[job.workload](**batching), accelerator="cpu", workers_per_device=job.replicas)
     server.run(
         host="127.0.0.1",
         port=job.port,

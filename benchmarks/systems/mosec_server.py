@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from program import NOOP_ANSWER, SLEEP_S, Job, parse
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse
 
 JOB = parse() if __name__ == "__main__" else Job(0, "noop", 1)
 
@@ -49,13 +49,28 @@ class Echo(Worker):
         return data
 
 
-WORKERS: dict[str, type[Worker]] = {"noop": Noop, "sleep": Sleep, "echo": Echo}
+class Digits(Worker):
+    def __init__(self) -> None:
+        from digit_model import Model
+
+        self._model = Model()
+
+    def forward(self, data: list[Any]) -> list[Any]:
+        return self._model.answers(data)
+
+
+WORKERS: dict[str, type[Worker]] = {"noop": Noop, "sleep": Sleep, "echo": Echo, "digits": Digits}
 
 
 def main(job: Job) -> None:
     """Serve at Mosec's own route, ``/inference``."""
     server = Server()
-    server.append_worker(WORKERS[job.workload], num=job.replicas)
+    batching = (
+        {"max_batch_size": MAX_BATCH_SIZE, "max_wait_time": round(BATCH_WAIT_S * 1000)}
+        if job.workload == "digits"
+        else {}
+    )
+    server.append_worker(WORKERS[job.workload], num=job.replicas, **batching)
     server.run()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from program import NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
+from program import MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
 
 from penstock import serve
 
@@ -28,16 +30,35 @@ def sleep(request: Any) -> Any:
     return NOOP_ANSWER
 
 
+class Digits:
+    def __init__(self) -> None:
+        from digit_model import Model
+
+        self.model = Model()
+
+    @serve.accept_batch
+    def __call__(self, requests: list[Any]) -> list[Any]:
+        return self.model.answers([request.data for request in requests])
+
+
 def main(job: Job) -> None:
-    """Serve at ``/``. ``PENSTOCK_BENCH_ASYNC=1`` makes the no-op an ``async def``."""
-    functions = {"noop": noop, "echo": echo, "sleep": sleep}
+    """Serve at ``/``. ``PENSTOCK_BENCH_ASYNC=1`` makes the no-op an ``async def``.
+
+    ``PENSTOCK_BENCH_PROXIES`` is the number of proxies. The broker's URL is left in the scratch folder.
+    """
+    code: dict[str, Any] = {"noop": noop, "echo": echo, "sleep": sleep, "digits": Digits}
     if os.environ.get("PENSTOCK_BENCH_ASYNC") == "1":
-        functions["noop"] = async_noop
-    with serve.start(http_options={"port": job.port}) as client:
+        code["noop"] = async_noop
+    proxies = int(os.environ.get("PENSTOCK_BENCH_PROXIES", "1"))
+    with serve.start(http_options={"port": job.port, "proxies_per_node": proxies}) as client:
+        (Path(tempfile.gettempdir()) / "redis-url").write_text(client.redis_url)
         client.create_backend(
             job.workload,
-            functions[job.workload],
-            config={"num_replicas": job.replicas},
+            code[job.workload],
+            config={
+                "num_replicas": job.replicas,
+                "max_batch_size": MAX_BATCH_SIZE if job.workload == "digits" else None,
+            },
             ray_actor_options={"num_cpus": 0},  # more replicas than cores: these ones sleep
         )
         client.create_endpoint(job.workload, backend=job.workload, route="/", methods=["GET", "POST"])

@@ -14,12 +14,19 @@ from types import FrameType
 
 NOOP_ANSWER = {"ok": True}
 SLEEP_S = 0.010
-WORKLOADS = ("noop", "echo", "sleep")
+WORKLOADS = ("noop", "echo", "sleep", "digits")
+MAX_BATCH_SIZE = 64
+BATCH_WAIT_S = 0.001
+"""How long the peers let a batch of digits fill up: the least that Mosec can. Penstock's default is not to wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``noop`` answers a tiny JSON object, ``echo`` its body, ``sleep`` blocks for ``SLEEP_S`` and is a no-op then."""
+    """``noop`` answers a tiny JSON object, ``echo`` its body, ``sleep`` blocks for ``SLEEP_S`` and is a no-op then.
+
+    ``digits`` is given an image as a JSON list of 64 numbers and answers ``{"digit": n}``, in batches of up to
+    ``MAX_BATCH_SIZE``.
+    """
 
     port: int
     workload: str

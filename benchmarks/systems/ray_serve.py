@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from program import NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
 
 # With the default of 5, Ray's own proxy answers 20 requests/s at 100 connections and lets others time out:
 # it backs off while the replica is full. Its best is what we compare with.
@@ -76,14 +76,27 @@ def main(job: Job) -> None:
         time.sleep(SLEEP_S)
         return NOOP_ANSWER
 
-    functions = {"noop": noop, "echo": echo, "sleep": sleep}
+    class Digits:
+        def __init__(self) -> None:
+            from digit_model import Model
+
+            self.model = Model()
+
+        @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
+        async def answers(self, images: list[Any]) -> list[Any]:
+            return self.model.answers(images)
+
+        async def __call__(self, request: Request) -> Any:
+            return await self.answers(await request.json())
+
+    code: dict[str, Any] = {"noop": noop, "echo": echo, "sleep": sleep, "digits": Digits}
     ray.init(include_dashboard=False, num_cpus=job.replicas + 2, _node_ip_address="127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": job.port})
     deployment = serve.deployment(
         num_replicas=job.replicas,
         max_ongoing_requests=1 if job.workload == "sleep" else MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1},
-    )(functions[job.workload])
+    )(code[job.workload])
     serve.run(deployment.bind(), route_prefix="/")
     run_until_ended()
 

@@ -1,0 +1,69 @@
+"""What every program that starts up and tells about it shares: a clock, memory, and lines that the harness reads."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from harness import keeper, processes
+
+IDLE_S = 3.0
+"""What a process has just done may still be in its memory, and is not what it takes when idle."""
+ANSWER_WITHIN_S = 30.0
+
+
+class Clock:
+    """Times the steps of a start-up, one after another."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def step(self, what: str) -> None:
+        """Print how long the step took that ends here."""
+        now = time.perf_counter()
+        print("\n@@" + json.dumps({"what": what, "seconds": now - self._since}), flush=True)
+        self._since = time.perf_counter()
+
+
+def first_answer(url: str) -> None:
+    """Return when ``url`` answers 200."""
+    parts = urlsplit(url)
+    give_up = time.monotonic() + ANSWER_WITHIN_S
+    while True:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=ANSWER_WITHIN_S)
+        try:
+            connection.request("GET", parts.path or "/")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"{url} did not answer 200 within {ANSWER_WITHIN_S:g} s")
+        time.sleep(0.005)
+
+
+def tell_memory(of: dict[str, str]) -> None:
+    """Print what processes take when idle: ``of`` has the titles for the names of those to be told of."""
+    time.sleep(IDLE_S)
+    for pid in keeper.descendants(int(os.environ[keeper.PID])):
+        name = processes.name_of(pid)
+        if (title := next((title for part, title in of.items() if part in name), None)) is not None:
+            print("\n@@" + json.dumps({"process": title, **memory_mib(pid)}), flush=True)
+
+
+def memory_mib(pid: int) -> dict[str, float]:
+    """RSS, PSS (shared pages divided among those who share them) and USS (what nobody shares)."""
+    kib: dict[str, int] = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        field, value, *_ = line.split()
+        kib[field.rstrip(":")] = int(value)
+    uss = kib["Private_Clean"] + kib["Private_Dirty"]
+    return {"rss_mib": kib["Rss"] / 1024, "pss_mib": kib["Pss"] / 1024, "uss_mib": uss / 1024}
