@@ -161,7 +161,7 @@ def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> tupl
     ]
     head = [report.wide_markdown(rows, order), report.aims_markdown(rows)] if case.name == "noop" and rows else []
     body = report.case_markdown(case, rows, order) if rows else ""
-    tail = report.bare_markdown(rows) if case.name == "bare" else ""
+    tail = report.bare_markdown(visits) if case.name == "bare" else ""
     return "\n\n".join(part for part in [*head, body, tail] if part), report.as_json(visits, rows)
 
 

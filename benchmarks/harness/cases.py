@@ -50,7 +50,7 @@ def counted(replicas: int) -> str:
 
 ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
 ECHO = ("penstock", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
-PATHS = ("path", "path-bare")
+PATHS = ("path", "path-xadd", "path-script")
 SLEEP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
 
 CASES = {

@@ -45,8 +45,12 @@ SYSTEMS = {
         ),
         System(name="path", title="Penstock without Ray", program="path_server.py", is_peer=False),
         System(
-            name="path-bare", title="Penstock without Ray, bare", program="path_server.py", is_peer=False,
-            env={"PENSTOCK_BENCH_BARE": "1"},
+            name="path-xadd", title="Penstock without Ray, bare, `XADD`", program="path_server.py", is_peer=False,
+            env={"PENSTOCK_BENCH_BARE": "xadd"},
+        ),
+        System(
+            name="path-script", title="Penstock without Ray, bare, script", program="path_server.py", is_peer=False,
+            env={"PENSTOCK_BENCH_BARE": "script"},
         ),
         System(name="ray", title="Ray Serve, default", program="ray_serve.py", env=RAY_QUIET),
         System(

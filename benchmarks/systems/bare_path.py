@@ -2,6 +2,9 @@
 
 Without it there is nobody who would notice a dead replica, no limit to a queue, no deadline, and all requests have the
 same id. It is taken out here alone: Penstock has no switch for it.
+
+What appends the requests is one of two: a plain ``XADD`` for each, or a script for all of a tick, as Penstock has it,
+that counts nothing.
 """
 
 from __future__ import annotations
@@ -9,22 +12,36 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from penstock.broker.connection import Script
 from penstock.broker.lease import Lease
-from penstock.broker.publishing import Publisher
+from penstock.broker.publishing import Publisher, _hand_out
 from penstock.proxy import request_ids
 
 ENVIRONMENT = "PENSTOCK_BENCH_BARE"
 _FOR_GOOD_MS = 3_600_000
 
 
+_APPEND = Script("""#!lua
+local out = {}
+local i = 1
+while i <= #ARGV do
+  local n = tonumber(ARGV[i])
+  out[#out + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 1, i + n))
+  i = i + n + 1
+end
+return out
+""")
+
+
 def is_asked_for() -> bool:
-    return os.environ.get(ENVIRONMENT) == "1"
+    return ENVIRONMENT in os.environ
 
 
 def take_the_defaults_out() -> None:
     """Do so in this process."""
     Lease.start = _take_for_good  # type: ignore[method-assign]
-    Publisher._flush = _append_each  # type: ignore[method-assign]
+    append = {"xadd": _append_each, "script": _append_all}[os.environ[ENVIRONMENT]]
+    Publisher._flush = append  # type: ignore[method-assign]
     request_ids.request_id_of = lambda headers: b"0"
 
 
@@ -35,9 +52,21 @@ def _take_for_good(lease: Any) -> None:
 
 
 def _append_each(publisher: Any) -> None:
-    """Instead of the script that counts what is unsettled: a plain ``XADD``, one write for all of a tick as there."""
-    tick, publisher._tick = publisher._tick, {}
-    for (backend, _, batch), entries in tick.items():
-        stream = publisher._keys.batch(backend) if batch else publisher._keys.requests(backend)
+    for stream, entries in _streams(publisher):
         for fields, then in entries:
             publisher._connection.post(then, "XADD", stream, "*", *fields)
+
+
+def _append_all(publisher: Any) -> None:
+    for stream, entries in _streams(publisher):
+        args: list[Any] = []
+        for fields, _ in entries:
+            args.append(len(fields))
+            args += fields
+        publisher._connection.post_script(_hand_out([then for _, then in entries]), _APPEND, [stream], args)
+
+
+def _streams(publisher: Any) -> list[tuple[str, list[Any]]]:
+    """Take what is to be published in this tick."""
+    tick, publisher._tick = publisher._tick, {}
+    return [(publisher._keys.requests(backend), entries) for (backend, _, _), entries in tick.items()]
