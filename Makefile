@@ -40,6 +40,10 @@ test: $(STAMP) ## Run all tests, on an embedded broker and on those in container
 faults: $(STAMP) ## Run the tests that kill processes and cut connections, and nothing else
 	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
+.PHONY: changes
+changes: $(STAMP) ## Make every change under load, and print how many requests were sent and answered
+	@$(BIN)/python -m pytest tests/serve/test_steady_load.py --quiet --capture=no $(ARGS) 2>/dev/null
+
 .PHONY: lint
 lint: $(STAMP) ## Check format, rules and types
 	@$(BIN)/ruff check --quiet

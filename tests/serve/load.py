@@ -18,6 +18,8 @@ class Load:
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
         self._ended = threading.Event()
+        self._sending = threading.Lock()
+        self.sent = 0
         self.answers: list[tuple[float, Any]] = []
         """When each was sent (monotonic), and what came back."""
         self.failures: list[Exception] = []
@@ -25,6 +27,8 @@ class Load:
     def run(self) -> None:
         while not self._ended.is_set():
             sent_s = time.monotonic()
+            with self._sending:
+                self.sent += 1
             try:
                 self.answers.append((sent_s, self._call()))
             except Exception as e:
