@@ -281,27 +281,32 @@ RULING = [
 ]
 
 
-@pytest.mark.parametrize("command", [*READING, *WRITING, *RULING], ids=lambda command: " ".join(map(str, command[:3])))
-def test_a_caller_may_not(command: tuple[Any, ...], broker: Guarded) -> None:
+def test_a_caller_may_do_none_of_this(broker: Guarded) -> None:
     """Neither by itself nor in a script."""
-    denied: list[Exception] = []
     with Redis.from_url(broker.url("alice")) as redis:
-        for whole in (command, ("EVAL", "return redis.call(unpack(ARGV))", 0, *command)):
-            with pytest.raises(ResponseError) as raised:
-                redis.execute_command(*whole)
-            denied.append(raised.value)
-    assert isinstance(denied[0], NoPermissionError)
+        for command in (*READING, *WRITING, *RULING):
+            assert _is_denied(redis, *command), command
+            with pytest.raises(ResponseError):
+                redis.execute_command("EVAL", "return redis.call(unpack(ARGV))", 0, *command)
     assert broker.denied()
 
 
 @pytest.mark.parametrize("user", ["proxy", "replica"])
-@pytest.mark.parametrize("command", WRITING[:13], ids=lambda command: " ".join(map(str, command[:3])))
-def test_proxies_and_replicas_may_not_write_the_registry(user: str, command: tuple[Any, ...], broker: Guarded) -> None:
-    if user == "replica" and command[1] == KEYS.reports("replicas"):
-        command = ("HSET", KEYS.reports("proxies"), "p", "{}")
-    with Redis.from_url(broker.url(user)) as redis, pytest.raises(NoPermissionError):
-        redis.execute_command(*command)
+def test_proxies_and_replicas_may_not_write_the_registry(user: str, broker: Guarded) -> None:
+    own = KEYS.reports("replicas")
+    with Redis.from_url(broker.url(user)) as redis:
+        for command in (command for command in WRITING if "{registry}" in str(command)):
+            theirs = (KEYS.reports("proxies") if user == "replica" and part == own else part for part in command)
+            assert _is_denied(redis, *theirs), command
     assert broker.denied()
+
+
+def _is_denied(redis: Any, *command: Any) -> bool:
+    try:
+        redis.execute_command(*command)
+    except NoPermissionError:
+        return True
+    return False
 
 
 async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, broker: Guarded) -> None:
