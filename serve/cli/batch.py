@@ -27,7 +27,7 @@ _SHOW_EVERY = 64
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
-@click.command()
+@click.command(short_help="Send every row of a file through an endpoint.")
 @click.argument("endpoint")
 @click.argument("input_", metavar="INPUT")
 @which_instance
@@ -76,7 +76,7 @@ def batch(
 
     OUTPUT gets a line for each row, as they come: {"index": 0, "result": ...} or {"index": 0, "row": 1, "error":
     {"type", "message"}}, and "file" where rows are files. A row that is bad is such a line, and the rest goes on; the
-    exit code is then 1.
+    exit code is then 1, also of a job that goes on after it.
 
     An OUTPUT that exists is refused, unless it is that of a --job, which then goes on where it was: whatever was
     killed, OUTPUT has one line for every row in the end.
@@ -99,12 +99,12 @@ def batch(
         with telling_what_is_wrong():
             producer = door.batch(endpoint, window=window, timeout_s=timeout, method_name=method, job=job)
         try:
-            file, done = _open(output)
+            file, done, failed = _open(output)
         except (OSError, ValueError) as e:
             wrong(e)
         if output != "-":
             stack.callback(file.close)
-        tally = _Tally(rows, resumed=len(done))
+        tally = _Tally(rows, resumed=len(done), failed=failed)
         items = rows if shard_key is None else (_keyed(row, shard_key) for row in rows)
         results = producer.as_completed(items, skip=done)
         progress = None if quiet else _progress(tally, stack)
@@ -121,15 +121,16 @@ def batch(
         click.echo(orjson.dumps(tally.summary()), err=True)
     elif not quiet:
         click.echo(str(tally), err=True)
-    if tally.errors:
+    if tally.errors or failed:
         sys.exit(FAILED)
 
 
 class _Tally:
     """What was done so far."""
 
-    def __init__(self, rows: Rows, *, resumed: int) -> None:
-        self._rows, self._resumed = rows, resumed
+    def __init__(self, rows: Rows, *, resumed: int, failed: int) -> None:
+        """``resumed`` rows are in the output already, ``failed`` of them as errors."""
+        self._rows, self._resumed, self._failed = rows, resumed, failed
         self._began_s = time.monotonic()
         self.results = self.errors = 0
 
@@ -160,9 +161,10 @@ class _Tally:
         return (self.results + self.errors) / max(1e-6, time.monotonic() - self._began_s)
 
     @property
-    def progress(self) -> tuple[int, int | None]:
-        """How much of the input was read, of how much."""
-        return self._rows.read, self._rows.total
+    def progress(self) -> tuple[float, int | None]:
+        """How much of the input is done, of how much, as far as can be told from what of it was read."""
+        done = self._resumed + self.results + self.errors
+        return self._rows.read * min(1.0, done / max(1, self._rows.count)), self._rows.total
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -170,12 +172,14 @@ class _Tally:
             "results": self.results,
             "errors": self.errors,
             "resumed": self._resumed,
+            "resumed_errors": self._failed,
             "seconds": round(time.monotonic() - self._began_s, 3),
             "rows_per_s": round(self.rate, 1),
         }
 
     def __str__(self) -> str:
-        resumed = f" ({self._resumed} were done before)" if self._resumed else ""
+        failed = f", {self._failed} of them errors" if self._failed else ""
+        resumed = f" ({self._resumed} were done before{failed})" if self._resumed else ""
         took_s = time.monotonic() - self._began_s
         return f"{self.results} results, {self.errors} errors{resumed} in {took_s:.1f} s, {self.rate:.0f} rows/s"
 
@@ -211,16 +215,16 @@ def _sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _open(output: str) -> tuple[IO[bytes], Indices]:
-    """Return where lines go, and the indices of those that are there.
+def _open(output: str) -> tuple[IO[bytes], Indices, int]:
+    """Return where lines go, the indices of those that are there, and how many of these are errors.
 
     Raises:
         OSError: it cannot be written.
         ValueError: there is something else in it.
     """
-    done = Indices()
+    done, failed = Indices(), 0
     if output == "-":
-        return sys.stdout.buffer, done
+        return sys.stdout.buffer, done, failed
     file = open(output, "a+b")  # noqa: SIM115 - the caller closes it
     file.seek(0)
     whole = 0
@@ -228,13 +232,15 @@ def _open(output: str) -> tuple[IO[bytes], Indices]:
         if not line.endswith(b"\n"):
             break  # its writer was killed in the middle of it
         try:
-            done.add(orjson.loads(line)["index"])
+            written = orjson.loads(line)
+            done.add(written["index"])
+            failed += "error" in written
         except (ValueError, TypeError, KeyError):
             file.close()
             raise ValueError(f"{output}: line {number} was not written by a batch: give another --output") from None
         whole += len(line)
     file.truncate(whole)
-    return file, done
+    return file, done, failed
 
 
 def _keyed(row: Any, field: str) -> Any:
@@ -271,6 +277,8 @@ def _progress(tally: _Tally, stack: ExitStack) -> Progress | None:
 
 
 def _show(progress: Progress, tally: _Tally) -> None:
-    read, _ = tally.progress
+    completed, _ = tally.progress
     rows = tally.results + tally.errors
-    progress.update(progress.task_ids[0], completed=read, rows=rows, rate=tally.rate, errors=tally.errors, refresh=True)
+    progress.update(
+        progress.task_ids[0], completed=completed, rows=rows, rate=tally.rate, errors=tally.errors, refresh=True
+    )

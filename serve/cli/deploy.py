@@ -21,7 +21,7 @@ from .common import FAILED, USAGE, as_json, client_of, error_of, which_instance,
 _SIGNS = {"create": "+", "update": "~", "configure": "~", "delete": "-"}
 
 
-@click.command()
+@click.command(short_help="Bring about what a file declares.")
 @click.argument("file")
 @which_instance
 @click.option("--check", is_flag=True, help="Show what would change, and change nothing.")

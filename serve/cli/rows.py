@@ -41,6 +41,8 @@ class Rows:
         """Of the files, where the rows are files."""
         self.read = 0
         """Bytes, or files, so far."""
+        self.count = 0
+        """Rows so far."""
         self.total: int | None = None
         """As ``read`` counts; None if that is not known."""
         self._file: BufferedReader | None = None
@@ -76,9 +78,10 @@ class Rows:
                 raise ValueError(f"{path}: the names of the columns cannot be read: {e}") from None
 
     def __iter__(self) -> Iterator[Any]:
-        if self.format == "files":
-            return self._files()
-        return self._records() if self.format == "csv" else self._lines()
+        kinds = {"files": self._files, "csv": self._records, "jsonl": self._lines}
+        for row in kinds[self.format]():
+            self.count += 1
+            yield row
 
     def close(self) -> None:
         if self._file is not None and self._path != "-":

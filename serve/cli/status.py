@@ -17,7 +17,7 @@ from ..status import troubles
 from .common import as_json, client_of, which_instance, write_json
 
 
-@click.command()
+@click.command(short_help="Show how an instance is doing.")
 @which_instance
 @click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
 @click.option("--every", default=1.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import pty
 import random
+import re
 import signal
 import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from redis import Redis
 
-from tests.handles.site import Site
+from penstock.broker.keys import Keys
+from tests.handles.site import INSTANCE, Site
 from tests.serve.cli.conftest import COMMAND, Penstock, environment
 from tests.waiting import wait_until
 
@@ -103,6 +114,23 @@ def test_it_is_quiet_where_nobody_looks(site: Site, penstock: Penstock) -> None:
     assert penstock("batch", "ask", "-", "-o", "-", "--quiet", stdin="1\n").err == ""
 
 
+def test_a_terminal_shows_rate_errors_and_time_left(site: Site, tmp_path: Path) -> None:
+    site.serve(pick)
+    (tmp_path / "in.jsonl").write_text('"good"\n"bad"\n')
+    terminal, end = pty.openpty()
+    command = [*COMMAND, "batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    with subprocess.Popen(command, stderr=end, env={**environment(site.url), "TERM": "xterm"}) as process:
+        os.close(end)
+        shown = b""
+        with suppress(OSError):  # which is how a terminal ends
+            while some := os.read(terminal, 10_000):
+                shown += some
+        os.close(terminal)
+    assert process.returncode == 1
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"━ 2 rows [\d,]+ rows/s 1 errors [\d:-]+", text)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_sent(site: Site, penstock: Penstock, tmp_path: Path) -> None:
     ran: list[Any] = []
     site.serve(ran.append)
@@ -150,6 +178,16 @@ def test_a_finished_job_has_nothing_left_to_do(site: Site, penstock: Penstock, t
     assert len(lines_of(tmp_path / "out.jsonl")) == len(ran) == 3
 
 
+def test_a_job_that_goes_on_still_says_that_there_were_errors(site: Site, penstock: Penstock, tmp_path: Path) -> None:
+    site.serve(pick)
+    (tmp_path / "in.jsonl").write_text('"good"\n"bad"\n')
+    for told in ("1 results, 1 errors in", "0 results, 0 errors (2 were done before, 1 of them errors)"):
+        ran = penstock("batch", "ask", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--job", "some")
+        assert ran.code == 1
+        assert told in ran.err
+    assert len(lines_of(tmp_path / "out.jsonl")) == 2
+
+
 def test_an_interrupted_job_says_how_it_goes_on(site: Site, tmp_path: Path) -> None:
     site.declare()
     (tmp_path / "in.jsonl").write_text("1\n2\n3\n")
@@ -176,29 +214,95 @@ def test_an_interrupted_batch_that_is_no_job_leaves_nothing_queued(site: Site, t
     wait_until(lambda: site.batch_depth() == 0)
 
 
+REPLICA = """
+import asyncio, os, sys
+from penstock.workers import target
+from penstock.workers.runner import Runner
+from penstock.workers.worker import Worker
+
+async def slowly(request):
+    await asyncio.sleep(0.002)
+    return request.data
+
+async def main(url):
+    replica = f"model#{os.getpid()}"
+    runner = Runner("model", replica, target.dump(slowly), {"max_deliveries": 100, "max_concurrent_queries": 8})
+    await runner.start()
+    await Worker(url, "default", "model", replica, runner).start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@contextmanager
+def _dying_replicas(url: str) -> Generator[list[int]]:
+    """Two replicas, one of which is killed and replaced at random moments; gives the ids of those that were killed."""
+    killed, ended = list[int](), threading.Event()
+
+    def start() -> subprocess.Popen[bytes]:
+        replica = subprocess.Popen([sys.executable, "-c", REPLICA, url], stdout=subprocess.PIPE)
+        assert replica.stdout is not None
+        replica.stdout.readline()  # until it serves
+        return replica
+
+    def kill_some(replicas: list[subprocess.Popen[bytes]]) -> None:
+        while not ended.wait(random.uniform(0.0, 1.0)):
+            dying = replicas.pop(0)
+            _kill(dying)
+            killed.append(dying.pid)
+            replicas.append(start())
+        for replica in replicas:
+            _kill(replica)
+
+    killing = threading.Thread(target=kill_some, args=([start(), start()],))
+    killing.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        killing.join()
+
+
+def _is_longer(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size > size
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    with process:
+        process.kill()
+
+
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_the_output_has_every_row_once(site: Site, tmp_path: Path) -> None:
-    rows, kills = 20_000, 0
-
-    async def record(request: Any) -> Any:
-        return request.data
-
-    site.serve(record)
+    """Twenty producers die over one job, at any moment: while they start, find out what there is, or write."""
+    rows, output = 20_000, tmp_path / "out.jsonl"
+    site.declare()
     (tmp_path / "in.jsonl").write_text("".join(f"{n}\n" for n in range(rows)))
-    output = tmp_path / "out.jsonl"
-    while True:
-        with _batch(site.url, tmp_path / "in.jsonl", output, "--job", "killed", "--window", "200") as process:
+
+    def begin() -> subprocess.Popen[str]:
+        return _batch(site.url, tmp_path / "in.jsonl", output, "--job", "killed", "--window", "300")
+
+    with _dying_replicas(site.url) as killed, Redis.from_url(site.url) as redis:
+        for number in range(20):
+            producer = begin()
             try:
-                wait_until(output.exists)
-                process.wait(random.uniform(0.05, 1.0) if kills < 20 else 100)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
-                continue
-            break
-    assert process.returncode == 0
+                if number % 4:
+                    size = output.stat().st_size if output.exists() else 0
+                    wait_until(partial(_is_longer, output, size), timeout_s=30)
+                    time.sleep(random.uniform(0.0, 0.1))  # the moment is the point
+                else:
+                    time.sleep(random.uniform(0.0, 1.0))
+                assert producer.poll() is None, "it was over before it could be killed"
+            finally:
+                _kill(producer)
+            # Else the next one waits until this lapses: 3 s, twenty times.
+            redis.delete(Keys(INSTANCE).job_owner("killed"))
+        with begin() as producer:
+            assert producer.wait(100) == 0
+    assert killed
     assert [(line["index"], line["result"]) for line in lines_of(output)] == [(n, n) for n in range(rows)]
-    assert kills > 3, "it was over before anything could be killed"
 
 
 def _batch(url: str, rows: Path, output: Path, *options: str) -> subprocess.Popen[str]:
