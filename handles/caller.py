@@ -14,6 +14,7 @@ import secrets
 import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Union, cast
 
@@ -149,6 +150,15 @@ class Call:
             acceptance.exception()  # whoever waited for it may be gone
 
 
+@dataclass(slots=True)
+class Copies:
+    """Of one shadow backend, and of one process since it started."""
+
+    queued: int = 0
+    refused: int = 0
+    """Its queue was full, or the broker did not take them or could not say so."""
+
+
 class Caller:
     """Publishes requests to every backend of an instance and receives their replies.
 
@@ -178,6 +188,8 @@ class Caller:
         self._timed: dict[str, Call] = {}
         self._doomed: dict[str, Call] = {}
         """Given up before we heard their ids on the stream: they are withdrawn as soon as we do."""
+        self.copies: dict[str, Copies] = {}
+        """What became of the copies for shadows, by backend."""
         self._numbers = itertools.count(1)
         self._sweeper: asyncio.TimerHandle | None = None
         self._reconciling = asyncio.Lock()
@@ -451,17 +463,21 @@ class Caller:
             id_ = f"{self.id}-s{next(self._numbers)}"
             large = len(body) > LARGE
             fields = Entry(id_, "", header, b"" if large else body, large).fields()
-            # What becomes of a copy never touches the caller, least of all a refusal.
-            then: Callable[[Published], None] = _ignore
-            if large:
-                key = self.keys.body(tag, id_)
+            key = self.keys.body(tag, id_) if large else None
+            if key is not None:
                 self._connection.post(_ignore, "SET", key, body, "PX", _SHADOW_BODY_TTL_MS, repeat=True)
-                then = partial(self._on_shadowed, key)
+            then = partial(self._on_shadowed, tag, key)
             limit: int = backend.config.get("max_queued_requests", _MAX_QUEUED)
             self._publisher.publish(tag, fields, batch_limit(limit) if batch else limit, then, batch=batch)
 
-    def _on_shadowed(self, body: str, result: Published) -> None:
-        if type(result) is not bytes:
+    def _on_shadowed(self, tag: str, body: str | None, result: Published) -> None:
+        # What becomes of a copy never touches the caller, least of all a refusal.
+        copies = self.copies.setdefault(tag, Copies())
+        if type(result) is bytes:
+            copies.queued += 1
+            return
+        copies.refused += 1
+        if body is not None:
             self._connection.post(_ignore, "UNLINK", body, repeat=True)
 
     # -- hearing

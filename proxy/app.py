@@ -248,7 +248,7 @@ class App:
         if name == "routes":
             return replies.of_json(self._routes.listing())
         if name == "metrics":
-            return replies.of_text(self.metrics.render(), content_type=metrics.CONTENT_TYPE)
+            return replies.of_text(self.metrics.render(self._caller.copies), content_type=metrics.CONTENT_TYPE)
         if self.draining:
             return replies.of_text("draining", 503)
         if not self._caller.connected:

@@ -6,8 +6,10 @@ https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, chain
+
+from ..handles.caller import Copies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,8 +46,9 @@ class Metrics:
             series = self._series[endpoint] = Series()
         return series
 
-    def render(self) -> str:
-        return "".join(f"{line}\n" for line in self._lines())
+    def render(self, copies: Mapping[str, Copies] | None = None) -> str:
+        """Return them all. ``copies`` are those that were sent to shadows, by backend."""
+        return "".join(f"{line}\n" for line in chain(self._lines(), _lines_of(copies or {})))
 
     def _lines(self) -> Iterator[str]:
         series = [(f'endpoint="{escape(name)}"', figures) for name, figures in sorted(self._series.items())]
@@ -68,6 +71,15 @@ class Metrics:
         yield "# HELP penstock_http_requests_in_flight HTTP requests being answered."
         yield "# TYPE penstock_http_requests_in_flight gauge"
         yield f"penstock_http_requests_in_flight {self.in_flight}"
+
+
+def _lines_of(copies: Mapping[str, Copies]) -> Iterator[str]:
+    yield "# HELP penstock_shadow_copies_total Copies of requests for shadow backends; refused: their queue was full."
+    yield "# TYPE penstock_shadow_copies_total counter"
+    for backend, counted in sorted(copies.items()):
+        label = f'backend="{escape(backend)}"'
+        yield f'penstock_shadow_copies_total{{{label},outcome="queued"}} {counted.queued}'
+        yield f'penstock_shadow_copies_total{{{label},outcome="refused"}} {counted.refused}'
 
 
 def escape(value: str) -> str:

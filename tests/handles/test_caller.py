@@ -271,6 +271,7 @@ async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, ca
         assert (await future).body == body
     await wait_until_async(lambda: heard == bodies)
     await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
+    assert (caller.copies["candidate"].queued, caller.copies["candidate"].refused) == (2, 0)
 
 
 # -- broken connections

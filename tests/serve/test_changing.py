@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -137,6 +138,32 @@ def test_a_shadow_gets_copies_and_touches_nobody(client: serve.Client) -> None:
     assert client.list_endpoints()["e"]["shadows"] == {}
     assert handle.remote().result(timeout=10) == "real"
     assert look.remote().result(timeout=10) == 10
+
+
+def test_a_shadow_that_is_slow_and_full_is_counted_and_touches_nobody(web: serve.Client, http: HTTPClient) -> None:
+    async def never(request: serve.Request) -> None:
+        await asyncio.sleep(3600)
+
+    config = {"max_queued_requests": 3, "max_concurrent_queries": 1, "graceful_shutdown_timeout_s": 0.1}
+    web.create_backend("f", answering("real"), ray_actor_options=SMALL)
+    web.create_backend("shadow", never, config=config, ray_actor_options=SMALL)
+    web.create_endpoint("e", backend="f", route="/e")
+    web.shadow_traffic("e", "shadow", 1.0)
+    with load(lambda: http.get("/e").raise_for_status().text) as calls:
+        calls.goes_on()
+        wait_until(lambda: 'penstock_shadow_copies_total{backend="shadow",outcome="queued"} 3' in metrics(http))
+        shadow = web.status()["backends"]["shadow"]
+        assert (shadow["queued"], shadow["in_progress"]) == (2, 1)
+        web.shadow_traffic("e", "shadow", 0)
+        web.delete_backend("shadow", force=True)
+        calls.goes_on()
+    assert set(calls.since(0)) == {"real"}
+    refused = next(line for line in metrics(http) if 'outcome="refused"' in line)
+    assert int(refused.rpartition(" ")[2]) > 0
+
+
+def metrics(http: HTTPClient) -> list[str]:
+    return http.get("/-/metrics").text.splitlines()
 
 
 def test_a_deleted_backend_answers_what_is_queued(client: serve.Client) -> None:
