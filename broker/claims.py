@@ -52,6 +52,8 @@ class Taken:
     deliveries: int
     """How many replicas have held it and died."""
     fields: list[bytes]
+    streamed: bool = False
+    """Its answer had begun to stream."""
 
 
 # What there is to take over. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
@@ -75,8 +77,9 @@ return {orphans, returned}
 
 # Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the
 # whole of it is this script. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED, seconds to keep
-# history, then for each stream what its history keys begin with. Answers the entry's id, its deliveries so far, its
-# fields and the number of its stream; or nothing.
+# history, then for each stream what its history keys begin with, what marks of streamed answers begin with, and 1 for
+# only those that have such a mark. Answers the entry's id, its deliveries so far, its fields, the number of its stream
+# and whether it has the mark; or nothing.
 _ADOPT = Script("""#!lua flags=allow-oom
 local group, me = ARGV[1], ARGV[2]
 for s, stream in ipairs(KEYS) do
@@ -84,15 +87,20 @@ for s, stream in ipairs(KEYS) do
     local name = c[2]
     if c[4] > 0 and name ~= me and name ~= ARGV[4] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
       for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
-        local claimed = redis.call('XCLAIM', stream, group, me, 0, p[1])
-        if claimed[1] then
+        local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
+        local wanted = streamed == 1 or ARGV[9] == '0'
+        local claimed = wanted and redis.call('XCLAIM', stream, group, me, 0, p[1])
+        if not wanted then
+          -- It is for who runs suspects.
+        elseif claimed[1] then
           local now = redis.call('TIME')
           local history = ARGV[5 + s] .. p[1]
           redis.call('RPUSH', history, name, now[1] .. string.sub('000000' .. now[2], -6, -4))
           redis.call('EXPIRE', history, ARGV[5])
-          return {p[1], p[4], claimed[1][2], s}
+          return {p[1], p[4], claimed[1][2], s, streamed}
+        else
+          redis.call('XACK', stream, group, p[1])
         end
-        redis.call('XACK', stream, group, p[1])
       end
     end
   end
@@ -192,6 +200,7 @@ class Claims:
         self._backend, self._replica = backend, replica
         self._streams = [keys.requests(backend), keys.batch(backend)]
         self._history = keys.history(backend, "")
+        self._streamed = keys.streamed(backend, "")
         self._leases = keys.alive(backend, "")
         self._full_until = 0.0
         """The broker was out of memory: replies go by a script until then."""
@@ -275,6 +284,27 @@ class Claims:
 
         self._commands.post(retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True, patient=True)
 
+    def mark_streamed(self, place: bytes) -> None:
+        """Write down that an answer begins to stream; call it before its first `part`."""
+        key, ttl_ms = self._streamed + place.decode(), HISTORY_S * 1000
+        self._commands.post_script(_log_failure, _PUT_BODY, [key], [b"", ttl_ms], repeat=True, patient=True)
+
+    def forget_streamed(self, place: bytes) -> None:
+        self._commands.post(_log_failure, "UNLINK", self._streamed + place.decode(), repeat=True, patient=True)
+
+    def part(self, caller: str, fields: Sequence[bytes], on_gone: Callable[[], None]) -> None:
+        """Append a part of an answer to a caller's stream, in order; ``on_gone`` hears that there is none any more."""
+
+        def check(result: Any) -> None:
+            if result is None:
+                on_gone()
+            elif isinstance(result, Exception):
+                _log_failure(result)
+
+        # Always by the script that a full memory does not refuse: a part that was tried again would come too late.
+        key = self._keys.replies(caller)
+        self._commands.post_script(check, _REPLY, [key], fields, repeat=True, patient=True)
+
     def put_reply_body(self, caller: str, request: str, body: bytes, ttl_ms: int) -> None:
         """Store the body of a reply that is too large for its stream; call it before `reply`."""
         key = self._keys.reply_body(caller, request)
@@ -299,15 +329,19 @@ class Claims:
         )
         return orphans, returned
 
-    async def adopt(self) -> Taken | None:
-        """Claim the oldest entry of a replica that is gone, and write that death into the entry's history."""
+    async def adopt(self, *, streamed: bool = False) -> Taken | None:
+        """Claim the oldest entry of a replica that is gone, and write that death into the entry's history.
+
+        With ``streamed``, only one whose answer had begun to stream: there is nothing of it to run.
+        """
         histories = (self._history, self._history + place_of(b"", batch=True).decode())
         args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, HISTORY_S, *histories]
+        args += [self._streamed, int(streamed)]
         reply = await self._commands.run_script(_ADOPT, self._streams, args)
         if not reply:
             return None
-        entry, deliveries, fields, stream = reply
-        return Taken(place_of(entry, batch=stream == 2), deliveries, fields)
+        entry, deliveries, fields, stream, had_begun = reply
+        return Taken(place_of(entry, batch=stream == 2), deliveries, fields, had_begun == 1)
 
     async def retake(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
         """Claim the oldest of what was given back."""

@@ -152,5 +152,5 @@ class JobReplies(ReplyStream):
         else:
             super()._read()
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
         """Who reads does not decide what may go."""

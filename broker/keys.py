@@ -76,6 +76,10 @@ class Keys:
         """A list: the deliveries of one entry that ended with their replica's death."""
         return f"{self._root}{{{backend}}}:history:{entry}"
 
+    def streamed(self, backend: str, entry: str) -> str:
+        """The mark of an entry whose answer has begun to stream: it must not be run again."""
+        return f"{self._root}{{{backend}}}:streamed:{entry}"
+
     def body(self, backend: str, request: str) -> str:
         return f"{self._root}{{{backend}}}:body:{request}"
 

@@ -123,7 +123,7 @@ class ReplyStream:
         renewed = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(0.2)
-            self._trim()
+            self.trim()
             if asyncio.get_running_loop().time() - renewed < RENEW_S:
                 continue
             try:
@@ -160,7 +160,8 @@ class ReplyStream:
                 drained.set_result(None)
         self._draining = [waiting for waiting in self._draining if not waiting[1].done()]
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
+        """Delete what has been handed over."""
         # Five times a second, not at each reply: an exact trim costs the broker, and memory is bounded all the same.
         if self._last != self._trimmed:
             self._trimmed = self._last

@@ -1,8 +1,9 @@
 """What lies on the streams: every field and version, encode beside decode, no I/O.
 
-A request is an `Entry`, an answer a `Reply`. Both are flat stream fields: a version, an id, a header (JSON) and a body,
-which is raw bytes and never inside the JSON. Unknown fields are ignored, so that old replicas can read new proxies; an
-unknown version is refused by name; whatever else cannot be read is a `WireError` and nothing else.
+A request is an `Entry`, an answer a `Reply`, with `Part`s before it if it streams. All are flat stream fields: a
+version, an id, a header (JSON) and a body, which is raw bytes and never inside the JSON. Unknown fields are ignored, so
+that old replicas can read new proxies; an unknown version is refused by name; whatever else cannot be read is a
+`WireError` and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import orjson
 from .errors import WireError
 
 VERSION = b"1"
+PART_VERSION = b"part-1"
+"""Of a part of an answer: whoever knows of no parts refuses it, instead of mistaking it for the answer."""
+
+VALUE_COST = 128
+"""What a value of an answer in parts weighs besides its bytes, so that many small ones are bounded too."""
 LARGE = 256 * 1024
 """A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
 
@@ -52,6 +58,11 @@ class Header:
     """The ``X-Request-Id``, for logs; two requests may carry the same."""
     client: str = ""
     """The address that HTTP came from, ``host:port``."""
+    window: int = 0
+    """How much of an answer in parts (`Part`) may be under way to its reader; 0: the caller takes it only as a whole.
+
+    In bytes, each value counted as `VALUE_COST` more.
+    """
 
     def dump(self) -> bytes:
         return orjson.dumps(
@@ -67,6 +78,7 @@ class Header:
                 "call": self.call,
                 "request_id": self.request_id,
                 "client": self.client,
+                "window": self.window,
             }
         )
 
@@ -78,12 +90,12 @@ class Header:
         endpoint, method, path = get("endpoint", ""), get("method", "GET"), get("path", "/")
         query, codec, deadline_ms = get("query", ""), get("codec", HTTP_CODEC), get("deadline_ms", 0)
         call, request_id, client = get("call", "__call__"), get("request_id", ""), get("client", "")
-        params, headers = get("params"), get("headers")
+        params, headers, window = get("params"), get("headers"), get("window", 0)
         # Checked here and not by a function for each: this runs for every request.
         if not (
             type(endpoint) is type(method) is type(path) is type(codec) is str
             and type(call) is type(request_id) is type(client) is str
-            and type(deadline_ms) is int
+            and type(deadline_ms) is type(window) is int
             and (type(query) is str or type(query) is dict)
         ):
             raise _wrong_member(members, _HEADER_TYPES)
@@ -99,6 +111,7 @@ class Header:
             call,
             request_id,
             client,
+            window,
         )
 
 
@@ -170,7 +183,7 @@ class Reply:
     codec: str = "none"
     """How the value was written: ``json``, ``text``, ``bytes``, ``none`` or ``pickle``.
 
-    ``response`` is a whole HTTP response.
+    ``response`` is a whole HTTP response; ``stream`` ends an answer in parts, and the body says how many there were.
     """
     headers: Pairs = field(default_factory=list[tuple[str, str]])
     """Those of a whole response; else empty."""
@@ -277,6 +290,7 @@ _HEADER_TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("endpoint", "method", "path", "codec", "call", "request_id", "client"), (str,)),
     "query": (str, dict),
     "deadline_ms": (int,),
+    "window": (int,),
 }
 _REPLY_TYPES: Mapping[str, tuple[type, ...]] = {
     "status": (int,),
@@ -286,19 +300,76 @@ _REPLY_TYPES: Mapping[str, tuple[type, ...]] = {
     "run_ms": (float, int),
     "error": (dict, type(None)),
 }
+_PART_TYPES: Mapping[str, tuple[type, ...]] = {
+    "n": (int,),
+    "codec": (str,),
+    "more": (bool,),
+    "status": (int,),
+}
+
+
+@dataclass(slots=True)
+class Part:
+    """Some consecutive values of an answer that is sent as it is made, as they lie in a caller's stream.
+
+    A `Reply` ends it: with codec ``stream`` or with an error.
+    """
+
+    id: str
+    """Of the request."""
+    number: int
+    """Counted from 0: a caller that misses one, or sees one twice, must not go on."""
+    codec: str = "response"
+    """How the values were written; ``response``: the bytes of an HTTP response's body, cut anywhere."""
+    sizes: list[int] = field(default_factory=list[int])
+    """How many bytes of the body each value has."""
+    more: bool = False
+    """The last value goes on in the next part."""
+    status: int = 200
+    headers: Pairs = field(default_factory=list[tuple[str, str]])
+    """Like the status those of an HTTP response, in part 0."""
+    body: bytes = b""
+
+    def fields(self) -> list[bytes]:
+        """Return names and values in turn, as ``XADD`` takes them."""
+        header: dict[str, Any] = {"n": self.number, "codec": self.codec, "sizes": self.sizes, "more": self.more}
+        if self.number == 0:
+            header |= {"status": self.status, "headers": self.headers}
+        return [_V, PART_VERSION, _ID, self.id.encode(), _HEADER, orjson.dumps(header), _BODY, self.body]
+
+    @classmethod
+    def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Part:
+        """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
+        named = _named(fields, PART_VERSION)
+        try:
+            id_, header, body = named[_ID].decode(), named[_HEADER], named[_BODY]
+        except (KeyError, UnicodeDecodeError) as e:
+            raise _wrong_field(e) from None
+        members = _loads(header)
+        get = members.get
+        number, codec, more = get("n", -1), get("codec", "response"), get("more", False)
+        status, headers, raw_sizes = get("status", 200), get("headers"), get("sizes", [])
+        if not (type(number) is type(status) is int and type(codec) is str and type(more) is bool):
+            raise _wrong_member(members, _PART_TYPES)
+        sizes = _load_sizes(raw_sizes, len(body))
+        if number < 0 or (more and not sizes):
+            raise WireError(f"a part has the number {number} and {len(sizes)} values, with more to come: {more}")
+        if not 200 <= status <= 599:
+            raise WireError(f"the status of a part must be 200 to 599, not {status}")
+        return cls(id_, number, codec, sizes, more, status, _load_pairs(headers) if headers else [], body)
 
 
 def _count(text: bytes) -> int:
     return int(text) if text.isdigit() else -1
 
 
-def _named(fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+def _named(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes = VERSION) -> Mapping[bytes, bytes]:
     if not isinstance(fields, Mapping):
         if len(fields) % 2:
             raise WireError("an entry has a field without a value")
         fields = dict(zip(fields[::2], fields[1::2]))  # noqa: B905 - `strict` costs, and the lengths are equal
-    if (version := fields.get(_V)) != VERSION:
-        raise WireError(f"cannot read wire version {shortened(version)}; this process reads {VERSION!r}")
+    if (version := fields.get(_V)) != wanted:
+        raise WireError(f"cannot read wire version {shortened(version)}; this process reads {wanted!r}")
     return fields
 
 
@@ -333,6 +404,16 @@ def _load_pairs(raw: Any) -> Pairs:
     except (TypeError, ValueError):
         pass
     raise WireError("the header's 'headers' must be pairs of strings")
+
+
+def _load_sizes(raw: Any, total: int) -> list[int]:
+    try:
+        sizes = [size for size in raw if type(size) is int and size >= 0]
+        if len(sizes) == len(raw) and sum(sizes) == total:
+            return sizes
+    except TypeError:
+        pass
+    raise WireError(f"the header's 'sizes' must be those of the {total} bytes of a part, not {shortened(raw)}")
 
 
 # JSON has no UUIDs, and orjson no integers beyond 64 bits and no infinity (which Starlette's float convertor makes of

@@ -22,12 +22,13 @@ from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown, user_of
 from ..broker.dead import DeadQueue
 from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
+from ..broker.flow import REPEAT_S, WINDOW, tell_taken
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream
-from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
+from ..broker.wire import LARGE, PART_VERSION, Entry, Header, Part, Reply, entry_fields
 from . import traffic
 from .errors import (
     BackendNotFound,
@@ -36,13 +37,18 @@ from .errors import (
     PenstockError,
     RequestCancelled,
     RequestTimeout,
+    StreamBroken,
     WireError,
 )
+from .incoming import Incoming
 
 log = logging.getLogger(__name__)
 
-Outcome = Union[Reply, BaseException]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""A reply, which may carry an error of the backend; or why there is none."""
+Outcome = Union[Reply, BaseException, Incoming]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""A reply, which may carry an error of the backend; or why there is none.
+
+Whoever asked for it by ``Header.window`` may hear of an answer in parts instead, as soon as it has begun.
+"""
 
 _SWEEP_S = 0.05
 _GIVE_UP_S = 60.0
@@ -79,6 +85,7 @@ class Call:
         "entry",
         "fields",
         "id",
+        "incoming",
         "limit",
         "outcome",
         "since_ms",
@@ -102,7 +109,9 @@ class Call:
         """The connection broke before we heard whether it is on its stream."""
         self.answered = False
         """Its reply has come, and the body of that is still on its way."""
-        self.outcome: Outcome | None = None
+        self.incoming: Incoming | None = None
+        """Its answer, once that has begun to come in parts."""
+        self.outcome: Reply | BaseException | None = None
         self.since_ms = 0.0
         self.deadline = 0.0
         self.timeout_s = 0.0
@@ -130,16 +139,22 @@ class Call:
         if self.acceptance is not None and not self.acceptance.done():
             self.acceptance.set_result(None)
 
-    def conclude(self, outcome: Outcome) -> None:
+    def conclude(self, outcome: Reply | BaseException) -> None:
         self.outcome = outcome
         if self.acceptance is not None:
             self._settle_acceptance(outcome)
+        if self.incoming is not None:
+            self.incoming.end(outcome)
+            return
+        self.hand_over(outcome)
+
+    def hand_over(self, outcome: Outcome) -> None:
         try:
             self.then(outcome)
         except Exception:
             log.exception("cannot hand over the outcome of request %s", self.id)
 
-    def _settle_acceptance(self, outcome: Outcome) -> None:
+    def _settle_acceptance(self, outcome: Reply | BaseException) -> None:
         acceptance = self.acceptance
         if acceptance is None or acceptance.done():
             return
@@ -181,7 +196,7 @@ class Caller:
                 self._connection, self.keys, self.id, self._on_reply, self._reconcile, ttl_s=job_ttl_s
             )
             self.job = Job(self._connection, self.keys, job, self.id, job_ttl_s)
-        self.on_stray: Callable[[str, Outcome], None] | None = None
+        self.on_stray: Callable[[str, Reply | BaseException], None] | None = None
         """Hears, by the request's id, what else comes: results that a job's former producer has left."""
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._in_flight: dict[str, Call] = {}
@@ -190,6 +205,8 @@ class Caller:
         """Given up before we heard their ids on the stream: they are withdrawn as soon as we do."""
         self.copies: dict[str, Copies] = {}
         """What became of the copies for shadows, by backend."""
+        self._streaming: dict[str, Incoming] = {}
+        """The answers that have begun to come in parts and have not ended."""
         self._numbers = itertools.count(1)
         self._sweeper: asyncio.TimerHandle | None = None
         self._reconciling = asyncio.Lock()
@@ -426,6 +443,7 @@ class Caller:
         if self._in_flight.pop(call.id, None) is None:
             return False
         self._timed.pop(call.id, None)
+        self._streaming.pop(call.id, None)
         if call.entry is None:
             self._doomed[call.id] = call
         else:
@@ -506,12 +524,17 @@ class Caller:
     def _unavailable(self, reason: str) -> BrokerUnavailable:
         return BrokerUnavailable(shown_url(self.url), reason)
 
-    def _finish(self, call: Call, outcome: Outcome) -> None:
+    def _finish(self, call: Call, outcome: Reply | BaseException) -> None:
         if self._in_flight.pop(call.id, None) is not None:
             self._timed.pop(call.id, None)
+            if call.incoming is not None:
+                self._streaming.pop(call.id, None)
             call.conclude(outcome)
 
     def _on_reply(self, fields: list[bytes]) -> None:
+        if fields[1] == PART_VERSION:
+            self._hear_part(fields)
+            return
         try:
             replies = Reply.all_of(fields)
         except WireError as e:
@@ -534,7 +557,7 @@ class Caller:
             self.on_stray(reply.id, reply)
 
     def _hear_large(self, reply: Reply, call: Call | None) -> None:
-        then: Callable[[Outcome], None]
+        then: Callable[[Reply | BaseException], None]
         if call is not None:
             if call.answered:
                 return
@@ -549,7 +572,40 @@ class Caller:
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
 
-    async def _fetch(self, reply: Reply, then: Callable[[Outcome], None]) -> None:
+    def _hear_part(self, fields: list[bytes]) -> None:
+        try:
+            part = Part.of(fields)
+        except WireError as e:
+            log.error("dropped a part of an answer that cannot be read: %s", e)
+            for id_ in Reply.ids_of(fields):
+                self._break_off(self._in_flight.get(id_), e)
+            return
+        call = self._in_flight.get(part.id)
+        if call is None:
+            return  # cancelled, or broken off
+        incoming = call.incoming
+        if incoming is None:
+            incoming = Incoming(part, call.backend, WINDOW, partial(self._grant, call), call.cancel)
+        try:
+            incoming.take(part)
+        except StreamBroken as e:
+            self._break_off(call, e)
+            return
+        if call.incoming is None:
+            # From here on it has met its deadline, and must not be published again.
+            call.incoming = self._streaming[call.id] = incoming
+            self._timed.pop(call.id, None)
+            call.hand_over(incoming)
+
+    def _grant(self, call: Call, taken: int) -> None:
+        tell_taken(self._connection, self.keys, call.backend, call.id, taken)
+        self._replies.trim()  # or what a fast stream has sent in a fifth of a second would still lie there
+
+    def _break_off(self, call: Call | None, error: PenstockError) -> None:
+        if call is not None and self._give_up(call):
+            call.conclude(error)
+
+    async def _fetch(self, reply: Reply, then: Callable[[Reply | BaseException], None]) -> None:
         key = self.keys.reply_body(self.id, reply.id)
         try:
             # Not GETDEL: it could not be repeated if the connection broke.
@@ -572,6 +628,9 @@ class Caller:
         for call in [call for call in self._timed.values() if call.deadline <= now]:
             if self._give_up(call):
                 call.conclude(RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
+        for incoming in self._streaming.values():
+            if now - incoming.granted_at > REPEAT_S:
+                incoming.grant()
         if self._connection.connected:
             self._gone_since = None
         elif self._gone_since is None:
@@ -631,7 +690,9 @@ class Caller:
             await self._replies.drain()
             for call in missing:
                 self._doomed.pop(call.id, None)
-                if call.id in self._in_flight and not call.answered:
+                if call.incoming is not None:
+                    self._break_off(call, StreamBroken(call.backend, call.id, "the broker has lost it"))
+                elif call.id in self._in_flight and not call.answered:
                     limit = call.limit if call.unsure else _UNLIMITED  # accepted is accepted
                     call.entry, call.unsure = None, False
                     if call.body:

@@ -14,6 +14,7 @@
     ├── PayloadTooLarge
     ├── RequestCancelled
     ├── RequestTimeout          (a TimeoutError)
+    ├── StreamBroken            an answer had begun, and cannot go on
     └── WireError
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "PenstockError",
     "RequestCancelled",
     "RequestTimeout",
+    "StreamBroken",
     "WireError",
 ]
 
@@ -142,6 +144,19 @@ class RequestTimeout(PenstockError, TimeoutError):
         return f"{self.what} did not answer within {self.timeout_s:g} s"
 
 
+class StreamBroken(PenstockError):
+    """An answer that streams cannot go on. What came of it stands; to run it again would send that twice."""
+
+    status = 502
+
+    def __init__(self, backend: str, request_id: str, reason: str) -> None:
+        super().__init__(backend, request_id, reason)
+        self.backend, self.request_id, self.reason = backend, request_id, reason
+
+    def __str__(self) -> str:
+        return f"the answer of {self.backend!r} to request {self.request_id!r} broke off: {self.reason}"
+
+
 # What replicas may say over the wire: built from its arguments here, never by name from anywhere else.
 _KINDS: dict[str, type[PenstockError]] = {
     kind.__name__: kind
@@ -157,6 +172,7 @@ _KINDS: dict[str, type[PenstockError]] = {
         PayloadTooLarge,
         RequestCancelled,
         RequestTimeout,
+        StreamBroken,
         WireError,
     )
 }

@@ -13,16 +13,18 @@ from typing import Any, TypeVar, cast
 
 import orjson
 
+from ..broker.flow import WINDOW
 from ..broker.keys import check_name
 from ..broker.registry import EndpointRecord
-from ..broker.wire import Header, Reply
+from ..broker.wire import Header
 from . import background
 from .caller import Call, Caller, Outcome
 from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .object_refs import object_ref
 from .options import Options
-from .results import value_of
+from .results import result_of
+from .streams import AsyncResponseStream, ResponseStream, Stream
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class _Handle:
         http_headers: Mapping[str, str] = _UNSET,
         timeout_s: float | None = _UNSET,
         return_type: str = _UNSET,
+        stream: bool = _UNSET,
     ) -> _HandleT:
         """Return a handle to the same endpoint with other options; those that are not named stay as they are.
 
@@ -78,6 +81,8 @@ class _Handle:
             timeout_s: seconds until a request expires, counted from ``remote``; None, the default, is never.
             return_type: ``"future"``, the default, or ``"object_ref"``: ``remote`` then gives a ``ray.ObjectRef`` that
                 ``ray.get``, ``ray.wait`` and ``await`` take. Needs Ray, and costs each request a call of Ray's.
+            stream: ``remote`` gives an iterator over the values that the backend yields, as they are made, instead of a
+                future; ``timeout_s`` is then the time until the first one.
 
         Raises:
             TypeError: an option is of the wrong type.
@@ -90,6 +95,7 @@ class _Handle:
             "http_headers": http_headers,
             "timeout_s": timeout_s,
             "return_type": return_type,
+            "stream": stream,
         }
         changes = {name: value for name, value in given.items() if value is not _UNSET}
         return type(self)(self._url, self._instance, self._endpoint, self._options.with_(changes), self._missing_ok)
@@ -133,6 +139,7 @@ class _Handle:
             headers=headers,
             codec=codec,
             call=options.method_name,
+            window=WINDOW if options.stream else 0,
         )
 
     async def _connect(self) -> Caller:
@@ -175,6 +182,13 @@ class _Handle:
             endpoint, written.header, body, then, shard_key=self._options.shard_key, timeout_s=timeout_s
         )
 
+    async def _open_stream(self, written: _Written) -> Stream:
+        """Send a request whose answer is taken as it comes."""
+        caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
+        stream = Stream()
+        stream.call = self._send(caller, endpoint, written, timeout_s, stream.hear)
+        return stream
+
 
 class _Written:
     """A call as bytes."""
@@ -211,6 +225,8 @@ class AsyncServeHandle(_Handle):
     async def remote(self, /, *body: Any, **query: Any) -> asyncio.Future[Any]:
         """Send a request; return, once it is durably on its stream, the future of its answer.
 
+        With ``options(stream=True)`` it returns an `AsyncResponseStream` instead, to read by ``async for``.
+
         Args:
             *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON
                 can hold (dataclasses, numpy arrays, datetimes and pydantic models included).
@@ -229,6 +245,8 @@ class AsyncServeHandle(_Handle):
         if self._options.return_type == "object_ref":
             return cast("asyncio.Future[Any]", self._object_ref(body, query))
         written = self._write(body, query)
+        if self._options.stream:
+            return cast("asyncio.Future[Any]", await AsyncResponseStream.open(self._open_stream(written)))
         caller = Caller.shared(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         timeout_s = self._options.timeout_s
@@ -261,6 +279,8 @@ class ServeHandle(_Handle):
     def remote(self, /, *body: Any, **query: Any) -> concurrent.futures.Future[Any]:
         """Send a request and return the future of its answer, at once: what the broker has to say comes through it.
 
+        With ``options(stream=True)`` it returns a `ResponseStream` instead, to read by ``for``.
+
         Args:
             *body: at most one value, which the backend reads as ``request.data``: None, ``str``, bytes, or what JSON
                 can hold (dataclasses, numpy arrays, datetimes and pydantic models included).
@@ -274,6 +294,8 @@ class ServeHandle(_Handle):
         if self._options.return_type == "object_ref":
             return cast("concurrent.futures.Future[Any]", self._object_ref(body, query))
         written = self._write(body, query)
+        if self._options.stream:
+            return cast("concurrent.futures.Future[Any]", ResponseStream(self._open_stream(written)))
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         _outbox().put(partial(self._start, written, future))
         return future
@@ -326,15 +348,12 @@ class ServeHandle(_Handle):
 def _settle(future: asyncio.Future[Any], outcome: Outcome) -> None:
     if future.done():
         return
-    if isinstance(outcome, Reply):
-        try:
-            value = value_of(outcome)
-        except Exception as e:
-            future.set_exception(e)
-        else:
-            future.set_result(value)
+    try:
+        value = result_of(outcome)
+    except BaseException as e:
+        future.set_exception(e)
     else:
-        future.set_exception(outcome)
+        future.set_result(value)
 
 
 def _consume(future: asyncio.Future[Any]) -> None:
@@ -349,16 +368,13 @@ def _cancel(call: Call, future: asyncio.Future[Any]) -> None:
 
 def _settle_sync(future: concurrent.futures.Future[Any], outcome: Outcome) -> None:
     # Decoded in the background loop: the thread that waits may want only to know that it is done.
-    if isinstance(outcome, Reply):
-        try:
-            value = value_of(outcome)
-        except Exception as e:
-            _fail(future, e)
-        else:
-            if future.set_running_or_notify_cancel():
-                future.set_result(value)
+    try:
+        value = result_of(outcome)
+    except BaseException as e:
+        _fail(future, e)
     else:
-        _fail(future, outcome)
+        if future.set_running_or_notify_cancel():
+            future.set_result(value)
 
 
 def _fail(future: concurrent.futures.Future[Any], error: BaseException) -> None:

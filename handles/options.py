@@ -26,6 +26,7 @@ class Options:
     http_headers: Mapping[str, str] = field(default_factory=dict[str, str])
     timeout_s: float | None = None
     return_type: str = "future"
+    stream: bool = False
 
     def __post_init__(self) -> None:
         _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
@@ -33,6 +34,10 @@ class Options:
             raise TypeError(f"return_type must be a str, not {type(self.return_type).__name__}")
         if self.return_type not in RETURN_TYPES:
             raise ConfigError(f"return_type must be one of {', '.join(RETURN_TYPES)}, not {self.return_type!r}")
+        if not isinstance(cast(object, self.stream), bool):
+            raise TypeError(f"stream must be a bool, not {type(self.stream).__name__}")
+        if self.stream and self.return_type != "future":
+            raise ConfigError(f"stream=True gives an iterator, which return_type={self.return_type!r} does not go with")
         # A copy, as the caller may change theirs.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
-from .caller import Call, Caller, Outcome
+from .caller import Call, Caller
 from .codec import dump_json, encode
 from .errors import (
     BrokerUnavailable,
@@ -111,7 +111,7 @@ class _Item(Call):
         self.ends: float | None = None
         self.size = 0
 
-    def conclude(self, outcome: Outcome) -> None:
+    def conclude(self, outcome: Reply | BaseException) -> None:
         try:
             self.production.hear(self, outcome)
         except Exception as e:
@@ -381,7 +381,7 @@ class Production:
 
     # -- results
 
-    def hear(self, item: _Item, outcome: Outcome) -> None:
+    def hear(self, item: _Item, outcome: Reply | BaseException) -> None:
         """Take what became of an item."""
         if self._in_flight.get(item.index) is not item:
             return
@@ -418,7 +418,7 @@ class Production:
             self._send(item)
         self._ask()
 
-    def _on_stray(self, request: str, outcome: Outcome) -> None:
+    def _on_stray(self, request: str, outcome: Reply | BaseException) -> None:
         """Take a result that a former producer was to have."""
         if (index := _index_of(request)) < 0:
             return
@@ -461,7 +461,7 @@ def _read(index: int, reply: Reply) -> BatchResult:
         return BatchResult(index, error=e)
 
 
-def _nobody(outcome: Outcome) -> None:
+def _nobody(outcome: object) -> None:
     """An item concludes itself."""
 
 

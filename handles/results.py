@@ -8,8 +8,10 @@ from typing import Any
 import orjson
 
 from ..broker.wire import Pairs, Reply
+from .caller import Outcome
 from .codec import decode
-from .errors import MalformedBody, from_wire
+from .errors import MalformedBody, WireError, from_wire
+from .incoming import Incoming
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +44,13 @@ def value_of(reply: Reply) -> Any:
         headers = {name.lower(): value for name, value in reply.headers}
         return Response(reply.status, headers, reply.body, reply.headers)
     return decode(reply.codec, reply.body, allow_pickle=True)
+
+
+def result_of(outcome: Outcome) -> Any:
+    """Return the value of an answer that was asked for as a whole, or raise why there is none."""
+    if isinstance(outcome, Reply):
+        return value_of(outcome)
+    if isinstance(outcome, Incoming):
+        outcome.close()
+        raise WireError(f"the answer to {outcome.id!r} came in parts, which were not asked for")
+    raise outcome

@@ -11,13 +11,15 @@ import logging
 import time
 from collections.abc import Callable
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..broker.flow import WINDOW
 from ..broker.registry import EndpointRecord, Snapshot
 from ..broker.wire import Header, PathParam, Reply
 from ..handles.caller import Call, Caller, Outcome
 from ..handles.errors import ConfigError, PenstockError
-from . import metrics, replies, request_ids
+from ..handles.incoming import Incoming
+from . import metrics, replies, request_ids, streaming
 from .bodies import has_body, read_body
 from .hangups import HangUps, HungUp
 from .replies import Answer, RawHeaders
@@ -92,7 +94,11 @@ class App:
         try:
             answer = self.route(asked)
             if answer is None:
-                answer = await self._call(asked, receive)
+                called = await self._call(asked, receive)
+                if isinstance(called, Incoming):
+                    await self._relay(asked, called, receive, send)
+                    return
+                answer = called
             elif has_body(asked.named):
                 answer = answer._replace(close=True)  # rather than read and drop whatever may still come
             status, headers, body = self.render(asked, answer)
@@ -102,6 +108,35 @@ class App:
             pass
         finally:
             self.done(asked)
+
+    def relaying(self, asked: Asked, incoming: Incoming) -> ASGIApp:
+        """Return what sends an answer that has begun to come in parts, and does what is to be `done` at its end."""
+
+        async def relay(_: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await self._relay(asked, incoming, receive, send)
+            except HungUp:
+                pass
+            finally:
+                self.done(asked)
+
+        return relay
+
+    async def _relay(self, asked: Asked, incoming: Incoming, receive: Receive, send: Send) -> None:
+        try:
+            answer = streaming.head(incoming, debug=self._debug)
+            status, headers = self.render_head(asked, answer)
+            if status == 200 and asked.scope["http_version"] == "1.0" and answer.head_length is None:
+                # Its client knows of no chunks: it is told the length, or that there was an error.
+                answer = await streaming.gather(incoming, answer, limit=self.max_body_bytes, debug=self._debug)
+            if answer.body or asked.scope["method"] == "HEAD" or status in (204, 304):
+                status, headers, body = self.render(asked, answer)
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+            else:
+                await streaming.send_on(incoming, status, headers, receive, send)
+        finally:
+            incoming.close()
 
     # The steps of a request. They are called in this order by whoever serves it: `__call__`, or `direct.Direct`.
 
@@ -151,6 +186,7 @@ class App:
                 call="__call__" if method_name is None else _public(method_name),
                 request_id=asked.request_id.decode(),
                 client=f"{client[0]}:{client[1]}" if client else "",
+                window=WINDOW,
             ),
             body,
             then,
@@ -163,13 +199,12 @@ class App:
         if asked.call is not None:
             asked.call.cancel()
 
-    def answer(self, asked: Asked, outcome: Outcome) -> Answer:
+    def answer(self, asked: Asked, outcome: Reply | BaseException) -> Answer:
         """Return what the client gets to see of an outcome, or of what `dispatch` raised."""
-        if type(outcome) is Reply:
+        if isinstance(outcome, Reply):
             return replies.of_reply(outcome, debug=self._debug)
         if isinstance(outcome, PenstockError):
             return replies.of_error(outcome, debug=self._debug)
-        assert isinstance(outcome, BaseException)
         logger.error("request %s failed in the proxy", asked.request_id.decode(), exc_info=outcome)
         return replies.of_status(500, f"the proxy failed with {type(outcome).__name__}; its log says more")
 
@@ -193,6 +228,16 @@ class App:
             headers.append(_CLOSE)
         return status, headers, body
 
+    def render_head(self, asked: Asked, answer: Answer) -> tuple[int, RawHeaders]:
+        """Return status and headers of an answer whose body is still to come."""
+        asked.status = answer.status
+        headers = [*answer.headers, (request_ids.HEADER, asked.request_id)]
+        if answer.head_length is not None:
+            headers.append((b"content-length", b"%d" % answer.head_length))
+        if self.draining:
+            headers.append(_CLOSE)
+        return answer.status, headers
+
     def done(self, asked: Asked) -> None:
         """Count it. To be called once for everything that was routed, whatever became of it."""
         asked.call = None  # it may lead back to us, and what leads in circles waits for the garbage collector
@@ -207,8 +252,8 @@ class App:
             return path[len(self._root_path) :] or "/"
         return path
 
-    async def _call(self, asked: Asked, receive: Receive) -> Answer:
-        """Call the endpoint's backend.
+    async def _call(self, asked: Asked, receive: Receive) -> Answer | Incoming:
+        """Call the endpoint's backend. An answer in parts is returned when it has begun.
 
         Raises:
             HungUp: the client went away; its request is cancelled.
@@ -237,7 +282,7 @@ class App:
         if type(outcome) is HungUp:
             self.withdraw(asked)
             raise outcome
-        return self.answer(asked, outcome)
+        return outcome if isinstance(outcome, Incoming) else self.answer(asked, outcome)
 
     def _about_itself(self, method: str, path: str) -> Answer:
         name = path[len(RESERVED) :]

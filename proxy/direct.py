@@ -2,7 +2,8 @@
 
 A task, its two steps and two ASGI messages are a third of what a small request costs a proxy. So what has arrived whole
 with its head is sent from the parser's callback, and its answer is written by whoever brings the reply. All else takes
-the ASGI way: bodies that are large or still to come, HEAD, ``Expect: 100-continue``, and whatever has middlewares.
+the ASGI way: bodies that are large or still to come, HEAD, ``Expect: 100-continue``, answers in parts, and whatever has
+middlewares.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from ..handles.caller import Outcome
+from ..handles.incoming import Incoming
 from .app import App, Asked
 from .protocol import JOINED_BYTES, Protocol
 from .replies import Answer
@@ -103,6 +105,10 @@ class Direct(Protocol):
         self._write(cycle, asked, answer)
 
     def _on_outcome(self, cycle: RequestResponseCycle, asked: Asked, outcome: Outcome) -> None:
+        if isinstance(outcome, Incoming):
+            self._waiting = None
+            super()._start_asgi_task(cycle, cast(Any, self._penstock.relaying(asked, outcome)))
+            return
         self._write(cycle, asked, self._penstock.answer(asked, outcome))
 
     def _write(self, cycle: RequestResponseCycle, asked: Asked, answer: Answer) -> None:

@@ -8,7 +8,7 @@ import time
 
 from starlette.types import Receive
 
-from ..broker.wire import Reply
+from ..handles.caller import Outcome
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -24,12 +24,12 @@ class Waiting:
 
     __slots__ = ("outcome", "receive", "since", "watcher")
 
-    def __init__(self, receive: Receive, since: float, outcome: asyncio.Future[Reply | BaseException]) -> None:
+    def __init__(self, receive: Receive, since: float, outcome: asyncio.Future[Outcome]) -> None:
         self.receive, self.since, self.outcome = receive, since, outcome
         """What the caller heard of its call, or `HungUp`."""
         self.watcher: asyncio.Task[None] | None = None
 
-    def hear(self, outcome: Reply | BaseException) -> None:
+    def hear(self, outcome: Outcome) -> None:
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
@@ -87,10 +87,16 @@ class HangUps:
 
 
 async def _watch(waiting: Waiting) -> None:
+    if await hung_up(waiting.receive):
+        waiting.hear(HungUp())
+
+
+async def hung_up(receive: Receive) -> bool:
+    """Wait until the client goes away. Returns False if that cannot be told."""
     try:
-        while (await waiting.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
     except Exception:  # a middleware's `receive` may raise what it likes
         logger.debug("cannot watch a client", exc_info=True)
-        return
-    waiting.hear(HungUp())
+        return False
+    return True

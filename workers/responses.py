@@ -39,8 +39,8 @@ def encode(result: Any, backend: str, allow_pickle: bool = False) -> Encoded:
     except TypeError as e:
         if isinstance(result, (Generator, AsyncGenerator)):
             raise TypeError(
-                f"backend {backend!r} returned a generator, which cannot be sent as it is: "
-                "return a list, or a starlette StreamingResponse of strings or bytes"
+                f"backend {backend!r} returned a generator, and its caller takes the answer only as a whole: "
+                "ask over HTTP or by handle.options(stream=True), or return a list; what takes batches cannot stream"
             ) from None
         if isinstance(result, Coroutine):
             result.close()  # else Python warns that nobody awaited it
@@ -58,10 +58,7 @@ def encode(result: Any, backend: str, allow_pickle: bool = False) -> Encoded:
 
 def encode_response(status: int, headers: list[tuple[bytes, bytes]], body: bytes | memoryview) -> Encoded:
     """Write a whole HTTP response."""
-    if not 200 <= status <= 599:
-        raise ValueError(f"the status of a response must be 200 to 599, not {status}")
-    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-    return Encoded(int(status), "response", pairs, bytes(body))
+    return Encoded(_checked(status), "response", _pairs(headers), bytes(body))
 
 
 def is_at_hand(result: object) -> bool:
@@ -78,21 +75,31 @@ class Collector:
     """The ``send`` of an ASGI application, putting the messages together to one response."""
 
     def __init__(self) -> None:
-        self._status = 200
-        self._headers: list[tuple[bytes, bytes]] = []
+        self.status = 200
+        self.headers: Pairs = []
         self._chunks: list[bytes] = []
         self.complete = False
 
     def take(self, message: Message) -> Encoded | None:
         """Add a message. Returns the response when it was the last one."""
         if message["type"] == "http.response.start":
-            self._status, self._headers = message["status"], list(message.get("headers", ()))
+            self.status, self.headers = _checked(message["status"]), _pairs(list(message.get("headers", ())))
         elif message["type"] == "http.response.body" and not self.complete:
             self._chunks.append(bytes(message.get("body", b"")))
             if not message.get("more_body", False):
                 self.complete = True
-                return encode_response(self._status, self._headers, b"".join(self._chunks))
+                return Encoded(self.status, "response", self.headers, b"".join(self._chunks))
         return None
+
+
+def _checked(status: int) -> int:
+    if not 200 <= status <= 599:
+        raise ValueError(f"the status of a response must be 200 to 599, not {status}")
+    return int(status)
+
+
+def _pairs(headers: list[tuple[bytes, bytes]]) -> Pairs:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 def _pickled(result: object) -> bytes:

@@ -11,6 +11,7 @@ from ..handles.errors import BackendError, ConfigError, PenstockError
 from .context import context_of
 from .failures import backend_error
 from .running import Done, OnLoop, OnThread, Place, Refused, Running, Several
+from .streams import Outlet
 from .target import CHECK_HEALTH, RECONFIGURE, Code, Method, Target
 from .threads import Threads
 
@@ -34,6 +35,10 @@ class Runner:
         self.backend, self.replica = backend, replica
         self.config = dict(config)
         self._blob = blob
+
+    def stream_to(self, outlet: Outlet) -> None:
+        """Send what generators and streaming responses make to ``outlet``, for callers who take answers in parts."""
+        self._place.outlet = outlet
 
     async def start(self) -> None:
         """Load and construct the user's code, and configure it if there is a ``user_config``.

@@ -5,26 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from time import perf_counter
-from typing import Any, Protocol, TypeVar, cast
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any, Protocol, TypeVar, Union, cast
 
 from starlette.responses import Response
 from starlette.types import Message
 
 from ..broker.wire import Entry, Reply
-from ..handles.errors import PenstockError, RequestCancelled, to_wire
+from ..handles.errors import PenstockError, RequestCancelled, StreamBroken, to_wire
 from ..handles.log_lines import work_on
 from .failures import failed_reply
 from .request import Request
 from .responses import Collector, Encoded, encode, is_at_hand
+from .streams import GENERATORS, Outflow, Outlet, Values, pump, pump_soon
 from .target import Method
 from .threads import Job, Threads
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Outcome = Union[Reply, Response, Values]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""What the user's code has made of a request: its reply, or what the reply is still to be made of."""
 
 Done = Callable[[Entry, Reply], None]
 """Takes the complete answer to one request.
@@ -40,8 +45,13 @@ class Running(Protocol):
         """Give one of them up.
 
         If it waits for a thread, it is not started; if it is in ``async def`` code that no other request waits for, its
-        task is cancelled. Its answer is then `RequestCancelled`. All other code runs to its end.
+        task is cancelled; if its answer streams, the generator is closed. Its answer is then `RequestCancelled`. All
+        other code runs to its end.
         """
+        ...
+
+    def recall(self, entry_id: str) -> bool:
+        """Give one up if it has not started. Returns whether that is so; its answer is then `RequestCancelled`."""
         ...
 
 
@@ -53,6 +63,8 @@ class Place:
         self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.allow_pickle = False
+        self.outlet: Outlet | None = None
+        """Where answers in parts go; without it, none are sent."""
         self.abandoned = False
         """Nobody hears any more of what still runs."""
         self.starting = threading.Lock()
@@ -79,20 +91,44 @@ class Place:
         await asyncio.wait(self._tasks, timeout=1.0)
         return False
 
-    def outcomes(
-        self, method: Method, entries: Sequence[Entry], result: object, run_ms: float
-    ) -> Sequence[Reply | Response]:
+    def outcomes(self, method: Method, entries: Sequence[Entry], result: object, run_ms: float) -> Sequence[Outcome]:
         """Return what becomes of each entry after ``method`` returned ``result`` for them.
 
-        That is its reply, or a response that must be called on the loop before there is one.
+        That is its reply, or what must be run on before there is one: a response that is called on the loop, or a
+        generator.
         """
         if not method.accepts_batch:
+            if type(result) in GENERATORS and self.streams(entries[0]):
+                return [cast("Values", result)]
             return [self._outcome(entries[0], result, run_ms)]
         try:
             results = _one_each(result, len(entries), self.backend)
         except (TypeError, ValueError) as e:
             return self.failures(entries, e, run_ms)
         return [self._outcome(entry, one, run_ms) for entry, one in zip(entries, results, strict=True)]
+
+    def streams(self, entry: Entry) -> bool:
+        """Return whether the answer to ``entry`` may be sent in parts."""
+        return entry.header.window > 0 and self.outlet is not None
+
+    def flow(self, entry: Entry) -> Outflow:
+        """Begin to answer in parts. To be called only if the entry `streams`; may be called on any thread."""
+        assert self.outlet is not None
+        return Outflow(self.outlet, self.loop, entry)
+
+    def ended(self, flow: Outflow, run_ms: float) -> Reply:
+        """Return the answer that ends a stream, once it is complete."""
+        flow.finish()
+        return self.reply(flow.entry, Encoded(200, "stream", [], b"%d" % flow.parts), run_ms)
+
+    def broken(self, flow: Outflow, error: BaseException, run_ms: float) -> Reply:
+        """Return the answer that ends a stream, if the user's code raised ``error`` or was stopped."""
+        flow.flush()
+        if flow.stopped_because:
+            return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.id, flow.stopped_because))
+        if flow.stopped:
+            return self.cancelled(flow.entry)
+        return failed_reply(flow.entry, error, self.replica, run_ms)
 
     def failures(self, entries: Sequence[Entry], error: BaseException, run_ms: float) -> list[Reply]:
         return [failed_reply(entry, error, self.replica, run_ms) for entry in entries]
@@ -107,7 +143,7 @@ class Place:
     def cancelled(self, entry: Entry) -> Reply:
         return self.refusal(entry, RequestCancelled(_name(entry)))
 
-    def _outcome(self, entry: Entry, result: object, run_ms: float) -> Reply | Response:
+    def _outcome(self, entry: Entry, result: object, run_ms: float) -> Outcome:
         if isinstance(result, BaseException):
             return failed_reply(entry, result, self.replica, run_ms)
         if isinstance(result, Response) and not is_at_hand(result):
@@ -128,6 +164,9 @@ class Refused:
     def cancel(self, entry_id: str) -> None:
         pass
 
+    def recall(self, entry_id: str) -> bool:
+        return False
+
 
 class Several:
     """Calls that were handed over together."""
@@ -139,6 +178,9 @@ class Several:
         for call in self._calls:
             call.cancel(entry_id)
 
+    def recall(self, entry_id: str) -> bool:
+        return any(call.recall(entry_id) for call in self._calls)
+
 
 class _Call:
     """One call of the user's code: for one request or, if its method takes them, a batch."""
@@ -146,9 +188,16 @@ class _Call:
     def __init__(self, place: Place, method: Method, entries: Sequence[Entry], done: Done) -> None:
         self._place, self._method, self._entries, self._done = place, method, entries, done
         self._started = False
-        self._responding: list[_Responding] = []
+        self._further: list[_Responding | _Streaming] = []
+        """What goes on after the call."""
 
     def cancel(self, entry_id: str) -> None:
+        if not self.recall(entry_id) and self._started:
+            self._interrupt(entry_id)
+            for further in self._further:
+                further.cancel(entry_id)
+
+    def recall(self, entry_id: str) -> bool:
         dropped: list[Entry] = []
         with self._place.starting:
             if not self._started:
@@ -156,10 +205,7 @@ class _Call:
                 self._entries = [entry for entry in self._entries if entry.id != entry_id]
         for entry in dropped:
             self._place.loop.call_soon(self._done, entry, self._place.cancelled(entry))
-        if self._started and not dropped:
-            self._interrupt(entry_id)
-            for responding in self._responding:
-                responding.cancel(entry_id)
+        return bool(dropped)
 
     def _interrupt(self, entry_id: str) -> None:
         """Give up an entry that the user's code has; code on a thread cannot be stopped."""
@@ -174,14 +220,19 @@ class _Call:
             return self._requests
         return self._requests[0] if self._requests else None
 
-    def _deliver(self, outcomes: Sequence[Reply | Response]) -> None:
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         for request, entry, outcome in zip(
             self._requests, self._entries, outcomes, strict=False
         ):  # none if all were dropped
             if isinstance(outcome, Reply):
                 self._done(entry, outcome)
-            else:
-                self._responding.append(_Responding(self._place, entry, request, outcome, self._done))
+            elif isinstance(outcome, Response):
+                streams = not self._method.accepts_batch and self._place.streams(entry)
+                self._further.append(_Responding(self._place, entry, request, outcome, self._done, streams))
+            elif isinstance(outcome, GeneratorType):
+                self._further.append(_StreamingOnThread(self._place, entry, outcome, self._done))
+            elif isinstance(outcome, AsyncGeneratorType):
+                self._further.append(_StreamingOnLoop(self._place, entry, outcome, self._done))
 
 
 class OnThread(_Call, Job):
@@ -189,8 +240,17 @@ class OnThread(_Call, Job):
 
     def __init__(self, place: Place, method: Method, entries: Sequence[Entry], done: Done) -> None:
         super().__init__(place, method, entries, done)
-        self._outcomes: Sequence[Reply | Response] = ()
+        self._outcomes: Sequence[Outcome] = ()
+        self._stream: _OnThisThread | None = None
+        self._given_up = False
         place.threads.submit(self)
+
+    def _interrupt(self, entry_id: str) -> None:
+        with self._place.starting:
+            self._given_up = True
+            stream = self._stream
+        if stream is not None:
+            stream.flow.stop()
 
     def run(self) -> None:
         argument = self._start()
@@ -203,10 +263,24 @@ class OnThread(_Call, Job):
             self._outcomes = self._place.failures(self._entries, e, _ms_since(began_at))
         else:
             self._outcomes = self._place.outcomes(self._method, self._entries, result, _ms_since(began_at))
+            if isinstance(values := self._outcomes[0], GeneratorType):
+                self._stream_here(values, began_at)
         work_on(())  # a health check may be next on this thread
 
+    def _stream_here(self, values: Generator[Any, Any, Any], began_at: float) -> None:
+        """Run a generator to its end, so that no other request of one that is alone on its thread comes between."""
+        with self._place.starting:
+            stream = self._stream = _OnThisThread(self._place, self._entries[0], values)
+            given_up = self._given_up
+        if given_up:
+            stream.flow.stop()
+        stream.run(began_at)
+
     def finish(self) -> None:
-        self._deliver(self._outcomes)
+        if self._stream is not None:
+            self._done(self._entries[0], self._stream.reply())
+        else:
+            self._deliver(self._outcomes)
 
 
 class OnLoop(_Call):
@@ -227,7 +301,7 @@ class OnLoop(_Call):
         if not self._entries:
             return
         began_at = perf_counter()
-        outcomes: Sequence[Reply | Response]
+        outcomes: Sequence[Outcome]
         try:
             result = await self._method.function(argument)
         except BaseException as e:
@@ -242,22 +316,116 @@ class OnLoop(_Call):
         self._deliver(outcomes)
 
 
+class _OnThisThread:
+    """A generator that runs to its end on one thread, and what comes of it."""
+
+    def __init__(self, place: Place, entry: Entry, values: Generator[Any, Any, Any]) -> None:
+        self.flow = place.flow(entry)
+        self._place, self._values = place, values
+        self._error: BaseException | None = None
+        self._run_ms = 0.0
+
+    def run(self, began_at: float) -> None:
+        place = self._place
+        try:
+            pump(self.flow, self._values, place.backend, place.allow_pickle)
+        except BaseException as e:
+            self._error = e
+        self._run_ms = _ms_since(began_at)
+
+    def reply(self) -> Reply:
+        """Return what ends it. To be called on the loop, after `run`."""
+        if self._error is not None:
+            return self._place.broken(self.flow, self._error, self._run_ms)
+        return self._place.ended(self.flow, self._run_ms)
+
+
+class _StreamingOnThread(Job):
+    """A generator that blocks, made by ``async def`` code."""
+
+    def __init__(self, place: Place, entry: Entry, values: Generator[Any, Any, Any], done: Done) -> None:
+        self._entry, self._done = entry, done
+        self._stream = _OnThisThread(place, entry, values)
+        place.threads.submit(self)
+
+    def cancel(self, entry_id: str) -> None:
+        self._stream.flow.stop()
+
+    def run(self) -> None:
+        work_on([_name(self._entry)])
+        self._stream.run(perf_counter())
+        work_on(())
+
+    def finish(self) -> None:
+        self._done(self._entry, self._stream.reply())
+
+
+class _StreamingOnLoop:
+    """An asynchronous generator."""
+
+    def __init__(self, place: Place, entry: Entry, values: AsyncGenerator[Any, Any], done: Done) -> None:
+        self._place, self._entry, self._values, self._done = place, entry, values, done
+        self._flow = place.flow(entry)
+        self._started = False
+        self._task = place.spawn(self._run())
+        self._flow.on_stop = self._interrupt
+
+    def cancel(self, entry_id: str) -> None:
+        self._flow.stop()
+
+    def _interrupt(self) -> None:
+        if self._started:  # else its task would end without having run at all
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        place, flow = self._place, self._flow
+        work_on([_name(self._entry)])
+        began_at = perf_counter()
+        self._started = True
+        try:
+            await pump_soon(flow, self._values, place.backend, place.allow_pickle)
+        except BaseException as e:
+            if place.abandoned or not place.loop.is_running():
+                return
+            self._done(self._entry, place.broken(flow, e, _ms_since(began_at)))
+        else:
+            self._done(self._entry, place.ended(flow, _ms_since(began_at)))
+
+
+_Streaming = Union[_StreamingOnThread, _StreamingOnLoop]  # noqa: UP007 - it is evaluated, also on Python 3.10
+
+
 class _Responding:
     """A response that must be called as an ASGI application: it streams, reads a file or has a background task.
 
-    Its messages are put together to a whole response.
+    Its messages go out as they come if it ``streams``, and if there is more than one of its body. Else they are put
+    together to a whole response.
     """
 
-    def __init__(self, place: Place, entry: Entry, request: Request, response: Response, done: Done) -> None:
+    def __init__(
+        self, place: Place, entry: Entry, request: Request, response: Response, done: Done, streams: bool
+    ) -> None:
         self._place, self._entry, self._request, self._response, self._done = place, entry, request, response, done
         self._collector = Collector()
+        self._flow = place.flow(entry) if streams else None
+        self._passing_on = False
+        """Its head has gone out, so what follows does as well."""
+        self._began_at = perf_counter()
         self._started = self._given_up = False
         self._task = place.spawn(self._run())
+        if self._flow is not None:
+            self._flow.on_stop = self._interrupt
 
     def cancel(self, entry_id: str) -> None:
         # Once it is complete, what still runs is its background task, which nobody has to wait for.
         if entry_id != self._entry.id or self._collector.complete:
             return
+        if self._flow is not None:
+            self._flow.stop()
+        else:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
         self._given_up = True
         if self._started:  # else its task would end without having run at all
             self._task.cancel()
@@ -265,17 +433,11 @@ class _Responding:
     async def _run(self) -> None:
         place, entry = self._place, self._entry
         work_on([_name(entry)])
-        began_at = perf_counter()
         self._started = True
-
-        async def send(message: Message) -> None:
-            if (encoded := self._collector.take(message)) is not None:
-                self._done(entry, place.reply(entry, encoded, _ms_since(began_at)))
-
         try:
             if self._given_up:
                 raise asyncio.CancelledError
-            await self._response(self._request.scope, self._request.receive, send)
+            await self._response(self._request.scope, self._request.receive, self._send)
             if not self._collector.complete:
                 raise RuntimeError(f"the {type(self._response).__name__} ended before its body was complete")
         except BaseException as e:
@@ -283,10 +445,40 @@ class _Responding:
                 return
             if self._collector.complete:
                 log.exception("the background task of a response failed (backend %s)", place.backend)
+            elif self._flow is not None:
+                self._done(entry, place.broken(self._flow, e, _ms_since(self._began_at)))
             elif self._given_up and isinstance(e, asyncio.CancelledError):
                 self._done(entry, place.cancelled(entry))
             else:
-                self._done(entry, failed_reply(entry, e, place.replica, _ms_since(began_at)))
+                self._done(entry, failed_reply(entry, e, place.replica, _ms_since(self._began_at)))
+        finally:
+            # Starlette leaves it to the garbage collector to close what a response was still to read from.
+            values = getattr(self._response, "body_iterator", None)
+            if isinstance(values, AsyncGeneratorType):
+                await values.aclose()
+
+    async def _send(self, message: Message) -> None:
+        place, entry, collector, flow = self._place, self._entry, self._collector, self._flow
+        if not self._passing_on:
+            if (encoded := collector.take(message)) is not None:
+                self._done(entry, place.reply(entry, encoded, _ms_since(self._began_at)))
+            if flow is None or collector.complete:
+                return
+            if message["type"] == "http.response.start":
+                place.loop.call_soon(self._pass_on)  # without a body in this turn, its head goes alone
+                return
+            self._pass_on()
+        if flow is not None and message["type"] == "http.response.body" and not collector.complete:
+            if body := bytes(message.get("body", b"")):
+                await flow.put_soon("response", body)
+            if not message.get("more_body", False):
+                collector.complete = True
+                self._done(entry, place.ended(flow, _ms_since(self._began_at)))
+
+    def _pass_on(self) -> None:
+        if self._flow is not None and not self._passing_on and not self._collector.complete:
+            self._passing_on = True
+            self._flow.start(self._collector.status, self._collector.headers)
 
 
 def _name(entry: Entry) -> str:

@@ -50,7 +50,7 @@ class Code(NamedTuple):
 
     @property
     def is_async(self) -> bool:
-        """Whether its ``__call__`` is ``async def``."""
+        """Whether its ``__call__`` is ``async def``, be it a generator or not."""
         return _is_async(self.target)
 
     def construct(self) -> Target:
@@ -129,12 +129,24 @@ class Target:
 
 
 def _method(function: Callable[..., Any]) -> Method:
-    return Method(function, _is_async(function), accepts_batch(function))
+    if not _is_async(function):
+        return Method(function, False, accepts_batch(function))
+    if _is_any(function, inspect.iscoroutinefunction):
+        return Method(function, True, accepts_batch(function))
+
+    async def generate(argument: Any) -> Any:
+        return function(argument)  # a generator that has not begun
+
+    return Method(generate, True, accepts_batch(function))
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
+    return _is_any(function, inspect.iscoroutinefunction) or _is_any(function, inspect.isasyncgenfunction)
+
+
+def _is_any(function: Callable[..., Any], kind: Callable[[Any], bool]) -> bool:
     # The second: an object, or a class, with `async def __call__`.
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, CALL))
+    return kind(function) or kind(getattr(function, CALL))
 
 
 def _imported(path: str) -> Any:

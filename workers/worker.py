@@ -18,13 +18,15 @@ from typing import Any
 from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
 from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
+from ..broker.flow import TAKEN
 from ..broker.keys import Keys
 from ..broker.lease import Lease
 from ..broker.places import id_of, is_batch
 from ..broker.signals import LOOK, Signals
 from ..broker.wire import LARGE, Entry, Reply
-from ..handles.errors import DeliveryLimitExceeded, to_wire
+from ..handles.errors import DeliveryLimitExceeded, PenstockError, StreamBroken, to_wire
 from .fairness import BATCH_SHARE, Fairness
+from .outlet import PartsOutlet
 from .runner import Runner
 from .running import Running
 
@@ -77,6 +79,7 @@ class Worker:
         self._commands = Connection(url, name=f"penstock-{replica}")
         reads = self._reads = Connection(url, name=f"penstock-{replica}-claims")
         self._claims = Claims(self._commands, reads, self._keys, backend, replica)
+        self._outlet = PartsOutlet(self._commands, self._claims, self._place_of)
         self._lease = Lease(url, self._keys.alive(backend, replica))
         self._signals = Signals(url, self._keys, backend, self._on_signal)
         self._held: dict[bytes, _Held] = {}
@@ -129,6 +132,7 @@ class Worker:
             BrokerUnavailable: Redis cannot be reached.
         """
         loop = self._loop = asyncio.get_running_loop()
+        self._runner.stream_to(self._outlet)
         await self._commands.open()
         await self._reads.open()
         # Either may have carried a claim that we never saw.
@@ -174,6 +178,12 @@ class Worker:
                 timer.cancel()
         for task in self._loading:
             task.cancel()
+        for flow in self._outlet.flows:
+            if (held := self._by_entry.get(id(flow.entry))) is not None:
+                self._break_off(held.place, flow.entry, "its replica was stopped")
+                self._forget(held)
+            flow.stop()
+        self._outlet.close()
         await self._signals.close()
         # Its outstanding claim ends with its connection; what that claimed in the last moment is taken over.
         await self._reads.close()
@@ -424,6 +434,8 @@ class Worker:
             self._settle(held.place)
             self._drop_body(entry)
             self._forget(held)
+            if entry.header.window:
+                self._commands.join_write(partial(self._outlet.end, entry, held.place))
         if held.alone is not None:
             held.alone.set()
         if self._returned:
@@ -474,6 +486,10 @@ class Worker:
         if entry.large:
             self._commands.post(_log_failure, "UNLINK", self._keys.body(self.backend, entry.id), repeat=True)
 
+    def _place_of(self, entry: Entry) -> bytes | None:
+        held = self._by_entry.get(id(entry))
+        return None if held is None else held.place
+
     def _forget(self, held: _Held) -> None:
         self._held.pop(held.place, None)
         self._by_entry.pop(id(held.entry), None)
@@ -485,6 +501,9 @@ class Worker:
     def _on_signal(self, signal: bytes) -> None:
         if signal == LOOK:
             self._wake.set()
+            return
+        if signal.startswith(TAKEN):
+            self._outlet.hear(signal)
             return
         held = self._held.get(signal)
         if held is None:
@@ -527,8 +546,7 @@ class Worker:
         if self._runner.blocking:
             for held in list(self._held.values()):
                 if held.running is not None and held.alone is None:
-                    held.recalled = True
-                    held.running.cancel(held.entry.id)
+                    held.recalled = held.running.recall(held.entry.id)
 
     # -- taking over
 
@@ -538,6 +556,7 @@ class Worker:
             try:
                 orphans, returned = await self._claims.look()
                 if orphans:
+                    await self._break_off_orphans()
                     await self._nurse()
                 while returned and (room := self._room()) > 0 and not self._draining:
                     retaken = await self._claims.retake(min(room, max(_CLAIM, self._batch_size)))
@@ -556,6 +575,33 @@ class Worker:
             finally:
                 waking.cancel()
 
+    async def _break_off_orphans(self) -> None:
+        """End the answers that had begun to stream when their replica died: there is nothing of them to run."""
+        while (taken := await self._claims.adopt(streamed=True)) is not None:
+            await self._end_orphan(taken)
+
+    async def _end_orphan(self, taken: Taken) -> None:
+        try:
+            entry = Entry.of(taken.fields)
+        except WireError as e:
+            await self._claims.bury(taken, str(e))
+            return
+        self._break_off(taken.entry, entry, "its replica died")
+        self._claims.forget_history(taken.entry)
+        self._claims.forget_streamed(taken.entry)
+
+    def _break_off(self, place: bytes, entry: Entry, reason: str) -> None:
+        """Tell the caller that an answer which streams cannot go on: it must not be run again."""
+        log.warning("the answer to request %s of %r breaks off: %s", entry.id, self.backend, reason)
+        self._tell(entry, StreamBroken(self.backend, entry.id, reason))
+        self._settle(place)
+        self._drop_body(entry)
+
+    def _tell(self, entry: Entry, error: PenstockError) -> None:
+        if entry.caller:
+            reply = Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
+            self._claims.reply(entry.caller, reply.fields())
+
     async def _nurse(self) -> None:
         """Run suspects one at a time and alone: then a second death convicts the one that caused it and nobody else."""
         self._nursing = True
@@ -566,6 +612,9 @@ class Worker:
                 taken = await self._claims.adopt()
                 if taken is None:
                     return
+                if taken.streamed:
+                    await self._end_orphan(taken)
+                    continue
                 if taken.deliveries >= self._max_deliveries:
                     await self._convict(taken)
                     continue
@@ -613,9 +662,7 @@ class Worker:
             return
         error = DeliveryLimitExceeded(self.backend, entry.id, taken.deliveries, self._max_deliveries)
         log.error("%s", error)
-        if entry.caller:
-            reply = Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
-            self._claims.reply(entry.caller, reply.fields())
+        self._tell(entry, error)
         await self._claims.bury(taken, str(error))
 
     async def _recover(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.broker.errors import WireError
-from penstock.broker.wire import Entry, Header, PathParam, Reply
+from penstock.broker.wire import Entry, Header, Part, PathParam, Reply
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # surrogates are not Unicode text
 SMALL_INTS = st.integers(-(2**63), 2**64 - 1)
@@ -34,6 +34,16 @@ headers = st.builds(
     call=TEXT,
     request_id=TEXT,
     client=TEXT,
+    window=st.integers(0, 2**31),
+)
+
+
+def part(values: list[bytes], codec: str, more: bool, status: int, headers: list[tuple[str, str]]) -> Part:
+    return Part("id", 0, codec, [len(value) for value in values], more, status, headers, b"".join(values))
+
+
+parts = st.builds(
+    part, st.lists(st.binary(max_size=20), min_size=1, max_size=5), TEXT, st.booleans(), st.integers(200, 599), PAIRS
 )
 entries = st.builds(Entry, TEXT, TEXT, headers, st.binary(max_size=50))
 replies = st.builds(
@@ -259,7 +269,27 @@ def test_every_member_of_a_header_travels() -> None:
         "query": {"q": 1},
         "headers": [("a", "b")],
         "deadline_ms": 17,
+        "window": 18,
     }
     names = [member.name for member in dataclasses.fields(Header)]
     header = Header(**{name: sentinels.get(name, f"<{name}>") for name in names})
     assert Header.load(header.dump()) == header
+
+
+@given(parts)
+def test_a_part_is_read_as_it_was_written(part: Part) -> None:
+    assert Part.of(part.fields()) == part
+
+
+@given(parts)
+def test_who_knows_of_no_parts_refuses_them(part: Part) -> None:
+    with pytest.raises(WireError, match="cannot read wire version b'part-1'"):
+        Reply.of(part.fields())
+
+
+@given(st.dictionaries(st.sampled_from(["n", "codec", "sizes", "more", "status", "headers", "later"]), JSON))
+def test_a_part_that_cannot_be_read_is_a_wire_error(members: dict[str, Any]) -> None:
+    fields = [b"v", b"part-1", b"id", b"a", b"h", json.dumps(members).encode(), b"b", b"abc"]
+    with suppress(WireError):
+        part = Part.of(fields)
+        assert sum(part.sizes) == 3

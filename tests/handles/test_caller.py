@@ -49,6 +49,7 @@ def send(
         if isinstance(outcome, Reply):
             future.set_result(outcome)
         else:
+            assert isinstance(outcome, BaseException), "parts were not asked for"
             future.set_exception(outcome)
             future.exception()
 

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from penstock.broker.registry import BackendRecord
 from penstock.broker.wire import Header, Reply
-from penstock.handles.caller import Call, Caller
+from penstock.handles.caller import Call, Caller, Outcome
 from penstock.workers import target
 from penstock.workers.runner import Runner
 from penstock.workers.worker import Worker
@@ -30,7 +30,7 @@ _numbers = itertools.count(1)
 async def serving(url: str, function: Callable[..., Any], **config: Any) -> AsyncGenerator[Worker]:
     """A worker of the backend `TAG` in this loop."""
     replica = f"{TAG}#{next(_numbers)}"
-    runner = Runner(TAG, replica, target.dump(cast("Any", _ByReference(function))), {**CONFIG, **config})
+    runner = Runner(TAG, replica, target.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
     await runner.start()
     worker = Worker(url, "default", TAG, replica, runner)
     await worker.start()
@@ -42,7 +42,7 @@ async def serving(url: str, function: Callable[..., Any], **config: Any) -> Asyn
         await runner.stop()
 
 
-class _ByReference:
+class ByReference:
     """Code of a test, which arrives at the runner as it is: with the events that it closes over."""
 
     functions: ClassVar[dict[int, Any]] = {}
@@ -58,7 +58,7 @@ class _ByReference:
 
 
 def _same(key: int) -> Any:
-    return _ByReference.functions[key]
+    return ByReference.functions[key]
 
 
 class Killable:
@@ -102,10 +102,11 @@ class Client:
         backend = BackendRecord(tag=TAG, version="1", code="", config={**CONFIG, **options.pop("config", {})})
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-        def then(outcome: Reply | BaseException) -> None:
+        def then(outcome: Outcome) -> None:
             if isinstance(outcome, Reply):
                 future.set_result(outcome)
             else:
+                assert isinstance(outcome, BaseException), "parts were not asked for"
                 future.set_exception(outcome)
 
         header = Header(codec="bytes", **options)
@@ -165,6 +166,12 @@ async def slowly(request: Any) -> bytes:
 async def never(request: Any) -> bytes:
     await asyncio.sleep(3600)
     return b""
+
+
+async def tick(request: Any) -> AsyncGenerator[str]:
+    for n in itertools.count():
+        yield str(n)
+        await asyncio.sleep(0.01)
 
 
 async def _main(url: str, name: str) -> None:

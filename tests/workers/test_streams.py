@@ -1,0 +1,276 @@
+import asyncio
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from hypothesis import given, strategies as st
+
+from penstock.broker.flow import CHUNK, WINDOW
+from penstock.broker.registry import BackendRecord
+from penstock.broker.wire import VALUE_COST, Entry, Header, Part, Reply
+from penstock.handles.caller import Call, Outcome
+from penstock.handles.errors import StreamBroken
+from penstock.handles.incoming import Incoming
+from penstock.workers.streams import Outflow, Stopped
+from tests.waiting import wait_until_async
+from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, serving, start_killable
+
+
+def ask(client: Client) -> "tuple[Call, asyncio.Future[Outcome]]":
+    """Send a request whose answer may come in parts."""
+    begun: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+    return client.caller.submit(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
+
+
+async def begun(outcome: "asyncio.Future[Outcome]") -> Incoming:
+    incoming = await asyncio.wait_for(outcome, 10)
+    assert isinstance(incoming, Incoming), incoming
+    return incoming
+
+
+async def rest_of(incoming: Incoming) -> list[bytes]:
+    got: list[bytes] = []
+    while pieces := await incoming.pieces():
+        got += [piece.body for piece in pieces]
+    return got
+
+
+@pytest.fixture
+async def replica(redis_url: str) -> AsyncIterator[Killable]:
+    replica = await start_killable(redis_url, "tick")
+    yield replica
+    await replica.kill()
+
+
+async def nothing_is_left(client: Client) -> None:
+    async def left() -> bool:
+        return await client.depth() == 0
+
+    await wait_until_async(left)
+
+
+async def test_a_replica_that_is_killed_breaks_its_streams_off_and_nobody_runs_them_again(
+    redis_url: str, replica: Killable
+) -> None:
+    ran: list[str] = []
+
+    async def elsewhere(request: object) -> str:
+        ran.append("again")
+        return "again"
+
+    async with calling(redis_url) as client:
+        _, outcome = ask(client)
+        incoming = await begun(outcome)
+        assert (await incoming.pieces())[0].body == b"0"
+        async with serving(redis_url, elsewhere):
+            loop = asyncio.get_running_loop()
+            killed_at = loop.time()
+            await replica.kill()
+            with pytest.raises(StreamBroken, match="its replica died"):
+                await rest_of(incoming)
+            assert loop.time() - killed_at < 4.0
+            await nothing_is_left(client)
+            assert ran == []
+            # Its mark is gone, and nothing else of it is left.
+            assert await client.redis.keys("*:streamed:*") == []
+            assert await client.redis.keys("*:history:*") == []
+
+
+async def test_it_breaks_off_also_where_the_others_are_busy_with_streams_of_their_own(
+    redis_url: str, replica: Killable
+) -> None:
+    async with calling(redis_url) as client:
+        incoming = await begun(ask(client)[1])
+        other = await start_killable(redis_url, "tick")
+        try:
+            busy = [await begun(outcome) for outcome in [ask(client)[1] for _ in range(4)]]
+            await replica.kill()
+            with pytest.raises(StreamBroken, match="its replica died"):
+                await rest_of(incoming)
+            for one in busy:
+                one.close()
+        finally:
+            await other.kill()
+
+
+async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.workers.outlet.LAPSE_S", 0.5)
+    monkeypatch.setattr("penstock.handles.caller.REPEAT_S", 3600.0)
+    ended = threading.Event()
+
+    def endless(request: object) -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"x" * CHUNK
+        finally:
+            ended.set()
+
+    async with calling(redis_url) as client, serving(redis_url, endless):
+        incoming = await begun(ask(client)[1])
+        await wait_until_async(ended.is_set)
+        with pytest.raises(StreamBroken, match=r"said nothing for 0\.5 s"):
+            await rest_of(incoming)
+        await nothing_is_left(client)
+
+
+async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> None:
+    ended = asyncio.Event()
+
+    async def endless(request: object) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x"
+                await asyncio.sleep(0.001)
+        finally:
+            ended.set()
+
+    async with calling(redis_url) as client, serving(redis_url, endless) as worker:
+        await begun(ask(client)[1])
+        await client.redis.delete(client.caller.keys.replies(client.caller.id))
+        await asyncio.wait_for(ended.wait(), 5)
+        await wait_until_async(lambda: worker.in_progress == 0)
+
+
+async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str) -> None:
+    values = [b"%d" % n * 1000 for n in range(1000)]
+
+    def give(request: object) -> Iterator[bytes]:
+        yield from values
+
+    async with calling(redis_url) as client, serving(redis_url, give) as worker:
+        heard: list[bytes] = []
+        hear = worker._outlet.hear  # pyright: ignore[reportPrivateUsage]
+
+        def hear_every_third(word: bytes) -> None:
+            heard.append(word)
+            if len(heard) % 3 == 0:
+                hear(word)
+
+        worker._outlet.hear = hear_every_third  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+        assert await rest_of(await begun(ask(client)[1])) == values
+        assert len(heard) >= 3
+
+
+# -- the two ends, without a broker between them
+
+
+class Wire:
+    """An outlet whose parts are taken by an `Incoming`, which grants as its reader takes them."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.parts: deque[list[bytes]] = deque()
+        self.begun = 0
+
+    def begin(self, flow: Outflow) -> None:
+        self.begun += 1
+
+    def send(self, flow: Outflow, part: Part) -> None:
+        assert len(part.body) <= 2 * CHUNK
+        self.parts.append(part.fields())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["text", "json", "bytes"]), st.integers(0, 3 * CHUNK)), max_size=30),
+    st.integers(1, 4 * CHUNK),
+    st.randoms(use_true_random=False),
+)
+def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_way(
+    values: list[tuple[str, int]], window: int, chance: random.Random
+) -> None:
+    async def run() -> None:
+        entry = Entry("id", "caller", Header(window=window))
+        wire = Wire(window)
+        flow = Outflow(wire, asyncio.get_running_loop(), entry)
+        incoming: Incoming | None = None
+        got: list[tuple[str, bytes]] = []
+        unfinished = b""
+
+        async def make() -> None:
+            for n, (codec, size) in enumerate(values):
+                await flow.put_soon(codec, bytes([n]) * size)
+
+        making = asyncio.create_task(make())
+        ended = False
+        while True:
+            if making.done() and not ended:
+                making.result()
+                flow.finish()
+                ended = True
+            if chance.random() < 0.5 or making.done():
+                while wire.parts:
+                    part = Part.of(wire.parts.popleft())
+                    if incoming is None:
+                        incoming = Incoming(part, "b", window, flow.taken, flow.stop)
+                    incoming.take(part)
+            if ended and incoming is not None:
+                incoming.end(Reply("id", codec="stream", body=b"%d" % flow.parts))
+            if incoming is not None and (ended or incoming._pieces):  # pyright: ignore[reportPrivateUsage]
+                pieces = await incoming.pieces()
+                assert ended or sum(len(p.body) + VALUE_COST for p in pieces) < window + CHUNK + VALUE_COST
+                for codec, body, more in pieces:
+                    unfinished += body
+                    if not more:
+                        got.append((codec, unfinished))
+                        unfinished = b""
+                if ended and not pieces:
+                    break
+            await asyncio.sleep(0)
+        assert got == [(codec, bytes([n]) * size) for n, (codec, size) in enumerate(values)]
+        assert wire.begun == 1
+
+    asyncio.run(run())
+
+
+@given(st.permutations(range(5)))
+def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> None:
+    async def run() -> None:
+        parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(5)]
+        incoming = Incoming(parts[order[0]], "b", 1000, lambda taken: None, lambda: None)
+        good = 0
+        for n in order:
+            try:
+                incoming.take(parts[n])
+            except StreamBroken:
+                break
+            good += 1
+        assert list(order[:good]) == list(range(good))
+        if good == 5:
+            incoming.end(Reply("id", codec="stream", body=b"5"))
+            assert [piece.body for piece in await incoming.pieces()] == [b"0", b"1", b"2", b"3", b"4"]
+            assert await incoming.pieces() == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (Reply("id", codec="stream", body=b"3"), "it had 3 parts, of which 1 came"),
+        (Reply("id", codec="text", body=b"whole"), "another replica gave a whole answer"),
+    ],
+)
+async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> None:
+    part = Part("id", 0, "text", [1], body=b"a")
+    incoming = Incoming(part, "b", 1000, lambda taken: None, lambda: None)
+    incoming.take(part)
+    incoming.end(end)
+    assert len(await incoming.pieces()) == 1
+    with pytest.raises(StreamBroken, match=said):
+        await incoming.pieces()
+
+
+async def test_a_thread_that_waits_for_room_is_stopped() -> None:
+    wire = Wire(1)
+    loop = asyncio.get_running_loop()
+    flow = Outflow(wire, loop, Entry("id", "caller", Header(window=1)))
+    flow.put("text", b"a")
+    waiting = loop.run_in_executor(None, flow.put, "text", b"b")
+    await wait_until_async(lambda: wire.parts)
+    assert not waiting.done()
+    flow.stop()
+    with pytest.raises(Stopped):
+        await waiting
