@@ -298,7 +298,7 @@ def test_whatever_is_killed_the_output_has_every_row_once(site: Site, tmp_path: 
             finally:
                 _kill(producer)
             # Else the next one waits until this lapses: 3 s, twenty times.
-            redis.delete(Keys(INSTANCE).job_owner("killed"))
+            redis.delete(Keys(INSTANCE).job_owner(Keys.job_name("killed")))
         with begin() as producer:
             assert producer.wait(100) == 0
     assert killed
