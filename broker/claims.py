@@ -308,7 +308,9 @@ class Claims:
     def put_reply_body(self, caller: str, request: str, body: bytes, ttl_ms: int) -> None:
         """Store the body of a reply that is too large for its stream; call it before `reply`."""
         key = self._keys.reply_body(caller, request)
-        self._commands.post_script(_log_failure, _PUT_BODY, [key], [body, ttl_ms], repeat=True, patient=True)
+        self._commands.post_script(
+            _log_failure, _PUT_BODY, [key], [body, ttl_ms], repeat=True, patient=True, bulky=True
+        )
 
     def settle(self, places: Iterable[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""

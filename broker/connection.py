@@ -35,6 +35,8 @@ __all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "sh
 
 Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
+Packed = Union[bytes, list[bytes]]  # noqa: UP007
+"""A command as it is sent, whole or in pieces."""
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ _CLOCK_ROUND_S = 0.2
 _CONNECT_S = 5.0
 _BACKOFF_S = (0.02, 1.0)
 _READ_BYTES = 256 * 1024
+_COPIED_BYTES = 64 * 1024
+"""A longer argument of a bulky command is not copied next to the others."""
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
 
 _pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
@@ -84,7 +88,7 @@ class _Command:
     __slots__ = ("packed", "repeat", "retry", "since", "then")
 
     def __init__(
-        self, packed: bytes, then: Then, repeat: bool, retry: Callable[[], bytes] | None, since: float = 0.0
+        self, packed: Packed, then: Then, repeat: bool, retry: Callable[[], Packed] | None, since: float = 0.0
     ) -> None:
         self.packed, self.then, self.repeat, self.retry = packed, then, repeat, retry
         self.since = since
@@ -113,7 +117,9 @@ class Connection:
         self._first: asyncio.Future[None] | None = None
         self._known: set[str] = set()
         """The scripts that this server has by now."""
-        self._outgoing: list[bytes] = []
+        self._outgoing: list[Packed] = []
+        self._bulky = False
+        """Among them are some in pieces."""
         self._fills: list[Callable[[], None]] = []
         self._flush_due = False
         self._sent: deque[_Command] = deque()
@@ -179,9 +185,13 @@ class Connection:
         if hooks:
             await asyncio.wait(hooks)
 
-    def post(self, then: Then, *args: Arg, repeat: bool = False, patient: bool = False) -> None:
-        """Send a command in this tick's write; ``then`` gets its reply, or the exception, in the reader task."""
-        self._enqueue(_Command(_pack(args), then, repeat, None, math.inf if patient else 0.0))
+    def post(self, then: Then, *args: Arg, repeat: bool = False, patient: bool = False, bulky: bool = False) -> None:
+        """Send a command in this tick's write; ``then`` gets its reply, or the exception, in the reader task.
+
+        A ``bulky`` one has an argument that is so large that it is worth not to copy it.
+        """
+        packed = _pieces(args) if bulky else _pack(args)
+        self._enqueue(_Command(packed, then, repeat, None, math.inf if patient else 0.0))
 
     def send(self, *args: Arg, repeat: bool = False, patient: bool = False) -> asyncio.Future[Any]:
         """Send a command in this tick's write and return the future of its reply.
@@ -203,15 +213,17 @@ class Connection:
         *,
         repeat: bool = False,
         patient: bool = False,
+        bulky: bool = False,
     ) -> None:
         """Run ``script``, as `post` sends a command."""
         operands: tuple[Arg, ...] = (len(keys), *keys, *args)
+        pack = _pieces if bulky else _pack
 
-        def whole() -> bytes:
-            return _pack(("EVAL", script.text, *operands))
+        def whole() -> Packed:
+            return pack(("EVAL", script.text, *operands))
 
         if script.digest in self._known:
-            packed = _pack(("EVALSHA", script.digest, *operands))
+            packed = pack(("EVALSHA", script.digest, *operands))
         else:
             packed = whole()
             if self._writer is not None:
@@ -243,6 +255,8 @@ class Connection:
             return
         self._sent.append(command)
         self._outgoing.append(command.packed)
+        if type(command.packed) is not bytes:
+            self._bulky = True
         if not self._flush_due:
             self._schedule_flush()
 
@@ -267,7 +281,12 @@ class Connection:
                     log.exception("cannot send what was gathered")
         self._flush_due = False
         if self._writer is not None and self._outgoing:
-            self._writer.write(b"".join(self._outgoing))
+            if self._bulky:
+                self._bulky = False
+                # uvloop hands the pieces to the kernel as they are.
+                self._writer.writelines([one for each in self._outgoing for one in _as_pieces(each)])
+            else:
+                self._writer.write(b"".join(cast("list[bytes]", self._outgoing)))
             self._outgoing.clear()
 
     # -- connecting and reading
@@ -512,6 +531,29 @@ def _reply_error(text: str) -> Exception:
     code, _, rest = text.partition(" ")
     kind = redis_errors.NoPermissionError if text.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
     return redis_errors.ResponseError(text) if kind is None else kind(rest)
+
+
+def _pieces(args: Sequence[Arg]) -> list[bytes]:
+    """Pack a command, but leave its large arguments as they are.
+
+    Commands are arrays of bulk strings (https://redis.io/docs/latest/develop/reference/protocol-spec/#arrays). To pack
+    10 MiB costs two copies of it, and was a quarter of the time that such a request took.
+    """
+    pieces: list[bytes] = []
+    packed = b"*%d\r\n" % len(args)
+    for arg in args:
+        raw = arg if isinstance(arg, bytes) else str(arg).encode()
+        packed += b"$%d\r\n" % len(raw)
+        if len(raw) > _COPIED_BYTES:
+            pieces += (packed, raw)
+            packed = b"\r\n"
+        else:
+            packed += raw + b"\r\n"
+    return [*pieces, packed]
+
+
+def _as_pieces(packed: Packed) -> Sequence[bytes]:
+    return (packed,) if isinstance(packed, bytes) else packed
 
 
 def _tell(command: _Command, error: Exception) -> None:

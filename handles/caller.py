@@ -462,7 +462,8 @@ class Caller:
         # Ahead of its entry on the same connection, so that no replica can look for it too early.
         ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
         key = self.keys.body(call.backend, call.id)
-        self._connection.post(partial(self._on_body_put, call), "SET", key, call.body, "PX", ttl_ms, repeat=True)
+        then = partial(self._on_body_put, call)
+        self._connection.post(then, "SET", key, call.body, "PX", ttl_ms, repeat=True, bulky=True)
 
     def _on_body_put(self, call: Call, result: Any) -> None:
         if isinstance(result, Exception) and self._give_up(call):
@@ -483,7 +484,7 @@ class Caller:
             fields = Entry(id_, "", header, b"" if large else body, large).fields()
             key = self.keys.body(tag, id_) if large else None
             if key is not None:
-                self._connection.post(_ignore, "SET", key, body, "PX", _SHADOW_BODY_TTL_MS, repeat=True)
+                self._connection.post(_ignore, "SET", key, body, "PX", _SHADOW_BODY_TTL_MS, repeat=True, bulky=True)
             then = partial(self._on_shadowed, tag, key)
             limit: int = backend.config.get("max_queued_requests", _MAX_QUEUED)
             self._publisher.publish(tag, fields, batch_limit(limit) if batch else limit, then, batch=batch)

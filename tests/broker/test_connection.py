@@ -71,6 +71,19 @@ async def test_a_reply_larger_than_a_read_arrives_whole(redis_url: str, connect:
     assert await connection.send("ECHO", large) == large
 
 
+@pytest.mark.parametrize("size", [0, 1, 64 * 1024, 64 * 1024 + 1, 3_000_000])
+async def test_a_bulky_command_arrives_as_any_other(redis_url: str, connect: Connect, size: int) -> None:
+    connection = await connect(redis_url)
+    value = os.urandom(size)
+    heard: list[object] = []
+    connection.post(heard.append, "ECHO", "first")
+    connection.post(heard.append, "ECHO", value, bulky=True)
+    for _ in range(2):  # whole, and by its digest
+        connection.post_script(heard.append, ECHO, [], [value, "é", 7], bulky=True)
+    assert await connection.send("ECHO", "last") == b"last"
+    assert heard == [b"first", value, value, value]
+
+
 async def test_commands_are_carried_out_in_the_order_they_were_sent(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
     heard: list[bytes] = []
