@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Union
 
 from .connection import Arg, Connection, Script
@@ -17,27 +18,62 @@ from .signals import signal
 
 log = logging.getLogger(__name__)
 
-Published = Union[bytes, int, Exception]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""The entry's id on its stream; or how many unsettled entries stood in its way; or what went wrong."""
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The queue was full."""
+
+    depth: int
+    """How many unsettled entries stood in the way."""
+    retry_after_s: float
+
+
+Published = Union[bytes, Refused, Exception]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""The entry's id on its stream; or that there was no room; or what went wrong."""
+
+_RETRY_S = (1.0, 60.0)
+
+
+def retry_after_s(oldest_ms: float) -> float:
+    """Return when to come back to a full queue whose oldest unsettled entry was accepted ``oldest_ms`` ago.
+
+    While that one waited, all before it were worked off, and the queue filled up behind it. So that is how long the
+    queue takes to drain at the rate at which it has drained lately. Where the oldest runs for much longer than the
+    others, it is less; at most a minute is asked for in any case, and at least a second.
+    """
+    at_least, at_most = _RETRY_S
+    return min(max(at_least, oldest_ms / 1000), at_most)
+
 
 # KEYS: the stream to append to, then every stream that counts. ARGV: the limit, then for each entry the number of its
-# field names and values, and these. Answers for each entry its id, or the depth that refused it. A server out of memory
-# refuses the whole call before it starts, so that nothing is half done.
+# field names and values, and these. Answers for each entry its id, or the depth that refused it; then, if any was
+# refused, how many milliseconds ago the oldest on the streams was accepted. A server out of memory refuses the whole
+# call before it starts, so that nothing is half done.
 _PUBLISH = Script("""#!lua
 local depth = 0
 for k = 2, #KEYS do depth = depth + redis.call('XLEN', KEYS[k]) end
 local limit = tonumber(ARGV[1])
-local out = {}
+local out, refused = {}, false
 local i = 2
 while i <= #ARGV do
   local n = tonumber(ARGV[i])
   if depth >= limit then
-    out[#out + 1] = depth
+    out[#out + 1], refused = depth, true
   else
     out[#out + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 1, i + n))
     depth = depth + 1
   end
   i = i + n + 1
+end
+if refused then
+  local now = redis.call('TIME')
+  now = now[1] * 1000 + math.floor(now[2] / 1000)
+  local oldest = 0
+  for k = 2, #KEYS do
+    local first = redis.call('XRANGE', KEYS[k], '-', '+', 'COUNT', 1)[1]
+    if first then oldest = math.max(oldest, now - string.match(first[1], '^%d+')) end
+  end
+  out[#out + 1] = oldest
 end
 return out
 """)
@@ -186,7 +222,7 @@ class Publisher:
 
 def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:
     def hand_out(reply: Any) -> None:
-        results = [reply] * len(thens) if isinstance(reply, Exception) else reply
+        results: list[Published] = [reply] * len(thens) if isinstance(reply, Exception) else _read(reply, len(thens))
         for then, result in zip(thens, results, strict=True):
             try:
                 then(result)
@@ -194,6 +230,13 @@ def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]
                 log.exception("a publication's continuation failed")
 
     return hand_out
+
+
+def _read(reply: list[Any], count: int) -> list[Published]:
+    if len(reply) == count:
+        return reply
+    after_s = retry_after_s(reply[-1])
+    return [one if isinstance(one, bytes) else Refused(one, after_s) for one in reply[:-1]]
 
 
 def _ignore(reply: Any) -> None:

@@ -25,7 +25,7 @@ from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
 from ..broker.flow import REPEAT_S, WINDOW, tell_taken
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
-from ..broker.publishing import Published, Publisher
+from ..broker.publishing import Published, Publisher, Refused
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream
 from ..broker.wire import LARGE, PART_VERSION, Entry, Header, Part, Reply, entry_fields
@@ -514,8 +514,8 @@ class Caller:
             self._finish(call, self._refusal(call, result))
 
     def _refusal(self, call: Call, result: object) -> PenstockError:
-        if isinstance(result, int):
-            return Overloaded(call.backend, result, call.limit)
+        if isinstance(result, Refused):
+            return Overloaded(call.backend, result.depth, call.limit, result.retry_after_s)
         if isinstance(result, OutOfMemoryError):
             return Overloaded(call.backend, 0, call.limit)
         if isinstance(result, PenstockError):

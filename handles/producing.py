@@ -36,6 +36,7 @@ _MOST_BYTES = 64 * 1024 * 1024
 """Of bodies in flight: the window is smaller where items are large."""
 _CHUNK = 128
 _PATIENCE_S = 60.0
+_RETRY_S = 1.0
 _FOLLOW_S = 10.0
 _MAX_QUEUED = 10_000
 _CONCURRENCY = 16
@@ -392,7 +393,8 @@ class Production:
                 self._send(self._refused.popleft())
         elif isinstance(outcome, Overloaded):
             self._unreachable_since = None
-            self._try_again(item, outcome.retry_after_s)
+            # Sooner than a client of the web: items are there to take the places that become free.
+            self._try_again(item, min(outcome.retry_after_s, _RETRY_S))
         elif isinstance(outcome, BrokerUnavailable) and not self._caller.closed:
             now = self._loop.time()
             if self._unreachable_since is None:

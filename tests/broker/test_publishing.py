@@ -2,12 +2,13 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, strategies as st
 from redis.exceptions import OutOfMemoryError
 
 from penstock.broker.connection import Connection, FateUnknown
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.keys import Keys
-from penstock.broker.publishing import Published, Publisher
+from penstock.broker.publishing import Published, Publisher, Refused, retry_after_s
 from penstock.broker.signals import Signals
 from penstock.broker.wire import Entry, Header
 from tests.broker.conftest import Connect
@@ -69,7 +70,7 @@ async def test_the_limit_holds_exactly_at_any_number_of_callers(
         accepted = [result for result in results if isinstance(result, bytes)]
         refused = [result for result in results if not isinstance(result, bytes)]
         assert len(accepted) == room
-        assert set(refused) == {37}
+        assert {one.depth for one in refused if isinstance(one, Refused)} == {37}
         assert await depth(commands, keys) == 37
         room = await commands.send("XTRIM", keys.requests(TAG), "MAXLEN", 2 * round_)
 
@@ -78,8 +79,34 @@ async def test_who_is_refused_hears_how_many_stood_in_the_way(publishers: list[P
     first, second = publishers[:2]
     assert await publish(first, "1", limit=2)
     assert await publish(second, "2", limit=2)
-    assert await publish(first, "3", limit=2) == 2
-    assert await publish(second, "4", limit=1) == 2
+    assert await publish(first, "3", limit=2) == Refused(2, 1.0)
+    assert await publish(second, "4", limit=1) == Refused(2, 1.0)
+
+
+async def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(
+    publishers: list[Publisher], commands: Connection, keys: Keys
+) -> None:
+    seconds, micros = await commands.send("TIME")
+    before_ms = int(seconds) * 1000 + int(micros) // 1000 - 12_000
+    await commands.send("XADD", keys.batch(TAG), f"{before_ms}-0", "x", "")
+    assert isinstance(await publish(publishers[0], "1", limit=2), bytes)
+    answer = await publish(publishers[0], "2", limit=2)
+    assert isinstance(answer, Refused)
+    assert 12.0 <= answer.retry_after_s < 14.0
+
+
+@given(st.integers(min_value=-(2**40), max_value=2**50))
+def test_nobody_is_sent_away_for_longer_than_a_minute_or_less_than_a_second(oldest_ms: int) -> None:
+    """A broker's clock may have gone back, or an entry have run for a year."""
+    assert 1.0 <= retry_after_s(oldest_ms) <= 60.0
+    assert retry_after_s(oldest_ms) <= retry_after_s(oldest_ms + 1)
+
+
+@given(st.integers(min_value=1, max_value=10_000), st.floats(min_value=0.1, max_value=10_000))
+def test_at_a_steady_rate_it_is_the_time_to_drain_the_queue(depth: int, rate: float) -> None:
+    """In a queue that is full and drains at ``rate``, as many have been accepted since its oldest as it holds."""
+    drains_s = depth / rate
+    assert retry_after_s(1000 * drains_s) == pytest.approx(min(max(1.0, drains_s), 60.0))
 
 
 async def test_a_tick_of_many_large_requests_is_published_whole(
@@ -87,7 +114,7 @@ async def test_a_tick_of_many_large_requests_is_published_whole(
 ) -> None:
     """More than one script call takes: each call has its own part of the limit."""
     results = await asyncio.gather(*[publish(publishers[0], str(n), limit=30, body=bytes(200_000)) for n in range(40)])
-    assert [type(result) for result in results] == [bytes] * 30 + [int] * 10
+    assert [type(result) for result in results] == [bytes] * 30 + [Refused] * 10
     assert await depth(commands, keys) == 30
 
 
