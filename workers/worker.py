@@ -27,6 +27,7 @@ from ..broker.wire import LARGE, Entry, Reply
 from ..handles.errors import DeliveryLimitExceeded, PenstockError, StreamBroken, to_wire
 from .fairness import BATCH_SHARE, Fairness
 from .outlet import PartsOutlet
+from .prospects import Prospects
 from .runner import Runner
 from .running import Running
 
@@ -106,6 +107,7 @@ class Worker:
         """There was more given back than we had room for."""
         self._nursing = False
         self._draining = False
+        self._prospects = Prospects()
         self._run_s = 1.0
         """How long a call takes: an average that believes slowness at once and quickness slowly."""
         self._last_done = 0.0
@@ -314,11 +316,11 @@ class Worker:
             self._offer(held)
 
     def _hold(self, place: bytes, entry: Entry) -> _Held | None:
-        """Hold an entry that is to run; None, and it is settled, if its deadline has passed."""
+        """Hold an entry that is to run; None, and it is settled, if its deadline has passed or is sure to."""
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
-        if deadline_ms and deadline_ms <= now_ms:
-            self._settle(place)  # its caller has been told by its own clock
+        if deadline_ms and not self._prospects.are_good(deadline_ms - now_ms, self._loop.time()):
+            self._settle(place)  # its caller is told by its own clock
             self._drop_body(entry)
             return None
         held = self._held[place] = _Held(place, entry, now_ms)
@@ -428,6 +430,7 @@ class Worker:
         else:
             run_s = reply.run_ms / 1000
             self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
+            self._prospects.saw(reply.run_ms)
             self.served += 1
             if entry.caller and not was_cancelled:
                 self._reply(held, reply)

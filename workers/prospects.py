@@ -1,0 +1,41 @@
+"""Which requests are still worth starting, where more of them come than can be answered in time.
+
+When requests expire in the queue, the oldest that has not is about to. To run it would be in vain, and so for each one
+after it: the replica would be busy all the time and nobody would be answered in time. So, while requests expire, those
+that would do so while they run are left as well.
+"""
+
+from __future__ import annotations
+
+_HURRY_S = 1.0
+"""Requests expire in the queue for so long after one did."""
+_SHARE = 1.5
+"""What a request takes may be more than the average."""
+_WAY_MS = 5.0
+"""What a reply needs to its caller, at most."""
+_FORGET = 0.99
+"""How much of the average is believed for each request that was left because of it: it may be of another kind."""
+_NEW = 0.3
+
+
+class Prospects:
+    """What one replica has seen lately."""
+
+    def __init__(self) -> None:
+        self._average_ms = 0.0
+        self._hurry_until_s = 0.0
+
+    def are_good(self, left_ms: float, now_s: float) -> bool:
+        """Say whether to start a request that has ``left_ms`` until its deadline."""
+        if left_ms <= 0:
+            self._hurry_until_s = now_s + _HURRY_S
+            return False
+        if now_s < self._hurry_until_s and left_ms < _SHARE * self._average_ms + _WAY_MS:
+            self._hurry_until_s = now_s + _HURRY_S
+            self._average_ms *= _FORGET
+            return False
+        return True
+
+    def saw(self, run_ms: float) -> None:
+        """Learn how long a request took."""
+        self._average_ms = (1 - _NEW) * self._average_ms + _NEW * run_ms if self._average_ms else run_ms
