@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -11,9 +12,10 @@ import ray
 from ..handles.log_lines import name_requests
 from ..proxy.proxy import Proxy
 from ..workers.replica import outlast
+from ..workers.sigterm import DrainsOnSigterm
 
 
-class HTTPProxy:
+class HTTPProxy(DrainsOnSigterm):
     """A proxy as a Ray actor. All of its methods may be waiting at once."""
 
     def __init__(self, redis_url: str, instance: str, name: str, options: Mapping[str, Any]) -> None:
@@ -21,6 +23,8 @@ class HTTPProxy:
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)
+        # No request of its own lasts longer.
+        self.on_sigterm(partial(self._proxy.drain, float(options.get("request_timeout_s", 60.0))))
 
     async def ready(self) -> dict[str, Any]:
         where = await self._proxy.ready()

@@ -22,6 +22,7 @@ from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
 from ..handles.log_lines import name_requests
 from .runner import Runner
+from .sigterm import DrainsOnSigterm
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ REDIS_URL = "PENSTOCK_REDIS_URL"
 
 _RETRY_S = 0.5
 _PROMPTLY_S = 1.0
+_GRACEFUL_SHUTDOWN_S = 20.0
 
 
 class Serving:
@@ -95,6 +97,11 @@ class Serving:
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._end(timeout_s))
         return await asyncio.shield(self._ending)
+
+    async def drain_gracefully(self) -> bool:
+        """`drain`, for as long as its backend's configuration says."""
+        config = self._runner.config if self._runner is not None else {}
+        return await self.drain(config.get("graceful_shutdown_timeout_s", _GRACEFUL_SHUTDOWN_S))
 
     # -- starting
 
@@ -226,7 +233,7 @@ class Serving:
         return finished
 
 
-class ReplicaActor:
+class ReplicaActor(DrainsOnSigterm):
     """A replica as a Ray actor. All of its methods may be waiting at once."""
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
@@ -235,6 +242,7 @@ class ReplicaActor:
         os.environ[REDIS_URL] = redis_url
         where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
         self._serving = Serving(redis_url, instance, backend, replica, where)
+        self.on_sigterm(self._serving.drain_gracefully)
 
     async def ready(self) -> None:
         await self._serving.ready()
