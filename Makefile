@@ -37,8 +37,8 @@ test: $(STAMP) ## Run all tests, on an embedded broker and on those in container
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: faults
-faults: $(STAMP) ## Run the tests that kill processes and cut connections, and nothing else
-	@$(BIN)/python -m pytest tests/faults $(ARGS)
+faults: $(STAMP) ## Kill processes, cut connections and send garbage for most of an hour; print one table
+	@PENSTOCK_TEST_FAULTS=full $(BIN)/python -m pytest tests/faults --timeout 1200 $(ARGS)
 
 .PHONY: changes
 changes: $(STAMP) ## Make every change under load, and print how many requests were sent and answered

@@ -2,8 +2,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
@@ -30,6 +32,16 @@ def nothing_outlives_the_tests() -> Iterator[None]:
 def brokers() -> Iterator[Brokers]:
     with Brokers() as brokers:
         yield brokers
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """One local Ray for all tests, as it takes seconds to start. Its address."""
+    # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
+    there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 @pytest.fixture

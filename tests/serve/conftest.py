@@ -3,23 +3,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import ray
 from httpx import Client as HTTPClient
 
 from penstock import serve
 from tests.brokers import Brokers, clean
 
 StartClient = Callable[..., serve.Client]
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    """One local Ray for all tests, as it takes seconds to start. Its address."""
-    # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
-    there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock import serve
+from penstock.broker.embedded import EmbeddedServer
+from tests.faults.backends import Journal
+from tests.faults.table import Table
+
+FULL = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
+"""``make faults`` asks for as long as the promises are made for; ``make test`` for a glance at each."""
+
+StartClient = Callable[..., serve.Client]
+
+_TABLE = Table()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of each fault there is."""
+
+    rate: float
+    """Requests a second."""
+    for_s: float
+    every_s: float
+    """From one fault to the next."""
+    garbage: int
+    """Examples of each kind of it."""
+    soak_s: float
+    growth: float
+    """Of resident memory over the soak. A short one begins before all pools have their size."""
+
+
+SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=10, growth=0.5)
+WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600, growth=0.1)
+
+
+@pytest.fixture(scope="session")
+def scale() -> Scale:
+    return WHOLE if FULL else SHORT
+
+
+@pytest.fixture
+def table() -> Table:
+    return _TABLE
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _TABLE.rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(_TABLE.markdown())
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    return Journal(folder)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A server of the test's own, to be hurt. What it has answered is in its append-only file."""
+    with EmbeddedServer.start(data_dir=tmp_path / "broker") as server:
+        yield server
+
+
+@pytest.fixture
+def start(cluster: str, broker: EmbeddedServer) -> Iterator[StartClient]:
+    """Start instances, by default one with two HTTP servers on one port, that end with the test."""
+    with ExitStack() as started:
+
+        def start(**options: Any) -> serve.Client:
+            defaults: dict[str, Any] = {"redis_url": broker.url, "http_options": {"port": 0, "proxies_per_node": 2}}
+            client = serve.start(**{**defaults, **options})
+            started.callback(client.shutdown)
+            return client
+
+        yield start

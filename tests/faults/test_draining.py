@@ -1,0 +1,85 @@
+"""SIGTERM: what was begun is finished, and nothing new is taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.faults.backends import Journal, Slowly
+from tests.faults.conftest import StartClient
+from tests.faults.test_deaths import serve_work
+from tests.faults.traffic import traffic
+from tests.serve.backends import SMALL, replicas
+from tests.waiting import wait_until
+
+
+def test_a_proxy_finishes_what_it_has_and_refuses_the_rest(start: StartClient, journal: Journal) -> None:
+    client = start(http_options={"port": 0})
+    serve_work(client, journal, Slowly)
+    (proxy,) = client.status()["proxies"].values()
+    with traffic(client, rate=40, for_s=0.25, method="later", ways=("http",)) as load:
+        wait_until(lambda: not load.sending and len(journal.starts()) == load.sent)
+        os.kill(proxy["pid"], signal.SIGTERM)
+        wait_until(lambda: refuses(str(client.http_url)), timeout_s=2)
+        assert load.outcomes.answered == {}
+    assert len(load.outcomes.answered) == load.sent
+    wait_until(lambda: not Path(f"/proc/{proxy['pid']}").exists())
+    wait_until(lambda: not refuses(str(client.http_url)), timeout_s=30)
+    assert httpx.get(f"{client.http_url}/-/healthz").text == "ok"
+
+
+def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, journal: Journal) -> None:
+    client = start(http_options={"location": None})
+    serve_work(client, journal, Slowly)
+    before = replicas(client, "work")
+    gone, pid = next(iter(before.items()))
+    with traffic(client, rate=40, for_s=3, method="later", ways=("handle",)) as load:
+        wait_until(lambda: len(journal.starts()) > 20)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert len(load.outcomes.answered) == load.sent
+    assert set(journal.starts().values()) == {1}
+    wait_until(lambda: len(replicas(client, "work")) == 3 and gone not in replicas(client, "work"))
+
+
+def test_a_replica_gives_back_what_it_had_only_claimed(start: StartClient, journal: Journal) -> None:
+    client = start(http_options={"location": None})
+    config = {"max_concurrent_queries": 1}
+    client.create_backend("work", Slowly, journal.folder, 0.02, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("work", backend="work")
+    (pid,) = replicas(client, "work").values()
+    handle = client.get_handle("work").options(method_name="later")
+    calls = [handle.remote(f"r{n}") for n in range(3)]
+    wait_until(journal.starts)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert [call.result(timeout=30) for call in calls] == ["r0", "r1", "r2"]
+    assert set(journal.starts().values()) == {1}
+
+
+def test_a_replica_that_takes_too_long_is_ended_and_its_work_taken_over(start: StartClient, journal: Journal) -> None:
+    client = start(http_options={"location": None})
+    config = {"num_replicas": 2, "graceful_shutdown_timeout_s": 0.5}
+    client.create_backend("work", Slowly, journal.folder, 0.02, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("work", backend="work")
+    call = client.get_handle("work").options(method_name="later").remote("r0")
+    wait_until(journal.starts)
+    (pid,) = (int(path.name) for path in journal.folder.iterdir() if path.read_text())
+    began_s = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: journal.starts()["r0"] == 2, timeout_s=3.5)
+    assert time.monotonic() - began_s >= 0.5
+    assert call.result(timeout=10) == "r0"
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def refuses(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/-/healthz", timeout=5)
+    except httpx.NetworkError:
+        return True
+    return False

@@ -1,0 +1,75 @@
+"""Three times what it can take, for callers that wait for a second."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from redis import Redis
+
+from penstock import serve
+from penstock.broker.keys import Keys
+from tests.faults.backends import Blocking, Journal
+from tests.faults.conftest import Scale, StartClient
+from tests.faults.table import Row, Table
+from tests.faults.traffic import traffic
+from tests.serve.backends import SMALL
+
+SERVICE_S = 0.1
+REPLICAS = 4
+NOMINAL = REPLICAS / SERVICE_S
+DEADLINE_S = 1.0
+CLOCK_MS = 50.0
+"""A replica looks at the clock before it hands a request to the thread of the user's code, whose first line we see."""
+
+
+@pytest.mark.parametrize(("limit", "share"), [(20, 0.9), (10_000, 0.7)])
+def test_overload_wastes_nothing(
+    start: StartClient, journal: Journal, scale: Scale, table: Table, limit: int, share: float
+) -> None:
+    """Whether the limit of the queue or the deadline is what ends the waiting.
+
+    With the latter, a request that is left takes the time of a claim, so that a little of the capacity goes there.
+    """
+    client = start()
+    config = {"num_replicas": REPLICAS, "max_queued_requests": limit}
+    client.create_backend("work", Blocking, journal.folder, SERVICE_S, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    stream, depth, for_s = Keys("default").requests("work"), 0, scale.for_s / 2
+    capacity = capacity_of(client)
+    load_at = traffic(client, rate=3 * NOMINAL, for_s=for_s, ways=("handle",), timeout_s=DEADLINE_S)
+    with Redis.from_url(client.redis_url) as redis, load_at as load:
+        while load.sending:
+            depth = max(depth, int(redis.xlen(stream)))
+            time.sleep(0.01)
+    seen = load.outcomes
+    starts_ms = {name: at_ms for name, at_ms in journal.started_ms() if name in load.sent_ms}
+    late_ms = max(at_ms - load.sent_ms[name] for name, at_ms in starts_ms.items()) - DEADLINE_S * 1000
+    # From the first start to the last: what came before and after is no overload.
+    goodput = len(seen.answered) / ((max(starts_ms.values()) - min(starts_ms.values())) / 1000)
+    notes = (
+        f"{capacity:.0f}/s at capacity, goodput {goodput / capacity:.0%} of it; depth at most {depth}; "
+        f"the last start {-late_ms:.0f} ms before its deadline"
+    )
+    table.add(Row.of(f"3x overload, limit {limit}", for_s, seen, notes=notes))
+    assert seen.wrong == []
+    assert seen.lost == 0
+    assert set(seen.refused) <= {"Overloaded", "RequestTimeout"}
+    assert depth <= limit
+    assert late_ms <= CLOCK_MS
+    assert goodput >= share * capacity
+
+
+def capacity_of(client: serve.Client) -> float:
+    """Return how many requests a second are answered while a few wait at any time."""
+    handle, calls = client.get_handle("work"), 80
+
+    def call(number: int) -> str:
+        return str(handle.remote(f"before{number}").result(timeout=30))
+
+    with ThreadPoolExecutor(8) as threads:
+        began_s = time.monotonic()
+        answers = list(threads.map(call, range(calls)))
+    assert len(set(answers)) == calls
+    return calls / (time.monotonic() - began_s)
