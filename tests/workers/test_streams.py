@@ -134,7 +134,8 @@ async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> N
         await wait_until_async(lambda: worker.in_progress == 0)
 
 
-async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str) -> None:
+async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.handles.caller.REPEAT_S", 0.05)
     values = [b"%d" % n * 1000 for n in range(1000)]
 
     def give(request: object) -> Iterator[bytes]:
