@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from penstock import serve
 
@@ -85,7 +84,3 @@ class Poisonable(Counting):
             self.note(request)
             os._exit(1)
         return await super().__call__(request)
-
-
-async def echo(request: serve.Request) -> Any:
-    return request.data

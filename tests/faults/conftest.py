@@ -33,13 +33,10 @@ class Scale:
     """From one fault to the next."""
     garbage: int
     """Examples of each kind of it."""
-    soak_s: float
-    growth: float
-    """Of resident memory over the soak. A short one begins before all pools have their size."""
 
 
-SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=10, growth=0.5)
-WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600, growth=0.1)
+SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60)
+WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000)
 
 
 @pytest.fixture(scope="session")
