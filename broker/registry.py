@@ -43,7 +43,14 @@ class BackendRecord:
     config_version: int = 1
     actor_options: dict[str, Any] = field(default_factory=dict[str, Any])
     runtime_env: dict[str, Any] | None = None
+    files: str = ""
+    """The digest of the local directories that ``runtime_env`` names, stored as code is; empty if there are none."""
     accepts_batch: bool = False
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """The digests of all that `Registry.put_code` stored for it."""
+        return frozenset({self.code, self.files} - {""})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +174,7 @@ class Registry:
                 return int(version)
 
     async def put_code(self, blob: bytes) -> str:
-        """Store a backend's code and return its digest (SHA-256)."""
+        """Store a backend's code, or the files that come with it, and return its digest (SHA-256)."""
         digest = hashlib.sha256(blob).hexdigest()
         await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
         return digest
@@ -344,6 +351,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "config_version": (int,),
     "actor_options": (dict,),
     "runtime_env": (dict, type(None)),
+    "files": (str,),
     "accepts_batch": (bool,),
     "name": (str,),
     "route": (str, type(None)),

@@ -19,6 +19,7 @@ from ..handles import background
 from ..handles.connection import Connected
 from ..proxy.routing import check_route
 from ..workers.accept_batch import accepts_batch
+from ..workers.directories import pack
 from ..workers.target import dump
 from . import changes, validation
 from .config import BackendConfig
@@ -90,7 +91,10 @@ class Client(Connected):
             config: a `BackendConfig`, or a dict of its fields.
             ray_actor_options: what each replica needs: ``num_cpus`` (1 unless given), ``num_gpus``, ``memory``
                 (bytes), ``resources``, ``accelerator_type``.
-            runtime_env: Ray's, for the replicas: environment variables, working directory, packages.
+            runtime_env: Ray's, for the replicas: environment variables, working directory, packages. What
+                ``working_dir`` and ``py_modules`` name may also be a directory of this machine: it travels as it is
+                now, up to 128 MiB, without what ``excludes``, ``.gitignore`` and ``.rayignore`` name. A module is
+                imported by the name of its directory.
             **init_kwargs: see ``init_args``.
 
         Raises:
@@ -111,8 +115,9 @@ class Client(Connected):
             runtime_env=validation.check_runtime_env(runtime_env),
             accepts_batch=_may_take_batches(func_or_class),
         )
-        blob = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
-        self._run(self._core.add_backend(record, blob))
+        code = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
+        files = pack(record.runtime_env or {}, record.version)
+        self._run(self._core.add_backend(record, code, files))
 
     def update_backend(
         self,
@@ -161,8 +166,9 @@ class Client(Connected):
                 accepts_batch=takes_batch,
             )
 
-        blob = _checked_code(func_or_class, init_args, init_kwargs, BackendConfig(), version)
-        self._run(self._core.update_backend(tag, update, blob))
+        code = _checked_code(func_or_class, init_args, init_kwargs, BackendConfig(), version)
+        files = None if environment is None else pack(environment, version)
+        self._run(self._core.update_backend(tag, update, code=code, files=files))
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change how a backend runs; return when all its replicas do so, and there are as many as are wanted.

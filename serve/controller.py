@@ -24,6 +24,7 @@ from ..broker.keys import Keys
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..broker.retiring import retire
 from ..handles.errors import BackendNotFound, to_wire
+from ..workers.directories import for_ray
 from ..workers.replica import Replica as ReplicaActor
 from . import plan as planning
 from .config import BackendConfig, HTTPOptions
@@ -193,7 +194,7 @@ class Controller:
         # Spread, so that what a node's death takes with it is a share of each backend, and not the whole of one.
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD", **record.actor_options}
         if record.runtime_env is not None:
-            options["runtime_env"] = record.runtime_env
+            options["runtime_env"] = for_ray(record.runtime_env)
         self._replicas.start(name, ReplicaActor, (self._replica_url, self._instance, record.tag, name), options)
 
     async def _forget_replica(self, name: str) -> None:

@@ -20,7 +20,8 @@ class Copy:
 
     async def keep(self, registry: Registry, settings: Settings, snapshot: Snapshot) -> None:
         """Take over what has changed."""
-        wanted = {record.code for record in snapshot.backends.values()} | {settings.middlewares} - {""}
+        wanted = {settings.middlewares} - {""}
+        wanted.update(*(record.stored for record in snapshot.backends.values()))
         for digest in wanted - self._codes.keys():
             self._codes[digest] = await registry.get_code(digest)
         for digest in self._codes.keys() - wanted:

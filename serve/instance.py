@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -111,10 +111,10 @@ class Instance:
 
     # -- backends
 
-    async def add_backend(self, record: BackendRecord, blob: bytes) -> None:
+    async def add_backend(self, record: BackendRecord, code: bytes, files: bytes = b"") -> None:
         # Before the code is sent, which can be large.
         changes.add_backend(await self.snapshot(), record)
-        record = replace(record, code=await self.registry.put_code(blob))
+        record = replace(record, **await self._store(code=code, files=files))
         try:
             await self.registry.change(lambda seen: changes.add_backend(seen, record))
             await self._come_about(record)
@@ -123,19 +123,22 @@ class Instance:
             raise
 
     async def update_backend(
-        self, tag: str, update: Callable[[BackendRecord], BackendRecord], blob: bytes | None = None
+        self,
+        tag: str,
+        update: Callable[[BackendRecord], BackendRecord],
+        *,
+        code: bytes | None = None,
+        files: bytes | None = None,
     ) -> None:
-        """Change a backend; what it was serves on if what it is to be cannot."""
+        """Change a backend; what it was serves on if what it is to be cannot. Code and files that are None stay."""
         changes.update_backend(await self.snapshot(), tag, update)
-        code = None if blob is None else await self.registry.put_code(blob)
+        stored = await self._store(code=code, files=files)
         before: BackendRecord | None = None
         record: BackendRecord | None = None
 
         def decide(seen: Snapshot) -> Change:
             nonlocal before, record
-            change = changes.update_backend(
-                seen, tag, lambda old: update(old) if code is None else replace(update(old), code=code)
-            )
+            change = changes.update_backend(seen, tag, lambda old: replace(update(old), **stored))
             before, record = seen.backends[tag], change.backends.get(tag)
             return change
 
@@ -147,11 +150,11 @@ class Instance:
         except BaseException:
             if record is not None:
                 await self._undo(record, before)
-            elif code is not None:
-                await self.registry.delete_code(code)
+            else:
+                await self._delete(stored.values())
             raise
-        if code is not None and before is not None:
-            await self.registry.delete_code(before.code)
+        if before is not None:
+            await self._delete(before.stored - record.stored)
 
     async def remove_backend(self, tag: str, *, drain: bool) -> None:
         seen = await self.snapshot()
@@ -161,8 +164,24 @@ class Instance:
             grace_s = BackendConfig.stored(record.config).graceful_shutdown_timeout_s
             await self._until(lambda: self._is_idle(tag), "", grace_s, late_is_fine=True)
         await self.registry.change(lambda seen: changes.remove_backend(seen, tag))
-        await self.registry.delete_code(record.code)
+        await self._delete(record.stored)
         await self._gone(tag)
+
+    async def _store(self, **blobs: bytes | None) -> dict[str, Any]:
+        """Store code and files, all or none of them; return the digests of those that are not None, empty for empty."""
+        stored: dict[str, Any] = {}
+        try:
+            for name, blob in blobs.items():
+                if blob is not None:
+                    stored[name] = await self.registry.put_code(blob) if blob else ""
+        except BaseException:
+            await self._delete(stored.values())
+            raise
+        return stored
+
+    async def _delete(self, digests: Iterable[str]) -> None:
+        for digest in filter(None, digests):
+            await self.registry.delete_code(digest)
 
     async def _come_about(self, record: BackendRecord) -> None:
         """Return when ``record`` serves, however long its replicas take to start.
@@ -195,8 +214,7 @@ class Instance:
 
     async def _undo(self, failed: BackendRecord, before: BackendRecord | None) -> None:
         await self.registry.change(lambda seen: changes.undo_backend(seen, failed, before))
-        if before is None or before.code != failed.code:
-            await self.registry.delete_code(failed.code)
+        await self._delete(failed.stored - (before.stored if before is not None else frozenset()))
         if before is None:
             await self._gone(failed.tag)
 

@@ -11,11 +11,13 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from ..broker.errors import ConfigError
 from ..broker.keys import check_name
 from ..handles.errors import BackendNotFound
+from ..workers.directories import EXCLUDES, PY_MODULES, WORKING_DIR
 from .config import BackendConfig
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
@@ -112,12 +114,20 @@ def check_actor_options(options: object) -> dict[str, Any]:
 
 
 def check_runtime_env(runtime_env: object) -> dict[str, Any] | None:
-    """Return ``runtime_env``; what is in it, Ray checks when the first replica starts."""
+    """Return ``runtime_env``. But for what names directories, Ray checks it when the first replica starts."""
     if runtime_env is None:
         return None
     if not isinstance(runtime_env, Mapping):
         raise TypeError(f"runtime_env must be a dict, not {type(runtime_env).__name__}")
-    return dict(cast("Mapping[str, Any]", runtime_env))
+    checked = dict(cast("Mapping[str, Any]", runtime_env))
+    if checked.get(WORKING_DIR) is not None:
+        checked[WORKING_DIR] = _path(f"{WORKING_DIR} of runtime_env", checked[WORKING_DIR])
+    for name in (PY_MODULES, EXCLUDES):
+        if checked.get(name) is not None:
+            if not isinstance(checked[name], list | tuple):
+                raise TypeError(f"{name} of runtime_env must be a list, not {type(checked[name]).__name__}")
+            checked[name] = [_path(f"{name} of runtime_env", value) for value in checked[name]]
+    return checked
 
 
 def check_callable(
@@ -197,6 +207,12 @@ def _check_binds(cls: type, name: str, args: tuple[Any, ...], kwargs: Mapping[st
         signature.bind(*args, **kwargs)
     except TypeError as e:
         raise TypeError(f"{name} cannot take what was given: {e}; its signature is {signature}") from None
+
+
+def _path(name: str, value: object) -> str:
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{name} must be named by str or Path, not {type(value).__name__}")
+    return str(value)
 
 
 def _number(name: str, value: object) -> float:

@@ -21,6 +21,7 @@ from ..broker.keys import Keys
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
 from ..handles.log_lines import name_requests
+from .directories import Unpacked
 from .runner import Runner
 from .sigterm import DrainsOnSigterm
 from .worker import Worker
@@ -48,6 +49,7 @@ class Serving:
         self._config_version = self._refused = 0
         self._said: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
         self._connection: Connection | None = None
+        self._directories: Unpacked | None = None
         self._runner: Runner | None = None
         self._worker: Worker | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -113,8 +115,11 @@ class Serving:
                 raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
             self._version = record.version
             self._say(version=record.version, config_version=0)
-            blob = await self._code(record)
-            self._runner = Runner(self._backend, self._replica, blob, record.config)
+            code = await self._code(record.code)
+            if record.files:
+                self._directories = await asyncio.to_thread(Unpacked, await self._code(record.files))
+                self._directories.enter()
+            self._runner = Runner(self._backend, self._replica, code, record.config)
             await self._runner.start()
         except PenstockError as e:
             log.error("replica %s cannot start: %s", self._replica, e)
@@ -144,10 +149,10 @@ class Serving:
                 self._connection = connection
                 return
 
-    async def _code(self, record: BackendRecord) -> bytes:
+    async def _code(self, digest: str) -> bytes:
         while True:
             try:
-                return await self._registry.get_code(record.code)
+                return await self._registry.get_code(digest)
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
@@ -230,6 +235,8 @@ class Serving:
         if self._connection is not None:
             await self._watcher.close()
             await self._connection.close()
+        if self._directories is not None:
+            await asyncio.to_thread(self._directories.remove)
         return finished
 
 

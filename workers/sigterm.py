@@ -8,10 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +22,7 @@ class DrainsOnSigterm:
 
     _terminate: Callable[[], object] | None = None
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
+    def __new__(cls, *_: Any, **__: Any) -> Any:
         self = super().__new__(cls)
         if threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGTERM)

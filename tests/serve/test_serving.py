@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import ZipFile
 
 import pytest
 from httpx import Client as HTTPClient
+from redis import Redis
 
 from penstock import serve
+from penstock.broker.keys import Keys
 from tests.serve.backends import SMALL
 from tests.waiting import wait_until
 
@@ -147,3 +150,57 @@ def test_a_runtime_env_brings_modules_and_a_working_directory(client: serve.Clie
         client.create_endpoint(f"e{number}", backend=f"b{number}")
         answers.append(client.get_handle(f"e{number}").remote().result(timeout=10))
     assert answers == ["red", "blue"]
+
+
+def test_local_directories_travel_with_the_backend(client: serve.Client, tmp_path: Path) -> None:
+    """They are in the registry: replicas find them when they are long gone here."""
+    folder, module = tmp_path / "folder", tmp_path / "penstock_shades"
+    folder.mkdir()
+    module.mkdir()
+    (folder / "colour.txt").write_text("blue")
+    (folder / "weights.bin").write_text("left at home")
+    (folder / "penstock_local.py").write_text(
+        "import os, penstock_shades\n"
+        "def read(request):\n"
+        "    return [penstock_shades.SHADE + open('colour.txt').read(), sorted(os.listdir()), os.getcwd()]\n"
+    )
+    (module / "__init__.py").write_text("SHADE = 'dark '\n")
+    environment = {"working_dir": folder, "py_modules": [str(module)], "excludes": ["*.bin"]}
+    config = {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 0.1}}
+
+    def ask() -> tuple[str, list[str], Path]:
+        colour, files, place = client.get_handle("e").remote().result(timeout=20)
+        return colour, [name for name in files if name != "__pycache__"], Path(place)
+
+    client.create_backend("b", "penstock_local:read", runtime_env=environment, ray_actor_options=SMALL, config=config)
+    client.create_endpoint("e", backend="b")
+    shutil.rmtree(folder)
+    shutil.rmtree(module)
+    colour, files, place = ask()
+    assert (colour, files) == ("dark blue", ["colour.txt", "penstock_local.py"])
+    wait_until(lambda: client.status()["backends"]["b"]["ready"] == 0)
+    wait_until(lambda: not place.exists())
+    colour, files, another = ask()
+    assert (colour, files) == ("dark blue", ["colour.txt", "penstock_local.py"])
+    assert another != place
+
+    # New code keeps them, or brings its own; what is no longer named is no longer kept.
+    client.update_backend("b", "penstock_local:read")
+    assert ask()[0] == "dark blue"
+    folder.mkdir()
+    (folder / "penstock_local.py").write_text("def read(request):\n    return ['red', [], '/']\n")
+    client.update_backend("b", "penstock_local:read", runtime_env={"working_dir": str(folder)})
+    assert ask()[0] == "red"
+    (folder / "penstock_local.py").write_text("1 / 0")
+    with pytest.raises(serve.errors.BackendError, match="ZeroDivisionError"):
+        client.update_backend("b", "penstock_local:read", runtime_env={"working_dir": str(folder)})
+    assert ask()[0] == "red"
+    assert len(stored(client)) == 2
+    client.update_backend("b", "operator:attrgetter", "data", runtime_env={})
+    assert len(stored(client)) == 1
+
+
+def stored(client: serve.Client) -> list[Any]:
+    """The keys of all code and of all files in the registry."""
+    with Redis.from_url(client.redis_url) as redis:
+        return cast("list[Any]", redis.keys(Keys(client.instance).code("*")))

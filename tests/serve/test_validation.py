@@ -238,3 +238,7 @@ def test_a_runtime_env_is_a_dict() -> None:
     assert check_runtime_env({"pip": ["x"]}) == {"pip": ["x"]}
     with pytest.raises(TypeError, match="runtime_env must be a dict, not str"):
         check_runtime_env("env.yaml")
+    with pytest.raises(TypeError, match="working_dir of runtime_env must be named by str or Path, not int"):
+        check_runtime_env({"working_dir": 7})
+    with pytest.raises(TypeError, match="py_modules of runtime_env must be a list, not str"):
+        check_runtime_env({"py_modules": "here"})
