@@ -64,6 +64,7 @@ class HangUps:
         self._unwatched.pop(waiting, None)
         if waiting.watcher is not None:
             waiting.watcher.cancel()
+            waiting.watcher = None  # whose frames lead back to it, and an answer would wait for the garbage collector
 
     def close(self) -> None:
         if self._timer is not None:

@@ -8,11 +8,12 @@ import pytest
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from penstock.broker.wire import Reply
+from penstock.broker.wire import Entry, Reply
 from penstock.proxy.direct import Direct, protocol_for
+from penstock.proxy.hangups import PATIENCE_S
 from penstock.proxy.middlewares import wrap
 from penstock.proxy.server import Server
-from tests.proxy.site import WAYS, Site, running, text
+from tests.proxy.site import WAYS, Answerer, Site, running, text
 from tests.waiting import wait_until_async
 
 
@@ -128,17 +129,25 @@ async def test_middlewares_take_the_way_through_asgi(redis_url: str) -> None:
         assert response.text == "x" * 1_000
 
 
-async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str) -> None:
-    """What leads in circles waits for it, and while it looks, everybody waits."""
+async def slow_echo(entry: Entry) -> Reply:
+    await asyncio.sleep(3 * PATIENCE_S)  # so that its client is watched
+    return Reply(entry.id, codec="bytes", body=entry.body)
+
+
+@pytest.mark.parametrize("answer", [text("hello"), slow_echo])
+@pytest.mark.parametrize("size", [0, 100_000])
+async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str, answer: Answerer, size: int) -> None:
+    """What leads in circles waits for it, with bodies that are large; and while it looks, everybody waits."""
     async with running(redis_url, way="direct") as site:
-        await site.endpoint("/", text("hello"))
+        await site.endpoint("/", answer)
         for _ in range(3):
-            await site.http.get("/")
+            await site.http.post("/", content=bytes(size))
+        site.started.clear()
         gc.collect()
         gc.disable()
         try:
-            for _ in range(20):
-                await site.http.get("/")
+            for _ in range(5):
+                assert (await site.http.post("/", content=bytes(size))).status_code == 200
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
             ours = [one for one in gc.garbage if type(one).__module__.startswith("penstock.")]
