@@ -152,6 +152,21 @@ def test_a_runtime_env_brings_modules_and_a_working_directory(client: serve.Clie
     assert answers == ["red", "blue"]
 
 
+def test_a_runtime_env_brings_packages(client: serve.Client, tmp_path: Path) -> None:
+    """With an index or without: here the package is a wheel of this machine."""
+    wheel = tmp_path / "penstock_tint-1.0-py3-none-any.whl"
+    about = "penstock_tint-1.0.dist-info"
+    with ZipFile(wheel, "w") as archive:
+        archive.writestr("penstock_tint.py", "def tint(request):\n    return 'green'\n")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: penstock-tint\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    packages = {"packages": [str(wheel)], "pip_install_options": ["--no-index", "--no-deps"]}
+    client.create_backend("tint", "penstock_tint:tint", runtime_env={"pip": packages}, ray_actor_options=SMALL)
+    client.create_endpoint("tint", backend="tint")
+    assert client.get_handle("tint").remote().result(timeout=10) == "green"
+
+
 def test_local_directories_travel_with_the_backend(client: serve.Client, tmp_path: Path) -> None:
     """They are in the registry: replicas find them when they are long gone here."""
     folder, module = tmp_path / "folder", tmp_path / "penstock_shades"
