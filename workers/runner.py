@@ -45,7 +45,8 @@ class Runner:
 
         Raises:
             BackendError: what any of that raised, with its traceback.
-            ConfigError: there is a ``max_batch_size``, and nothing of it takes batches.
+            ConfigError: there is a ``max_batch_size``, and nothing of it takes batches; or a ``user_config``, and it
+                has no ``reconfigure``.
         """
         context = context_of(self.backend, self.replica)
         self._threads = Threads(self.replica, self._thread_limit(), context)
@@ -172,9 +173,7 @@ class Runner:
 
     async def _configure(self, user_config: Any) -> None:
         if (hook := self._target.hook(RECONFIGURE)) is None:
-            raise BackendError(
-                "TypeError", f"there is a user_config, but {self._target} has no reconfigure method for it"
-            )
+            raise ConfigError(f"user_config is given, but {self._target} has no method reconfigure to take it")
         if hook.is_async:
             call = self._place.spawn(_guarded_async(hook.function, user_config))
             await asyncio.wait([call])

@@ -71,6 +71,10 @@ def test_code_that_only_the_workers_can_import(client: serve.Client) -> None:
     with pytest.raises(serve.errors.ConfigError, match="max_batch_size is 4, but attrgetter takes one request"):
         client.update_backend_config("method", {"max_batch_size": 4})
     assert client.get_backend_config("method").max_batch_size is None
+    with pytest.raises(serve.errors.ConfigError, match="user_config is given, but attrgetter has no method reconfigur"):
+        client.update_backend_config("method", {"user_config": 1})
+    with pytest.raises(serve.errors.ConfigError, match="user_config is given, but attrgetter has no method reconfigur"):
+        client.create_backend("other", "operator:attrgetter", "method", config={"user_config": 1})
     assert handle.remote().result(timeout=10) == "PUT"
     with pytest.raises(serve.errors.BackendError, match="ModuleNotFoundError: No module named 'nowhere'"):
         client.create_backend("other", "nowhere:Model")

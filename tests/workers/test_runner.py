@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
 
 from penstock.broker.wire import Entry, Reply
-from penstock.handles.errors import BackendError, MalformedBody, RequestCancelled
+from penstock.handles.errors import BackendError, ConfigError, MalformedBody, RequestCancelled
 from penstock.handles.log_lines import request_ids
 from penstock.workers import Request, accept_batch, get_current_backend_tag, get_current_replica_tag
 from penstock.workers.runner import Runner
@@ -666,7 +666,7 @@ async def test_a_config_that_is_refused_leaves_the_old_one(start: Start) -> None
 
 
 async def test_a_user_config_needs_a_reconfigure_method(start: Start) -> None:
-    with pytest.raises(BackendError, match="double has no reconfigure method"):
+    with pytest.raises(ConfigError, match="double has no method reconfigure to take it"):
         await start(double, config={"user_config": {}})
 
 
