@@ -63,9 +63,15 @@ class Header:
 
     In bytes, each value counted as `VALUE_COST` more.
     """
+    _sealed: bytes = field(default=b"", init=False, repr=False, compare=False)
+
+    def seal(self) -> Header:
+        """Write it once for all the requests that will share it. It must not be changed any more."""
+        self._sealed = self.dump()
+        return self
 
     def dump(self) -> bytes:
-        return orjson.dumps(
+        return self._sealed or orjson.dumps(
             {
                 "endpoint": self.endpoint,
                 "method": self.method,
@@ -162,13 +168,13 @@ _last_header = (Header().dump(), Header())
 
 
 def _header_of(raw: bytes) -> Header:
-    # The items of a batch have one header, and come one after another: they share what was made of it. Nobody changes
-    # a header that was read, but user code has the values of its query to itself.
+    # The items of a batch have one header, as the calls of a handle have, and come one after another: they share what
+    # was made of it. Nobody changes a header that was read, but user code has its parameters and its query to itself.
     global _last_header
     known, header = _last_header
     if raw != known:
         header = Header.load(raw)
-        if type(header.query) is str:
+        if not header.path_params and (type(header.query) is str or not header.query):
             _last_header = raw, header
     return header
 

@@ -37,7 +37,7 @@ _UNSET: Any = object()
 class _Handle:
     """What both faces share: which endpoint of which instance on which Redis, and the options."""
 
-    __slots__ = ("_endpoint", "_instance", "_missing_ok", "_options", "_url")
+    __slots__ = ("_endpoint", "_headers", "_instance", "_missing_ok", "_options", "_url")
 
     def __init__(
         self, url: str, instance: str, endpoint: str, options: Options | None = None, missing_ok: bool = False
@@ -46,6 +46,8 @@ class _Handle:
         self._endpoint = check_name("an endpoint", endpoint)
         self._options = options or Options()
         self._missing_ok = missing_ok
+        self._headers: dict[str, Header] = {}
+        """By codec: of the calls that differ in nothing else."""
 
     @property
     def endpoint(self) -> str:
@@ -124,6 +126,14 @@ class _Handle:
         return _Written(self._header(codec, keywords), body, None, None)
 
     def _header(self, codec: str, keywords: dict[str, Any]) -> Header:
+        if keywords or self._options.timeout_s is not None:
+            return self._new_header(codec, keywords)
+        header = self._headers.get(codec)
+        if header is None:
+            header = self._headers[codec] = self._new_header(codec, {}).seal()
+        return header
+
+    def _new_header(self, codec: str, keywords: dict[str, Any]) -> Header:
         options = self._options
         if keywords:
             try:
