@@ -1,4 +1,4 @@
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +9,7 @@ import ray
 from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
-from tests.guarded import Guarded, guarded
+from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
 
@@ -63,9 +63,12 @@ def broker_url(request: pytest.FixtureRequest, brokers: Brokers) -> Iterator[str
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
 def guarded_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """A broker with TLS and users: the embedded Valkey, and the Redis of this machine if it has one."""
-    if request.param == "redis" and shutil.which("redis-server") is None:
-        pytest.skip("no redis-server on PATH")
+    """A broker with TLS and users: the embedded Valkey, and the Redis of this machine.
+
+    Without one it is skipped; in CI (``CI=true``) that is a failure.
+    """
+    if request.param == "redis" and redis_program() is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no redis-server on PATH")
     directory: Path = tmp_path_factory.mktemp(request.param)
     with guarded(directory, tls_by_server=request.param == "redis") as broker:
         yield broker

@@ -63,6 +63,11 @@ class Guarded:
         return sorted(line for line in said if "client|setinfo" not in line)
 
 
+def redis_program() -> str | None:
+    """Return where this machine has Redis. A package of tools has the same program, which goes by how it is called."""
+    return shutil.which("redis-server") or shutil.which("redis-check-rdb")
+
+
 @contextmanager
 def guarded(directory: Path, *, tls_by_server: bool) -> Generator[Guarded]:
     """Start one: this machine's Redis, which speaks TLS; or the embedded Valkey, which does not, behind a relay."""
@@ -74,7 +79,7 @@ def guarded(directory: Path, *, tls_by_server: bool) -> Generator[Guarded]:
     with ExitStack() as running:
         port = free_port()
         if tls_by_server:
-            binary = shutil.which("redis-server")
+            binary = redis_program()
             assert binary is not None
             listening = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no"]
             listening += ["--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
@@ -83,7 +88,8 @@ def guarded(directory: Path, *, tls_by_server: bool) -> Generator[Guarded]:
             binary = str(_find_binary())
             listening = ["--port", str(free_port()), "--bind", "127.0.0.1"]
         settings = ["--aclfile", str(rules), "--save", "", "--dir", str(directory), "--loglevel", "warning"]
-        server = subprocess.Popen([binary, *listening, *settings], stdout=subprocess.DEVNULL)
+        command = ["redis-server", *listening, *settings]
+        server = subprocess.Popen(command, executable=binary, stdout=subprocess.DEVNULL)
         running.callback(server.wait)
         running.callback(server.terminate)
         if not tls_by_server:
