@@ -64,6 +64,10 @@ class Keys:
     def dead(self, backend: str) -> str:
         return f"{self._root}{{{backend}}}:dead"
 
+    def done(self, backend: str) -> str:
+        """A hash: how many requests its replicas have answered, and how long that took; see ``broker/figures.py``."""
+        return f"{self._root}{{{backend}}}:done"
+
     def alive(self, backend: str, replica: str) -> str:
         """The lease of a replica; ``alive(backend, "")`` is what all of a backend's begin with."""
         return f"{self._root}{{{backend}}}:alive:{replica}"

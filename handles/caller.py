@@ -22,6 +22,7 @@ from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown, user_of
 from ..broker.dead import DeadQueue
 from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
+from ..broker.figures import Figures, figures_of
 from ..broker.flow import REPEAT_S, WINDOW, tell_taken
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
@@ -498,6 +499,14 @@ class Caller:
         copies.refused += 1
         if body is not None:
             self._connection.post(_ignore, "UNLINK", body, repeat=True)
+
+    # -- looking
+
+    async def figures(self) -> dict[str, Figures]:
+        """Return what each backend has to do and has done, by tag. Raises `BrokerUnavailable`."""
+        tags = sorted(self.watcher.snapshot.backends)
+        found = await asyncio.gather(*[figures_of(self._connection, self.keys, tag) for tag in tags])
+        return dict(zip(tags, found, strict=True))
 
     # -- hearing
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..broker.errors import BrokerUnavailable, RedisError
+from ..broker.figures import Figures
 from ..broker.flow import WINDOW
 from ..broker.registry import EndpointRecord, Snapshot
 from ..broker.wire import Header, PathParam, Reply
@@ -29,6 +31,10 @@ logger = logging.getLogger("penstock.proxy")
 
 CLIENT_CLOSED_REQUEST = 499
 """How the metrics count a request whose client hung up; nobody is left to read it. The number is nginx's."""
+
+SCRAPED = Answer(200, [])
+"""In place of the metrics, which are read from the broker while their client waits."""
+_SCRAPE_S = 2.0
 
 _HOP_BY_HOP = frozenset(name.encode() for name in replies.HOP_BY_HOP)
 _USUAL_CONNECTION = (None, b"keep-alive", b"close")
@@ -99,8 +105,11 @@ class App:
                     await self._relay(asked, called, receive, send)
                     return
                 answer = called
-            elif has_body(asked.named):
-                answer = answer._replace(close=True)  # rather than read and drop whatever may still come
+            else:
+                if answer is SCRAPED:
+                    answer = await self._scraped()
+                if has_body(asked.named):
+                    answer = answer._replace(close=True)  # rather than read and drop whatever may still come
             status, headers, body = self.render(asked, answer)
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -141,7 +150,7 @@ class App:
     # The steps of a request. They are called in this order by whoever serves it: `__call__`, or `direct.Direct`.
 
     def route(self, asked: Asked) -> Answer | None:
-        """Find the endpoint; return the answer if there is none to call."""
+        """Find the endpoint; return the answer if there is none to call, or `SCRAPED`."""
         scope, named = asked.scope, asked.named
         path = self._route_path(scope["path"])
         # Usual requests pass by this at the cost of three look-ups.
@@ -293,12 +302,21 @@ class App:
         if name == "routes":
             return replies.of_json(self._routes.listing())
         if name == "metrics":
-            return replies.of_text(self.metrics.render(self._caller.copies), content_type=metrics.CONTENT_TYPE)
+            return SCRAPED
         if self.draining:
             return replies.of_text("draining", 503)
         if not self._caller.connected:
             return replies.of_text("no broker", 503)
         return replies.of_text("ok")
+
+    async def _scraped(self) -> Answer:
+        figures: Mapping[str, Figures] | None = None
+        try:
+            figures = await asyncio.wait_for(self._caller.figures(), _SCRAPE_S)
+        except (BrokerUnavailable, RedisError, asyncio.TimeoutError) as e:
+            # What we counted ourselves is worth telling, above all now.
+            logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
+        return replies.of_text(self.metrics.render(self._caller.copies, figures), content_type=metrics.CONTENT_TYPE)
 
 
 async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:

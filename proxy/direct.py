@@ -2,8 +2,8 @@
 
 A task, its two steps and two ASGI messages are a third of what a small request costs a proxy. So what has arrived whole
 with its head is sent from the parser's callback, and its answer is written by whoever brings the reply. All else takes
-the ASGI way: bodies that are large or still to come, HEAD, ``Expect: 100-continue``, answers in parts, and whatever has
-middlewares.
+the ASGI way: bodies that are large or still to come, HEAD, ``Expect: 100-continue``, answers in parts, the metrics, and
+whatever has middlewares.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 from ..handles.caller import Outcome
 from ..handles.incoming import Incoming
-from .app import App, Asked
+from .app import SCRAPED, App, Asked
 from .protocol import JOINED_BYTES, Protocol
 from .replies import Answer
 
@@ -102,6 +102,9 @@ class Direct(Protocol):
                 return
             except Exception as e:
                 answer = app.answer(asked, e)
+        elif answer is SCRAPED:
+            super()._start_asgi_task(cycle, cast(Any, self.app))
+            return
         self._write(cycle, asked, answer)
 
     def _on_outcome(self, cycle: RequestResponseCycle, asked: Asked, outcome: Outcome) -> None:

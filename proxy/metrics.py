@@ -6,9 +6,10 @@ https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 
+from ..broker.figures import Figures
 from ..handles.caller import Copies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -46,9 +47,10 @@ class Metrics:
             series = self._series[endpoint] = Series()
         return series
 
-    def render(self, copies: Mapping[str, Copies] | None = None) -> str:
-        """Return them all. ``copies`` are those that were sent to shadows, by backend."""
-        return "".join(f"{line}\n" for line in chain(self._lines(), _lines_of(copies or {})))
+    def render(self, copies: Mapping[str, Copies] | None = None, figures: Mapping[str, Figures] | None = None) -> str:
+        """Return them all, with those of each backend: the copies that were sent to shadows, and its ``figures``."""
+        lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(figures or {}))
+        return "".join(f"{line}\n" for line in lines)
 
     def _lines(self) -> Iterator[str]:
         series = [(f'endpoint="{escape(name)}"', figures) for name, figures in sorted(self._series.items())]
@@ -73,13 +75,45 @@ class Metrics:
         yield f"penstock_http_requests_in_flight {self.in_flight}"
 
 
-def _lines_of(copies: Mapping[str, Copies]) -> Iterator[str]:
+def _lines_of_copies(copies: Mapping[str, Copies]) -> Iterator[str]:
     yield "# HELP penstock_shadow_copies_total Copies of requests for shadow backends; refused: their queue was full."
     yield "# TYPE penstock_shadow_copies_total counter"
     for backend, counted in sorted(copies.items()):
         label = f'backend="{escape(backend)}"'
         yield f'penstock_shadow_copies_total{{{label},outcome="queued"}} {counted.queued}'
         yield f'penstock_shadow_copies_total{{{label},outcome="refused"}} {counted.refused}'
+
+
+_OF_BACKENDS: tuple[tuple[str, str, str, Callable[[Figures], float]], ...] = (
+    ("requests_queued", "gauge", "Requests that wait.", lambda of: of.queued),
+    ("requests_in_progress", "gauge", "Requests that replicas hold.", lambda of: of.in_progress),
+    ("dead_letters", "gauge", "Requests that nobody could serve.", lambda of: of.dead_letters),
+    ("served_total", "counter", "Requests answered without an error, copies for shadows too.", lambda of: of.served),
+    ("failed_total", "counter", "Requests answered with an error.", lambda of: of.failed),
+    ("run_seconds_total", "counter", "How long requests ran; each of a batch counts all of it.", lambda of: of.run_s),
+)
+
+
+def _lines_of_backends(figures: Mapping[str, Figures]) -> Iterator[str]:
+    """Every proxy tells the same of them: they are the broker's."""
+    if not figures:
+        return
+    labelled = [(f'backend="{escape(name)}"', of) for name, of in sorted(figures.items())]
+    for name, kind, about, value in _OF_BACKENDS:
+        yield f"# HELP penstock_backend_{name} {about} The same at every proxy."
+        yield f"# TYPE penstock_backend_{name} {kind}"
+        for label, of in labelled:
+            yield f"penstock_backend_{name}{{{label}}} {value(of):.16g}"
+    yield "# HELP penstock_backend_batch_size Requests in a batch. The same at every proxy."
+    yield "# TYPE penstock_backend_batch_size histogram"
+    for label, of in labelled:
+        if of.batches:
+            bounds = sorted(of.batches)
+            counts = list(accumulate(of.batches[bound] for bound in bounds))
+            for bound, count in zip((*bounds, "+Inf"), (*counts, counts[-1]), strict=True):
+                yield f'penstock_backend_batch_size_bucket{{{label},le="{bound}"}} {count}'
+            yield f"penstock_backend_batch_size_sum{{{label}}} {of.batched}"
+            yield f"penstock_backend_batch_size_count{{{label}}} {counts[-1]}"
 
 
 def escape(value: str) -> str:

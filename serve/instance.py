@@ -14,6 +14,7 @@ from typing import Any
 
 from ..broker.connection import Connection, shown_url
 from ..broker.errors import ConfigError, PenstockError
+from ..broker.figures import figures_of
 from ..broker.keys import Keys
 from ..broker.load import load_of
 from ..broker.registry import BackendRecord, Change, Registry, Snapshot
@@ -241,14 +242,18 @@ class Instance:
         )
 
     async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
-        load = await load_of(self._connection, self._keys, tag)
+        figures = await figures_of(self._connection, self._keys, tag)
+        answered = figures.served + figures.failed
         return {
             **said,
             "failing": explained(said.get("failing")),
             "refused": explained_refusal(said.get("refused")),
-            "queued": load.unsettled - load.in_progress,
-            "in_progress": load.in_progress,
-            "dead_letters": int(await self._connection.send("XLEN", self._keys.dead(tag), repeat=True)),
+            "queued": figures.queued,
+            "in_progress": figures.in_progress,
+            "dead_letters": figures.dead_letters,
+            "served": figures.served,
+            "failed": figures.failed,
+            "mean_run_ms": round(1000 * figures.run_s / answered, 3) if answered else 0.0,
         }
 
     # -- endpoints

@@ -16,15 +16,19 @@ class Status(dict[str, Any]):
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
     error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
     ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``;
-    how many are ``dead_letters``. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While the controller is
-    ``"away"``, what runs serves on, and no change comes about.
+    how many are ``dead_letters``; how many its replicas have ``served`` since it was created, up to a second ago, and
+    ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one ran. Of a proxy: its ``node``,
+    ``url``, ``state`` and ``pid``. While the controller is ``"away"``, what runs serves on, and no change comes about.
     """
 
     def __str__(self) -> str:
         backends, proxies = self["backends"], self["proxies"]
         parts = [
             _table(
-                ("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters"),
+                (
+                    *("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters"),
+                    *("served", "failed", "mean ms"),
+                ),
                 (
                     (tag, *(str(b[name]) for name in ("version", "wanted", "ready", "starting")), *_counts(b))
                     for tag, b in sorted(backends.items())
@@ -66,8 +70,9 @@ def explained(failing: Mapping[str, Any] | None) -> str | None:
     return "\n".join([said, *lines[-_LAST_LINES - 1 : -1]] if len(lines) > 1 else [said])
 
 
-def _counts(backend: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(backend["queued"]), str(backend["in_progress"]), str(backend["dead_letters"])
+def _counts(backend: Mapping[str, Any]) -> tuple[str, ...]:
+    counted = ("queued", "in_progress", "dead_letters", "served", "failed", "mean_run_ms")
+    return tuple(f"{backend[name]:.10g}" for name in counted)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,8 +15,9 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from ..broker.connection import Connection
-from ..broker.errors import BrokerUnavailable, PenstockError
+from ..broker.connection import Connection, FateUnknown
+from ..broker.errors import BrokerUnavailable, PenstockError, RedisError
+from ..broker.figures import Tally, add
 from ..broker.keys import Keys
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
@@ -34,6 +35,7 @@ REDIS_URL = "PENSTOCK_REDIS_URL"
 
 _RETRY_S = 0.5
 _PROMPTLY_S = 1.0
+_COUNT_S = 1.0
 _GRACEFUL_SHUTDOWN_S = 20.0
 
 
@@ -130,6 +132,7 @@ class Serving:
         self._say(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
         self._watcher.add_listener(self._on_change)
         self._on_change(self._watcher.snapshot)
+        self._spawn(self._keep_counting(self._worker))
 
     async def _connect(self) -> None:
         while True:
@@ -208,6 +211,27 @@ class Serving:
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
+    # -- counting
+
+    async def _keep_counting(self, worker: Worker) -> None:
+        while True:
+            await asyncio.sleep(_COUNT_S)
+            await self._count(worker)
+
+    async def _count(self, worker: Worker) -> None:
+        """Say what was done since this was said last."""
+        tally, worker.tally = worker.tally, Tally()
+        if not tally or self._connection is None:
+            return
+        try:
+            await add(self._connection, self._keys, self._backend, tally)
+        except FateUnknown:
+            pass  # rather not counted than twice
+        except BrokerUnavailable:
+            worker.tally.take(tally)
+        except RedisError as e:
+            log.warning("cannot count what %s has done: %s", self._replica, e)
+
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
@@ -233,6 +257,8 @@ class Serving:
         for task in self._tasks:
             task.cancel()
         if self._connection is not None:
+            if self._worker is not None and self._connection.connected:
+                await self._count(self._worker)
             await self._watcher.close()
             await self._connection.close()
         if self._directories is not None:

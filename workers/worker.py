@@ -18,6 +18,7 @@ from typing import Any
 from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
 from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
+from ..broker.figures import Tally
 from ..broker.flow import TAKEN
 from ..broker.keys import Keys
 from ..broker.lease import Lease
@@ -115,8 +116,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._look: asyncio.Task[None] | None = None
         self._loading: set[asyncio.Task[None]] = set()
-        self.served = 0
-        self.largest_batch = 0
+        self.tally = Tally()
 
     @property
     def capacity(self) -> int:
@@ -403,7 +403,7 @@ class Worker:
                     self._start_unstarted()
                     self._ask()
 
-            self.largest_batch = max(self.largest_batch, len(batch))
+            self.tally.count_batch(len(batch))
             running = self._runner.run([held.entry for held in batch], on_done)
         else:
             running = self._runner.run([batch[0].entry], self._on_done)
@@ -431,7 +431,12 @@ class Worker:
             run_s = reply.run_ms / 1000
             self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
             self._prospects.saw(reply.run_ms)
-            self.served += 1
+            if reply.error is None:
+                self.tally.served += 1
+                self.tally.run_ms += reply.run_ms
+            elif not was_cancelled:
+                self.tally.failed += 1
+                self.tally.run_ms += reply.run_ms
             if entry.caller and not was_cancelled:
                 self._reply(held, reply)
             self._settle(held.place)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from penstock.broker.connection import Connection
+from penstock.broker.figures import Tally, add
 from penstock.broker.registry import Change, EndpointRecord
 from penstock.broker.wire import Entry, Pairs, Reply
 from penstock.handles.errors import (
@@ -426,6 +428,40 @@ class TestItsOwnPages:
         assert 'penstock_http_request_duration_seconds_bucket{endpoint="alpha",le="+Inf"} 2' in lines
         assert 'penstock_http_request_duration_seconds_count{endpoint="alpha"} 2' in lines
         assert "penstock_http_requests_in_flight 0" in lines
+        assert 'penstock_backend_requests_queued{backend="alpha"} 0' in lines
+        assert 'penstock_backend_served_total{backend="alpha"} 0' in lines  # nobody but a replica says so
+        assert (await site.http.head("/-/metrics")).headers["content-type"] == response.headers["content-type"]
+
+    async def test_metrics_of_backends_are_the_brokers(self, site: Site) -> None:
+        await site.endpoint("/a", None, name="alpha")
+        pending = asyncio.create_task(site.http.get("/a"))
+
+        async def is_queued() -> bool:
+            return await site.queued("alpha") == 1
+
+        await wait_until_async(is_queued)
+        connection = await Connection(site.caller.url).open()
+        try:
+            await add(connection, site.keys, "alpha", Tally(3, 2, 12.5, 7, {1: 1, 4: 2}))
+            await add(connection, site.keys, "alpha", Tally(1, run_ms=2.5))
+        finally:
+            await connection.close()
+        lines = (await site.http.get("/-/metrics")).text.splitlines()
+        assert [line for line in lines if line.startswith("penstock_backend_")] == [
+            'penstock_backend_requests_queued{backend="alpha"} 1',
+            'penstock_backend_requests_in_progress{backend="alpha"} 0',
+            'penstock_backend_dead_letters{backend="alpha"} 0',
+            'penstock_backend_served_total{backend="alpha"} 4',
+            'penstock_backend_failed_total{backend="alpha"} 2',
+            'penstock_backend_run_seconds_total{backend="alpha"} 0.015',
+            'penstock_backend_batch_size_bucket{backend="alpha",le="1"} 1',
+            'penstock_backend_batch_size_bucket{backend="alpha",le="4"} 3',
+            'penstock_backend_batch_size_bucket{backend="alpha",le="+Inf"} 3',
+            'penstock_backend_batch_size_sum{backend="alpha"} 7',
+            'penstock_backend_batch_size_count{backend="alpha"} 3',
+        ]
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
 
     async def test_others_are_not_there_whatever_the_routes_say(self, site: Site) -> None:
         await site.endpoint("/{rest:path}")

@@ -119,6 +119,11 @@ async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
         assert (await http.post("/f", content=large)).content == large
         assert (await http.get("/-/healthz")).status_code == 200
 
+        async def has_counted() -> bool:
+            return 'penstock_backend_served_total{backend="f"} 2\n' in (await http.get("/-/metrics")).text
+
+        await wait_until_async(has_counted)
+
 
 async def test_a_proxy_rides_through_a_broken_connection_and_runs_nothing_twice(site: Site, broker: Guarded) -> None:
     await site.serve(slowly, max_concurrent_queries=4)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
+import httpx
 import pytest
 
 from penstock import serve
@@ -43,6 +45,55 @@ def test_it_counts_replicas_and_requests(client: serve.Client) -> None:
     for future in futures:
         future.cancel()
     wait_until(lambda: client.status()["backends"]["f"]["queued"] == 0)
+
+
+def test_it_sums_up_what_was_done_also_by_replicas_that_are_gone(web: serve.Client) -> None:
+    """Shadows too, whoever sent the copies."""
+
+    def run(request: serve.Request) -> str:
+        time.sleep(0.01)
+        if request.data == "fail":
+            raise ValueError("as asked")
+        return "well"
+
+    @serve.accept_batch
+    def together(requests: list[serve.Request]) -> list[None]:
+        return [None] * len(requests)
+
+    web.create_backend("f", run, config={"num_replicas": 2}, ray_actor_options=SMALL)
+    batches = {"max_batch_size": 4, "batch_wait_timeout": 0.2}
+    web.create_backend("shadow", together, config=batches, ray_actor_options=SMALL)
+    web.create_endpoint("e", backend="f")
+    web.shadow_traffic("e", "shadow", 1)
+    handle = web.get_handle("e")
+
+    def done(tag: str, *names: str) -> list[float]:
+        backend = web.status()["backends"][tag]
+        return [backend[name] for name in names]
+
+    def ask(times: int, data: str) -> None:
+        for future in [handle.remote(data) for _ in range(times)]:
+            future.exception(timeout=20)
+
+    ask(20, "well")
+    ask(4, "fail")
+    wait_until(lambda: done("f", "served", "failed") == [20, 4])
+    assert 10 <= done("f", "mean_run_ms")[0] < 200
+    wait_until(lambda: done("shadow", "served", "failed") == [24, 0])
+
+    web.update_backend("f", answering("new"))
+    web.update_backend_config("f", {"num_replicas": 1})
+    assert done("f", "served", "failed") == [20, 4]
+    ask(5, "new")
+    wait_until(lambda: done("f", "served", "failed") == [25, 4])
+
+    lines = httpx.get(f"{web.http_url}/-/metrics", timeout=10).text.splitlines()
+    assert 'penstock_backend_served_total{backend="f"} 25' in lines
+    assert 'penstock_backend_failed_total{backend="f"} 4' in lines
+    assert 'penstock_backend_batch_size_sum{backend="shadow"} 29' in lines
+    web.shadow_traffic("e", "shadow", 0)
+    web.delete_backend("shadow")
+    assert "shadow" not in web.status()["backends"]
 
 
 def test_it_says_why_new_code_does_not_start_while_the_old_serves(client: serve.Client) -> None:
@@ -84,6 +135,9 @@ def test_it_prints_as_a_table() -> None:
         "queued": 7,
         "in_progress": 3,
         "dead_letters": 0,
+        "served": 1234567,
+        "failed": 12,
+        "mean_run_ms": 2.125,
     }
     proxy = {"node": "0123456789abcdef", "url": "http://127.0.0.1:8000", "state": "ready", "pid": 7}
     status = Status(
@@ -99,8 +153,8 @@ def test_it_prints_as_a_table() -> None:
         controller="away",
     )
     assert str(status).splitlines() == [
-        "backend  version  wanted  ready  starting  queued  in progress  dead letters",
-        "model    a1b2     2       1      1         7       3            0",
+        "backend  version  wanted  ready  starting  queued  in progress  dead letters  served   failed  mean ms",
+        "model    a1b2     2       1      1         7       3            0             1234567  12      2.125",
         "",
         "model is failing: ValueError: no",
         '      File "model.py"',
