@@ -33,10 +33,11 @@ class Scale:
     """From one fault to the next."""
     garbage: int
     """Examples of each kind of it."""
+    soak_s: float
 
 
-SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60)
-WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000)
+SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=8)
+WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600)
 
 
 @pytest.fixture(scope="session")
