@@ -20,6 +20,7 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, TypeVar, Union, cast
 
 import hiredis
@@ -142,8 +143,9 @@ class Connection:
         return self._writer is not None
 
     def now_ms(self) -> float:
-        """Unix time by the broker's clock, in milliseconds; the local clock may be off or jump."""
-        return self._loop.time() * 1000 + self._clock_offset_ms
+        """Unix time by the broker's clock, in milliseconds; the local clock may be off or jump. Any thread may ask."""
+        # Not the loop's time: uvloop reads that once a turn, in whole milliseconds.
+        return monotonic() * 1000 + self._clock_offset_ms
 
     def on_reconnect(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``hook`` in a task after each connecting but the first."""
@@ -469,7 +471,7 @@ class Connection:
             return
         self._silent = False
         if now - self._clock_read > _CLOCK_S:
-            self.post(partial(self._on_time, now), "TIME", repeat=True)
+            self.post(partial(self._on_time, monotonic()), "TIME", repeat=True)
         elif not self._sent and now - self._heard > _IDLE_S:
             self.post(_ignore, "PING", repeat=True)
         self._pulse_due = now + _BEAT_S
@@ -479,20 +481,20 @@ class Connection:
         """Take the quickest of a few readings: half of what it took is what the clock may be wrong by."""
         quickest_s = math.inf
         for _ in range(_CLOCK_READINGS):
-            before = self._loop.time()
+            before = monotonic()
             seconds, micros = await self._ask("TIME")
-            if (took_s := self._loop.time() - before) < quickest_s:
+            if (took_s := monotonic() - before) < quickest_s:
                 quickest_s = took_s
                 self._set_clock(before, seconds, micros)
             if took_s < _CLOCK_ROUND_S / 10:
                 return
 
     def _on_time(self, before: float, reply: Any) -> None:
-        if not isinstance(reply, Exception) and self._loop.time() - before < _CLOCK_ROUND_S:
+        if not isinstance(reply, Exception) and monotonic() - before < _CLOCK_ROUND_S:
             self._set_clock(before, reply[0], reply[1])
 
     def _set_clock(self, before: float, seconds: bytes, micros: bytes) -> None:
-        self._clock_read = self._loop.time()
+        self._clock_read = monotonic()
         server_ms = int(seconds) * 1000 + int(micros) / 1000
         self._clock_offset_ms = server_ms - (before + self._clock_read) / 2 * 1000
 

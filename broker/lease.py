@@ -51,7 +51,7 @@ class Lease:
             self._thread.join(self._ttl_ms / 1000)
         with contextlib.suppress(redis.RedisError):
             self._redis.delete(self._key)
-        self._redis.close()
+        self._redis.connection_pool.disconnect()
 
     def _renew(self) -> None:
         lost = False

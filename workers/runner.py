@@ -40,6 +40,14 @@ class Runner:
         """Send what generators and streaming responses make to ``outlet``, for callers who take answers in parts."""
         self._place.outlet = outlet
 
+    def keep_time_by(self, now_ms: Callable[[], float]) -> None:
+        """Start nothing whose deadline has passed by ``now_ms``, Unix time by the clock that deadlines are in.
+
+        What is not started is answered as what was cancelled is: its caller no longer waits. Any thread may ask for the
+        time.
+        """
+        self._place.now_ms = now_ms
+
     async def start(self) -> None:
         """Load and construct the user's code, and configure it if there is a ``user_config``.
 

@@ -65,6 +65,8 @@ class Place:
         self.allow_pickle = False
         self.outlet: Outlet | None = None
         """Where answers in parts go; without it, none are sent."""
+        self.now_ms: Callable[[], float] = _never
+        """Unix time by the clock that deadlines are in; may be called on any thread."""
         self.abandoned = False
         """Nobody hears any more of what still runs."""
         self.starting = threading.Lock()
@@ -188,6 +190,8 @@ class _Call:
     def __init__(self, place: Place, method: Method, entries: Sequence[Entry], done: Done) -> None:
         self._place, self._method, self._entries, self._done = place, method, entries, done
         self._started = False
+        self._late: list[Entry] = []
+        """Their deadlines had passed when the call began, which they are not part of."""
         self._further: list[_Responding | _Streaming] = []
         """What goes on after the call."""
 
@@ -211,9 +215,17 @@ class _Call:
         """Give up an entry that the user's code has; code on a thread cannot be stopped."""
 
     def _start(self) -> Any:
-        """Return what to call the method with. From here on, no entry is dropped."""
+        """Return what to call the method with. From here on, no entry is dropped.
+
+        None of them may be left: those that have waited here for too long are dropped now.
+        """
         with self._place.starting:
             self._started = True
+        for entry in self._entries:
+            if entry.header.deadline_ms and entry.header.deadline_ms <= self._place.now_ms():
+                self._late.append(entry)
+        if self._late:
+            self._entries = [entry for entry in self._entries if entry not in self._late]
         work_on([_name(entry) for entry in self._entries])
         self._requests = [Request(entry, self._place.allow_pickle) for entry in self._entries]
         if self._method.accepts_batch:
@@ -221,6 +233,8 @@ class _Call:
         return self._requests[0] if self._requests else None
 
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        for entry in self._late:
+            self._done(entry, self._place.cancelled(entry))
         for request, entry, outcome in zip(
             self._requests, self._entries, outcomes, strict=False
         ):  # none if all were dropped
@@ -299,6 +313,7 @@ class OnLoop(_Call):
     async def _run(self) -> None:
         place, argument = self._place, self._start()
         if not self._entries:
+            self._deliver(())
             return
         began_at = perf_counter()
         outcomes: Sequence[Outcome]
@@ -479,6 +494,10 @@ class _Responding:
         if self._flow is not None and not self._passing_on and not self._collector.complete:
             self._passing_on = True
             self._flow.start(self._collector.status, self._collector.headers)
+
+
+def _never() -> float:
+    return 0.0
 
 
 def _name(entry: Entry) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -135,6 +136,7 @@ class Worker:
         """
         loop = self._loop = asyncio.get_running_loop()
         self._runner.stream_to(self._outlet)
+        self._runner.keep_time_by(self._commands.now_ms)
         await self._commands.open()
         await self._reads.open()
         # Either may have carried a claim that we never saw.
@@ -428,9 +430,8 @@ class Worker:
             self._forget(held)
             self._claims.give_back([held.place])
         else:
-            run_s = reply.run_ms / 1000
-            self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
-            self._prospects.saw(reply.run_ms)
+            if not was_cancelled:
+                self._learn(entry.header.deadline_ms, reply.run_ms)
             if reply.error is None:
                 self.tally.served += 1
                 self.tally.run_ms += reply.run_ms
@@ -448,6 +449,12 @@ class Worker:
             held.alone.set()
         if self._returned:
             self._wake.set()
+
+    def _learn(self, deadline_ms: int, run_ms: float) -> None:
+        run_s = run_ms / 1000
+        self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
+        left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
+        self._prospects.saw(run_ms, left_ms, self._last_done)
 
     def _reply(self, held: _Held, reply: Reply) -> None:
         caller = held.entry.caller

@@ -443,6 +443,49 @@ async def test_what_waits_for_a_thread_can_be_cancelled_and_what_runs_cannot(sta
     assert seen == ["run", "run"]
 
 
+async def test_what_expires_while_it_waits_for_a_thread_is_never_started(start: Start, gate: Gate) -> None:
+    seen: list[object] = []
+    clock_ms = 1_000.0
+
+    def work(request: Request) -> None:
+        seen.append(str(request.query_params["n"]))
+        gate.wait()
+
+    hooks["late"] = work
+    replica = await start(call_hook)
+    replica.runner.keep_time_by(lambda: clock_ms)
+    running, late, in_time, without = (from_handle("late", n=number) for number in range(4))
+    running.header.deadline_ms = late.header.deadline_ms = 2_000
+    in_time.header.deadline_ms = 2_001
+    for entry in (running, late, in_time, without):
+        replica.run(entry)
+    await wait_until_async(lambda: seen == ["0"])
+    clock_ms = 2_000.0
+    gate.open()
+    assert isinstance(error_of(await replica.reply_to(late)), RequestCancelled)
+    for entry in (running, in_time, without):
+        assert value_of(await replica.reply_to(entry)) is None
+    assert seen == ["0", "2", "3"]
+
+
+async def test_a_batch_begins_without_what_has_expired(start: Start) -> None:
+    replica = await start(Mixed)
+    replica.runner.keep_time_by(lambda: 2_000.0)
+    late, in_time = from_handle(), from_handle()
+    late.header.deadline_ms = 1_000
+    replica.run(late, in_time)
+    assert isinstance(error_of(await replica.reply_to(late)), RequestCancelled)
+    assert value_of(await replica.reply_to(in_time)) == 1
+
+
+async def test_async_code_that_would_begin_too_late_is_not_begun(start: Start) -> None:
+    replica = await start(double_async)
+    replica.runner.keep_time_by(lambda: 2_000.0)
+    late = from_handle([1])
+    late.header.deadline_ms = 1_000
+    assert isinstance(error_of(await replica.call(late)), RequestCancelled)
+
+
 async def test_one_of_a_batch_that_waits_can_be_cancelled(start: Start, gate: Gate) -> None:
     hooks["hold"] = lambda request: gate.wait()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -43,6 +45,18 @@ async def test_large_bodies_travel_both_ways_and_leave_no_key(redis_url: str) ->
     body = b"x" * (LARGE + 1)
     async with calling(redis_url) as client, serving(redis_url, echo):
         assert (await client.ask(body)).body == body
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_request_whose_body_has_expired_is_an_error_that_says_so(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"x" * (LARGE + 1))
+        await call.accepted()
+        assert await client.redis.delete(client.caller.keys.body(TAG, call.id)) == 1
+        async with serving(redis_url, echo):
+            error = (await answer).error
+        assert error is not None
+        assert str(from_wire(error)) == f"the body of request {call.id!r} has expired"
         await wait_until_async(lambda: _is_empty(client))
 
 
@@ -183,6 +197,45 @@ async def test_cancelling_cancels_async_code_and_frees_its_slot(redis_url: str) 
         await asyncio.wait_for(cancelled.wait(), 10)
         assert (await asyncio.wait_for(client.ask(b"quick"), 10)).body == b"done"
         await wait_until_async(lambda: worker.in_progress == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str, seed: int, blocking: bool) -> None:
+    chance, met = random.Random(seed), threading.Barrier(3)
+
+    def work(request: Any) -> Any:
+        if request.data == b"meet":
+            met.wait(10)
+        time.sleep(chance.random() * 0.005)
+        return request.data
+
+    async def work_async(request: Any) -> Any:
+        if request.data == b"meet":
+            await asyncio.to_thread(met.wait, 10)
+        await asyncio.sleep(chance.random() * 0.005)
+        return request.data
+
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, work if blocking else work_async, max_concurrent_queries=3) as worker,
+    ):
+
+        async def race() -> bool:
+            call, answer = client.call(b"x")
+            await asyncio.sleep(chance.random() * 0.1)
+            if call.cancel():
+                return True
+            assert (await answer).body == b"x"
+            return False
+
+        cancelled = sum(await asyncio.gather(*(race() for _ in range(200))))
+        assert 0 < cancelled < 200
+        # They answer only if all of them run at once.
+        replies = await asyncio.gather(*(client.ask(b"meet", timeout_s=20) for _ in range(3)))
+        assert [reply.body for reply in replies] == [b"meet"] * 3
+        await wait_until_async(lambda: worker.in_progress == 0)
+        await wait_until_async(lambda: _is_empty(client))
 
 
 async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) -> None:
