@@ -269,6 +269,15 @@ class Connection:
         if not self._flush_due:
             self._schedule_flush()
 
+    def hurry(self) -> None:
+        """Write what there is now and not at the end of the tick, if nothing is under way that it could wait for.
+
+        For who knows that nobody else is about to write: it took 8 % off the time of a request that is alone, but under
+        load two writes instead of one cost 7 %.
+        """
+        if len(self._sent) == len(self._outgoing):
+            self._flush()
+
     def _schedule_flush(self) -> None:
         # One write per tick instead of one per command: 46 instead of 58 us of CPU per request in a proxy.
         self._flush_due = True

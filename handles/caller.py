@@ -458,6 +458,8 @@ class Caller:
     def _publish(self, call: Call, limit: int) -> None:
         then = partial(self._on_published, call)
         self._publisher.publish(call.backend, call.fields, limit, then, batch=call.batch)
+        if len(self._in_flight) == 1:
+            self._connection.hurry()
 
     def _put_body(self, call: Call) -> None:
         # Ahead of its entry on the same connection, so that no replica can look for it too early.

@@ -53,11 +53,14 @@ class PartsOutlet:
         if flow.entry.caller and not flow.stopped:
             self._claims.part(flow.entry.caller, part.fields(), flow.stop)
 
+    def carries(self, entry: Entry) -> bool:
+        """Say whether the answer to ``entry`` streams, and has not been forgotten by `end`."""
+        return entry.id in self._flows
+
     def end(self, entry: Entry, place: bytes) -> None:
-        """Forget an answer, if it streams, once its entry is settled."""
-        if self._flows.pop(entry.id, None) is not None:
-            del self._heard_at[entry.id]
-            self._claims.forget_streamed(place)
+        """Forget an answer that streams, once its entry is settled."""
+        del self._flows[entry.id], self._heard_at[entry.id]
+        self._claims.forget_streamed(place)
 
     def hear(self, word: bytes) -> None:
         """Take a signal that says how much of an answer was taken; it may be of another replica's."""

@@ -443,8 +443,10 @@ class Worker:
             self._settle(held.place)
             self._drop_body(entry)
             self._forget(held)
-            if entry.header.window:
+            if self._outlet.carries(entry):
                 self._commands.join_write(partial(self._outlet.end, entry, held.place))
+            if not self._held:
+                self._commands.hurry()
         if held.alone is not None:
             held.alone.set()
         if self._returned:

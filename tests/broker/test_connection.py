@@ -17,7 +17,7 @@ from penstock.broker.connection import Connection, FateUnknown, Script, shown_ur
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.errors import BrokerUnavailable, ConfigError
 from tests.broker.conftest import Connect
-from tests.waiting import wait_until_async
+from tests.waiting import wait_until, wait_until_async
 
 ECHO = Script("""#!lua flags=no-writes
 return ARGV[1]
@@ -82,6 +82,18 @@ async def test_a_bulky_command_arrives_as_any_other(redis_url: str, connect: Con
         connection.post_script(heard.append, ECHO, [], [value, "é", 7], bulky=True)
     assert await connection.send("ECHO", "last") == b"last"
     assert heard == [b"first", value, value, value]
+
+
+async def test_in_a_hurry_a_command_does_not_wait_for_the_end_of_its_tick(redis_url: str, connect: Connect) -> None:
+    connection = await connect(redis_url)
+    reply = connection.send("SET", "hurried", "1", "PX", 60_000)
+    connection.hurry()
+    with Redis.from_url(redis_url) as other:  # it blocks the loop, so that this tick does not end
+        wait_until(lambda: other.get("hurried") == b"1")
+    behind = connection.send("ECHO", "behind")
+    connection.hurry()
+    assert await reply == b"OK"
+    assert await behind == b"behind"
 
 
 async def test_commands_are_carried_out_in_the_order_they_were_sent(redis_url: str, connect: Connect) -> None:
