@@ -63,6 +63,14 @@ class Slowly(Counting):
         return name
 
 
+class SlowToStart(Counting):
+    """`Counting`, after two seconds."""
+
+    def __init__(self, folder: Path, service_s: float) -> None:
+        time.sleep(2.0)
+        super().__init__(folder, service_s)
+
+
 class Blocking(Noting):
     """One at a time: its capacity is known."""
 
@@ -70,6 +78,21 @@ class Blocking(Noting):
         name = self.note(request)
         time.sleep(self._service_s)
         return name
+
+
+class Held(Noting):
+    """Takes batches, and holds each until there is a file of the name ``go``."""
+
+    def __init__(self, folder: Path, go: Path) -> None:
+        super().__init__(folder, 0.0)
+        self._go = go
+
+    @serve.accept_batch
+    def __call__(self, requests: list[serve.Request]) -> list[str]:
+        names = [self.note(request) for request in requests]
+        while not self._go.exists():
+            time.sleep(0.01)
+        return names
 
 
 class Poisonable(Counting):

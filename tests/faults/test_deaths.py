@@ -10,9 +10,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
+import pytest
+
 from penstock import serve
 from penstock.broker.embedded import EmbeddedServer
-from tests.faults.backends import Counting, Journal, Slowly
+from tests.faults.backends import Counting, Journal, Slowly, SlowToStart
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.table import Row, Table
 from tests.faults.tcp_proxy import TcpProxy
@@ -32,10 +35,10 @@ def serve_work(client: serve.Client, journal: Journal, code: type[Counting] = Co
 
 
 def kill_a_replica(client: serve.Client) -> bool:
-    """With -9; False if it is the last one, as where Ray starts them slower than they are killed."""
+    """With -9, also the last one; False if there is none, as where Ray starts them slower than they are killed."""
     ready = [pid for pid in replicas(client, "work").values() if Path(f"/proc/{pid}").exists()]
     with suppress(ProcessLookupError):
-        if len(ready) > 1:
+        if ready:
             os.kill(random.choice(ready), signal.SIGKILL)
             return True
     return False
@@ -74,6 +77,24 @@ def test_replicas_are_killed_and_nobody_hears_of_it(
     assert kills > 0
     assert seen.refused.total() + len(seen.cut) == 0
     assert seen.quantile_s(0.99) <= TAKE_OVER_S + SERVICE_S
+
+
+def test_with_no_replica_alive_a_deadline_is_kept(start: StartClient, journal: Journal) -> None:
+    client = start(http_options={"port": 0, "request_timeout_s": 0.5})
+    client.create_backend("work", SlowToStart, journal.folder, SERVICE_S, ray_actor_options=SMALL)
+    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    (pid,) = replicas(client, "work").values()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    began_s = time.monotonic()
+    response = httpx.post(f"{client.http_url}/work", json="late")
+    assert response.status_code == 504
+    assert response.json()["error"]["type"] == "RequestTimeout"
+    assert 0.45 <= time.monotonic() - began_s < 1
+    with pytest.raises(serve.errors.RequestTimeout):
+        client.get_handle("work").options(timeout_s=0.5).remote("later").result(timeout=1)
+    assert client.get_handle("work").remote("patient").result(timeout=30) == "patient"
+    assert journal.starts() == {"patient": 1}
 
 
 def test_proxies_are_killed_and_what_they_had_accepted_runs_once(

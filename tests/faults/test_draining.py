@@ -8,8 +8,12 @@ import time
 from pathlib import Path
 
 import httpx
+from redis import Redis
 
-from tests.faults.backends import Journal, Slowly
+from penstock.broker.claims import GROUP
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.keys import Keys
+from tests.faults.backends import Held, Journal, Slowly
 from tests.faults.conftest import StartClient
 from tests.faults.test_deaths import serve_work
 from tests.faults.traffic import traffic
@@ -46,19 +50,39 @@ def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, jour
     wait_until(lambda: len(replicas(client, "work")) == 3 and gone not in replicas(client, "work"))
 
 
-def test_a_replica_gives_back_what_it_had_only_claimed(start: StartClient, journal: Journal) -> None:
-    client = start(http_options={"location": None})
-    config = {"max_concurrent_queries": 1}
-    client.create_backend("work", Slowly, journal.folder, 0.02, config=config, ray_actor_options=SMALL)
+def test_a_replica_gives_back_what_it_had_only_claimed(
+    start: StartClient, broker: EmbeddedServer, journal: Journal, tmp_path: Path
+) -> None:
+    """At once, and not when what it runs has come to its end."""
+    client, go = start(http_options={"location": None}), tmp_path / "go"
+    # One batch runs, and the next one waits to be filled.
+    config = {"max_batch_size": 2, "batch_wait_timeout": 60.0, "max_concurrent_queries": 2}
+    client.create_backend("work", Held, journal.folder, go, config=config, ray_actor_options=SMALL)
     client.create_endpoint("work", backend="work")
-    (pid,) = replicas(client, "work").values()
-    handle = client.get_handle("work").options(method_name="later")
-    calls = [handle.remote(f"r{n}") for n in range(3)]
-    wait_until(journal.starts)
-    os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
-    assert [call.result(timeout=30) for call in calls] == ["r0", "r1", "r2"]
+    ((replica, pid),) = replicas(client, "work").items()
+    handle, stream = client.get_handle("work"), Keys("default").requests("work")
+    running = [handle.remote("r0"), handle.remote("r1")]
+    wait_until(lambda: len(journal.starts()) == 2)
+    given_back = handle.remote("r2")
+    with Redis.from_url(broker.url) as redis:
+
+        def held_by(consumer: str) -> int:
+            return sum(
+                one["pending"] for one in redis.xinfo_consumers(stream, GROUP) if one["name"] == consumer.encode()
+            )
+
+        wait_until(lambda: held_by(replica) == 3)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: held_by(replica) == 2)
+    # The replica that comes in its place has it while the old one still runs.
+    fills = handle.remote("r3")
+    wait_until(lambda: len(journal.starts()) == 4, timeout_s=30)
+    assert Path(f"/proc/{pid}").exists()
+    assert not any(call.done() for call in running)
+    go.touch()
+    assert [call.result(timeout=30) for call in (*running, given_back, fills)] == ["r0", "r1", "r2", "r3"]
     assert set(journal.starts().values()) == {1}
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_replica_that_takes_too_long_is_ended_and_its_work_taken_over(start: StartClient, journal: Journal) -> None:
