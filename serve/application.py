@@ -266,10 +266,12 @@ class _Reading:
         args = self._list(members, "args", what)
         kwargs = self._mapping(members, "kwargs", what)
         options: dict[str, Any] | None = self._mapping(members, "ray_actor_options", what)
-        environment = self._mapping(members, "runtime_env", what)
+        environment: dict[str, Any] | None = self._mapping(members, "runtime_env", what)
         config = self._config(members, what)
         if "ray_actor_options" in members:
             options = self.check(members["ray_actor_options"][1], partial(validation.check_actor_options, options))
+        if "runtime_env" in members:
+            environment = self.check(members["runtime_env"][1], partial(validation.check_runtime_env, environment))
         if len(self.mistakes) > before or config is None:
             return None
         return Declared(

@@ -15,9 +15,9 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
+from ..broker import figures
 from ..broker.connection import Connection, FateUnknown
 from ..broker.errors import BrokerUnavailable, PenstockError, RedisError
-from ..broker.figures import Tally, add
 from ..broker.keys import Keys
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
@@ -220,11 +220,11 @@ class Serving:
 
     async def _count(self, worker: Worker) -> None:
         """Say what was done since this was said last."""
-        tally, worker.tally = worker.tally, Tally()
+        tally, worker.tally = worker.tally, figures.Tally()
         if not tally or self._connection is None:
             return
         try:
-            await add(self._connection, self._keys, self._backend, tally)
+            await figures.add(self._connection, self._keys, self._backend, tally)
         except FateUnknown:
             pass  # rather not counted than twice
         except BrokerUnavailable:

@@ -115,6 +115,17 @@ def test_every_mistake_has_its_line() -> None:
         assert any(mistake.startswith(f"line {line}:") and part in mistake for mistake in said), (line, said)
 
 
+def test_a_runtime_env_that_cannot_be_has_its_line_too() -> None:
+    text = """\
+        backends:
+          digits:
+            import: a:b
+            runtime_env:
+              py_modules: here
+    """
+    assert mistakes(text) == ["line 5: py_modules of runtime_env must be a list, not str"]
+
+
 def test_what_is_no_yaml_is_told_with_its_line() -> None:
     assert mistakes("backends:\n  a: [1, 2\nendpoints: {}\n")[0].startswith("line 3: this is not YAML")
     assert mistakes("") == ["line 1: the file is empty; it declares backends and endpoints"]

@@ -12,6 +12,7 @@ import pytest
 
 from penstock.broker.connection import Connection
 from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.figures import figures_of
 from penstock.broker.keys import Keys
 from penstock.broker.registry import BackendRecord, Change, Registry
 from penstock.handles.errors import BackendError, BackendNotFound, from_wire
@@ -195,6 +196,29 @@ async def test_what_does_not_finish_while_draining_is_left_to_others(instance: I
         await another.ready()
         assert (await answer).body == b"Hello, you"
         assert await another.drain(1.0)
+
+
+async def test_what_it_has_done_is_counted_once_and_outlives_it(instance: Instance) -> None:
+    await instance.create(Greeter, "Hello")
+    await instance.replica.ready()
+    connection = await Connection(instance.url).open()
+    try:
+
+        async def served() -> int:
+            return (await figures_of(connection, Keys("default"), TAG)).served
+
+        async def has_served_two() -> bool:
+            return await served() == 2
+
+        for _ in range(2):
+            await instance.ask()
+        await wait_until_async(has_served_two)
+        await instance.ask(b"sleep")
+        assert await instance.replica.drain(1.0)  # which does not leave the last one out
+        assert await served() == 3
+        assert (await figures_of(connection, Keys("default"), TAG)).run_s > 0.4
+    finally:
+        await connection.close()
 
 
 async def test_it_can_be_ended_before_it_has_started(instance: Instance) -> None:
