@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -12,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 from penstock.broker.load import Load
 from penstock.serve.autoscaling import Standing, decide
 from penstock.serve.config import AutoscalingConfig
+from tests.serve.record_load import BURST, SCALING, SERVICE_S
 
 _TICK_S = 0.5
 
@@ -150,3 +156,89 @@ def test_a_load_that_swings_faster_than_the_delay_does_not_make_it_swing(period_
     curve = simulate(config, rate, service_s=0.1, seconds=300)
     later = curve[len(curve) // 2 :]
     assert changes(later) <= 2
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a real backend was seen to have; ``record_load.py`` says how."""
+
+    at_s: float
+    arrived: int
+    load: Load
+    wanted: int
+    ready: int
+
+
+def recorded() -> list[Sample]:
+    text = Path(__file__).with_name("load_curve.csv").read_text(encoding="utf-8")
+    rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+    return [
+        Sample(
+            float(row["at_s"]),
+            int(row["arrived"]),
+            Load(unsettled=int(row["unsettled"]), in_progress=int(row["in_progress"])),
+            int(row["wanted"]),
+            int(row["ready"]),
+        )
+        for row in rows
+    ]
+
+
+def replayed(samples: Sequence[Sample], **scaling: Any) -> list[int]:
+    """How many replicas the policy wants at each sample of what the broker counted then."""
+    config, standing, curve = AutoscalingConfig(**{**SCALING, **scaling}), Standing(replicas=1), list[int]()
+    for sample in samples:
+        standing = decide(config, 1, standing, sample.load, sample.at_s + 1.0)
+        curve.append(standing.replicas)
+    return curve
+
+
+def test_on_a_recorded_curve_it_wants_what_it_wanted_then() -> None:
+    """The controller looked at other moments, twice a second too."""
+    samples = recorded()
+    curve = replayed(samples)
+    off = [abs(sample.wanted - replicas) for sample, replicas in zip(samples, curve, strict=True)]
+    assert sum(off) / len(off) < 1.0
+
+
+def test_on_a_recorded_curve_it_answers_the_burst_at_once_and_is_at_rest_at_the_end() -> None:
+    samples = recorded()
+    curve = replayed(samples)
+    burst = next(n for n, (one, other) in enumerate(pairwise(samples)) if other.arrived - one.arrived >= BURST) + 1
+    assert curve[burst] == SCALING["max_replicas"]
+    assert curve[-1] == SCALING["min_replicas"]
+    assert changes(curve) <= 12
+
+
+@pytest.mark.parametrize("target", [1.0, 2.0, 4.0, 16.0])
+@pytest.mark.parametrize("delays", [(0.0, 5.0), (2.0, 5.0), (5.0, 20.0)])
+def test_on_a_recorded_curve_it_is_calm_whatever_its_configuration(target: float, delays: tuple[float, float]) -> None:
+    bounds = {"min_replicas": 0, "max_replicas": 6, "target_queue_per_replica": target}
+    curve = replayed(recorded(), **bounds, upscale_delay_s=delays[0], downscale_delay_s=delays[1])
+    assert set(curve) <= set(range(7))
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(*[steps(curve)[n:] for n in range(3)], strict=False))
+    # The load itself has three humps: a backlog at the very start, the plateau, the burst. And two that came at once in
+    # the trickle at the end are two replicas' work where one request is all that a replica is to have.
+    assert turns <= 6
+
+
+def test_recorded_arrivals_are_carried_by_replicas_in_virtual_time() -> None:
+    samples = recorded()
+
+    def rate(now_s: float) -> float:
+        at = bisect([sample.at_s for sample in samples], now_s)
+        if not 0 < at < len(samples):
+            return 0.0
+        before, after = samples[at - 1], samples[at]
+        return (after.arrived - before.arrived) / (after.at_s - before.at_s)
+
+    config = AutoscalingConfig(**SCALING)
+    curve = simulate(config, rate, service_s=SERVICE_S, seconds=samples[-1].at_s + 30)
+    assert max(curve) == SCALING["max_replicas"]
+    assert curve[-1] == SCALING["min_replicas"]
+    assert changes(curve) <= 16
+
+
+def steps(curve: Sequence[int]) -> list[int]:
+    """The curve without what follows its like."""
+    return [curve[0], *(after for before, after in pairwise(curve) if before != after)]
