@@ -109,6 +109,12 @@ def test_traffic_moves_at_every_proxy_and_handle_when_the_call_returns(start: Ca
         assert {handle.remote().result(timeout=10) for _ in range(20)} == {tag}
     client.set_traffic("e", {"blue": 0.5, "green": 0.5})
     assert {handle.remote().result(timeout=10) for _ in range(60)} == {"blue", "green"}
+    by_handle = {str(n): handle.options(shard_key=str(n)).remote().result(timeout=10) for n in range(20)}
+    assert set(by_handle.values()) == {"blue", "green"}
+    for key, tag in by_handle.items():
+        for _ in range(3):
+            with HTTPClient() as http:
+                assert http.get(url, headers={"x-serve-shard-key": key}).text == tag
     client.delete_endpoint("e")
     with HTTPClient() as http:
         assert http.get(url).status_code == 404

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, cast
 from zipfile import ZipFile
@@ -105,6 +107,25 @@ def test_a_backend_finds_its_own_instance_and_its_name(web: serve.Client, http: 
     web.create_backend("outer", doubled)
     web.create_endpoint("outer", backend="outer", route="/double", methods=["POST"])
     assert http.post("/double", json=21).json() == [42, "outer"]
+
+
+def test_a_backend_asks_others_in_parallel(client: serve.Client) -> None:
+    async def slowly(request: serve.Request) -> Any:
+        await asyncio.sleep(1.0)
+        return request.data
+
+    async def both(request: serve.Request) -> Any:
+        began_s = time.monotonic()
+        handles = [serve.connect().get_handle(name, sync=False) for name in ("one", "two")]
+        futures = await asyncio.gather(*[handle.remote(n) for n, handle in enumerate(handles)])
+        return [*await asyncio.gather(*futures), time.monotonic() - began_s]
+
+    for name, code in {"one": slowly, "two": slowly, "both": both}.items():
+        client.create_backend(name, code, ray_actor_options=SMALL)
+        client.create_endpoint(name, backend=name)
+    one, two, took_s = client.get_handle("both").remote().result(timeout=20)
+    assert (one, two) == (0, 1)
+    assert took_s < 1.9
 
 
 def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:

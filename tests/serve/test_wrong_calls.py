@@ -165,6 +165,11 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         "ray_actor_options may hold num_cpus, num_gpus, memory, resources, accelerator_type, not 'num_cpu'",
     ),
     (lambda c: c.create_backend("b", function, runtime_env=[]), TypeError, "runtime_env must be a dict, not list"),
+    (
+        lambda c: c.update_backend("f", function, runtime_env={"working_dir": "/nowhere"}),
+        ConfigError,
+        "working_dir of runtime_env must be a directory of this machine, or a URI",
+    ),
     # What only shows when replicas start.
     (
         lambda c: c.create_backend("b", function, ray_actor_options={"num_cpus": 64}),
@@ -198,6 +203,11 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         ),
         ConfigError,
         "max_batch_size is 4, but itemgetter takes one request: mark it with @serve.accept_batch",
+    ),
+    (
+        lambda c: c.create_backend("b", "operator:itemgetter", 0, config={"user_config": 1}, ray_actor_options=SMALL),
+        ConfigError,
+        "user_config is given, but itemgetter has no method reconfigure",
     ),
     (lambda c: c.create_backend("b", Exits, ray_actor_options=SMALL), BackendError, "died"),
     (lambda c: c.update_backend("f", Raises), BackendError, "the weights are missing"),
