@@ -21,6 +21,8 @@ from .resources import Amounts, Node, free, room, shortage
 
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 30.0
+LONGEST_PROVEN_RETRY_S = 2.0
+"""What has worked before is not given up on: its callers wait, and what kills it may be a node, or a single request."""
 FORGIVEN_AFTER_S = 60.0
 """What has not failed for so long begins anew, without failures."""
 
@@ -122,7 +124,8 @@ class Failures:
         retries = self.count - 1 if proven else self.count
         if retries <= 0 or self.forgiven(now_s):
             return True
-        return now_s >= self.last_s + min(FIRST_RETRY_S * 2.0 ** min(retries - 1, 10), LONGEST_RETRY_S)
+        longest_s = LONGEST_PROVEN_RETRY_S if proven else LONGEST_RETRY_S
+        return now_s >= self.last_s + min(FIRST_RETRY_S * 2.0 ** min(retries - 1, 10), longest_s)
 
 
 NO_FAILURES = Failures()

@@ -354,6 +354,14 @@ def test_a_version_that_keeps_failing_is_tried_again_ever_more_slowly() -> None:
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
+@pytest.mark.parametrize("deaths", [1, 2, 5, 20, 1_000])
+def test_what_has_worked_is_back_within_two_seconds_however_often_it_died(deaths: int) -> None:
+    failures = Failures()
+    for number in range(deaths):
+        failures = failures.and_one_more(5.0 * number)
+    assert failures.allow_start(failures.last_s + 2.0, proven=True)
+
+
 def test_failures_of_long_ago_do_not_count() -> None:
     failures = Failures(10, last_s=0.0)
     assert failures.and_one_more(61.0) == Failures(1, 61.0)
