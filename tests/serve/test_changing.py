@@ -158,14 +158,19 @@ def test_a_shadow_that_is_slow_and_full_is_counted_and_touches_nobody(web: serve
     with load(lambda: http.get("/e").raise_for_status().text) as calls:
         calls.goes_on()
         wait_until(lambda: 'penstock_shadow_copies_total{backend="shadow",outcome="queued"} 3' in metrics(http))
-        shadow = web.status()["backends"]["shadow"]
-        assert (shadow["queued"], shadow["in_progress"]) == (2, 1)
+        wait_until(lambda: counted(web, "shadow") == (2, 1))
         web.shadow_traffic("e", "shadow", 0)
         web.delete_backend("shadow", force=True)
         calls.goes_on()
     assert set(calls.since(0)) == {"real"}
     refused = next(line for line in metrics(http) if 'outcome="refused"' in line)
     assert int(refused.rpartition(" ")[2]) > 0
+
+
+def counted(client: serve.Client, tag: str) -> tuple[int, int]:
+    """Return how many requests of a backend wait and how many run."""
+    backend = client.status()["backends"][tag]
+    return backend["queued"], backend["in_progress"]
 
 
 def metrics(http: HTTPClient) -> list[str]:
@@ -186,8 +191,7 @@ def test_a_deleted_backend_answers_what_is_queued(client: serve.Client) -> None:
 
 
 def unsettled(client: serve.Client) -> int:
-    status = client.status()["backends"]["f"]
-    return int(status["queued"] + status["in_progress"])
+    return sum(counted(client, "f"))
 
 
 def test_with_force_what_is_queued_is_refused_at_once(client: serve.Client) -> None:
