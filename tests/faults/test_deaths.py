@@ -31,7 +31,7 @@ TAKE_OVER_S = 3.0
 def serve_work(client: serve.Client, journal: Journal, code: type[Counting] = Counting) -> None:
     """Serve the endpoint ``work`` from three replicas."""
     client.create_backend("work", code, journal.folder, SERVICE_S, config={"num_replicas": 3}, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
 
 
 def kill_a_replica(client: serve.Client) -> bool:
@@ -82,12 +82,12 @@ def test_replicas_are_killed_and_nobody_hears_of_it(
 def test_with_no_replica_alive_a_deadline_is_kept(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0, "request_timeout_s": 0.5})
     client.create_backend("work", SlowToStart, journal.folder, SERVICE_S, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     (pid,) = replicas(client, "work").values()
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
     began_s = time.monotonic()
-    response = httpx.post(f"{client.http_url}/work", json="late")
+    response = httpx.post(f"{client.http_url}/job", json="late")
     assert response.status_code == 504
     assert response.json()["error"]["type"] == "RequestTimeout"
     assert 0.45 <= time.monotonic() - began_s < 1

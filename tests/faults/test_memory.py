@@ -20,7 +20,7 @@ def test_a_full_broker_refuses_new_work_and_completes_what_it_took(
     client = start(http_options={"port": 0})
     config = {"num_replicas": 3, "max_deliveries": 2}
     client.create_backend("work", Poisonable, journal.folder, 1.5, config=config, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     handle = client.get_handle("work")
     accepted = [handle.remote(f"r{n}") for n in range(30)]
     wait_until(lambda: len(journal.starts()) == 30)
@@ -31,7 +31,7 @@ def test_a_full_broker_refuses_new_work_and_completes_what_it_took(
         try:
             with pytest.raises(serve.errors.Overloaded, match="has no memory left"):
                 handle.remote("new").result(timeout=10)
-            response = httpx.post(f"{client.http_url}/work", json="new", timeout=10)
+            response = httpx.post(f"{client.http_url}/job", json="new", timeout=10)
             assert response.status_code == 503
             assert response.json()["error"]["type"] == "Overloaded"
             assert int(response.headers["retry-after"]) >= 1

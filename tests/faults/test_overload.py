@@ -34,7 +34,7 @@ def test_overload_wastes_nothing(start: StartClient, journal: Journal, scale: Sc
     client = start()
     config = {"num_replicas": REPLICAS, "max_queued_requests": limit}
     client.create_backend("work", Blocking, journal.folder, SERVICE_S, config=config, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     stream, depth, for_s = Keys("default").requests("work"), 0, scale.for_s / 2
     capacity = capacity_of(client)
     load_at = traffic(client, rate=3 * NOMINAL, for_s=for_s, ways=("handle",), timeout_s=DEADLINE_S)
@@ -79,13 +79,13 @@ def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(start: StartClie
     client = start(http_options={"port": 0})
     config = {"max_queued_requests": 10}
     client.create_backend("work", Blocking, journal.folder, 0.5, config=config, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     told, numbers, began_s = list[tuple[float, int]](), itertools.count(), time.monotonic()
 
     def insist() -> None:
         with httpx.Client(timeout=30) as web:
             while (at_s := time.monotonic() - began_s) < 8:
-                response = web.post(f"{client.http_url}/work", json=f"r{next(numbers)}")
+                response = web.post(f"{client.http_url}/job", json=f"r{next(numbers)}")
                 if response.status_code == 503:
                     assert response.json()["error"]["type"] == "Overloaded"
                     told.append((at_s, int(response.headers["retry-after"])))

@@ -25,7 +25,7 @@ def test_poison_is_convicted_alone_and_cured_by_new_code(
     client = start()
     config = {"num_replicas": 3, "max_deliveries": MAX_DELIVERIES}
     client.create_backend("work", Poisonable, journal.folder, SERVICE_S, config=config, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     handle, letters = client.get_handle("work"), client.dead_letters("work")
     doses = 0
     with traffic(client, rate=scale.rate / 2, for_s=scale.for_s / 2) as load:

@@ -36,7 +36,7 @@ def test_a_soak_leaves_memory_as_it_was(start: StartClient, broker: EmbeddedServ
     """Bodies of all sizes, by claim check or not, in both directions."""
     client = start(http_options={"port": 0})
     client.create_backend("work", echo, ray_actor_options=SMALL)
-    client.create_endpoint("work", backend="work", route="/work", methods=["POST"])
+    client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     (replica,), (proxy,) = replicas(client, "work").values(), client.status()["proxies"].values()
     with handle_process(client.redis_url) as handle, Redis.from_url(broker.url) as redis:
         pids = {"proxy": proxy["pid"], "replica": replica, "handle": handle.pid, "Redis": broker.pid or 0}
@@ -88,7 +88,7 @@ def soak(client: serve.Client, handle: subprocess.Popen[str], for_s: float) -> i
         with httpx.Client(timeout=60) as web:
             while time.monotonic() < ends_s:
                 sent = soaker.some_bytes()
-                assert web.post(f"{client.http_url}/work", content=sent).content == sent
+                assert web.post(f"{client.http_url}/job", content=sent).content == sent
                 done += 1
         counts.append(done)
 

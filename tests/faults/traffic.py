@@ -124,7 +124,7 @@ def traffic(
     timeout_s: float = DEADLINE_S,
     prefix: str = "r",
 ) -> Generator[Traffic]:
-    """Send to the endpoint ``work``, by turns through a handle and over HTTP (to ``/work``). Wait for all outcomes."""
+    """Send to the endpoint ``work``, by turns through a handle and over HTTP (to ``/job``). Wait for all outcomes."""
     ready = threading.Event()
     failure: list[BaseException] = []
     running: list[Traffic] = []
@@ -171,7 +171,7 @@ def traffic(
 
 async def _post(web: Web, name: str, method: str) -> str:
     try:
-        status, body = await web.post("/work", name, method)
+        status, body = await web.post("/job", name, method)
     except (OSError, asyncio.IncompleteReadError) as e:
         raise Broken from e
     if status == 200:

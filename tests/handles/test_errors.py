@@ -26,6 +26,11 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (errors.PayloadTooLarge(11, 10), 413, "11 bytes or more (max_body_bytes is 10)"),
     (errors.RequestCancelled("id"), 499, "'id' was cancelled"),
     (errors.RequestTimeout("backend 'b'", 0.25), 504, "backend 'b' did not answer within 0.25 s"),
+    (
+        errors.StreamBroken("b", "id", "its replica died"),
+        502,
+        "the answer of 'b' to request 'id' broke off: its replica died",
+    ),
     (errors.WireError("what is this"), 500, "what is this"),
     (errors.ConfigError("port must be …"), 400, "port must be …"),
     (PenstockError("anything"), 500, "anything"),
