@@ -86,6 +86,7 @@ def test_it_sums_up_what_was_done_also_by_replicas_that_are_gone(web: serve.Clie
     assert done("f", "served", "failed") == [20, 4]
     ask(5, "new")
     wait_until(lambda: done("f", "served", "failed") == [25, 4])
+    wait_until(lambda: done("shadow", "served") == [29])
 
     lines = httpx.get(f"{web.http_url}/-/metrics", timeout=10).text.splitlines()
     assert 'penstock_backend_served_total{backend="f"} 25' in lines
