@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from ..broker.dead import DeadLetter, DeadQueue
 from ..broker.keys import Keys
 from . import background
-from .caller import Caller, batch_limit
+from .caller import Caller
+from .calls import batch_limit
 from .errors import BackendNotFound, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")

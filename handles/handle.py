@@ -18,7 +18,8 @@ from ..broker.keys import check_name
 from ..broker.registry import EndpointRecord
 from ..broker.wire import Header
 from . import background
-from .caller import Call, Caller, Outcome
+from .caller import Caller
+from .calls import Call, Outcome
 from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .object_refs import object_ref

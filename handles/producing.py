@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 
 from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
-from .caller import Call, Caller
+from .caller import Caller
+from .calls import Call
 from .codec import dump_json, encode
 from .errors import (
     BrokerUnavailable,
@@ -106,7 +107,7 @@ class _Item(Call):
 
     def __init__(self, production: Production, caller: Caller, id_: str, index: int, options: Options) -> None:
         # It has no continuation: that would hold it, and there are many.
-        super().__init__(caller, id_, [], _nobody)
+        super().__init__(caller.in_flight, id_, [], _nobody)
         self.batch = True
         self.production, self.index, self.options = production, index, options
         self.ends: float | None = None
@@ -164,7 +165,7 @@ class Production:
         self._forgettable = b""
         self._paused = False
         if caller.results is not None:
-            caller.on_stray = self._on_stray
+            caller.receiver.on_stray = self._on_stray
 
     @property
     def over(self) -> bool:
@@ -208,7 +209,7 @@ class Production:
         if self._retry is not None:
             self._retry.cancel()
         if self._caller.job is not None:
-            self._caller.on_stray = None
+            self._caller.receiver.on_stray = None
             self._in_flight.clear()
             await self._caller.job.leave()
             await self._caller.close()
@@ -375,7 +376,7 @@ class Production:
                 backend, entry = caller.choose(endpoint, item.options.shard_key), None
                 if endpoint.shadows:
                     copy = Entry.of(item.fields)
-                    caller.shadow(endpoint, copy.header, item.body or copy.body, batch=True)
+                    caller.shadows.send(endpoint, copy.header, item.body or copy.body, batch=True)
             caller.begin(item, backend, timeout_s, entry)
         except PenstockError as e:
             self.hear(item, e)

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from ..broker.wire import Pairs, Reply
-from .caller import Outcome
+from .calls import Outcome
 from .codec import decode
 from .errors import MalformedBody, WireError, from_wire
 from .incoming import Incoming

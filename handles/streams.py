@@ -14,7 +14,7 @@ from typing import Any
 
 from ..broker.wire import Reply
 from . import background
-from .caller import Call, Outcome
+from .calls import Call, Outcome
 from .codec import decode
 from .incoming import Incoming
 from .results import value_of

@@ -18,7 +18,8 @@ from ..broker.figures import Figures
 from ..broker.flow import WINDOW
 from ..broker.registry import EndpointRecord, Snapshot
 from ..broker.wire import Header, PathParam, Reply
-from ..handles.caller import Call, Caller, Outcome
+from ..handles.caller import Caller
+from ..handles.calls import Call, Outcome
 from ..handles.errors import ConfigError, PenstockError
 from ..handles.incoming import Incoming
 from . import metrics, replies, request_ids, streaming
@@ -316,7 +317,9 @@ class App:
         except (BrokerUnavailable, RedisError, asyncio.TimeoutError) as e:
             # What we counted ourselves is worth telling, above all now.
             logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
-        return replies.of_text(self.metrics.render(self._caller.copies, figures), content_type=metrics.CONTENT_TYPE)
+        return replies.of_text(
+            self.metrics.render(self._caller.shadows.copies, figures), content_type=metrics.CONTENT_TYPE
+        )
 
 
 async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from ..handles.caller import Outcome
+from ..handles.calls import Outcome
 from ..handles.incoming import Incoming
 from .app import SCRAPED, App, Asked
 from .protocol import JOINED_BYTES, Protocol

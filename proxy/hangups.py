@@ -8,7 +8,7 @@ import time
 
 from starlette.types import Receive
 
-from ..handles.caller import Outcome
+from ..handles.calls import Outcome
 
 logger = logging.getLogger("penstock.proxy")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 
 from ..broker.figures import Figures
-from ..handles.caller import Copies
+from ..handles.shadows import Copies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -15,7 +15,8 @@ from redis import Redis
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.registry import BackendRecord, EndpointRecord
 from penstock.broker.wire import LARGE, Header, Reply
-from penstock.handles.caller import Call, Caller, Outcome
+from penstock.handles.caller import Caller
+from penstock.handles.calls import Call, Outcome
 from penstock.handles.errors import (
     BackendNotFound,
     BrokerUnavailable,
@@ -272,7 +273,7 @@ async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, ca
         assert (await future).body == body
     await wait_until_async(lambda: heard == bodies)
     await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
-    assert (caller.copies["candidate"].queued, caller.copies["candidate"].refused) == (2, 0)
+    assert (caller.shadows.copies["candidate"].queued, caller.shadows.copies["candidate"].refused) == (2, 0)
 
 
 # -- broken connections

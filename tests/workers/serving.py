@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 
 from penstock.broker.registry import BackendRecord
 from penstock.broker.wire import Header, Reply
-from penstock.handles.caller import Call, Caller, Outcome
+from penstock.handles.caller import Caller
+from penstock.handles.calls import Call, Outcome
 from penstock.workers import target
 from penstock.workers.runner import Runner
 from penstock.workers.worker import Worker

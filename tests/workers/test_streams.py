@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from penstock.broker.flow import CHUNK, WINDOW
 from penstock.broker.registry import BackendRecord
 from penstock.broker.wire import VALUE_COST, Entry, Header, Part, Reply
-from penstock.handles.caller import Call, Outcome
+from penstock.handles.calls import Call, Outcome
 from penstock.handles.errors import StreamBroken
 from penstock.handles.incoming import Incoming
 from penstock.workers.streams import Outflow, Stopped

@@ -1,0 +1,32 @@
+"""Bodies too large for a stream: each lies in a key of its own, which expires, whoever dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..broker.connection import Connection
+
+
+def _ignore(result: Any) -> None:
+    """Nobody waits for this."""
+
+
+class Bodies:
+    """The large bodies that one caller sends and receives, over its connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def put(self, key: str, body: bytes, ttl_ms: int, then: Callable[[Any], None] = _ignore) -> None:
+        """Write one. Put before its entry is published, it is there before any replica can look for it."""
+        self._connection.post(then, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True)
+
+    async def get(self, key: str) -> bytes | None:
+        """Return one, or None if it is gone. Raises `BrokerUnavailable` or `RedisError`."""
+        # Not GETDEL: it could not be repeated if the connection broke.
+        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True)
+        return body
+
+    def drop(self, key: str) -> None:
+        self._connection.post(_ignore, "UNLINK", key, repeat=True)

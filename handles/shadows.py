@@ -1,0 +1,64 @@
+"""Copies of requests for shadow backends: what becomes of one never touches who asked, least of all a refusal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from ..broker.keys import Keys
+from ..broker.publishing import Published, Publisher
+from ..broker.registry import EndpointRecord, Watcher
+from ..broker.wire import LARGE, Entry, Header
+from .bodies import Bodies
+from .calls import MAX_QUEUED, batch_limit
+
+_BODY_TTL_MS = 600_000
+
+
+@dataclass(slots=True)
+class Copies:
+    """Of one shadow backend, and of one process since it started."""
+
+    queued: int = 0
+    refused: int = 0
+    """Its queue was full, or the broker did not take them or could not say so."""
+
+
+class Shadows:
+    """Sends the copies of one caller, and counts them."""
+
+    def __init__(
+        self, watcher: Watcher, publisher: Publisher, bodies: Bodies, keys: Keys, caller: str, numbers: Iterator[int]
+    ) -> None:
+        """``caller`` is the id of who sends them, and ``numbers`` gives each of its requests another one."""
+        self._watcher, self._publisher, self._bodies, self._keys = watcher, publisher, bodies, keys
+        self._caller, self._numbers = caller, numbers
+        self.copies: dict[str, Copies] = {}
+        """What became of them, by backend."""
+
+    def send(self, endpoint: EndpointRecord, header: Header, body: bytes, *, batch: bool = False) -> None:
+        """Send copies to the endpoint's shadows, in their proportions."""
+        for tag, proportion in endpoint.shadows.items():
+            backend = self._watcher.snapshot.backends.get(tag)
+            if backend is None or random.random() >= proportion:
+                continue
+            id_ = f"{self._caller}-s{next(self._numbers)}"
+            large = len(body) > LARGE
+            fields = Entry(id_, "", header, b"" if large else body, large).fields()
+            key = self._keys.body(tag, id_) if large else None
+            if key is not None:
+                self._bodies.put(key, body, _BODY_TTL_MS)
+            then = partial(self._on_published, tag, key)
+            limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
+            self._publisher.publish(tag, fields, batch_limit(limit) if batch else limit, then, batch=batch)
+
+    def _on_published(self, tag: str, body: str | None, result: Published) -> None:
+        copies = self.copies.setdefault(tag, Copies())
+        if type(result) is bytes:
+            copies.queued += 1
+            return
+        copies.refused += 1
+        if body is not None:
+            self._bodies.drop(body)
