@@ -1,0 +1,93 @@
+"""What a replica says of the entries that it held: the reply to who asked, and then that the entry is settled."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..broker.claims import Claims
+from ..broker.connection import Connection
+from ..broker.keys import Keys
+from ..broker.places import id_of, is_batch
+from ..broker.wire import LARGE, Entry, Reply
+from ..handles.errors import PenstockError, StreamBroken, to_wire
+
+log = logging.getLogger(__name__)
+
+_REPLY_BODY_MS = 120_000
+_ALIKE_BYTES = 1024
+"""Of results of batch items no longer than this, those that are alike lie on their caller's stream as one entry."""
+_ALIKE = 64
+
+
+class Answers:
+    """Replies and settlings of one replica, in this order and in one write."""
+
+    def __init__(self, commands: Connection, claims: Claims, keys: Keys, backend: str, replica: str) -> None:
+        self._commands, self._claims, self._keys = commands, claims, keys
+        self._backend, self._replica = backend, replica
+        self._settled: list[bytes] = []
+        self._results: list[tuple[bytes, str, Reply]] = []
+        """Of batch items, to be written when these are settled."""
+
+    def reply(self, place: bytes, caller: str, reply: Reply) -> None:
+        """Write the reply to ``caller`` for the entry at ``place``, which is to be settled next."""
+        if is_batch(place) and len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
+            self._results.append((place, caller, reply))
+            return
+        reply.queue_ms = self._queue_ms(place, reply)
+        if len(reply.body) > LARGE:
+            self._claims.put_reply_body(caller, reply.id, reply.body, _REPLY_BODY_MS)
+            reply.body, reply.large = b"", True
+        self._claims.reply(caller, reply.fields())
+
+    def _queue_ms(self, place: bytes, reply: Reply) -> float:
+        published_ms = float(id_of(place).partition(b"-")[0])
+        return max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
+
+    def _reply_together(self) -> None:
+        """Write the results of batch items, those that are alike as one entry: one costs the broker as much as many."""
+        alike: dict[tuple[str, int, str, float], list[Reply]] = {}
+        for place, caller, reply in self._results:
+            together = alike.setdefault((caller, reply.status, reply.codec, reply.run_ms), [])
+            if not together:  # the oldest, whose time in the queue stands for all
+                reply.queue_ms = self._queue_ms(place, reply)
+            together.append(reply)
+        self._results = []
+        for (caller, *_), replies in alike.items():
+            for start in range(0, len(replies), _ALIKE):
+                self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
+
+    def settle(self, place: bytes) -> None:
+        # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
+        # order loses one.
+        if not self._settled:
+            self._commands.join_write(self._flush_settled)
+        self._settled.append(place)
+
+    def _flush_settled(self) -> None:
+        if self._results:
+            self._reply_together()
+        self._claims.settle(self._settled)
+        self._settled = []
+
+    def drop_body(self, entry: Entry) -> None:
+        if entry.large:
+            self._commands.post(_log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True)
+
+    def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
+        """Tell the caller that an answer which streams cannot go on: it must not be run again."""
+        log.warning("the answer to request %s of %r breaks off: %s", entry.id, self._backend, reason)
+        self.tell(entry, StreamBroken(self._backend, entry.id, reason))
+        self.settle(place)
+        self.drop_body(entry)
+
+    def tell(self, entry: Entry, error: PenstockError) -> None:
+        if entry.caller:
+            reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
+            self._claims.reply(entry.caller, reply.fields())
+
+
+def _log_failure(result: Any) -> None:
+    if isinstance(result, Exception):
+        log.error("the broker did not delete the body of a request: %s", result)

@@ -1,0 +1,451 @@
+"""The claim-run-reply loop of one replica: claims from both streams, has the runner run it, replies and settles.
+
+It pulls: it claims when it has room, in small counts that overlap with the work, so that a slow request never holds up
+another one while a replica is idle. Replies and claims are continuations of the connections' reads, not tasks: a small
+request costs the replica no switch between tasks but those of the user's code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from functools import partial
+from typing import Any
+
+from ..broker.claims import Claims, Taken
+from ..broker.connection import Connection
+from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
+from ..broker.figures import Tally
+from ..broker.keys import Keys
+from ..broker.places import is_batch
+from ..broker.wire import Entry, Reply
+from ..handles.errors import to_wire
+from .answers import Answers
+from .batches import Batches
+from .fairness import BATCH_SHARE, Fairness
+from .held import Held
+from .outlet import PartsOutlet
+from .prospects import Prospects
+from .runner import Runner
+
+log = logging.getLogger(__name__)
+
+_CLAIM = 16
+"""More than this in one claim makes convoys: 8 to 16 were 15 to 20 % faster at 100 connections than 100."""
+_PREFETCH = 16
+_PREFETCH_S = 0.002
+"""Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
+_SLOW_S = 0.010
+_CONSIDERATE_S = 1.0
+"""While batch items wait, and for this long after an interactive request has come, room is made for the next one: it
+waits behind all that was claimed before it.
+"""
+_SHARED_SLOW_S = 0.002
+"""Then a batch of items is fetched ahead only if it is over this soon, and batches so quick are small ones: what they
+take is the work around them, item by item.
+"""
+_STUCK_S = 0.025
+_REMEMBER = 10_000
+_RETRY_S = 0.2
+
+
+class Consumer:
+    """What one replica holds, from the claim of each entry to its settling. Only for the loop in which it is opened."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        commands: Connection,
+        claims: Claims,
+        answers: Answers,
+        keys: Keys,
+        backend: str,
+        replica: str,
+    ) -> None:
+        self._runner, self._commands, self._claims, self._keys = runner, commands, claims, keys
+        self._backend, self._replica = backend, replica
+        self._answers = answers
+        self._reply, self._settle, self._drop_body = answers.reply, answers.settle, answers.drop_body
+        self.outlet = PartsOutlet(commands, claims, self._place_of)
+        self.held: dict[bytes, Held] = {}
+        """By their place: all that is claimed and not settled, started or not."""
+        self._by_entry: dict[int, Held] = {}
+        self.unstarted: deque[Held] = deque()
+        """Parked: for a batch to fill up, while a suspect runs alone, or until there is room."""
+        self._crowded = False
+        """We hold more than there was room for: both streams answered the same claim."""
+        self._fairness = Fairness()
+        self._sharing = False
+        """Batch items waited when we last claimed."""
+        self._considerate_until = 0.0
+        self._withdrawn: dict[bytes, None] = {}
+        self._batches = Batches(commands.now_ms, self.start_unstarted)
+        self._recall: asyncio.TimerHandle | None = None
+        self._claiming = False
+        self.returned = False
+        """There was more given back than we had room for."""
+        self.nursing = False
+        self.draining = False
+        self._prospects = Prospects()
+        self._run_s = 1.0
+        """How long a call takes: an average that believes slowness at once and quickness slowly."""
+        self._last_done = 0.0
+        self.idle = asyncio.Event()
+        self.wake = asyncio.Event()
+        self._loading: set[asyncio.Task[None]] = set()
+        self.tally = Tally()
+
+    @property
+    def capacity(self) -> int:
+        """How many requests run here at a time when all of it is busy."""
+        return self._concurrency * max(1, self.batch_size)
+
+    def open(self) -> None:
+        """Belong to the running loop from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        """Drop what is held; answers that stream break off."""
+        self._batches.close()
+        if self._recall is not None:
+            self._recall.cancel()
+        for task in self._loading:
+            task.cancel()
+        for flow in self.outlet.flows:
+            if (held := self._by_entry.get(id(flow.entry))) is not None:
+                self._answers.break_off(held.place, flow.entry, "its replica was stopped")
+                self._forget(held)
+            flow.stop()
+        self.outlet.close()
+
+    def configure(self) -> None:
+        """Take what the runner's configuration says, now and whenever that is another."""
+        config = self._runner.config
+        self._concurrency = self._runner.concurrency()
+        self.max_deliveries: int = config.get("max_deliveries", 3)
+        self.batch_size: int = config.get("max_batch_size") or 1 if self._runner.accepts_batch else 0
+        """0 where the user's code takes one request at a time."""
+        self.claim_size = max(_CLAIM, self.batch_size)
+        """One claim takes no more than this."""
+        self._batches.configure(self.batch_size, self._concurrency, config.get("batch_wait_timeout", 0.0))
+        self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Stop claiming, give back what was only prefetched, and finish the rest.
+
+        Returns False if some of it was still running after ``timeout_s`` seconds.
+        """
+        self.draining = True
+        self._recall_unstarted()
+        if self.held:
+            self.idle.clear()
+            try:
+                await asyncio.wait_for(self.idle.wait(), timeout_s)
+            except asyncio.TimeoutError:
+                return False
+        return True
+
+    # -- claiming
+
+    def room(self) -> int:
+        """Return how many entries there is room for here; less than none if it holds more."""
+        if self.batch_size:
+            size, slow_s = self.batch_size, _SLOW_S
+            if self._sharing and self._loop.time() < self._considerate_until:
+                slow_s = _SHARED_SLOW_S
+                if self._run_s <= slow_s and not self._batches.wait_s:
+                    size = min(size, _CLAIM)
+            capacity = (self._concurrency + (self._run_s <= slow_s)) * size
+        elif self._runner.blocking and self._run_s <= _SLOW_S:
+            capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
+        else:
+            capacity = self._concurrency
+        return capacity - len(self.held)
+
+    def ask(self) -> None:
+        """Claim, if there is room."""
+        if self._claiming or self.nursing or self.draining:
+            return
+        room = self.room()
+        if room > 0:
+            self._claiming = True
+            up_to = min(room, self.claim_size)
+            if self._sharing:
+                owed = self._fairness.owed(up_to)
+                self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
+            else:
+                self._claims.claim(up_to, self._on_claimed)
+
+    def _on_claimed_shared(self, up_to: int, owed: int, result: Any) -> None:
+        if isinstance(result, Exception):
+            self._sharing = False
+        else:
+            batch = sum(is_batch(place) for place, _ in result)
+            self._sharing = len(result) == up_to and batch >= owed
+            if batch < len(result):
+                self._considerate_until = self._loop.time() + _CONSIDERATE_S
+            self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
+        self._take_claimed(result)
+
+    def _on_claimed(self, result: Any) -> None:
+        room = None
+        if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
+            # From both streams at once there can be more than there is room for. Interactive requests come first.
+            self._sharing = True
+            if not self.batch_size:
+                room = max(0, self.room())
+        self._take_claimed(result, room)
+
+    def _take_claimed(self, result: Any, room: int | None = None) -> None:
+        """Take all of a claim, and start what there is ``room`` for: all of it unless that is said."""
+        self._claiming = False
+        if isinstance(result, Exception):
+            if self.draining:
+                return
+            self._claiming = True  # until the retry
+            self._task(self._retry_claim(result))
+            return
+        if self.draining:  # it was asked for before
+            if result:
+                self._claims.give_back([place for place, _ in result])
+            return
+        if room is not None and room < len(result):
+            for place, fields in result[:room]:
+                self.take(place, fields)
+            self._crowded = True
+            result = result[room:]
+        for place, fields in result:
+            self.take(place, fields)
+        self.start_unstarted()
+        if len(result) == 1:
+            # Behind what quick code answers at once: its caller waits for that, and the broker is woken once for both.
+            self._loop.call_soon(self.ask)
+        else:
+            self.ask()
+
+    async def _retry_claim(self, error: Exception) -> None:
+        if isinstance(error, ResponseError) and str(error).startswith("NOGROUP"):
+            log.warning("the broker has lost the group of %r: making it anew", self._backend)
+        elif not isinstance(error, BrokerUnavailable):
+            log.error("cannot claim from %r: %s", self._backend, error)
+        await asyncio.sleep(_RETRY_S)
+        try:
+            await self._claims.ensure_group()
+        except (BrokerUnavailable, RedisError) as e:
+            log.debug("cannot make the group of %r: %s", self._backend, e)
+        self._claiming = False
+        self.ask()
+
+    def take(self, place: bytes, fields: list[bytes] | None) -> None:
+        """Hold an entry and start it as soon as may be, if there is anything to run and it is not held already."""
+        if place in self.held:
+            return
+        if fields is None or place in self._withdrawn:
+            self._withdrawn.pop(place, None)
+            self._settle(place)
+            return
+        try:
+            entry = Entry.of(fields)
+        except WireError as e:
+            shown = place.decode()
+            log.error("entry %s of %r cannot be read and goes to the dead letters: %s", shown, self._backend, e)
+            self._task(self._claims.bury(Taken(place, 0, fields), str(e)))
+            return
+        if (held := self.hold(place, entry)) is None:
+            return
+        if entry.large:
+            self._task(self.load_body(held))
+        else:
+            self.offer(held)
+
+    def hold(self, place: bytes, entry: Entry) -> Held | None:
+        """Hold an entry that is to run; None, and it is settled, if its deadline has passed or is sure to."""
+        now_ms = self._commands.now_ms()
+        deadline_ms = entry.header.deadline_ms
+        if deadline_ms and not self._prospects.are_good(deadline_ms - now_ms, self._loop.time()):
+            self._settle(place)  # its caller is told by its own clock
+            self._drop_body(entry)
+            return None
+        held = self.held[place] = Held(place, entry, now_ms)
+        self._by_entry[id(entry)] = held
+        return held
+
+    async def load_body(self, held: Held) -> None:
+        """Fetch the large body of an entry that is held, and offer it."""
+        key = self._keys.body(self._backend, held.entry.id)
+        try:
+            body = await self._commands.send("GET", key, repeat=True)
+        except (BrokerUnavailable, RedisError) as e:
+            # It stays in our name, so it is found again when the broker is back.
+            log.warning("cannot fetch the body of %r: %s", held.entry.id, e)
+            self._forget(held)
+            return
+        if body is None:
+            error = WireError(f"the body of request {held.entry.id!r} has expired")
+            self._on_done(held.entry, Reply(held.entry.id, 500, error=to_wire(error), replica=self._replica))
+            return
+        held.entry.body = body
+        self.offer(held)
+        self.start_unstarted()
+
+    # -- running
+
+    def offer(self, held: Held) -> None:
+        """Start what was claimed, unless a suspect has the floor, a batch is to fill up or there is no room."""
+        if held.alone is None and (self.nursing or self.batch_size or self._crowded):
+            self.unstarted.append(held)
+        else:
+            self._start([held])
+
+    def start_unstarted(self) -> None:
+        """Start what waits, as far as it may: in batches, if the user's code takes them."""
+        waiting = self.unstarted
+        if self.nursing or not waiting:
+            if waiting:
+                self._watch_for_slowness()
+            return
+        if not self.batch_size:
+            while waiting and (not self._crowded or len(waiting) + self.room() > 0):
+                self._start([waiting.popleft()])
+            if waiting:
+                self._watch_for_slowness()
+            else:
+                self._crowded = False
+            return
+        while batch := self._batches.next(waiting):
+            self._start(batch)
+        if waiting and not self._batches.lingering:
+            self._watch_for_slowness()
+
+    def _start(self, batch: list[Held]) -> None:
+        if self.batch_size:
+            self._batches.running += 1
+            left = len(batch)
+
+            def on_done(entry: Entry, reply: Reply) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    self._batches.running -= 1
+                self._finish(entry, reply)
+                # Asked for as each of a batch ends, the next would come in crumbs.
+                if left == 0:
+                    self.start_unstarted()
+                    self.ask()
+
+            self.tally.count_batch(len(batch))
+            running = self._runner.run([held.entry for held in batch], on_done)
+        else:
+            running = self._runner.run([batch[0].entry], self._on_done)
+        for held in batch:
+            held.running = running
+        if self._runner.blocking and len(self.held) > self._concurrency:
+            self._watch_for_slowness()
+
+    def _on_done(self, entry: Entry, reply: Reply) -> None:
+        self._finish(entry, reply)
+        if self._crowded:
+            self.start_unstarted()
+        self.ask()
+
+    def _finish(self, entry: Entry, reply: Reply) -> None:
+        held = self._by_entry.get(id(entry))
+        if held is None:
+            return
+        self._last_done = self._loop.time()
+        was_cancelled = reply.error is not None and reply.error["kind"] == "RequestCancelled"
+        if was_cancelled and held.recalled:
+            self._forget(held)
+            self._claims.give_back([held.place])
+        else:
+            if not was_cancelled:
+                self._learn(entry.header.deadline_ms, reply.run_ms)
+            if reply.error is None:
+                self.tally.served += 1
+                self.tally.run_ms += reply.run_ms
+            elif not was_cancelled:
+                self.tally.failed += 1
+                self.tally.run_ms += reply.run_ms
+            if entry.caller and not was_cancelled:
+                self._reply(held.place, entry.caller, reply)
+            self._settle(held.place)
+            self._drop_body(entry)
+            self._forget(held)
+            if self.outlet.carries(entry):
+                self._commands.join_write(partial(self.outlet.end, entry, held.place))
+            if not self.held:
+                self._commands.hurry()
+        if held.alone is not None:
+            held.alone.set()
+        if self.returned:
+            self.wake.set()
+
+    def _learn(self, deadline_ms: int, run_ms: float) -> None:
+        run_s = run_ms / 1000
+        self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
+        left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
+        self._prospects.saw(run_ms, left_ms, self._last_done)
+
+    def _place_of(self, entry: Entry) -> bytes | None:
+        held = self._by_entry.get(id(entry))
+        return None if held is None else held.place
+
+    def _forget(self, held: Held) -> None:
+        self.held.pop(held.place, None)
+        self._by_entry.pop(id(held.entry), None)
+        if not self.held:
+            self.idle.set()
+
+    # -- giving up and giving back
+
+    def withdraw(self, place: bytes) -> None:
+        """Give up an entry whose caller wants it no more: not started if it waits, cancelled if it runs."""
+        held = self.held.get(place)
+        if held is None:
+            # It may be on its way to us: the claim's reply and this signal travel on different connections.
+            self._withdrawn[place] = None
+            if len(self._withdrawn) > _REMEMBER:
+                del self._withdrawn[next(iter(self._withdrawn))]
+        elif held.running is not None:
+            held.running.cancel(held.entry.id)
+        elif held in self.unstarted:
+            self.unstarted.remove(held)
+            self._settle(place)
+            self._drop_body(held.entry)
+            self._forget(held)
+            self.ask()
+
+    def _watch_for_slowness(self) -> None:
+        """Nobody shall wait behind a slow call while another replica may be idle."""
+        if self._recall is None:
+            self._recall = self._loop.call_later(_STUCK_S, self._on_stuck)
+
+    def _on_stuck(self) -> None:
+        self._recall = None
+        if len(self.held) <= self.capacity and not self.nursing:
+            return
+        if self._loop.time() - self._last_done < _STUCK_S:
+            self._watch_for_slowness()
+            return
+        self._run_s = max(self._run_s, 2 * _SLOW_S)
+        self._recall_unstarted()
+
+    def _recall_unstarted(self) -> None:
+        places = [held.place for held in self.unstarted]
+        for held in self.unstarted:
+            self._forget(held)
+        self.unstarted.clear()
+        self._crowded = False
+        if places:
+            self._claims.give_back(places)
+        if self._runner.blocking:
+            for held in list(self.held.values()):
+                if held.running is not None and held.alone is None:
+                    held.recalled = held.running.recall(held.entry.id)
+
+    def _task(self, coroutine: Any) -> None:
+        task = self._loop.create_task(coroutine)
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)

@@ -1,0 +1,21 @@
+"""What a replica has in hand."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..broker.wire import Entry
+from .running import Running
+
+
+class Held:
+    """An entry from its claim to its settling."""
+
+    __slots__ = ("alone", "claimed_ms", "entry", "place", "recalled", "running")
+
+    def __init__(self, place: bytes, entry: Entry, claimed_ms: float) -> None:
+        self.place, self.entry, self.claimed_ms = place, entry, claimed_ms
+        self.running: Running | None = None
+        self.recalled = False
+        self.alone: asyncio.Event | None = None
+        """Set when a suspect, which runs alone, is done."""

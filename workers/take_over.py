@@ -1,0 +1,132 @@
+"""Taking over from replicas that died, and retaking what others gave back.
+
+An entry whose holder died is a suspect: it runs alone, so that a second death convicts the one that caused it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from ..broker.claims import Claims, Taken
+from ..broker.errors import BrokerUnavailable, RedisError, WireError
+from ..broker.wire import Entry
+from ..handles.errors import DeliveryLimitExceeded
+from .answers import Answers
+from .consumer import Consumer
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+
+
+class TakeOver:
+    """Finds what a consumer can take over, and has it run there."""
+
+    def __init__(self, consumer: Consumer, claims: Claims, answers: Answers, backend: str) -> None:
+        self._consumer, self._claims, self._answers, self._backend = consumer, claims, answers, backend
+
+    async def keep_looking(self) -> None:
+        """Look for them until the replica drains, at short intervals and when it is woken."""
+        while not self._consumer.draining:
+            self._consumer.wake.clear()
+            try:
+                orphans, returned = await self._claims.look()
+                if orphans:
+                    await self._break_off_orphans()
+                    await self._nurse()
+                while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
+                    retaken = await self._claims.retake(min(room, self._consumer.claim_size))
+                    for place, fields in retaken:
+                        self._consumer.take(place, fields)
+                    self._consumer.start_unstarted()
+                    returned = len(retaken)
+                self._consumer.returned = returned > 0
+            except (BrokerUnavailable, RedisError) as e:
+                log.debug("cannot look for orphans of %r: %s", self._backend, e)
+            # Apart from each other, so that replicas do not all look in the same moment.
+            pause_s = _LOOK_S * random.uniform(0.6, 1.0)
+            waking = asyncio.ensure_future(self._consumer.wake.wait())
+            try:
+                await asyncio.wait([waking], timeout=pause_s)
+            finally:
+                waking.cancel()
+
+    async def _break_off_orphans(self) -> None:
+        """End the answers that had begun to stream when their replica died: there is nothing of them to run."""
+        while (taken := await self._claims.adopt(streamed=True)) is not None:
+            await self._end_orphan(taken)
+
+    async def _end_orphan(self, taken: Taken) -> None:
+        try:
+            entry = Entry.of(taken.fields)
+        except WireError as e:
+            await self._claims.bury(taken, str(e))
+            return
+        self._answers.break_off(taken.entry, entry, "its replica died")
+        self._claims.forget_history(taken.entry)
+        self._claims.forget_streamed(taken.entry)
+
+    async def _nurse(self) -> None:
+        """Run suspects one at a time and alone: then a second death convicts the one that caused it and nobody else."""
+        self._consumer.nursing = True
+        try:
+            while not self._consumer.draining:
+                if not await self._until_alone():
+                    return
+                taken = await self._claims.adopt()
+                if taken is None:
+                    return
+                if taken.streamed:
+                    await self._end_orphan(taken)
+                    continue
+                if taken.deliveries >= self._consumer.max_deliveries:
+                    await self._convict(taken)
+                    continue
+                await self._run_alone(taken)
+        finally:
+            self._consumer.nursing = False
+            self._consumer.start_unstarted()
+            self._consumer.ask()
+
+    async def _until_alone(self) -> bool:
+        """Wait until nothing is in progress here; False if the orphans found another home meanwhile."""
+        while len(self._consumer.held) > len(self._consumer.unstarted):
+            self._consumer.idle.clear()
+            try:
+                await asyncio.wait_for(self._consumer.idle.wait(), _LOOK_S)
+            except asyncio.TimeoutError:
+                orphans, _ = await self._claims.look()
+                if not orphans or self._consumer.draining:
+                    return False
+        return True
+
+    async def _run_alone(self, taken: Taken) -> None:
+        try:
+            entry = Entry.of(taken.fields)
+        except WireError as e:
+            await self._claims.bury(taken, str(e))
+            return
+        if (held := self._consumer.hold(taken.entry, entry)) is not None:
+            held.alone = done = asyncio.Event()
+            if entry.large:
+                await self._consumer.load_body(held)
+                if taken.entry not in self._consumer.held:
+                    done.set()
+            else:
+                self._consumer.offer(held)
+            await done.wait()
+        self._claims.forget_history(taken.entry)
+
+    async def _convict(self, taken: Taken) -> None:
+        """Tell the caller that every replica which took the request died, and put it among the dead letters."""
+        try:
+            entry = Entry.of(taken.fields)
+        except WireError as e:
+            await self._claims.bury(taken, str(e))
+            return
+        error = DeliveryLimitExceeded(self._backend, entry.id, taken.deliveries, self._consumer.max_deliveries)
+        log.error("%s", error)
+        self._answers.tell(entry, error)
+        await self._claims.bury(taken, str(error))
