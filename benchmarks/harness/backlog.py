@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 
-from .catalogue import PROGRAMS, RAY_QUIET
-from .processes import Program, ProgramFailed
 from .report import Figure, ms, table
+from .told import Teller
 
-START_WITHIN_S = 120.0
+PROGRAM = Teller("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +31,10 @@ def run(items: int, seconds: float) -> list[Beside]:
     """Run it once.
 
     Raises:
-        ProgramFailed: it failed, took too long or printed nothing.
+        ProgramFailed: it failed, took too long or told nothing.
     """
-    words = ["--items", str(items), "--seconds", str(seconds)]
-    with Program([sys.executable, str(PROGRAMS / "penstock_backlog.py"), *words], env=RAY_QUIET) as program:
-        printed = program.run_to_end(within_s=START_WITHIN_S + 12 * seconds)
-    seen = [Beside(**json.loads(line[2:])) for line in printed.splitlines() if line.startswith("@@")]
-    if not seen:
-        raise ProgramFailed(f"printed no result:\n{printed[-2_000:]}")
-    return seen
+    told = PROGRAM.told("--items", str(items), "--seconds", str(seconds), within_s=12 * seconds)
+    return [Beside(**line) for line in told]
 
 
 def markdown(seen: list[Beside]) -> str:

@@ -3,19 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from . import environment
-from .catalogue import PROGRAMS, RAY_QUIET
-from .processes import Program, ProgramFailed
 from .report import Figure, table
+from .told import Teller
 
-START_WITHIN_S = 120.0
 SLOWEST_PER_S = 150.0
 """A caller that is slower than this is given up on."""
 
@@ -23,13 +16,9 @@ BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """A program of ``systems/`` that serves and calls itself, and prints a line for each way of calling."""
+class Caller(Teller):
+    """Serves and calls itself, and tells of each way of calling."""
 
-    name: str
-    title: str
-    program: str
-    is_peer: bool = True
     share: float = 1.0
     """Of the items asked for. Ray's handle makes a few hundred calls a second: a tenth shows its rate."""
 
@@ -64,16 +53,11 @@ def run(caller: Caller, items: int) -> list[Called]:
     """Run one caller to its end.
 
     Raises:
-        ProgramFailed: it failed, took too long or printed nothing.
+        ProgramFailed: it failed, took too long or told nothing.
     """
     items = max(1, round(items * caller.share))
-    python = environment.PYTHON if caller.is_peer else Path(sys.executable)
-    with Program([str(python), str(PROGRAMS / caller.program), "--items", str(items)], env=RAY_QUIET) as program:
-        printed = program.run_to_end(within_s=START_WITHIN_S + 3 * items / SLOWEST_PER_S)
-    said: list[dict[str, Any]] = [json.loads(line[2:]) for line in printed.splitlines() if line.startswith("@@")]
-    if not said:
-        raise ProgramFailed(f"printed no result:\n{printed[-2_000:]}")
-    return [Called(caller.name, **line) for line in said]
+    told = caller.told("--items", str(items), within_s=3 * items / SLOWEST_PER_S)
+    return [Called(caller.name, **line) for line in told]
 
 
 def markdown(seen: list[Called]) -> str:

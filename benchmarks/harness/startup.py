@@ -3,31 +3,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from . import environment
-from .catalogue import PROGRAMS, RAY_QUIET
-from .processes import Program, ProgramFailed
+from .processes import ProgramFailed
 from .report import Figure, table
+from .told import Teller
 
-END_WITHIN_S = 180.0
 BARE = "bare Ray actor"
 
 
 @dataclass(frozen=True, slots=True)
-class Starter:
-    """A program of ``systems/`` that starts up, tells about it, and ends."""
+class Starter(Teller):
+    """Starts up, tells about it, and ends."""
 
-    name: str
-    title: str
-    program: str
-    is_peer: bool
-    until_first_answer: tuple[str, ...]
+    until_first_answer: tuple[str, ...] = ()
     """The steps of a user who has Ray imported and starts all of it in one call."""
 
 
@@ -65,16 +56,13 @@ def run(starter: Starter) -> Started:
     """Run one program to its end.
 
     Raises:
-        ProgramFailed: it failed, took too long or printed nothing.
+        ProgramFailed: it failed, took too long or left a step out.
     """
-    python = environment.PYTHON if starter.is_peer else Path(sys.executable)
-    with Program([str(python), str(PROGRAMS / starter.program)], env=RAY_QUIET) as program:
-        printed = program.run_to_end(within_s=END_WITHIN_S)
-    said: list[dict[str, Any]] = [json.loads(line[2:]) for line in printed.splitlines() if line.startswith("@@")]
-    steps = {line["what"]: line["seconds"] for line in said if "what" in line}
+    told = starter.told()
+    steps = {line["what"]: line["seconds"] for line in told if "what" in line}
     if missing := [step for step in starter.until_first_answer if step not in steps]:
-        raise ProgramFailed(f"did not tell of {', '.join(missing)}:\n{printed[-2_000:]}")
-    return Started(starter.name, steps, [Memory(**line) for line in said if "process" in line])
+        raise ProgramFailed(f"did not tell of {', '.join(missing)}, but of {', '.join(steps)}")
+    return Started(starter.name, steps, [Memory(**line) for line in told if "process" in line])
 
 
 def markdown(seen: list[Started]) -> str:

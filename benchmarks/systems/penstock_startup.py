@@ -12,13 +12,6 @@ def noop(request: Any) -> Any:
     return {"ok": True}
 
 
-class Bare:
-    """An async actor that does nothing."""
-
-    async def ready(self) -> None:
-        """Return at once."""
-
-
 def main() -> None:
     """Start, serve two backends, and measure."""
     clock = Clock()
@@ -44,17 +37,14 @@ def main() -> None:
     client.update_backend_config("second", {"num_replicas": 2})
     clock.step("a second replica")
 
-    bare: Any = ray.remote(num_cpus=0)(Bare).remote()
-    ray.get(bare.ready.remote())
-    clock.step("a bare actor")
     tell_memory(
+        clock,
         {
             "HTTPProxy": "proxy",
             "ReplicaActor": "replica",
             "ControllerActor": "controller",
-            "Bare": "bare Ray actor",
             "valkey-server": "broker",
-        }
+        },
     )
     client.shutdown()
     clock.step("shutdown")

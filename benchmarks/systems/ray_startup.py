@@ -8,13 +8,6 @@ from typing import Any
 from startup import Clock, first_answer, tell_memory
 
 
-class Bare:
-    """An async actor that does nothing."""
-
-    async def ready(self) -> None:
-        """Return at once."""
-
-
 def main() -> None:
     """Start, serve two applications, and measure."""
     with socket.socket() as probe:
@@ -43,16 +36,13 @@ def main() -> None:
     serve.run(deployment.bind(), name="second", route_prefix="/second")
     clock.step("a second serve.run")
 
-    bare: Any = ray.remote(num_cpus=0)(Bare).remote()
-    ray.get(bare.ready.remote())
-    clock.step("a bare actor")
     tell_memory(
+        clock,
         {
             "ProxyActor": "proxy",
             "ServeReplica": "replica",
             "ServeController": "controller",
-            "Bare": "bare Ray actor",
-        }
+        },
     )
     serve.shutdown()
     clock.step("shutdown")

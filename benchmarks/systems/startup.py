@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -50,8 +51,20 @@ def first_answer(url: str) -> None:
         time.sleep(0.005)
 
 
-def tell_memory(of: dict[str, str]) -> None:
-    """Print what processes take when idle: ``of`` has the titles for the names of those to be told of."""
+def tell_memory(clock: Clock, of: dict[str, str]) -> None:
+    """Print what processes take when idle, beside an actor that does nothing.
+
+    ``of`` has the titles for the names of those to be told of.
+    """
+    import ray
+
+    class Bare:  # inside, so that it travels by value: its process shall not import what this module does
+        async def ready(self) -> None: ...
+
+    bare: Any = ray.remote(num_cpus=0)(Bare).remote()
+    ray.get(bare.ready.remote())
+    clock.step("a bare actor")
+    of = {**of, "Bare": "bare Ray actor"}
     time.sleep(IDLE_S)
     for pid in keeper.descendants(int(os.environ[keeper.PID])):
         name = processes.name_of(pid)
