@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from penstock.broker.embedded import EmbeddedServer
 from tests.faults.backends import Journal
 from tests.faults.table import Table
 
-FULL = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
-"""``make faults`` asks for as long as the promises are made for; ``make test`` for a glance at each."""
+ASKED = os.environ.get("PENSTOCK_TEST_FAULTS", "")
+"""``full`` (``make faults``): for as long as the promises are made for. A number: for so many seconds of the same.
+Nothing (``make test``): for a glance at each.
+"""
 
 StartClient = Callable[..., serve.Client]
 
@@ -42,7 +44,9 @@ WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600)
 
 @pytest.fixture(scope="session")
 def scale() -> Scale:
-    return WHOLE if FULL else SHORT
+    if ASKED.isdigit():
+        return replace(WHOLE, for_s=float(ASKED), soak_s=float(ASKED))
+    return WHOLE if ASKED == "full" else SHORT
 
 
 @pytest.fixture
