@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..handles.log_lines import work_on
 from . import replies, request_ids
+from .streaming import CutOff
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -58,6 +59,8 @@ class _Outermost:
             if isinstance(e, HTTPException):
                 extra = [(name.lower().encode(), value.encode()) for name, value in (e.headers or {}).items()]
                 answer = replies.of_status(e.status_code, e.detail, extra)
+            elif isinstance(e, CutOff):  # a middleware has held its head back
+                answer = replies.of_error(e.error, debug=False)
             else:
                 logger.exception("request %s failed in a middleware", request_id.decode())
                 answer = replies.of_status(500, f"a middleware failed with {type(e).__name__}")

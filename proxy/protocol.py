@@ -7,11 +7,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import httptools
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from .streaming import CutOff
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -92,6 +94,9 @@ class Protocol(HttpToolsProtocol):
         if not self._is_cut_short():
             super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, _cutting_off(self, cycle, app))
+
     def _unsupported_upgrade_warning(self) -> None:
         """Go on in HTTP/1.1 behind a head that asks for another protocol (RFC 9110, section 7.8).
 
@@ -169,6 +174,20 @@ class Protocol(HttpToolsProtocol):
             self._corked.flush()
             self._tcp.write(_HEAD_TOO_LONG)
         self._linger()
+
+
+def _cutting_off(protocol: Protocol, cycle: RequestResponseCycle, app: ASGIApp) -> Any:
+    """Return ``app`` with an end to its connection where an answer broke off, which is no failure of ours."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except CutOff:
+            # Without its end, so clients know that there was to be more. uvicorn need not complain that it lacks.
+            cycle.disconnected = True
+            protocol.transport.close()
+
+    return run
 
 
 class _BehindHead:

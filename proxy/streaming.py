@@ -26,8 +26,12 @@ _JSON_LINES: replies.RawHeaders = [(b"content-type", b"application/x-ndjson")]
 _AS_THEY_ARE = frozenset(("response", "text", "bytes"))
 
 
-class CutOff(Exception):  # for the server, which then closes the connection: so clients know that there was to be more
+class CutOff(Exception):  # for `Protocol`, which closes the connection
     """An answer broke off after its head was sent."""
+
+    def __init__(self, error: PenstockError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def head(incoming: Incoming, *, debug: bool) -> Answer:
@@ -79,8 +83,9 @@ async def send_on(incoming: Incoming, status: int, headers: replies.RawHeaders, 
     except PenstockError as e:
         if watcher.done():
             raise HungUp from None
-        logger.warning("the answer to request %s is cut off: %s", incoming.id, e)
-        raise CutOff(str(e)) from None
+        # Its first line: of what the backend raised, the rest is a traceback.
+        logger.warning("the answer to request %s is cut off: %s", incoming.id, str(e).partition("\n")[0])
+        raise CutOff(e) from None
     finally:
         watcher.cancel()
         incoming.close()

@@ -173,6 +173,50 @@ async def test_an_error_before_the_first_value_is_a_500_and_after_it_cuts_off(re
         assert b" 500 " in (await serving.raw(b"GET /s?late=1 HTTP/1.0\r\n\r\n")).partition(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("middlewares", [(), (Middleware(GZipMiddleware, minimum_size=1),)], ids=["bare", "gzip"])
+async def test_an_answer_that_breaks_off_is_one_line_of_the_log_and_the_end_of_its_connection(
+    redis_url: str, way: str, middlewares: tuple[Middleware, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    def give(request: Any) -> Iterator[str]:
+        yield "some"
+        raise LookupError("no more")
+
+    async with serve(redis_url, way, give, middlewares=middlewares) as serving:
+        get = b"GET /s HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\n\r\n"
+        answer = await serving.raw(get + get)
+        assert answer.count(b"HTTP/1.1 200 OK") == 1  # what came behind it on the connection is not answered
+        assert b"transfer-encoding: chunked" in answer
+        assert not answer.endswith(b"0\r\n\r\n")
+        await wait_until_async(lambda: serving.site.app.metrics.in_flight == 0)
+    logged = [(one.name, one.getMessage()) for one in caplog.records if one.levelname in ("WARNING", "ERROR")]
+    ((name, message),) = [one for one in logged if one[0].startswith(("penstock.proxy", "uvicorn"))]
+    assert name == "penstock.proxy"
+    assert message.endswith("is cut off: LookupError: no more")
+
+
+async def test_an_answer_that_breaks_off_before_its_head_was_sent_is_an_error(
+    redis_url: str, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> str:
+        raise LookupError("no more")
+
+    async def nothing() -> AsyncIterator[str]:
+        for _ in range(10):  # turns of the loop, in which its head goes out
+            await asyncio.sleep(0)
+        yield fails()
+
+    async def give(request: Any) -> StreamingResponse:
+        return StreamingResponse(nothing())
+
+    middlewares = (Middleware(GZipMiddleware, minimum_size=1),)
+    async with serve(redis_url, way, give, middlewares=middlewares) as serving:
+        get = b"GET /s HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\nconnection: close\r\n\r\n"
+        answer = await serving.raw(get)
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert answer.endswith(b'\r\n\r\n{"error":{"type":"LookupError","message":"no more"}}')
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("on_loop", [False, True])
 async def test_a_client_that_hangs_up_stops_the_generator(redis_url: str, way: str, on_loop: bool) -> None:
     ended = threading.Event()
