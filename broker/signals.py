@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .connection import BLOCK_MS, Connection
+from .connection import BLOCK_MS, Connection, Script
 from .keys import Keys
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,17 @@ _TTL_MS = 60_000
 _FIELD = b"s"
 _RETRY_S = 0.2
 
+# KEYS: the stream. ARGV: how many to keep, the name of the field, the word, milliseconds. What is said is about work
+# that was accepted: an answer that streams waits for its reader's word.
+_SIGNAL = Script("""#!lua flags=allow-oom
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', ARGV[2], ARGV[3])
+return redis.call('PEXPIRE', KEYS[1], ARGV[4])
+""")
+
 
 def signal(connection: Connection, keys: Keys, backend: str, word: bytes) -> None:
     """Tell all replicas of ``backend``."""
-    key = keys.signals(backend)
-    connection.post(_ignore, "XADD", key, "MAXLEN", "~", _KEPT, "*", _FIELD, word, repeat=True)
-    connection.post(_ignore, "PEXPIRE", key, _TTL_MS, repeat=True)
+    connection.post_script(_ignore, _SIGNAL, [keys.signals(backend)], [_KEPT, _FIELD, word, _TTL_MS], repeat=True)
 
 
 class Signals:
