@@ -219,10 +219,18 @@ class Reply:
 
     @staticmethod
     def fields_of(replies: Sequence[Reply]) -> list[bytes]:
-        """Write several as one entry: they have no headers and no error, and the header that the first has."""
+        """Write several as one entry: they have one status, codec and replica, and no headers and no error."""
         if len(replies) == 1:
             return replies[0].fields()
-        fields = [_V, VERSION, _MANY, b"%d" % len(replies), *replies[0].fields()[4:6]]
+        first = replies[0]
+        header = {
+            "status": first.status,
+            "codec": first.codec,
+            "replica": first.replica,
+            "queue_ms": [reply.queue_ms for reply in replies],
+            "run_ms": [reply.run_ms for reply in replies],
+        }
+        fields = [_V, VERSION, _MANY, b"%d" % len(replies), _HEADER, orjson.dumps(header)]
         for reply in replies:
             fields += (reply.id.encode(), reply.body)
         return fields
@@ -232,16 +240,25 @@ class Reply:
         """Read what `fields` or `fields_of` wrote. Raises `WireError` as `Entry.of` does."""
         if len(fields) < 6 or fields[2] != _MANY:
             return [cls.of(fields)]
-        first = cls.of([*fields[:2], _ID, b"", *fields[4:6]])
+        try:
+            members = _loads(_named(fields[:6])[_HEADER])
+        except KeyError as e:
+            raise _wrong_field(e) from None
+        queue_ms, run_ms = members.pop("queue_ms", None), members.pop("run_ms", None)
+        first = cls._said(members)
         ids, bodies = fields[6::2], fields[7::2]
-        if not len(ids) == len(bodies) == _count(fields[3]) or first.headers or first.error is not None:
+        count = _count(fields[3])
+        if (
+            not len(ids) == len(bodies) == count == _numbers(queue_ms) == _numbers(run_ms)
+            or first.headers
+            or first.error is not None
+        ):
             raise WireError(f"an entry does not hold the {shortened(fields[3])} alike replies that it says it does")
+        status, codec, replica = first.status, first.codec, first.replica
         try:
             return [
-                cls(
-                    id_.decode(), first.status, first.codec, [], None, first.replica, first.queue_ms, first.run_ms, body
-                )
-                for id_, body in zip(ids, bodies)  # noqa: B905 - the lengths are equal
+                cls(id_.decode(), status, codec, [], None, replica, queued, ran, body)
+                for id_, queued, ran, body in zip(ids, queue_ms, run_ms, bodies)  # noqa: B905 - the lengths are equal
             ]
         except UnicodeDecodeError as e:
             raise _wrong_field(e) from None
@@ -263,7 +280,11 @@ class Reply:
             id_, header = named[_ID].decode(), named[_HEADER]
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
-        members = _loads(header)
+        return cls._said(_loads(header), id_, named.get(_BODY, b""), named.get(_LARGE) == b"1")
+
+    @classmethod
+    def _said(cls, members: dict[str, Any], id_: str = "", body: bytes = b"", large: bool = False) -> Reply:
+        """Return the reply that has the ``members`` of a header."""
         get = members.get
         status, codec, replica = get("status", 200), get("codec", "none"), get("replica", "")
         queue_ms, run_ms = get("queue_ms", 0.0), get("run_ms", 0.0)
@@ -287,8 +308,8 @@ class Reply:
             replica,
             queue_ms,
             run_ms,
-            named.get(_BODY, b""),
-            named.get(_LARGE) == b"1",
+            body,
+            large,
         )
 
 
@@ -367,6 +388,14 @@ class Part:
 
 def _count(text: bytes) -> int:
     return int(text) if text.isdigit() else -1
+
+
+def _numbers(members: Any) -> int:
+    """Return how many numbers a list has; -1 for anything else."""
+    if type(members) is not list:
+        return -1
+    numbers = cast("list[object]", members)
+    return len(numbers) if all(type(one) is float or type(one) is int for one in numbers) else -1
 
 
 def _named(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes = VERSION) -> Mapping[bytes, bytes]:

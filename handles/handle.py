@@ -263,18 +263,19 @@ class AsyncServeHandle(_Handle):
         timeout_s = self._options.timeout_s
         if caller is None or endpoint is None:
             caller, endpoint, timeout_s = await self._reach(timeout_s)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        call = self._send(caller, endpoint, written, timeout_s, partial(_settle, future))
+        future = _Answer(loop=asyncio.get_running_loop())
+        future.call = call = self._send(caller, endpoint, written, timeout_s, future.settle)
         try:
             await call.accepted()
         except asyncio.CancelledError:
             call.cancel()
             raise
         except PenstockError:
-            _consume(future)  # the same error: raised here, not also reported as never retrieved
+            future.consume()  # the same error: raised here, not also reported as never retrieved
             raise
-        if not future.done():
-            future.add_done_callback(partial(_cancel, call))
+        finally:
+            if future.done():
+                future.call = None
         return future
 
 
@@ -356,25 +357,36 @@ class ServeHandle(_Handle):
 # -- answers into futures
 
 
-def _settle(future: asyncio.Future[Any], outcome: Outcome) -> None:
-    if future.done():
-        return
-    try:
-        value = result_of(outcome)
-    except BaseException as e:
-        future.set_exception(e)
-    else:
-        future.set_result(value)
+class _Answer(asyncio.Future[Any]):
+    """The future of an answer, which gives the request up when it is cancelled.
 
+    By a method and not by a callback, which costs each answer another turn of the loop: 2 of 32 us of CPU.
+    """
 
-def _consume(future: asyncio.Future[Any]) -> None:
-    if future.done() and not future.cancelled():
-        future.exception()
+    call: Call | None = None
+    """Until it is done: each leads to the other, and what leads to itself waits for the garbage collector."""
 
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled and self.call is not None:
+            self.call.cancel()
+            self.call = None
+        return cancelled
 
-def _cancel(call: Call, future: asyncio.Future[Any]) -> None:
-    if future.cancelled():
-        call.cancel()
+    def settle(self, outcome: Outcome) -> None:
+        self.call = None
+        if self.done():
+            return
+        try:
+            value = result_of(outcome)
+        except BaseException as e:
+            self.set_exception(e)
+        else:
+            self.set_result(value)
+
+    def consume(self) -> None:
+        if self.done() and not self.cancelled():
+            self.exception()
 
 
 def _settle_sync(future: concurrent.futures.Future[Any], outcome: Outcome) -> None:

@@ -31,6 +31,9 @@ T = TypeVar("T")
 Outcome = Union[Reply, Response, Values]  # noqa: UP007 - it is evaluated, also on Python 3.10
 """What the user's code has made of a request: its reply, or what the reply is still to be made of."""
 
+_PLAIN = frozenset((dict, list, str, int, float, bool, bytes, type(None)))
+"""What most results are: neither an exception nor a response, without asking each."""
+
 Done = Callable[[Entry, Reply], None]
 """Takes the complete answer to one request.
 
@@ -71,26 +74,32 @@ class Place:
         """Nobody hears any more of what still runs."""
         self.starting = threading.Lock()
         """Held for the moment in which a request either starts or is cancelled."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """All that have not ended."""
         self._context = context
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run it as a task in this replica's context, and see that it is not lost until it ends."""
+        task = self.spawn_brief(coroutine)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def spawn_brief(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Like `spawn`, but it takes itself off ``tasks`` as it ends: a callback is another turn of the loop."""
         task = self._context.run(self.loop.create_task, coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.tasks.add(task)
         return task
 
     async def close(self, timeout_s: float) -> bool:
         """Wait for all tasks. Returns False if some had to be abandoned after ``timeout_s`` seconds."""
-        if self._tasks and timeout_s > 0:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        if self.tasks and timeout_s > 0:
+            await asyncio.wait(self.tasks, timeout=timeout_s)
         self.abandoned = True
-        if not self._tasks:
+        if not self.tasks:
             return True
-        for task in self._tasks:
+        for task in self.tasks:
             task.cancel()
-        await asyncio.wait(self._tasks, timeout=1.0)
+        await asyncio.wait(self.tasks, timeout=1.0)
         return False
 
     def outcomes(self, method: Method, entries: Sequence[Entry], result: object, run_ms: float) -> Sequence[Outcome]:
@@ -146,10 +155,11 @@ class Place:
         return self.refusal(entry, RequestCancelled(_name(entry)))
 
     def _outcome(self, entry: Entry, result: object, run_ms: float) -> Outcome:
-        if isinstance(result, BaseException):
-            return failed_reply(entry, result, self.replica, run_ms)
-        if isinstance(result, Response) and not is_at_hand(result):
-            return result
+        if type(result) not in _PLAIN:
+            if isinstance(result, BaseException):
+                return failed_reply(entry, result, self.replica, run_ms)
+            if isinstance(result, Response) and not is_at_hand(result):
+                return result
         try:
             return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
         except BaseException as e:  # besides what `encode` raises, what the methods of the result do
@@ -190,6 +200,7 @@ class _Call:
     def __init__(self, place: Place, method: Method, entries: Sequence[Entry], done: Done) -> None:
         self._place, self._method, self._entries, self._done = place, method, entries, done
         self._started = False
+        self._requests: Sequence[Request] = ()
         self._late: list[Entry] = []
         """Their deadlines had passed when the call began, which they are not part of."""
         self._further: list[_Responding | _Streaming] = []
@@ -219,18 +230,23 @@ class _Call:
 
         None of them may be left: those that have waited here for too long are dropped now.
         """
-        with self._place.starting:
+        place = self._place
+        with place.starting:
             self._started = True
         for entry in self._entries:
-            if entry.header.deadline_ms and entry.header.deadline_ms <= self._place.now_ms():
+            if (deadline_ms := entry.header.deadline_ms) and deadline_ms <= place.now_ms():
                 self._late.append(entry)
         if self._late:
             self._entries = [entry for entry in self._entries if entry not in self._late]
+        if not self._method.accepts_batch and self._entries:  # for the one there is, without a list comprehension
+            entry = self._entries[0]
+            request = Request(entry, place.allow_pickle)
+            self._requests = (request,)
+            work_on((entry.header.request_id or entry.id,))
+            return request
         work_on([_name(entry) for entry in self._entries])
-        self._requests = [Request(entry, self._place.allow_pickle) for entry in self._entries]
-        if self._method.accepts_batch:
-            return self._requests
-        return self._requests[0] if self._requests else None
+        self._requests = [Request(entry, place.allow_pickle) for entry in self._entries]
+        return self._requests if self._entries else None
 
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         for entry in self._late:
@@ -303,7 +319,7 @@ class OnLoop(_Call):
     def __init__(self, place: Place, method: Method, entries: Sequence[Entry], done: Done) -> None:
         super().__init__(place, method, entries, done)
         self._given_up: set[str] = set()
-        self._task = place.spawn(self._run())
+        self._task = place.spawn_brief(self._run())
 
     def _interrupt(self, entry_id: str) -> None:
         self._given_up.add(entry_id)
@@ -313,6 +329,7 @@ class OnLoop(_Call):
     async def _run(self) -> None:
         place, argument = self._place, self._start()
         if not self._entries:
+            place.tasks.discard(self._task)
             self._deliver(())
             return
         began_at = perf_counter()
@@ -320,6 +337,7 @@ class OnLoop(_Call):
         try:
             result = await self._method.function(argument)
         except BaseException as e:
+            place.tasks.discard(self._task)
             if place.abandoned or not place.loop.is_running():
                 return  # cancelled because the replica ends, or thrown away with the loop
             if self._given_up and isinstance(e, asyncio.CancelledError):
@@ -327,6 +345,7 @@ class OnLoop(_Call):
             else:
                 outcomes = place.failures(self._entries, e, _ms_since(began_at))
         else:
+            place.tasks.discard(self._task)
             outcomes = place.outcomes(self._method, self._entries, result, _ms_since(began_at))
         self._deliver(outcomes)
 

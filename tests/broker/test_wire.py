@@ -36,6 +36,7 @@ headers = st.builds(
     client=TEXT,
     window=st.integers(0, 2**31),
 )
+MILLISECONDS = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def part(values: list[bytes], codec: str, more: bool, status: int, headers: list[tuple[str, str]]) -> Part:
@@ -54,8 +55,8 @@ replies = st.builds(
     headers=PAIRS,
     error=st.none() | st.dictionaries(TEXT, JSON, max_size=3),
     replica=TEXT,
-    queue_ms=st.floats(allow_nan=False, allow_infinity=False),
-    run_ms=st.floats(allow_nan=False, allow_infinity=False),
+    queue_ms=MILLISECONDS,
+    run_ms=MILLISECONDS,
     body=st.binary(max_size=50),
 )
 
@@ -84,12 +85,15 @@ def test_the_reply_that_is_written_is_the_reply_that_is_read(reply: Reply) -> No
     assert Reply.of(reply.fields()) == reply
 
 
-@given(replies, st.lists(st.tuples(TEXT, st.binary(max_size=50)), min_size=1, max_size=5))
-def test_alike_replies_are_written_as_one_entry(reply: Reply, others: list[tuple[str, bytes]]) -> None:
-    alike = [dataclasses.replace(reply, headers=[], error=None, id=id_, body=body) for id_, body in others]
+@given(replies, st.lists(st.tuples(TEXT, st.binary(max_size=50), MILLISECONDS, MILLISECONDS), min_size=1, max_size=5))
+def test_alike_replies_are_written_as_one_entry(reply: Reply, others: list[tuple[str, bytes, float, float]]) -> None:
+    alike = [
+        dataclasses.replace(reply, headers=[], error=None, id=id_, body=body, queue_ms=queued, run_ms=ran)
+        for id_, body, queued, ran in others
+    ]
     fields = Reply.fields_of(alike)
     assert Reply.all_of(fields) == alike
-    assert Reply.ids_of(fields) == [id_ for id_, _ in others]
+    assert Reply.ids_of(fields) == [reply.id for reply in alike]
 
 
 @given(replies)
@@ -109,9 +113,15 @@ ALIKE = Reply.fields_of([Reply("7"), Reply("8")])
         with_field(ALIKE, b"n", b"many"),
         with_field(ALIKE, b"v", b"2"),
         with_field(ALIKE, b"h", b"{"),
+        with_field(ALIKE, b"h", b'{"queue_ms": [1.0], "run_ms": [1.0, 2.0]}'),
+        with_field(ALIKE, b"h", b'{"queue_ms": [1.0, "2"], "run_ms": [1.0, 2.0]}'),
+        with_field(ALIKE, b"h", b'{"queue_ms": 1.0, "run_ms": 2.0}'),
         [*ALIKE[:6], b"\xff", *ALIKE[7:]],
     ],
-    ids=["odd", "too few", "not a number", "version", "header", "not UTF-8"],
+    ids=[
+        *("odd", "too few", "not a number", "version", "header", "a time too few", "a time that is text", "one time"),
+        "not UTF-8",
+    ],
 )
 def test_replies_that_cannot_be_read_together_are_none(fields: list[bytes]) -> None:
     with pytest.raises(WireError):
