@@ -8,7 +8,7 @@ from typing import Any
 from ..broker.claims import Claims
 from ..broker.connection import Connection
 from ..broker.keys import Keys
-from ..broker.places import id_of, is_batch
+from ..broker.places import id_of
 from ..broker.wire import LARGE, Entry, Reply
 from ..handles.errors import PenstockError, StreamBroken, to_wire
 
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 _REPLY_BODY_MS = 120_000
 _ALIKE_BYTES = 1024
-"""Of results of batch items no longer than this, those that are alike lie on their caller's stream as one entry."""
+"""Of the replies of one tick that are no longer than this, those that are alike lie on their caller's stream as one
+entry: one costs the broker, and whoever writes and reads it, about as much as many.
+"""
 _ALIKE = 64
 
 
@@ -27,34 +29,32 @@ class Answers:
         self._commands, self._claims, self._keys = commands, claims, keys
         self._backend, self._replica = backend, replica
         self._settled: list[bytes] = []
-        self._results: list[tuple[bytes, str, Reply]] = []
-        """Of batch items, to be written when these are settled."""
+        self._replies: list[tuple[bytes, str, Reply]] = []
+        """To be written when their entries are settled."""
 
     def reply(self, place: bytes, caller: str, reply: Reply) -> None:
         """Write the reply to ``caller`` for the entry at ``place``, which is to be settled next."""
-        if is_batch(place) and len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
-            self._results.append((place, caller, reply))
+        if len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
+            self._replies.append((place, caller, reply))
             return
-        reply.queue_ms = self._queue_ms(place, reply)
+        reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
             self._claims.put_reply_body(caller, reply.id, reply.body, _REPLY_BODY_MS)
             reply.body, reply.large = b"", True
         self._claims.reply(caller, reply.fields())
 
-    def _queue_ms(self, place: bytes, reply: Reply) -> float:
-        published_ms = float(id_of(place).partition(b"-")[0])
-        return max(0.0, round(self._commands.now_ms() - reply.run_ms - published_ms, 3))
-
     def _reply_together(self) -> None:
-        """Write the results of batch items, those that are alike as one entry: one costs the broker as much as many."""
-        alike: dict[tuple[str, int, str, float], list[Reply]] = {}
-        for place, caller, reply in self._results:
-            together = alike.setdefault((caller, reply.status, reply.codec, reply.run_ms), [])
-            if not together:  # the oldest, whose time in the queue stands for all
-                reply.queue_ms = self._queue_ms(place, reply)
-            together.append(reply)
-        self._results = []
-        for (caller, *_), replies in alike.items():
+        alike: dict[tuple[str, str, int], list[Reply]] = {}
+        now_ms = self._commands.now_ms()
+        for place, caller, reply in self._replies:
+            reply.queue_ms = _queue_ms(place, reply, now_ms)
+            key = caller, reply.codec, reply.status
+            if (together := alike.get(key)) is None:
+                alike[key] = [reply]
+            else:
+                together.append(reply)
+        self._replies = []
+        for (caller, _, _), replies in alike.items():
             for start in range(0, len(replies), _ALIKE):
                 self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
 
@@ -66,7 +66,7 @@ class Answers:
         self._settled.append(place)
 
     def _flush_settled(self) -> None:
-        if self._results:
+        if self._replies:
             self._reply_together()
         self._claims.settle(self._settled)
         self._settled = []
@@ -86,6 +86,11 @@ class Answers:
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
             self._claims.reply(entry.caller, reply.fields())
+
+
+def _queue_ms(place: bytes, reply: Reply, now_ms: float) -> float:
+    published_ms = int(id_of(place).partition(b"-")[0])
+    return max(0.0, round(now_ms - reply.run_ms - published_ms, 3))
 
 
 def _log_failure(result: Any) -> None:
