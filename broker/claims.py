@@ -351,8 +351,11 @@ class Claims:
         interactive, batch = await self._commands.run_script(_RETAKE, self._streams, args)
         return cast("list[tuple[bytes, list[bytes]]]", interactive) + _on_batch(batch)
 
-    async def bury(self, taken: Taken, error: str) -> None:
-        """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it."""
+    async def bury(self, taken: Taken, error: str, tell: Callable[[], None] | None = None) -> None:
+        """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it.
+
+        ``tell`` posts what its caller is told, in the same write and before it: who has been told finds the letter.
+        """
         key = self._history + taken.entry.decode()
         flat = cast("list[bytes]", await self._commands.send("LRANGE", key, 0, -1, repeat=True))
         deliveries = [
@@ -360,6 +363,8 @@ class Claims:
             for replica, died in zip(flat[::2], flat[1::2], strict=True)
         ]
         history = orjson.dumps({"error": error, "deliveries": deliveries})
+        if tell is not None:
+            tell()
         await self._commands.run_script(
             _BURY,
             [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key],

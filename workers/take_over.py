@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from functools import partial
 
 from ..broker.claims import Claims, Taken
 from ..broker.errors import BrokerUnavailable, RedisError, WireError
@@ -128,5 +129,4 @@ class TakeOver:
             return
         error = DeliveryLimitExceeded(self._backend, entry.id, taken.deliveries, self._consumer.max_deliveries)
         log.error("%s", error)
-        self._answers.tell(entry, error)
-        await self._claims.bury(taken, str(error))
+        await self._claims.bury(taken, str(error), partial(self._answers.tell, entry, error))
