@@ -39,10 +39,9 @@ class PartsOutlet:
         if place is None:
             flow.stop()
             return
-        if not entry.caller:
-            return
-        # Ahead of its first part on the same connection: nobody who takes the entry over may run it again.
-        self._claims.mark_streamed(place)
+        if entry.caller:
+            # Ahead of its first part on the same connection: nobody who takes the entry over may run it again.
+            self._claims.mark_streamed(place)
         self._flows[entry.id] = flow
         loop = asyncio.get_running_loop()
         self._heard_at[entry.id] = loop.time()
@@ -60,7 +59,8 @@ class PartsOutlet:
     def end(self, entry: Entry, place: bytes) -> None:
         """Forget an answer that streams, once its entry is settled."""
         del self._flows[entry.id], self._heard_at[entry.id]
-        self._claims.forget_streamed(place)
+        if entry.caller:
+            self._claims.forget_streamed(place)
 
     def hear(self, word: bytes) -> None:
         """Take a signal that says how much of an answer was taken; it may be of another replica's."""
@@ -84,5 +84,6 @@ class PartsOutlet:
             if not self._commands.connected:
                 self._heard_at[request] = now  # what they say cannot reach us
             elif now - self._heard_at[request] > LAPSE_S:
-                flow.stop(f"its caller has said nothing for {LAPSE_S:g} s")
+                # A copy for a shadow has no caller, who could leave it: it has as long as one that is silent.
+                flow.stop(f"its caller has said nothing for {LAPSE_S:g} s" if flow.entry.caller else "")
         self._check = loop.call_later(_CHECK_S, self._stop_lapsed) if self._flows else None

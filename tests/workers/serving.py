@@ -28,12 +28,12 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def serving(url: str, function: Callable[..., Any], **config: Any) -> AsyncGenerator[Worker]:
-    """A worker of the backend `TAG` in this loop."""
-    replica = f"{TAG}#{next(_numbers)}"
-    runner = Runner(TAG, replica, target.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
+async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Worker]:
+    """A worker of the backend ``tag`` in this loop."""
+    replica = f"{tag}#{next(_numbers)}"
+    runner = Runner(tag, replica, target.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
     await runner.start()
-    worker = Worker(url, "default", TAG, replica, runner)
+    worker = Worker(url, "default", tag, replica, runner)
     await worker.start()
     try:
         yield worker

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import random
 import threading
 from collections import deque
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.broker.flow import CHUNK, WINDOW
-from penstock.broker.registry import BackendRecord
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord
 from penstock.broker.wire import VALUE_COST, Entry, Header, Part, Reply
 from penstock.handles.calls import Call, Outcome
 from penstock.handles.errors import StreamBroken
@@ -114,6 +115,61 @@ async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatc
         with pytest.raises(StreamBroken, match=r"said nothing for 0\.5 s"):
             await rest_of(incoming)
         await nothing_is_left(client)
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, on_loop: bool
+) -> None:
+    monkeypatch.setattr("penstock.workers.outlet.LAPSE_S", 0.2)
+    made, ended = list[int](), threading.Event()
+
+    def endless(request: object) -> Iterator[str]:
+        try:
+            for n in itertools.count():
+                made.append(n)
+                yield "x" * CHUNK
+        finally:
+            ended.set()
+
+    async def endless_on_loop(request: object) -> AsyncIterator[str]:
+        try:
+            for n in itertools.count():
+                made.append(n)
+                yield "x" * CHUNK
+                await asyncio.sleep(0.001)
+        finally:
+            ended.set()
+
+    async def whole(request: object) -> AsyncIterator[str]:
+        for n in range(3):
+            yield str(n)
+
+    shadow = "shadow"
+    backend = BackendRecord(tag=shadow, version="1", code="", config=CONFIG)
+    async with calling(redis_url) as client, serving(redis_url, whole):
+        keys = client.caller.keys
+        async with serving(redis_url, endless_on_loop if on_loop else endless, tag=shadow) as worker:
+            endpoint = EndpointRecord(name="e", traffic={TAG: 1.0}, shadows={shadow: 1.0})
+            served = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+            version = await client.caller.registry.change(
+                lambda _: Change({TAG: served, shadow: backend}, {"e": endpoint})
+            )
+            await client.caller.watcher.wait_for(version, 5)
+            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            client.caller.dispatch(endpoint, Header(codec="none", window=WINDOW), b"", outcome.set_result)
+            assert await rest_of(await begun(outcome)) == [b"0", b"1", b"2"]
+            await wait_until_async(ended.is_set)
+            await wait_until_async(lambda: worker.in_progress == 0)
+            assert len(made) * CHUNK > WINDOW  # it did not wait for a reader either
+            assert worker.tally.failed == 0
+
+            async def nothing_is_kept() -> bool:
+                kept = await client.redis.keys("*:streamed:*") + await client.redis.keys("*:body:*")
+                return not kept and await client.redis.xlen(keys.requests(shadow)) == 0
+
+            await wait_until_async(nothing_is_kept)
+        await client.caller.registry.erase()
 
 
 async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> None:
