@@ -23,6 +23,10 @@ FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 30.0
 LONGEST_PROVEN_RETRY_S = 2.0
 """What has worked before is not given up on: its callers wait, and what kills it may be a node, or a single request."""
+STEADY_AFTER_S = 5.0
+"""What was ready for so long did not fail by its start, and is replaced at once however often that happens. It is no
+storm: each has to last for as long.
+"""
 FORGIVEN_AFTER_S = 60.0
 """What has not failed for so long begins anew, without failures."""
 
@@ -113,7 +117,10 @@ class Failures:
     last_s: float = 0.0
     """When it did so last, by the clock that ``Seen.now_s`` is read from."""
 
-    def and_one_more(self, now_s: float) -> Failures:
+    def and_one_more(self, now_s: float, *, ready_s: float = 0.0) -> Failures:
+        """Count a failure of one that was ready for ``ready_s`` seconds."""
+        if ready_s >= STEADY_AFTER_S:
+            return self
         return Failures(1 if self.forgiven(now_s) else self.count + 1, now_s)
 
     def forgiven(self, now_s: float) -> bool:

@@ -65,7 +65,7 @@ class Sight:
         self._failing: dict[Version, dict[str, Any]] = {}
         self._failures: dict[Version, Failures] = {}
         self._proxy_failures: dict[str, Failures] = {}
-        self._noted: set[Member] = set()
+        self._ready_since_s: dict[Member, float] = {}
         self._counted: set[Member] = set()
 
     async def begin(self, registry: Registry) -> None:
@@ -165,7 +165,7 @@ class Sight:
         self._reports[name] = report
 
     def forget(self, fleet: Fleet, name: str) -> None:
-        self._noted.discard(fleet.members[name])
+        self._ready_since_s.pop(fleet.members[name], None)
         self._counted.discard(fleet.members[name])
         self._reports.pop(name, None)
         fleet.forget(name)
@@ -209,12 +209,14 @@ class Sight:
     def _take_note(self, now_s: float) -> None:
         for name, member in self._replicas.members.items():
             version = self._version_of(name)
-            if member.ready and member not in self._noted:
-                self._noted.add(member)
+            if member.ready and member not in self._ready_since_s:
+                self._ready_since_s[member] = now_s
                 self._proven.add(version)
                 self._failing.pop(version, None)
             elif (error := self._new_failure(member)) is not None:
-                self._failures[version] = self._failures.get(version, NO_FAILURES).and_one_more(now_s)
+                ready_s = now_s - self._ready_since_s.get(member, now_s)
+                failures = self._failures.get(version, NO_FAILURES)
+                self._failures[version] = failures.and_one_more(now_s, ready_s=ready_s)
                 log.error("replica %s failed: %s", name, _summary(error))
                 if not member.was_ready:
                     self._failing[version] = to_wire(error)

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from penstock.serve.plan import (
     HTTP,
+    STEADY_AFTER_S,
     Backend,
     Desired,
     DrainProxy,
@@ -366,6 +367,14 @@ def test_failures_of_long_ago_do_not_count() -> None:
     failures = Failures(10, last_s=0.0)
     assert failures.and_one_more(61.0) == Failures(1, 61.0)
     assert failures.allow_start(61.0, proven=False)
+
+
+def test_what_was_ready_for_a_while_is_replaced_at_once_however_often_it_dies() -> None:
+    young = Failures().and_one_more(0.0).and_one_more(1.0)
+    assert not young.allow_start(1.0, proven=True)
+    assert Failures().and_one_more(0.0, ready_s=STEADY_AFTER_S) == Failures()
+    # Nor does it make up for those that died young.
+    assert young.and_one_more(1.2, ready_s=STEADY_AFTER_S) == young
 
 
 def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
