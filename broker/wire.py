@@ -26,6 +26,8 @@ VALUE_COST = 128
 """What a value of an answer in parts weighs besides its bytes, so that many small ones are bounded too."""
 LARGE = 256 * 1024
 """A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
+LARGEST = 512 * 1024 * 1024
+"""What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
 
 _V, _ID, _CALLER, _HEADER, _BODY, _LARGE, _MANY = b"v", b"id", b"by", b"h", b"b", b"large", b"n"
 

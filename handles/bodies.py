@@ -6,10 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..broker.connection import Connection
+from ..broker.wire import LARGEST
+from .errors import PayloadTooLarge
 
 
 def _ignore(result: Any) -> None:
     """Nobody waits for this."""
+
+
+def check_size(body: bytes) -> None:
+    """Raise `PayloadTooLarge` if no broker would take it."""
+    if len(body) > LARGEST:
+        raise PayloadTooLarge(len(body), LARGEST, "proto-max-bulk-len of Redis")
 
 
 class Bodies:

@@ -30,7 +30,7 @@ from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot,
 from ..broker.replies import ReplyStream
 from ..broker.wire import LARGE, Header, entry_fields
 from . import traffic
-from .bodies import Bodies
+from .bodies import Bodies, check_size
 from .calls import MAX_QUEUED, Call, InFlight, Outcome, batch_limit
 from .errors import (
     BackendNotFound,
@@ -208,6 +208,7 @@ class Caller:
 
         Raises:
             BackendNotFound: the endpoint sends to nobody.
+            PayloadTooLarge: the body is larger than Redis takes.
         """
         backend = self.choose(endpoint, shard_key)
         call = self.submit(backend, header, body, then, timeout_s=timeout_s)
@@ -244,8 +245,10 @@ class Caller:
         places are kept for them.
 
         Raises:
+            PayloadTooLarge: the body is larger than Redis takes.
             TypeError: the header holds what JSON cannot.
         """
+        check_size(body)
         id_ = self.next_id()
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)

@@ -110,12 +110,12 @@ class PayloadTooLarge(PenstockError):
 
     status = 413
 
-    def __init__(self, size: int, limit: int) -> None:
-        super().__init__(size, limit)
-        self.size, self.limit = size, limit
+    def __init__(self, size: int, limit: int, limited_by: str = "max_body_bytes") -> None:
+        super().__init__(size, limit, limited_by)
+        self.size, self.limit, self.limited_by = size, limit, limited_by
 
     def __str__(self) -> str:
-        return f"the body has {self.size} bytes or more (max_body_bytes is {self.limit})"
+        return f"the body has {self.size} bytes or more ({self.limited_by} is {self.limit})"
 
 
 class RequestCancelled(PenstockError):

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
+from .bodies import check_size
 from .caller import Caller
 from .calls import Call
 from .codec import dump_json, encode
@@ -321,6 +322,7 @@ class Production:
             if not self._takes_pickle():
                 raise
             codec, body = encode(value, allow_pickle=True)
+        check_size(body)
         caller, deadline_ms = self._caller, 0
         id_ = caller.next_id() if caller.job is None else f"{caller.id}-{index}"
         item = _Item(self, caller, id_, index, options)

@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from ..broker.wire import Entry, Reply
-from ..handles.errors import PenstockError, RequestCancelled, StreamBroken, to_wire
+from ..handles.bodies import check_size
+from ..handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
 from ..handles.log_lines import work_on
 from .failures import failed_reply
 from .request import Request
@@ -146,6 +147,10 @@ class Place:
 
     def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
         status, codec, headers, body = encoded
+        try:
+            check_size(body)
+        except PayloadTooLarge as e:
+            return failed_reply(entry, e, self.replica, run_ms)
         return Reply(entry.id, status, codec, headers, None, self.replica, 0.0, run_ms, body)
 
     def refusal(self, entry: Entry, error: PenstockError) -> Reply:

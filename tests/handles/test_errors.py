@@ -24,6 +24,7 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     ),
     (errors.Overloaded("b", 0, 10), 503, "the broker has no memory left"),
     (errors.PayloadTooLarge(11, 10), 413, "11 bytes or more (max_body_bytes is 10)"),
+    (errors.PayloadTooLarge(11, 10, "the limit of Redis"), 413, "11 bytes or more (the limit of Redis is 10)"),
     (errors.RequestCancelled("id"), 499, "'id' was cancelled"),
     (errors.RequestTimeout("backend 'b'", 0.25), 504, "backend 'b' did not answer within 0.25 s"),
     (

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from redis import Redis
@@ -32,6 +32,7 @@ from penstock.handles.errors import (
     ConfigError,
     EndpointNotFound,
     Overloaded,
+    PayloadTooLarge,
     RequestCancelled,
     RequestTimeout,
 )
@@ -217,6 +218,45 @@ def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Conne
         handle.remote(q={1, 2})
     with pytest.raises(TypeError, match="one positional argument"):
         handle.remote(1, 2)
+
+
+@pytest.fixture
+def small_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Redis takes as one value, for those who would otherwise have to make half a gigabyte."""
+    monkeypatch.setattr("penstock.handles.bodies.LARGEST", 1000)
+
+
+@pytest.mark.usefixtures("small_redis")
+def test_a_body_that_redis_would_not_take_is_refused_by_name(site: Site, connected: Connected) -> None:
+    """Sent, it would cut the connection, and all others who share it."""
+    site.serve(echo)
+    ask, said = connected.get_handle("ask"), r"1001 bytes or more \(proto-max-bulk-len of Redis is 1000\)"
+    beside = ask.remote(bytes(1000))
+    with pytest.raises(PayloadTooLarge, match=said):
+        ask.remote(bytes(1001)).result(timeout=10)
+    with pytest.raises(PayloadTooLarge, match=said):
+        next(iter(cast(Any, ask.options(stream=True).remote(bytes(1001)))))
+    (small, large) = connected.batch("ask").map([b"1", bytes(1001)])
+    assert small.get() == b"1"
+    with pytest.raises(PayloadTooLarge, match=said):
+        large.get()
+    assert beside.result(timeout=10) == bytes(1000)
+    wait_until(lambda: site.depth() == 0)
+
+
+@pytest.mark.usefixtures("small_redis")
+async def test_an_asyncio_handle_refuses_it_before_anything_is_sent(site: Site) -> None:
+    site.declare()
+    with pytest.raises(PayloadTooLarge, match="1001 bytes or more"):
+        await AsyncServeHandle(site.url, INSTANCE, "ask").remote(bytes(1001))
+    assert site.depth() == 0
+
+
+@pytest.mark.usefixtures("small_redis")
+def test_an_answer_that_redis_would_not_take_is_an_error_of_the_backend(site: Site, connected: Connected) -> None:
+    site.serve(answering(bytes(1001)))
+    with pytest.raises(BackendError, match="PayloadTooLarge: the body has 1001 bytes or more"):
+        connected.get_handle("ask").remote().result(timeout=10)
 
 
 def test_what_the_users_code_raised_is_told(site: Site, connected: Connected) -> None:
