@@ -20,6 +20,11 @@ from .config import AutoscalingConfig
 _BUSY = 0.8
 _MEMORY_S = 1.0
 """How far back the average of what is in progress reaches."""
+_NEGLIGIBLE = 0.05
+"""A smaller share of a replica's work is no reason to keep one: an average that fades is never quite nothing."""
+
+Called = tuple[float, int]
+"""When the load called for so many replicas for the last time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +36,8 @@ class Standing:
     more_since_s: float | None = None
     least: int = 0
     """The least that was called for since then."""
-    fewer_since_s: float | None = None
-    most: int = 0
-    """The most that was called for since then."""
+    called: tuple[Called, ...] = ()
+    """What was called for, but for what more was called for later: the first one is the most."""
     busy: float = 0.0
     """An average of what was in progress."""
 
@@ -53,28 +57,26 @@ def decide(config: AutoscalingConfig, concurrency: int, standing: Standing, load
     queue_wants = math.ceil(load.unsettled / config.target_queue_per_replica)
     if load.unsettled > 0:
         queue_wants = max(queue_wants, 1)
-    busy_wants = math.ceil(busy / (_BUSY * concurrency) - 1e-9)
+    busy_wants = math.ceil(busy / (_BUSY * concurrency) - _NEGLIGIBLE)
     wanted = _clamped(config, max(queue_wants, min(current, busy_wants)))
-    if current == 0 and wanted > 0:
-        # Somebody waits and nobody serves: no delay is for that.
-        return _settled(standing, wanted)
+    standing = replace(standing, replicas=current, called=_called(config, standing, current, wanted))
     if wanted > current:
         since_s = now_s if standing.more_since_s is None else standing.more_since_s
         least = wanted if standing.more_since_s is None else min(standing.least, wanted)
-        if now_s - since_s >= config.upscale_delay_s:
-            return _settled(standing, least)
-        return replace(standing, replicas=current, more_since_s=since_s, least=least, fewer_since_s=None, most=0)
-    if wanted < current:
-        since_s = now_s if standing.fewer_since_s is None else standing.fewer_since_s
-        most = wanted if standing.fewer_since_s is None else max(standing.most, wanted)
-        if now_s - since_s >= config.downscale_delay_s:
-            return _settled(standing, most)
-        return replace(standing, replicas=current, more_since_s=None, least=0, fewer_since_s=since_s, most=most)
-    return _settled(standing, current)
+        # Where somebody waits and nobody serves: no delay is for that.
+        if current > 0 and now_s - since_s < config.upscale_delay_s:
+            return replace(standing, more_since_s=since_s, least=least)
+        return replace(standing, replicas=least, more_since_s=None)
+    most = standing.called[0][1]
+    return replace(standing, replicas=min(current, most), more_since_s=None)
 
 
-def _settled(standing: Standing, replicas: int) -> Standing:
-    return Standing(replicas=replicas, at_s=standing.at_s, busy=standing.busy)
+def _called(config: AutoscalingConfig, standing: Standing, current: int, wanted: int) -> tuple[Called, ...]:
+    """Return what was called for in the last ``downscale_delay_s``, ``wanted`` being what is called for now."""
+    now_s = standing.at_s
+    before = standing.called or ((now_s, current),)
+    lately = [(at_s, count) for at_s, count in before if count > wanted and now_s - at_s < config.downscale_delay_s]
+    return (*lately, (now_s, wanted))
 
 
 def _clamped(config: AutoscalingConfig, replicas: int) -> int:

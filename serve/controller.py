@@ -153,8 +153,9 @@ class Controller:
         await sight.look(self._registry)
         if not sight.head_answers:
             return
+        asked = sight.desired(snapshot, settings)
         desired = await self._scaler.scaled(
-            sight.desired(snapshot, settings), snapshot, self._connection, self._keys, sight.statuses, sight.said()
+            asked, snapshot, self._connection, self._keys, sight.statuses, sight.said(), sight.proven
         )
         for step in planning.plan(desired, sight.seen()):
             await self._act(step, snapshot)

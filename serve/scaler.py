@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..broker.load import load_of
 from ..broker.registry import Snapshot
 from .autoscaling import Standing, decide
 from .config import BackendConfig
-from .plan import Desired
+from .plan import Desired, Version
 
 Report = Mapping[str, Any]
 
@@ -32,25 +32,29 @@ class Scaler:
         keys: Keys,
         statuses: Mapping[str, Report],
         replicas: Mapping[str, Report],
+        proven: Set[Version],
     ) -> Desired:
         """Return ``desired`` with as many replicas as the load calls for.
 
-        ``statuses`` are what was reported of the backends last, ``replicas`` what replicas say of themselves. Raises
+        ``statuses`` are what was reported of the backends last, ``replicas`` what replicas say of themselves. What is
+        not ``proven`` has at least one replica: before it may rest, it is to be known that it can serve. Raises
         `BrokerUnavailable`.
         """
         backends = dict(desired.backends)
         for tag, backend in desired.backends.items():
-            config = BackendConfig.stored(snapshot.backends[tag].config)
-            if config.autoscaling_config is None:
+            scaling = BackendConfig.stored(snapshot.backends[tag].config).autoscaling_config
+            if scaling is None:
                 self._standings.pop(tag, None)
                 continue
+            if backend.key not in proven:
+                scaling = scaling.model_copy(update={"min_replicas": max(scaling.min_replicas, 1)})
             standing = self._standings.get(tag)
             if standing is None:
                 # A controller that was restarted goes on from where the one before it was.
                 standing = Standing(replicas=statuses.get(tag, {}).get("wanted", backend.replicas))
             load = await load_of(connection, keys, tag)
             capacity = max((said.get("capacity", 1) for said in replicas.values() if said["backend"] == tag), default=1)
-            standing = decide(config.autoscaling_config, capacity, standing, load, time.monotonic())
+            standing = decide(scaling, capacity, standing, load, time.monotonic())
             self._standings[tag] = standing
             backends[tag] = replace(backend, replicas=standing.replicas)
         for tag in self._standings.keys() - backends.keys():

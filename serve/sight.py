@@ -54,13 +54,14 @@ class Sight:
         self.nodes: list[Node] = []
         self.proxy_error: PenstockError | None = None
         """Why a proxy failed last."""
+        self.proven: set[Version] = set()
+        """Versions of which a replica was ready at some time."""
         self.head_answers = True
         """Whether Ray's head is there. Without it, no actor is started, found or ended, and asking for that blocks."""
         self._nodes_at_s = -_NODES_S
         self._looking: asyncio.Future[list[Node]] | None = None
         self._reports: dict[str, Report] = {}
         self._asks: dict[Version, Amounts] = {}
-        self._proven: set[Version] = set()
         self._came_about: dict[str, tuple[str, str, int]] = {}
         self._failing: dict[Version, dict[str, Any]] = {}
         self._failures: dict[Version, Failures] = {}
@@ -76,6 +77,7 @@ class Sight:
                 self._failing[tag, report["version"]] = report["failing"]
             if report.get("came_about"):
                 self._came_about[tag] = (tag, report["version"], report["config_version"])
+                self.proven.add((tag, report["version"]))
 
     async def look(self, registry: Registry) -> None:
         """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures.
@@ -145,7 +147,7 @@ class Sight:
             nodes=self.nodes,
             failures=self._failures,
             proxy_failures=self._proxy_failures,
-            proven=frozenset(self._proven),
+            proven=frozenset(self.proven),
             came_about=frozenset(self._came_about.values()),
             reported=frozenset(self.statuses),
         )
@@ -204,14 +206,14 @@ class Sight:
         for table in tables:
             for version in table.keys() - kept:
                 del table[version]
-        self._proven &= kept
+        self.proven &= kept
 
     def _take_note(self, now_s: float) -> None:
         for name, member in self._replicas.members.items():
             version = self._version_of(name)
             if member.ready and member not in self._ready_since_s:
                 self._ready_since_s[member] = now_s
-                self._proven.add(version)
+                self.proven.add(version)
                 self._failing.pop(version, None)
             elif (error := self._new_failure(member)) is not None:
                 ready_s = now_s - self._ready_since_s.get(member, now_s)

@@ -85,9 +85,47 @@ def test_a_lull_shorter_than_the_delay_stops_nothing() -> None:
 def test_it_shrinks_to_the_most_that_was_called_for_meanwhile() -> None:
     config = AutoscalingConfig(max_replicas=10, downscale_delay_s=3.0)
     standing = Standing(replicas=10)
+    curve = list[int]()
     for tick, unsettled in enumerate([2, 8, 2, 2, 2], start=1):
         standing = decide(config, 1, standing, Load(unsettled=unsettled, in_progress=0), float(tick))
-    assert standing.replicas == 4
+        curve.append(standing.replicas)
+    assert curve == [10, 10, 10, 4, 1]
+
+
+@given(
+    before=st.lists(st.integers(0, 2_000), max_size=40),
+    bounds=st.tuples(st.integers(0, 3), st.integers(1, 20)),
+    delay_s=st.floats(0.0, 30.0),
+    concurrency=st.integers(1, 100),
+    target=st.floats(1.0, 10.0),
+)
+def test_at_rest_it_is_at_its_least_when_the_delay_is_over_whatever_was_before(
+    before: list[int], bounds: tuple[int, int], delay_s: float, concurrency: int, target: float
+) -> None:
+    """But for the seconds in which what was in progress fades from its average: those that 20 replicas' work takes."""
+    low, high = bounds[0], max(bounds)
+    config = AutoscalingConfig(
+        min_replicas=low, max_replicas=high, target_queue_per_replica=target, downscale_delay_s=delay_s
+    )
+    standing, now_s = Standing(replicas=high), 0.0
+    for unsettled in before:
+        now_s += _TICK_S
+        held = min(unsettled, standing.replicas * concurrency)
+        standing = decide(config, concurrency, standing, Load(unsettled=unsettled, in_progress=held), now_s)
+    rest_s = now_s + delay_s + 7.0
+    while now_s < rest_s:
+        now_s += _TICK_S
+        standing = decide(config, concurrency, standing, Load(unsettled=0, in_progress=0), now_s)
+    assert standing.replicas == low
+
+
+def test_one_request_is_as_soon_forgotten() -> None:
+    config = AutoscalingConfig(min_replicas=0, max_replicas=1, downscale_delay_s=0.1)
+    standing = decide(config, 1, Standing(replicas=0), Load(unsettled=1, in_progress=1), 1.0)
+    assert standing.replicas == 1
+    for tick in range(1, 9):
+        standing = decide(config, 1, standing, Load(unsettled=0, in_progress=0), 1.0 + tick * _TICK_S)
+    assert standing.replicas == 0
 
 
 @given(
@@ -207,7 +245,7 @@ def test_on_a_recorded_curve_it_answers_the_burst_at_once_and_is_at_rest_at_the_
     burst = next(n for n, (one, other) in enumerate(pairwise(samples)) if other.arrived - one.arrived >= BURST) + 1
     assert curve[burst] == SCALING["max_replicas"]
     assert curve[-1] == SCALING["min_replicas"]
-    assert changes(curve) <= 12
+    assert changes(curve) <= 14
 
 
 @pytest.mark.parametrize("target", [1.0, 2.0, 4.0, 16.0])

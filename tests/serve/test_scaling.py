@@ -7,10 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from httpx import Client as HTTPClient, TransportError
 
 from penstock import serve
-from tests.serve.backends import SMALL, replicas
+from tests.serve.backends import SMALL, answering, replicas
 from tests.serve.test_controller import kill_controller
 from tests.waiting import wait_until
 
@@ -54,6 +55,26 @@ def test_a_backend_at_rest_has_no_replica_and_the_next_request_wakes_it(client: 
     assert client.status()["backends"]["f"]["wanted"] == 0
     futures = [handle.remote(n) for n in range(10)]
     assert all(future.result(60) for future in futures)
+
+
+def test_new_code_is_tried_before_it_may_rest(client: serve.Client) -> None:
+    """Else an update would serve nobody, and the next request would be the first to know."""
+
+    class Broken:
+        def __init__(self) -> None:
+            raise ValueError("the weights are missing")
+
+        def __call__(self, request: serve.Request) -> None: ...
+
+    handle = create(client, min_replicas=0, downscale_delay_s=0.1)
+    before = handle.remote(1).result(60)
+    wait_until(lambda: not replicas(client), 30)
+    with pytest.raises(serve.errors.BackendError, match="the weights are missing"):
+        client.update_backend("f", Broken)
+    assert handle.remote(1).result(60) != before
+    client.update_backend("f", answering("new"))
+    assert handle.remote(1).result(60) == "new"
+    wait_until(lambda: not replicas(client), 30)
 
 
 def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client) -> None:
