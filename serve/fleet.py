@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, ActorUnavailableError, RayActorError, RayTaskError
 
 from ..handles.errors import BackendError, PenstockError
 from ..workers.replica import NAMESPACE
@@ -79,7 +79,11 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, actor_class: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        """Create the actor ``name``. Whether that works is seen later, at its member."""
+        """Create the actor ``name``. Whether that works is seen later, at its member.
+
+        There is no member where Ray holds the name still. Then one of that name lives, and is to be adopted, or has
+        died just now, and adopting it tells so.
+        """
         try:
             handle = actor_class.options(
                 name=actor_name(self._instance, self._kind, name),
@@ -89,6 +93,8 @@ class Fleet:
                 max_concurrency=_CONCURRENCY,
                 **options,
             ).remote(*args)
+        except ActorAlreadyExistsError:
+            return
         except Exception as e:  # whatever Ray has against the options: a runtime_env that cannot be, most of all
             self.members[name] = member = Member(None)
             member.end(error_of(e))
