@@ -214,10 +214,36 @@ class Instance:
         await self._until(has_come_about, f"backend {record.tag!r} did not come about")
 
     async def _undo(self, failed: BackendRecord, before: BackendRecord | None) -> None:
-        await self.registry.change(lambda seen: changes.undo_backend(seen, failed, before))
+        """Take ``failed`` back; return when what was started for it has ended."""
+        undone: BackendRecord | None = None
+
+        def decide(seen: Snapshot) -> Change:
+            nonlocal undone
+            change = changes.undo_backend(seen, failed, before)
+            undone = change.backends.get(failed.tag)
+            return change
+
+        await self.registry.change(decide)
         await self._delete(failed.stored - (before.stored if before is not None else frozenset()))
         if before is None:
             await self._gone(failed.tag)
+        elif undone is not None:
+            await self._left_alone(failed, undone)
+
+    async def _left_alone(self, failed: BackendRecord, undone: BackendRecord) -> None:
+        """Return when no replica is left of what ``failed`` asked for, or was changed again by somebody else."""
+
+        async def is_so() -> bool:
+            status = (await self.registry.reports("backends")).get(failed.tag)
+            if status is None:
+                return failed.tag not in (await self.snapshot()).backends
+            reports = (await self.registry.reports("replicas")).values()
+            left = sum((said["backend"], said.get("version")) == (failed.tag, failed.version) for said in reports)
+            # Of a refused configuration, the replicas of the one before are of the same version.
+            allowed = status["wanted"] if failed.version == undone.version else 0
+            return status["config_version"] >= undone.config_version and left <= allowed
+
+        await self._until(is_so, f"what {failed.tag!r} was to be did not end", _STOP_S, late_is_fine=True)
 
     async def _gone(self, tag: str) -> None:
         async def is_gone() -> bool:
