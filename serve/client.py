@@ -300,7 +300,9 @@ class Client(Connected):
 
     def status(self) -> Status:
         """Return how the instance is doing: see `Status`. Printed, it is a table."""
-        return self._run(self._core.status())
+        status = self._run(self._core.status())
+        status["endpoints"] = self.list_endpoints()
+        return status
 
     def shutdown(self) -> None:
         """End the instance: all its processes, and every key that it has in Redis. A second time does nothing.

@@ -11,41 +11,47 @@ _LAST_LINES = 5
 
 
 class Status(dict[str, Any]):
-    """``{"backends": {tag: …}, "proxies": {name: …}, "controller": "alive"}``; ``str`` of it is a table.
+    """``{"backends": {tag: …}, "endpoints": {name: …}, "proxies": {name: …}, "controller": "alive"}``.
+
+    ``str`` of it is a table: what the command ``penstock status`` shows.
 
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
     error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
     ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``;
     how many are ``dead_letters``; how many its replicas have ``served`` since it was created, up to a second ago, and
-    ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one ran. Of a proxy: its ``node``,
-    ``url``, ``state`` and ``pid``. While the controller is ``"away"``, what runs serves on, and no change comes about.
+    ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one ran. Of an endpoint: what
+    ``list_endpoints`` has. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While the controller is ``"away"``
+    or ``"waiting for Ray's head"``, what runs serves on, and no change comes about.
     """
 
     def __str__(self) -> str:
-        backends, proxies = self["backends"], self["proxies"]
-        parts = [
-            _table(
-                (
-                    *("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters"),
-                    *("served", "failed", "mean ms"),
-                ),
-                (
-                    (tag, *(str(b[name]) for name in ("version", "wanted", "ready", "starting")), *_counts(b))
-                    for tag, b in sorted(backends.items())
-                ),
-            )
-        ]
+        backends, endpoints, proxies = self["backends"], self["endpoints"], self["proxies"]
+        parts: list[str] = []
+        if backends:
+            head = ("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters")
+            rows = [
+                (tag, *(str(b[name]) for name in ("version", "wanted", "ready", "starting")), *_counts(b))
+                for tag, b in sorted(backends.items())
+            ]
+            parts.append(_table((*head, "served", "failed", "mean ms"), rows))
         for tag, backend in sorted(backends.items()):
-            parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in troubles(backend)]
-        rows = [(p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()]
-        if rows:
+            parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in _troubles(backend)]
+        if endpoints:
+            rows = [
+                (name, e["route"] or "-", " ".join(e["methods"]), _traffic(e)) for name, e in sorted(endpoints.items())
+            ]
+            parts.append(_table(("endpoint", "route", "methods", "traffic"), rows))
+        if proxies:
+            rows = [
+                (p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()
+            ]
             parts.append(_table(("node", "proxy", "url", "state"), sorted(rows)))
         if self["controller"] != "alive":
             parts.append(f"the controller is {self['controller']}: what runs serves on, and no change comes about")
-        return "\n\n".join(parts)
+        return "\n\n".join(parts) or "nothing is deployed"
 
 
-def troubles(backend: Mapping[str, Any]) -> list[str]:
+def _troubles(backend: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a backend, as the ends of sentences that begin with its tag."""
     said = [f"is {trouble}: {backend[trouble]}" for trouble in ("failing", "lacking") if backend[trouble]]
     return [*said, f"refused {backend['refused']}"] if backend["refused"] else said
@@ -73,6 +79,11 @@ def explained(failing: Mapping[str, Any] | None) -> str | None:
 def _counts(backend: Mapping[str, Any]) -> tuple[str, ...]:
     counted = ("queued", "in_progress", "dead_letters", "served", "failed", "mean_run_ms")
     return tuple(f"{backend[name]:.10g}" for name in counted)
+
+
+def _traffic(endpoint: Mapping[str, Any]) -> str:
+    shares = [f"{tag} {weight:.4g}" for tag, weight in endpoint["traffic"].items()]
+    return ", ".join([*shares, *(f"{tag} shadowed {share:.4g}" for tag, share in endpoint["shadows"].items())])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -150,8 +150,17 @@ def test_it_prints_as_a_table() -> None:
                 "refused": "version b2c3: 1 replica with GPU 1 each asked for, room for 0",
             }
         },
+        endpoints={
+            "other": {"route": None, "methods": ["GET"], "traffic": {"model": 1.0}, "shadows": {}},
+            "ask": {
+                "route": "/ask/{n:int}",
+                "methods": ["GET", "POST"],
+                "traffic": {"model": 0.75, "next": 0.25},
+                "shadows": {"shadow": 0.5},
+            },
+        },
         proxies={"0": proxy},
-        controller="away",
+        controller="waiting for Ray's head",
     )
     assert str(status).splitlines() == [
         "backend  version  wanted  ready  starting  queued  in progress  dead letters  served   failed  mean ms",
@@ -162,8 +171,17 @@ def test_it_prints_as_a_table() -> None:
         "",
         "model refused version b2c3: 1 replica with GPU 1 each asked for, room for 0",
         "",
+        "endpoint  route         methods   traffic",
+        "ask       /ask/{n:int}  GET POST  model 0.75, next 0.25, shadow shadowed 0.5",
+        "other     -             GET       model 1",
+        "",
         "node          proxy  url                    state",
         "0123456789ab  0      http://127.0.0.1:8000  ready",
         "",
-        "the controller is away: what runs serves on, and no change comes about",
+        "the controller is waiting for Ray's head: what runs serves on, and no change comes about",
     ]
+
+
+def test_of_nothing_there_is_no_table() -> None:
+    empty = Status(backends={}, endpoints={}, proxies={}, controller="alive")
+    assert str(empty) == "nothing is deployed"

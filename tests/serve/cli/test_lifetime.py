@@ -10,6 +10,7 @@ import httpx
 import orjson
 import pytest
 
+from penstock import serve
 from tests.serve.cli.conftest import COMMAND, Penstock, Ran, environment
 from tests.waiting import wait_until
 
@@ -65,12 +66,14 @@ def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: st
     rows = penstock("batch", "ask", "-", "-o", "-", "--quiet", stdin="1\n2\n")
     assert sorted(line["index"] for line in rows.lines()) == [0, 1]
 
-    (status,) = penstock("status", "--json").lines()
-    assert status["backends"]["method"]["ready"] == 1
-    assert status["endpoints"]["ask"]["route"] == "/ask"
-    shown = penstock("status").out
-    assert "method" in shown
+    with serve.connect(redis_url) as client:
+        wait_until(lambda: client.status()["backends"]["method"]["served"] == 5)
+        shown = str(client.status())
+    assert penstock("status").out == f"{shown}\n"
     assert "/ask" in shown
+    (status,) = penstock("status", "--json").lines()
+    assert [status["backends"]["method"][count] for count in ("ready", "served", "failed")] == [1, 5, 0]
+    assert status["endpoints"]["ask"]["route"] == "/ask"
     with subprocess.Popen(
         [*COMMAND, "status", "--watch", "--json", "--every", "0.1"], stdout=subprocess.PIPE, env=environment(redis_url)
     ) as watching:
