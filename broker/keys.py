@@ -48,7 +48,7 @@ class Keys:
         return f"{self._root}{{registry}}:code:{digest}"
 
     def reports(self, kind: str) -> str:
-        """A hash: what the parts of one kind (``replicas``, ``proxies``, ``backends``) say of themselves."""
+        """A hash: what the parts of one ``kind``, such as ``replicas``, say of themselves."""
         return f"{self._root}{{registry}}:reports:{kind}"
 
     def of_backend(self, backend: str) -> str:

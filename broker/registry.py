@@ -26,7 +26,7 @@ from .keys import Keys
 
 log = logging.getLogger(__name__)
 
-ReportKind = Literal["replicas", "proxies", "backends"]
+ReportKind = Literal["replicas", "proxies", "backends", "controllers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,8 @@ class Controller:
         self._sight = Sight(self._replicas, self._proxies)
         self._scaler = Scaler()
         self._copy = Copy()
+        self._waits = True
+        """The registry may hold that Ray's head is waited for, if only as an earlier controller said it."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -151,6 +153,7 @@ class Controller:
     async def _bring_about(self, settings: Settings, snapshot: Snapshot) -> None:
         sight = self._sight
         await sight.look(self._registry)
+        await self._tell_of_head(sight.head_answers)
         if not sight.head_answers:
             return
         asked = sight.desired(snapshot, settings)
@@ -244,6 +247,11 @@ class Controller:
         for name, member in self._proxies.members.items():
             if member.ready and not member.ending and time.monotonic() - member.checked_at_s >= _CHECK_PROXIES_S:
                 self._proxies.check(name, _CHECK_PROXIES_S)
+
+    async def _tell_of_head(self, answers: bool) -> None:
+        if self._waits or not answers:
+            await self._registry.report("controllers", "controller", None if answers else {"waits_for": "Ray's head"})
+        self._waits = not answers
 
     async def _report(self, desired: Desired) -> None:
         seen = self._sight.seen()

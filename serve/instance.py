@@ -264,8 +264,14 @@ class Instance:
                 tag: await self._status(tag, said) for tag, said in (await self.registry.reports("backends")).items()
             },
             proxies=await self.registry.reports("proxies"),
-            controller="alive" if await self.has_owner() else "away",
+            controller=await self._controller(),
         )
+
+    async def _controller(self) -> str:
+        if not await self.has_owner():
+            return "away"
+        said = (await self.registry.reports("controllers")).get("controller")
+        return "alive" if said is None else f"waiting for {said['waits_for']}"
 
     async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
         figures = await figures_of(self._connection, self._keys, tag)

@@ -173,6 +173,8 @@ def _start_controller(instance: Instance, settings: Settings, replica_redis_url:
         "namespace": NAMESPACE,
         "lifetime": "detached" if settings.detached else "non_detached",
         "num_cpus": 0,
+        # A byte, as an actor that asks for nothing is put on any node by Ray, unless it must be on a certain one.
+        "memory": 1,
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": _CONCURRENCY,

@@ -77,8 +77,10 @@ def test_serving_goes_on_without_ray_and_is_adopted_when_it_returns(machines: Cl
         assert len(before) == 3
         with load(lambda: get("/e")) as web, load(lambda: handle.remote().result(timeout=30)) as direct:
             with_ray, controller = rates([web, direct]), controller_of(machines, node)
+            assert controller
 
             machines.head.kill()
+            wait_until(lambda: client.status()["controller"] == "waiting for Ray's head")
             for pid in controller:
                 os.kill(pid, signal.SIGKILL)
             without_ray = rates([web, direct])
