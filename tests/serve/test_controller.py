@@ -19,10 +19,14 @@ from tests.serve.load import load
 from tests.waiting import wait_until
 
 
+def controller_pid(instance: str = "default") -> int:
+    controller = cast(Any, ray.get_actor(actor_name(instance, "controller"), namespace=NAMESPACE))
+    return cast(int, ray.get(controller.pid.remote()))
+
+
 def kill_controller(instance: str = "default") -> None:
     """With -9, as the kernel does when memory is short."""
-    controller = cast(Any, ray.get_actor(actor_name(instance, "controller"), namespace=NAMESPACE))
-    os.kill(cast(int, ray.get(controller.pid.remote())), signal.SIGKILL)
+    os.kill(controller_pid(instance), signal.SIGKILL)
 
 
 def test_a_controller_that_is_killed_comes_back_and_restarts_nothing(client: serve.Client) -> None:

@@ -4,7 +4,10 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from httpx import Client as HTTPClient, TransportError
 
 from penstock import serve
 from tests.serve.backends import SMALL, answering, replicas
-from tests.serve.test_controller import kill_controller
+from tests.serve.test_controller import controller_pid
 from tests.waiting import wait_until
 
 
@@ -77,28 +80,77 @@ def test_new_code_is_tried_before_it_may_rest(client: serve.Client) -> None:
     wait_until(lambda: not replicas(client), 30)
 
 
-def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client) -> None:
-    handle = create(client, min_replicas=0, downscale_delay_s=0.5)
+class Noting:
+    """Notes the number of each request that it runs."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+
+    def __call__(self, request: serve.Request) -> None:
+        with self.notes.open("a") as notes:
+            notes.write(f"{request.query_params['n']}\n")
+
+
+def noting_at_rest(client: serve.Client, notes: Path) -> serve.ServeHandle:
+    config = {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2, "downscale_delay_s": 0.5}}
+    client.create_backend("f", Noting, notes, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("f", backend="f", route="/f")
     wait_until(lambda: not replicas(client), 30)
-    kill_controller()
-    futures = [handle.remote(n) for n in range(10)]
-    assert all(future.result(60) for future in futures)
+    return client.get_handle("f")
 
 
-def test_requests_that_wait_for_a_replica_survive_the_proxy(web: serve.Client, http: HTTPClient) -> None:
+@contextmanager
+def controller_stopped() -> Generator[int]:
+    """Nothing wakes a backend meanwhile. Yields its process."""
+    pid = controller_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGCONT)  # after a kill, it is not gone before that
+
+
+def once_each(notes: Path, count: int) -> bool:
+    return sorted(map(int, notes.read_text().split())) == list(range(count))
+
+
+def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client, tmp_path: Path) -> None:
+    handle = noting_at_rest(client, tmp_path / "notes")
+    with controller_stopped() as controller:
+        before = [handle.remote(n=n) for n in range(5)]
+        wait_until(lambda: client.status()["backends"]["f"]["queued"] == 5)
+        os.kill(controller, signal.SIGKILL)
+    after = [handle.remote(n=n) for n in range(5, 10)]
+    for future in before + after:
+        future.result(60)
+    assert once_each(tmp_path / "notes", 10)
+
+
+def test_requests_that_wait_for_a_replica_survive_the_proxy(
+    web: serve.Client, http: HTTPClient, tmp_path: Path
+) -> None:
     """Its clients hear nothing any more; what it has accepted runs all the same, once."""
-    handle = create(web, min_replicas=0, downscale_delay_s=0.5)
-    web.create_endpoint("web", backend="f", route="/f")
-    wait_until(lambda: not replicas(web), 30)
+    handle = noting_at_rest(web, tmp_path / "notes")
     (proxy,) = web.status()["proxies"].values()
     with ThreadPoolExecutor(5) as threads:
-        accepted = [threads.submit(http.get, "/f") for _ in range(5)]
-        wait_until(lambda: web.status()["backends"]["f"]["queued"] == 5)
-        os.kill(proxy["pid"], signal.SIGKILL)
-        futures = [handle.remote(n) for n in range(5)]
-        assert all(future.result(60) for future in futures)
-        assert all(isinstance(one.exception(), TransportError) for one in accepted)
+        with controller_stopped():
+            accepted = [threads.submit(http.get, "/f", params={"n": n}) for n in range(5)]
+            wait_until(lambda: web.status()["backends"]["f"]["queued"] == 5)
+            os.kill(proxy["pid"], signal.SIGKILL)
+            futures = [handle.remote(n=n) for n in range(5, 10)]
+            assert all(isinstance(one.exception(), TransportError) for one in accepted)
+        for future in futures:
+            future.result(60)
     wait_until(lambda: web.status()["backends"]["f"]["served"] == 10)
+    assert once_each(tmp_path / "notes", 10)
+    wait_until(lambda: answers(http), 30)
+
+
+def answers(http: HTTPClient) -> bool:
+    try:
+        return http.get("/f", params={"n": 10}).status_code == 200
+    except TransportError:
+        return False  # its proxy is not back yet
 
 
 def test_the_bounds_can_be_changed_while_it_serves(client: serve.Client) -> None:
