@@ -47,7 +47,13 @@ class Incoming:
         self._reader: asyncio.Future[None] | None = None
 
     def take(self, part: Part) -> None:
-        """Add a part. Raises `StreamBroken` if it is not the next one."""
+        """Add a part; one that has come before is dropped. Raises `StreamBroken` if one is missing.
+
+        After a broken connection a replica sends again whatever it does not know to have arrived. But of a first part
+        that comes twice nobody can say whether another replica has begun.
+        """
+        if 0 < part.number < self._next:
+            return
         if part.number != self._next:
             if part.number == 0:
                 raise self._broken("another replica began it anew")

@@ -17,6 +17,7 @@ from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.flow import WINDOW
 from penstock.handles.errors import BrokerUnavailable, PenstockError, StreamBroken
 from penstock.handles.handle import AsyncServeHandle
+from tests.faults.tcp_proxy import TcpProxy
 from tests.proxy.site import INSTANCE
 from tests.proxy.test_streaming import Serving, serve
 from tests.waiting import wait_until_async
@@ -101,6 +102,13 @@ async def kill(broker: EmbeddedServer) -> None:
     await wait_until_async(lambda: broker.pid not in (None, pid), 30)
 
 
+async def cut(between: TcpProxy) -> None:
+    """Cut all that there is; return when it is."""
+    before = between.cuts
+    between.cut(1.0)
+    await wait_until_async(lambda: between.cuts > before, ENDS_S)
+
+
 def named(reading: Reading, caplog: pytest.LogCaptureFixture) -> bool:
     """Whether a reader was told why, or over HTTP the connection ended early and the log says why."""
     if isinstance(reading.error, httpx.RemoteProtocolError):
@@ -148,6 +156,26 @@ async def test_the_broker_is_restarted_without_its_data(
         assert named(reading, caplog), reading.error
         # What makes the values has heard of it too.
         await wait_until_async(lambda: ticking.running == 0 and served.worker.in_progress == 0, ENDS_S)
+
+
+async def test_every_connection_is_cut(redis_url: str, reader: str, caplog: pytest.LogCaptureFixture) -> None:
+    ticking = Ticking()
+    with TcpProxy(redis_url) as between:
+        async with serve(between.url, "direct", ticking.__call__) as served:
+            reading = Reading(served, between.url, reader)
+            for _ in range(3):
+                await reading.has(len(reading.got) + 20)
+                await cut(between)
+            await reading.has(len(reading.got) + 20)
+            ticking.enough.set()
+            await reading.end()
+            assert reading.got == list(range(len(reading.got)))
+            if reading.error is None:
+                assert len(reading.got) == ticking.made
+            else:
+                assert named(reading, caplog), reading.error
+            await wait_until_async(served.is_idle, ENDS_S)
+            assert ticking.running == 0
 
 
 async def test_the_broker_has_no_memory_left(broker: EmbeddedServer, reader: str) -> None:

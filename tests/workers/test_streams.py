@@ -303,6 +303,16 @@ def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> 
     asyncio.run(run())
 
 
+async def test_parts_that_were_sent_again_are_taken_once() -> None:
+    parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(4)]
+    incoming = Incoming(parts[0], "b", 1000, lambda taken: None, lambda: None)
+    for n in (0, 1, 2, 1, 2, 3):
+        incoming.take(parts[n])
+    incoming.end(Reply("id", codec="stream", body=b"4"))
+    assert [piece.body for piece in await incoming.pieces()] == [b"0", b"1", b"2", b"3"]
+    assert await incoming.pieces() == []
+
+
 @pytest.mark.parametrize(
     ("end", "said"),
     [
