@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote
 
 
@@ -16,6 +17,7 @@ class TcpProxy:
         self._path = unquote(target_url.removeprefix("unix://"))
         self._loop = asyncio.new_event_loop()
         self._links: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp proxy")
         self.cuts = 0
         self.url = ""
@@ -48,32 +50,39 @@ class TcpProxy:
         return await asyncio.start_server(self._serve, "127.0.0.1", 0)
 
     async def _close(self) -> None:
+        # asyncio loses a socket whose server is closed, or task cancelled, before it is served.
+        for listener in self._server.sockets:
+            self._loop.remove_reader(listener.fileno())
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in self._serving:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.01)
         self._server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)  # what was aborted is closed in the next turn
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
-            far_reader, far_writer = await asyncio.open_unix_connection(self._path)
-        except BaseException as e:
+            await self._link(reader, writer)
+        except (OSError, asyncio.CancelledError):
+            pass  # the broker is not there, or we end
+        finally:
+            self._serving.discard(task)
             writer.transport.abort()
-            if isinstance(e, OSError):
-                return
-            raise
+
+    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_unix_connection(self._path)
         self._links.add(writer)
+        ways = [asyncio.ensure_future(_pump(reader, far_writer)), asyncio.ensure_future(_pump(far_reader, writer))]
         try:
-            ways = [asyncio.ensure_future(_pump(reader, far_writer)), asyncio.ensure_future(_pump(far_reader, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            for way in ways:
-                way.cancel()
-            await asyncio.wait(ways)
         finally:
             self._links.discard(writer)
             far_writer.transport.abort()
-            writer.transport.abort()
+            for way in ways:
+                way.cancel()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
