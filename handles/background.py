@@ -10,9 +10,12 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_WIND_UP_S = 5.0
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -51,7 +54,7 @@ def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the background loop and return its result, or raise its exception.
 
-    An interruption (Ctrl-C) of the wait cancels it.
+    An interruption (Ctrl-C) of the wait cancels it, and then waits until it has undone what it has to undo.
 
     Raises:
         RuntimeError: called on the background loop itself, which would wait for itself.
@@ -63,8 +66,16 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return future.result()
     except BaseException:
-        future.cancel()
+        if future.cancel():
+            # What it undoes that with may be closed by who called, next.
+            with suppress(concurrent.futures.TimeoutError):
+                submit(_end_of(coroutine)).result(_WIND_UP_S)
         raise
+
+
+async def _end_of(coroutine: Coroutine[Any, Any, Any]) -> None:
+    if tasks := [task for task in asyncio.all_tasks() if task.get_coro() is coroutine]:
+        await asyncio.wait(tasks)
 
 
 def _running_here() -> bool:

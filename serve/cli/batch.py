@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ...handles import BatchItem, BatchResult
 from ...handles.batch import Batch
+from ...handles.errors import MalformedBody
 from ...handles.producing import Indices
 from ...handles.results import Response
 from .common import FAILED, door_to, error_of, telling_what_is_wrong, which_instance, wrong
@@ -112,8 +113,11 @@ def batch(
             with telling_what_is_wrong():
                 _write(results, file, tally, progress, safe=output != "-")
         except (KeyboardInterrupt, SystemExit):
-            if job is not None:
-                click.echo(f"{tally}; the same command goes on with the job {job!r}", err=True)
+            if progress is not None:
+                progress.stop()
+            rest = "the rest is given up" if job is None else f"the same command goes on with the job {job!r}"
+            if job is not None or not quiet:
+                click.echo(f"{tally}; {rest}", err=True)
             raise
         if progress is not None:
             progress.stop()
@@ -246,7 +250,7 @@ def _open(output: str) -> tuple[IO[bytes], Indices, int]:
 def _keyed(row: Any, field: str) -> Any:
     if isinstance(row, dict) and field in row:
         return BatchItem(row, shard_key=str(row[field]))  # pyright: ignore[reportUnknownArgumentType]
-    return row if isinstance(row, Exception) else KeyError(f"the row has no field {field!r} for --shard-key")
+    return row if isinstance(row, Exception) else MalformedBody(f"the row has no field {field!r} for --shard-key")
 
 
 # -- progress

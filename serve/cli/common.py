@@ -47,6 +47,8 @@ class Wrong(click.ClickException):
 
 
 def wrong(message: object) -> NoReturn:
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
     raise Wrong(str(message))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ...broker.dead import DeadLetter
 from ...handles.codec import decode
@@ -36,7 +36,8 @@ def dead() -> None:
 @as_json
 def list_(backend: str, redis_url: str | None, instance: str, json: bool) -> None:
     """List the dead letters of BACKEND, oldest first."""
-    table = Table("ID", "DIED", "ENDPOINT", "DELIVERIES", "ERROR", box=None, pad_edge=False)
+    whole = (Column(name, no_wrap=True) for name in ("ID", "DIED"))
+    table = Table(*whole, "ENDPOINT", "DELIVERIES", "ERROR", box=None, pad_edge=False)
     with door_to(redis_url, instance) as door:
         for letter in _letters(door, backend):
             if json:

@@ -47,8 +47,10 @@ def deploy(file: str, redis_url: str | None, instance: str, check: bool, prune: 
     """  # noqa: D301
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as e:
-        wrong(f"{file}: {e}")
+    except OSError as e:
+        wrong(e)
+    except UnicodeError as e:
+        wrong(f"{file} is not text: {e}")
     with ExitStack() as stack:
         client = stack.enter_context(client_of(redis_url, instance))
         core = background.run(Instance(client.redis_url, instance).open())
@@ -59,8 +61,9 @@ def deploy(file: str, redis_url: str | None, instance: str, check: bool, prune: 
             if json:
                 write_json({"mistakes": [{"line": m.line, "message": m.message} for m in mistakes]})
             else:
+                name = "standard input" if file == "-" else file
                 for mistake in mistakes:
-                    click.echo(f"{file}, {mistake}", err=True)
+                    click.echo(f"{name}, {mistake}", err=True)
                 click.echo("nothing was changed", err=True)
             sys.exit(USAGE)
         steps = plan(application, seen, codes, prune=prune)

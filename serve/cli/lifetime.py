@@ -93,13 +93,21 @@ def shutdown(redis_url: str | None, instance: str, yes: bool) -> None:
     with client_of(redis_url, instance) as client:
         if not yes:
             queued = sum(backend["queued"] for backend in client.status()["backends"].values())
-            click.confirm(
-                f"End the instance {instance!r} ({len(client.list_backends())} backends, {queued} requests queued)?",
-                abort=True,
-                err=True,
-            )
+            has = f"{len(client.list_backends())} backends, {queued} requests queued"
+            if not _confirmed(f"End the instance {instance!r} ({has})?"):
+                wrong(f"the instance {instance!r} goes on")
         client.shutdown()
     click.echo(f"instance {instance!r} has ended")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        click.echo(err=True)
+        wrong("nobody is there to say yes: give --yes")
 
 
 def _join_ray() -> bool:
@@ -111,7 +119,8 @@ def _join_ray() -> bool:
         return False
     except ConnectionError as e:
         if address:
-            wrong(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}")
+            hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
+            wrong(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}{hint}")
     ran = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard=false"],
         capture_output=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from .dead import dead
 from .deploy import deploy
 from .lifetime import shutdown, start
 from .status import status
+
+_AT_ONCE_S = 1.0
 
 EPILOG = """
 Exit codes: 0 all went well; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is
@@ -48,6 +51,7 @@ for command in (start, deploy, status, call, batch, dead, shutdown):
 def main() -> None:
     """Run the command, and end the process with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger().addHandler(_Log())
     try:
         sys.exit(penstock.main(standalone_mode=False) or 0)
     except click.exceptions.Exit as e:
@@ -68,6 +72,25 @@ def main() -> None:
     except (PenstockError, OSError) as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(FAILED)
+
+
+class _Log(logging.Handler):
+    """Says on standard error what the library warns of.
+
+    Each of several connections warns that it has lost the broker: what was just said is not said again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._last, self._last_s = "", 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said, before_s = self.format(record), self._last_s
+        self._last_s = record.created
+        if said != self._last or record.created - before_s > _AT_ONCE_S:
+            self._last = said
+            # Not by click, which writes past who keeps a progress bar below it.
+            sys.stderr.write(said + "\n")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from ...broker.errors import BrokerUnavailable
 from ..client import Client
 from ..status import Status
-from .common import as_json, client_of, which_instance, write_json
+from .common import as_json, client_of, error_of, which_instance, write_json
 
 
 @click.command(short_help="Show how an instance is doing.")
@@ -23,25 +24,48 @@ from .common import as_json, client_of, which_instance, write_json
 def status(redis_url: str | None, instance: str, watch: bool, every: float, json: bool) -> None:
     """Show how an instance is doing: its backends, endpoints and proxies.
 
-    With --watch a terminal shows a live table; a pipe gets one after another, with --json one line for each look.
+    With --watch a terminal shows a live table; a pipe gets one after another, with --json one line for each look. A
+    broker that does not answer is told of, and looked for again.
     """
     console = Console()
     with client_of(redis_url, instance) as client:
-        if watch and console.is_terminal and not json:
-            with Live(console=console, auto_refresh=False, screen=True) as live:
-                for look in _looks(client, every):
-                    live.update(_colored(look), refresh=True)
-        for look in _looks(client, every) if watch else [client.status()]:
+        if not watch:
+            look = client.status()
             if json:
                 write_json(look)
             else:
                 console.print(_colored(look), soft_wrap=True)
+        elif json:
+            for seen in _looks(client, every):
+                write_json(seen if isinstance(seen, Status) else {"error": error_of(seen)})
+        elif console.is_terminal:
+            with Live(console=console, auto_refresh=False, screen=True) as live:
+                for shown in _shown(client, every):
+                    live.update(shown, refresh=True)
+        else:
+            for shown in _shown(client, every):
+                console.print(shown, soft_wrap=True)
 
 
-def _looks(client: Client, every_s: float) -> Iterator[Status]:
+def _looks(client: Client, every_s: float) -> Iterator[Status | BrokerUnavailable]:
     while True:
-        yield client.status()
+        try:
+            yield client.status()
+        except BrokerUnavailable as e:
+            yield e
         time.sleep(every_s)
+
+
+def _shown(client: Client, every_s: float) -> Iterator[RenderableType]:
+    """Yield what was seen last, and when; and, while the broker does not answer, that it does not."""
+    last: RenderableType = ""
+    for look in _looks(client, every_s):
+        now = time.strftime("%H:%M:%S")
+        if isinstance(look, BrokerUnavailable):
+            yield Group(Text(f"{now} {look}", style="red"), last)
+        else:
+            last = Group(Text(now, style="dim"), _colored(look))
+            yield last
 
 
 def _colored(look: Status) -> Text:

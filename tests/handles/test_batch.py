@@ -131,6 +131,18 @@ def test_an_item_can_have_options_of_its_own(site: Site, connected: Connected) -
     assert isinstance(late.error, RequestTimeout)
 
 
+def test_items_with_the_same_shard_key_go_to_the_same_backend(site: Site, connected: Connected) -> None:
+    site.serve(lambda request: "left", tag="left")
+    site.serve(lambda request: "right", tag="right")
+    site.send_traffic("ask", {"left": 0.5, "right": 0.5})
+    items = [BatchItem(n, shard_key=f"user {n % 20}") for n in range(200)]
+    backends: dict[str | None, set[Any]] = {}
+    for item, result in zip(items, connected.batch("ask").map(items), strict=True):
+        backends.setdefault(item.shard_key, set()).add(result.get())
+    assert [len(found) for found in backends.values()] == [1] * 20
+    assert {found.pop() for found in backends.values()} == {"left", "right"}
+
+
 def test_no_more_than_the_window_is_in_flight_and_items_are_taken_as_there_is_room(
     site: Site, connected: Connected
 ) -> None:

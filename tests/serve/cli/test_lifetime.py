@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,10 @@ def running(cluster: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, penst
 def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: str) -> None:
     assert running.code == 0, running.err
     url = running.lines()[0]["http_url"]
+
+    for answer, said in (("n\n", "the instance 'default' goes on"), ("", "nobody is there to say yes: give --yes")):
+        kept = penstock("shutdown", stdin=answer)
+        assert (kept.code, said in kept.err) == (2, True)
 
     refused = penstock("start", "--http-port", "0")
     assert (refused.code, "runs already" in refused.err) == (2, True)
@@ -103,18 +109,85 @@ def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: st
     assert (gone.code, "there is no instance 'default'" in gone.err) == (2, True)
 
 
-def test_a_file_with_mistakes_changes_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
-    app.write_text(APP.replace("backend: method", "backend: nobody").replace("num_cpus", "cpus"))
+MISTAKES = """\
+backends:
+  sound:
+    import: operator:attrgetter
+  path:
+    import: operator
+    config: {num_replicas: 0, max_batch_sise: 3}
+    ray_actor_options: {cpus: 1}
+  "bad name":
+    import: operator:attrgetter
+  other:
+    imports: operator:attrgetter
+endpoints:
+  ask:
+    route: ask
+    methods: [FETCH]
+    backend: nobody
+  weigh:
+    route: /weigh
+    traffic: {sound: 0.4}
+  ask:
+    route: /other
+"""
+
+
+def test_a_file_with_mistakes_is_told_all_of_them_by_line_and_changes_nothing(
+    running: Ran, app: Path, penstock: Penstock
+) -> None:
+    app.write_text(MISTAKES)
+    lines = [5, 6, 6, 7, 8, 10, 11, 14, 15, 16, 19, 20]
     refused = penstock("deploy", app)
     assert refused.code == 2
-    assert [line.partition(": ")[0] for line in refused.err.splitlines()] == [
-        f"{app}, line 5",
-        f"{app}, line 10",
-        "nothing was changed",
-    ]
-    assert [mistake["line"] for mistake in penstock("deploy", app, "--json").lines()[0]["mistakes"]] == [5, 10]
-    assert penstock("deploy", app.parent / "none.yaml").code == 2
+    *mistakes, last = refused.err.splitlines()
+    assert [line.partition(": ")[0] for line in mistakes] == [f"{app}, line {number}" for number in lines]
+    assert last == "nothing was changed"
+    assert [mistake["line"] for mistake in penstock("deploy", app, "--json").lines()[0]["mistakes"]] == lines
     assert penstock("status", "--json").lines()[0]["backends"] == {}
+
+
+def test_a_file_that_cannot_be_read_changes_nothing(running: Ran, tmp_path: Path, penstock: Penstock) -> None:
+    (tmp_path / "app.bin").write_bytes(b"\xff\xfe")
+    for name, said in (
+        ("none.yaml", f"Error: {tmp_path / 'none.yaml'}: No such file or directory\n"),
+        ("", f"Error: {tmp_path}: Is a directory\n"),
+        ("app.bin", f"Error: {tmp_path / 'app.bin'} is not text: "),
+    ):
+        refused = penstock("deploy", tmp_path / name)
+        assert (refused.code, refused.err[: len(said)]) == (2, said)
+    refused = penstock("deploy", "-", stdin="backends: [")
+    assert (refused.code, refused.err.startswith("standard input, line 1: this is not YAML")) == (2, True)
+
+
+class Listens:
+    """Says that it is being constructed, and waits for an answer."""
+
+    def __init__(self, port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.recv(1)
+
+    def __call__(self, request: object) -> None: ...
+
+
+def test_a_deployment_that_is_interrupted_leaves_nothing(
+    running: Ran, app: Path, penstock: Penstock, redis_url: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        path, port = "tests.serve.cli.test_lifetime:Listens", silent.getsockname()[1]
+        app.write_text(APP.replace("operator:attrgetter", path).replace("[method]", f"[{port}]"))
+        with subprocess.Popen(
+            [*COMMAND, "deploy", str(app)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(redis_url)
+        ) as deploying:
+            silent.settimeout(60)
+            waiting, _ = silent.accept()
+            deploying.send_signal(signal.SIGINT)
+            _, err = deploying.communicate(timeout=60)
+            waiting.close()
+    assert (deploying.returncode, err.decode().strip()) == (130, "interrupted")
+    (status,) = penstock("status", "--json").lines()
+    assert (status["backends"], status["endpoints"]) == ({}, {})
 
 
 def test_code_that_cannot_start_is_told_and_leaves_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
