@@ -132,8 +132,14 @@ def test_an_item_can_have_options_of_its_own(site: Site, connected: Connected) -
 
 
 def test_items_with_the_same_shard_key_go_to_the_same_backend(site: Site, connected: Connected) -> None:
-    site.serve(lambda request: "left", tag="left")
-    site.serve(lambda request: "right", tag="right")
+    def left(request: Any) -> str:
+        return "left"
+
+    def right(request: Any) -> str:
+        return "right"
+
+    site.serve(left, tag="left")
+    site.serve(right, tag="right")
     site.send_traffic("ask", {"left": 0.5, "right": 0.5})
     items = [BatchItem(n, shard_key=f"user {n % 20}") for n in range(200)]
     backends: dict[str | None, set[Any]] = {}

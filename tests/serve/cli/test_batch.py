@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,7 @@ from penstock.workers.runner import Runner
 from penstock.workers.worker import Worker
 
 async def slowly(request):
-    await asyncio.sleep(0.002)
+    await asyncio.sleep(0.004)
     return request.data
 
 async def main(url):
@@ -298,6 +298,52 @@ def _dying_replicas(url: str) -> Generator[list[int]]:
         killing.join()
 
 
+NURSERY = """
+import os, sys
+from penstock.serve.cli import main
+
+for _ in sys.stdin:
+    if (pid := os.fork()) == 0:
+        main()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class _Producers:
+    """Producers of one job, one after another: each a process that has done its imports, which take longest of all."""
+
+    def __init__(self, url: str, *options: str) -> None:
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment(url),
+            start_new_session=True,
+        )
+
+    def begin(self) -> int:
+        """Begin one, and return the id of its process."""
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write("\n")
+        self._nursery.stdin.flush()
+        return self._read()
+
+    def end(self) -> int:
+        """Return what the one that was begun ends with."""
+        return self._read()
+
+    def _read(self) -> int:
+        assert self._nursery.stdout is not None
+        return int(self._nursery.stdout.readline())
+
+    def close(self) -> None:
+        with self._nursery:
+            os.killpg(self._nursery.pid, signal.SIGKILL)
+
+
 def _is_longer(file: Path, size: int) -> bool:
     return file.exists() and file.stat().st_size > size
 
@@ -310,30 +356,29 @@ def _kill(process: subprocess.Popen[Any]) -> None:
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_the_output_has_every_row_once(site: Site, tmp_path: Path) -> None:
     """Twenty producers die over one job, at any moment: while they start, find out what there is, or write."""
-    rows, output = 20_000, tmp_path / "out.jsonl"
+    rows, output = 30_000, tmp_path / "out.jsonl"
     site.declare()
     (tmp_path / "in.jsonl").write_text("".join(f"{n}\n" for n in range(rows)))
-
-    def begin() -> subprocess.Popen[str]:
-        return _batch(site.url, tmp_path / "in.jsonl", output, "--job", "killed", "--window", "300")
-
-    with _dying_replicas(site.url) as killed, Redis.from_url(site.url) as redis:
+    options = ("batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(output), "--job", "killed", "--window", "300")
+    with (
+        _dying_replicas(site.url) as killed,
+        Redis.from_url(site.url) as redis,
+        closing(_Producers(site.url, *options)) as producers,
+    ):
         for number in range(20):
-            producer = begin()
-            try:
-                if number % 4:
-                    size = output.stat().st_size if output.exists() else 0
-                    wait_until(partial(_is_longer, output, size), timeout_s=30)
-                    time.sleep(random.uniform(0.0, 0.1))  # the moment is the point
-                else:
-                    time.sleep(random.uniform(0.0, 1.0))
-                assert producer.poll() is None, "it was over before it could be killed"
-            finally:
-                _kill(producer)
+            size = output.stat().st_size if output.exists() else 0
+            producer = producers.begin()
+            if number % 4:
+                wait_until(partial(_is_longer, output, size), timeout_s=30)
+                time.sleep(random.uniform(0.0, 0.1))  # the moment is the point
+            else:
+                time.sleep(random.uniform(0.0, 0.5))
+            os.kill(producer, signal.SIGKILL)
+            assert producers.end() == -signal.SIGKILL, "it was over before it could be killed"
             # Else the next one waits until this lapses: 3 s, twenty times.
             redis.delete(Keys(INSTANCE).job_owner(Keys.job_name("killed")))
-        with begin() as producer:
-            assert producer.wait(100) == 0
+        producers.begin()
+        assert producers.end() == 0
     assert killed
     assert [(line["index"], line["result"]) for line in lines_of(output)] == [(n, n) for n in range(rows)]
 
