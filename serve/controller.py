@@ -12,6 +12,8 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -63,6 +65,8 @@ class Controller:
         self._sight = Sight(self._replicas, self._proxies)
         self._scaler = Scaler()
         self._copy = Copy()
+        self._reading = asyncio.Lock()
+        """Held so that an older copy does not take the place of a newer one."""
         self._waits = True
         """The registry may hold that Ray's head is waited for, if only as an earlier controller said it."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,10 +83,7 @@ class Controller:
         while True:
             self._wake.clear()
             try:
-                # In this order: where there are settings, what was read before them is whole, even if the broker loses
-                # its data in this moment. The watcher's snapshot may be from just after that.
-                snapshot = await self._registry.snapshot()
-                settings = await Settings.read(self._registry)
+                settings, snapshot = await self._read()
                 if settings is None:
                     await self._copy.restore(self._registry)
                     continue
@@ -93,7 +94,6 @@ class Controller:
                     log.error("instance %r has another owner now: ending its actors here", self._instance)
                     await self._end_actors()
                     return
-                await self._copy.keep(self._registry, settings, snapshot)
                 await self._bring_about(settings, snapshot)
             except BrokerUnavailable as e:
                 log.warning("the controller waits for its broker: %s", e)
@@ -123,7 +123,7 @@ class Controller:
                 await self._connection.close()
                 await asyncio.sleep(_PASS_S)
             else:
-                self._watcher.add_listener(lambda _: self._wake.set())
+                self._watcher.add_listener(self._heard)
                 self._connection.on_reconnect(self._look_again)
                 return
 
@@ -142,6 +142,26 @@ class Controller:
 
     async def _look_again(self) -> None:
         self._wake.set()
+
+    def _heard(self, _: Snapshot) -> None:
+        self._wake.set()
+        # Now, as the pass that runs may take its time: what a call has changed is not to be lost when it has returned.
+        self._spawn(self._copy_now())
+
+    async def _copy_now(self) -> None:
+        with suppress(PenstockError):  # the next pass meets it too, and says so
+            await self._read()
+
+    async def _read(self) -> tuple[Settings | None, Snapshot]:
+        """Read what should be, and keep a copy of it. Without settings, the broker has lost its data."""
+        async with self._reading:
+            # In this order: where there are settings, what was read before them is whole, even if the broker loses its
+            # data in this moment. The watcher's snapshot may be from just after that.
+            snapshot = await self._registry.snapshot()
+            settings = await Settings.read(self._registry)
+            if settings is not None and not settings.stopping:
+                await self._copy.keep(self._registry, settings, snapshot)
+            return settings, snapshot
 
     async def _sleep(self) -> None:
         waking = asyncio.ensure_future(self._wake.wait())
@@ -218,9 +238,7 @@ class Controller:
             if tag not in (await self._registry.snapshot()).backends:
                 await retire(self._connection, self._keys, tag, error.status, to_wire(error))
 
-        task = asyncio.get_running_loop().create_task(again())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(again())
 
     async def _start_proxy(self, name: str, node: str, port: int) -> None:
         report = {"node": node, "state": State.STARTING.value}
@@ -288,6 +306,11 @@ class Controller:
         # Proxies first: what they have accepted can still be answered.
         await self._proxies.end(_DRAIN_PROXIES_S)
         await self._replicas.end(0.0)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class ControllerActor:

@@ -280,6 +280,8 @@ def test_one_that_keeps_nothing_is_told_anew_what_it_held(cluster: str) -> None:
     with serve.start(http_options={"port": 0}) as client:
         client.create_backend("f", answering("f"), ray_actor_options=SMALL)
         client.create_endpoint("e", backend="f", route="/e")
+        # What returns when the controller has said so: it has its copy of the endpoint, too.
+        client.update_backend_config("f", {"max_queued_requests": 100})
         before = replicas(client)
         killed = server_pid(client.redis_url)
         os.kill(killed, signal.SIGKILL)
