@@ -37,8 +37,11 @@ class Digits:
 
     @serve.accept_batch
     def __call__(self, requests: list[serve.Request]) -> list[dict[str, int]]:
-        images = np.array([request.data for request in requests])
-        return [{"digit": int(digit), "batch": len(requests)} for digit in self.model.predict(images)]
+        found = self.model.predict(np.array(self.images(requests)))
+        return [{"digit": int(digit), "batch": len(requests)} for digit in found]
+
+    def images(self, requests: list[serve.Request]) -> list[list[float]]:
+        return [request.data for request in requests]
 
 
 def over_http(url: str, images: list[list[float]]) -> list[dict[str, int]]:

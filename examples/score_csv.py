@@ -1,6 +1,7 @@
 """Score a CSV file of 50,000 images with the digits model while web traffic runs, and see what either costs the other.
 
-The same from the command line, with an instance that runs already:
+Another number of images can be said: ``python examples/score_csv.py 5000``. The same from the command line, where
+an instance serves `DigitsOfRecords`:
 
     penstock batch digit images.csv --output digits.jsonl --job nightly
 """
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -22,13 +23,18 @@ from digits import Digits, digits
 
 from penstock import serve
 
-ROWS = 50_000
+
+class DigitsOfRecords(Digits):
+    """Takes an image as a list of pixels, as web clients send it, or as a record of a CSV file."""
+
+    def images(self, requests: list[serve.Request]) -> list[list[float]]:
+        return [list(data.values()) if isinstance(data := request.data, dict) else data for request in requests]
 
 
-def write_csv(path: Path) -> list[int]:
+def write_csv(path: Path, rows: int) -> list[int]:
     """Write images to score, a pixel to a column; return which digits they show."""
     _, images, _, labels = digits()
-    picked = np.random.default_rng(0).integers(len(images), size=ROWS)
+    picked = np.random.default_rng(0).integers(len(images), size=rows)
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow([f"pixel{n}" for n in range(64)])
@@ -36,12 +42,10 @@ def write_csv(path: Path) -> list[int]:
     return [int(label) for label in labels[picked]]
 
 
-def read_csv(path: Path) -> Iterator[list[int]]:
+def read_csv(path: Path) -> Iterator[dict[str, int]]:
     with path.open(newline="") as file:
-        table = csv.reader(file)
-        next(table)
-        for row in table:
-            yield [int(pixel) for pixel in row]
+        for record in csv.DictReader(file):
+            yield {name: int(pixel) for name, pixel in record.items()}
 
 
 class WebTraffic:
@@ -75,8 +79,8 @@ class WebTraffic:
         print(f"web {when:<10} {len(took_ms):5} requests, p50 {p50:5.1f} ms, p99 {p99:5.1f} ms")
 
 
-def score(client: serve.Client, rows: Path, output: Path) -> list[int]:
-    found: list[Any] = [None] * ROWS
+def score(client: serve.Client, rows: Path, output: Path) -> dict[int, int]:
+    found: dict[int, int] = {}
     with output.open("w") as lines:
         for result in client.batch("digit").as_completed(read_csv(rows)):
             found[result.index] = result.get()["digit"]
@@ -84,11 +88,11 @@ def score(client: serve.Client, rows: Path, output: Path) -> list[int]:
     return found
 
 
-def main() -> None:
+def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder, serve.start(http_options={"port": 0}) as client:
         rows, output = Path(folder, "images.csv"), Path(folder, "digits.jsonl")
-        labels = write_csv(rows)
-        client.create_backend("digits", Digits, config={"max_batch_size": 32})
+        labels = write_csv(rows, count)
+        client.create_backend("digits", DigitsOfRecords, config={"max_batch_size": 32})
         client.create_endpoint("digit", backend="digits", route="/digit", methods=["POST"])
         with WebTraffic(str(client.http_url)) as web:
             time.sleep(4)
@@ -99,9 +103,9 @@ def main() -> None:
             found = score(client, rows, output)
             took_s = time.perf_counter() - start
             web.report("meanwhile")
-        accuracy = np.mean([digit == label for digit, label in zip(found, labels, strict=True)])
-        print(f"csv {ROWS} rows in {took_s:.1f} s ({ROWS / took_s:.0f} rows/s), accuracy {accuracy:.4f}")
+        accuracy = np.mean([found[row] == label for row, label in enumerate(labels)])
+        print(f"csv {count} rows in {took_s:.1f} s ({count / took_s:.0f} rows/s), accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50_000)

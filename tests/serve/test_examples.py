@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,33 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_an_ensemble_of_two_models_and_a_combiner(cluster: str, tmp_path: Path) -> None:
+def run(name: str, *arguments: str, cluster: str, folder: Path) -> str:
+    """Run one to its end, and return what it printed."""
     ran = subprocess.run(
-        [sys.executable, EXAMPLES / "ensemble.py"],
-        cwd=tmp_path,
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=folder,
         env={**os.environ, "RAY_ADDRESS": cluster},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert ran.returncode == 0, ran.stderr
-    said = dict(line.strip().split(": accuracy ") for line in ran.stdout.splitlines())
+    return ran.stdout
+
+
+def test_an_ensemble_of_two_models_and_a_combiner(cluster: str, tmp_path: Path) -> None:
+    printed = run("ensemble.py", cluster=cluster, folder=tmp_path)
+    said = dict(line.strip().split(": accuracy ") for line in printed.splitlines())
     accuracy = {name: float(share) for name, share in said.items()}
     assert accuracy.keys() == {"linear", "forest", "ensemble"}
     assert min(accuracy.values()) > 0.9
     assert accuracy["ensemble"] >= max(accuracy["linear"], accuracy["forest"])
+
+
+def test_a_csv_file_is_scored_while_the_web_is_served(cluster: str, tmp_path: Path) -> None:
+    alone, meanwhile, csv = run("score_csv.py", "3000", cluster=cluster, folder=tmp_path).splitlines()
+    for when, line in (("alone", alone), ("meanwhile", meanwhile)):
+        assert re.fullmatch(rf"web {when} +\d+ requests, p50 +[\d.]+ ms, p99 +[\d.]+ ms", line)
+    said = re.fullmatch(r"csv 3000 rows in [\d.]+ s \(\d+ rows/s\), accuracy ([\d.]+)", csv)
+    assert said is not None
+    assert float(said[1]) > 0.9
