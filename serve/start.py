@@ -129,7 +129,9 @@ def connect(redis_url: str | None = None, instance: str = "default") -> Client:
 async def _find(instance: Instance) -> str | None:
     if await Settings.read(instance.registry) is None:
         url = shown_url(instance.redis_url)
-        raise ConfigError(f"there is no instance {instance.name!r} on {url}; serve.start() starts one")
+        raise ConfigError(
+            f"there is no instance {instance.name!r} on {url}; serve.start() or `penstock start` starts one"
+        )
     return await instance.http_url()
 
 

@@ -103,3 +103,9 @@ def _answers(url: str) -> bool:
             return bool(redis.ping())
     except RedisError:
         return False
+
+
+def wait_until_written(url: str) -> None:
+    """Return when a durable server has in its file all that it was told, which it may put off for two seconds."""
+    with Redis.from_url(url) as redis:
+        wait_until(lambda: redis.info("persistence")["aof_buffer_length"] == 0)

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from penstock.broker.embedded import EmbeddedServer, EmbeddedServerError
+from tests.brokers import wait_until_written
 from tests.guarded import redis_program
 from tests.waiting import wait_until
 
@@ -327,6 +328,7 @@ def test_a_server_that_dies_is_back_within_two_seconds(start: Start, binary: str
 def test_a_server_that_dies_has_its_data_again(start: Start, binary: str | None, data_dir: Path) -> None:
     server = start(data_dir=data_dir, binary=binary)
     put(server.url, "value")
+    wait_until_written(server.url)
     first_pid = pid_of(server)
     os.kill(first_pid, signal.SIGKILL)
     wait_until_back(server, first_pid)
@@ -336,6 +338,7 @@ def test_a_server_that_dies_has_its_data_again(start: Start, binary: str | None,
 def test_a_server_that_dies_with_all_that_watches_it_is_back_too(start: Start, data_dir: Path) -> None:
     server = start(data_dir=data_dir)
     put(server.url, "value")
+    wait_until_written(server.url)
     for _ in range(3):
         pid = pid_of(server)
         os.killpg(watchdog_of(pid), signal.SIGKILL)
@@ -355,6 +358,7 @@ def test_a_server_that_dies_again_and_again_is_back_each_time(start: Start) -> N
 def test_a_watchdog_that_is_killed_takes_its_server_along_and_both_are_back(start: Start, data_dir: Path) -> None:
     server = start(data_dir=data_dir)
     put(server.url, "value")
+    wait_until_written(server.url)
     first_pid = pid_of(server)
     os.kill(watchdog_of(first_pid), signal.SIGKILL)
     wait_until_back(server, first_pid)

@@ -16,6 +16,7 @@ from penstock.broker.errors import PenstockError, WireError
 from penstock.broker.keys import Keys
 from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry, Snapshot, Watcher
 from tests.broker.conftest import Connect
+from tests.brokers import wait_until_written
 from tests.waiting import wait_until_async
 
 
@@ -278,6 +279,7 @@ async def test_a_watcher_follows_over_a_restart_of_the_server(
     registry = Registry(await connect(durable.url), keys)
     await registry.change(lambda seen: adding(backend("before")))
     watcher = await watch(durable.url, registry)
+    wait_until_written(durable.url)
     assert durable.pid is not None
     os.kill(durable.pid, signal.SIGKILL)
     version = await registry.change(lambda seen: adding(backend("after")))

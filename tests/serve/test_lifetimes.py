@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 
 from penstock import serve
 from penstock.handles.errors import ConfigError, PenstockError
+from tests.brokers import wait_until_written
 from tests.serve.backends import SMALL, answering, replicas
 from tests.waiting import wait_until
 
@@ -270,6 +271,7 @@ def test_an_embedded_server_that_dies_comes_back_with_its_data(cluster: str, tmp
         client.create_endpoint("e", backend="f")
         handle = client.get_handle("e")
         assert handle.remote().result(timeout=10) == "f"
+        wait_until_written(client.redis_url)
         os.kill(server_pid(client.redis_url), signal.SIGKILL)
         assert handle.remote().result(timeout=20) == "f"
         client.create_backend("g", answering("g"), ray_actor_options=SMALL)

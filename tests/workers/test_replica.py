@@ -19,6 +19,7 @@ from penstock.handles.errors import BackendError, BackendNotFound, from_wire
 from penstock.workers import Request
 from penstock.workers.replica import Serving
 from penstock.workers.target import dump
+from tests.brokers import wait_until_written
 from tests.waiting import wait_until_async
 from tests.workers.serving import CONFIG, TAG, calling
 
@@ -248,6 +249,7 @@ async def test_it_starts_as_soon_as_its_broker_is_there(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         async with opened(server.url) as instance:
             await instance.create(Greeter, "Hello")
+            wait_until_written(server.url)
             kill(server)
             await instance.replica.ready()
             assert await instance.ask() == b"Hello, you"
