@@ -36,10 +36,12 @@ class Scale:
     garbage: int
     """Examples of each kind of it."""
     soak_s: float
+    goodput: float
+    """The least under overload, as a share of the capacity. In seconds, what else the machine does weighs more."""
 
 
-SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=8)
-WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600)
+SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=8, goodput=0.8)
+WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600, goodput=0.9)
 
 
 @pytest.fixture(scope="session")
