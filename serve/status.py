@@ -28,12 +28,10 @@ class Status(dict[str, Any]):
         backends, endpoints, proxies = self["backends"], self["endpoints"], self["proxies"]
         parts: list[str] = []
         if backends:
-            head = ("backend", "version", "wanted", "ready", "starting", "queued", "in progress", "dead letters")
-            rows = [
-                (tag, *(str(b[name]) for name in ("version", "wanted", "ready", "starting")), *_counts(b))
-                for tag, b in sorted(backends.items())
-            ]
-            parts.append(_table((*head, "served", "failed", "mean ms"), rows))
+            # Short, to fit a terminal of 80 columns.
+            head = ("backend", "version", "replicas", "queued", "running", "dead", "served", "failed", "mean ms")
+            rows = [(tag, b["version"], _replicas(b), *_counts(b)) for tag, b in sorted(backends.items())]
+            parts.append(_table(head, rows))
         for tag, backend in sorted(backends.items()):
             parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in _troubles(backend)]
         if endpoints:
@@ -74,6 +72,11 @@ def explained(failing: Mapping[str, Any] | None) -> str | None:
     said = f"{error.type_name}: {error.message}"
     lines = error.traceback.strip().splitlines()
     return "\n".join([said, *lines[-_LAST_LINES - 1 : -1]] if len(lines) > 1 else [said])
+
+
+def _replicas(backend: Mapping[str, Any]) -> str:
+    ready = f"{backend['ready']} of {backend['wanted']}"
+    return f"{ready}, {backend['starting']} starting" if backend["starting"] else ready
 
 
 def _counts(backend: Mapping[str, Any]) -> tuple[str, ...]:
