@@ -178,7 +178,7 @@ class Controller:
             return
         asked = sight.desired(snapshot, settings)
         desired = await self._scaler.scaled(
-            asked, snapshot, self._connection, self._keys, sight.statuses, sight.said(), sight.proven
+            asked, snapshot, self._connection, self._keys, sight.statuses, sight.said(), sight.came_about
         )
         for step in planning.plan(desired, sight.seen()):
             await self._act(step, snapshot)

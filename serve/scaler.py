@@ -13,7 +13,7 @@ from ..broker.load import load_of
 from ..broker.registry import Snapshot
 from .autoscaling import Standing, decide
 from .config import BackendConfig
-from .plan import Desired, Version
+from .plan import Desired
 
 Report = Mapping[str, Any]
 
@@ -32,13 +32,13 @@ class Scaler:
         keys: Keys,
         statuses: Mapping[str, Report],
         replicas: Mapping[str, Report],
-        proven: Set[Version],
+        came_about: Set[tuple[str, str, int]],
     ) -> Desired:
         """Return ``desired`` with as many replicas as the load calls for.
 
-        ``statuses`` are what was reported of the backends last, ``replicas`` what replicas say of themselves. What is
-        not ``proven`` has at least one replica: before it may rest, it is to be known that it can serve. Raises
-        `BrokerUnavailable`.
+        ``statuses`` are what was reported of the backends last, ``replicas`` what replicas say of themselves. What
+        never ``came_about``, a tag with its version and that of its configuration, has at least one replica: before it
+        may rest, it is to be known that it can serve. Raises `BrokerUnavailable`.
         """
         backends = dict(desired.backends)
         for tag, backend in desired.backends.items():
@@ -46,7 +46,7 @@ class Scaler:
             if scaling is None:
                 self._standings.pop(tag, None)
                 continue
-            if backend.key not in proven:
+            if (tag, backend.version, backend.config_version) not in came_about:
                 scaling = scaling.model_copy(update={"min_replicas": max(scaling.min_replicas, 1)})
             standing = self._standings.get(tag)
             if standing is None:

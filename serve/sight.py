@@ -54,7 +54,7 @@ class Sight:
         self.nodes: list[Node] = []
         self.proxy_error: PenstockError | None = None
         """Why a proxy failed last."""
-        self.proven: set[Version] = set()
+        self._proven: set[Version] = set()
         """Versions of which a replica was ready at some time."""
         self.head_answers = True
         """Whether Ray's head is there. Without it, no actor is started, found or ended, and asking for that blocks."""
@@ -77,7 +77,7 @@ class Sight:
                 self._failing[tag, report["version"]] = report["failing"]
             if report.get("came_about"):
                 self._came_about[tag] = (tag, report["version"], report["config_version"])
-                self.proven.add((tag, report["version"]))
+                self._proven.add((tag, report["version"]))
 
     async def look(self, registry: Registry) -> None:
         """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures.
@@ -134,6 +134,11 @@ class Sight:
         http = HTTP(nodes=nodes, per_node=options["proxies_per_node"], port=options["port"])
         return Desired(backends=backends, http=http)
 
+    @property
+    def came_about(self) -> frozenset[tuple[str, str, int]]:
+        """Backends, with their version and that of their configuration, that were all they should be at some time."""
+        return frozenset(self._came_about.values())
+
     def said(self) -> dict[str, Report]:
         """Return what replicas say of themselves."""
         return {name: self._reports[name] for name in self._replicas.members if name in self._reports}
@@ -147,8 +152,8 @@ class Sight:
             nodes=self.nodes,
             failures=self._failures,
             proxy_failures=self._proxy_failures,
-            proven=frozenset(self.proven),
-            came_about=frozenset(self._came_about.values()),
+            proven=frozenset(self._proven),
+            came_about=self.came_about,
             reported=frozenset(self.statuses),
         )
 
@@ -206,14 +211,14 @@ class Sight:
         for table in tables:
             for version in table.keys() - kept:
                 del table[version]
-        self.proven &= kept
+        self._proven &= kept
 
     def _take_note(self, now_s: float) -> None:
         for name, member in self._replicas.members.items():
             version = self._version_of(name)
             if member.ready and member not in self._ready_since_s:
                 self._ready_since_s[member] = now_s
-                self.proven.add(version)
+                self._proven.add(version)
                 self._failing.pop(version, None)
             elif (error := self._new_failure(member)) is not None:
                 ready_s = now_s - self._ready_since_s.get(member, now_s)

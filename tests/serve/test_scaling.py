@@ -114,6 +114,30 @@ def once_each(notes: Path, count: int) -> bool:
     return sorted(map(int, notes.read_text().split())) == list(range(count))
 
 
+def test_a_configuration_is_tried_before_the_backend_may_rest(client: serve.Client) -> None:
+    class Tunable:
+        def reconfigure(self, config: str) -> None:
+            if config == "bad":
+                raise ValueError("no such tune")
+            self.tune = config
+
+        def __call__(self, request: serve.Request) -> str:
+            return self.tune
+
+    scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 0.1}
+    config = {"user_config": "first", "autoscaling_config": scaling}
+    client.create_backend("f", Tunable, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    wait_until(lambda: not replicas(client), 30)
+    with pytest.raises(serve.errors.BackendError, match="no such tune"):
+        client.update_backend_config("f", {"user_config": "bad"})
+    assert handle.remote().result(60) == "first"
+    client.update_backend_config("f", {"user_config": "second"})
+    assert handle.remote().result(60) == "second"
+    wait_until(lambda: not replicas(client), 30)
+
+
 def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client, tmp_path: Path) -> None:
     handle = noting_at_rest(client, tmp_path / "notes")
     with controller_stopped() as controller:
