@@ -73,7 +73,7 @@ class Consumer:
         """By their place: all that is claimed and not settled, started or not."""
         self._by_entry: dict[int, Held] = {}
         self.unstarted: deque[Held] = deque()
-        """Parked: for a batch to fill up, while a suspect runs alone, or until there is room."""
+        """Parked: for a batch to fill up, while suspects run, or until there is room."""
         self._crowded = False
         """We hold more than there was room for: both streams answered the same claim."""
         self._fairness = Fairness()
@@ -242,7 +242,7 @@ class Consumer:
         """Hold an entry and start it as soon as may be, if there is anything to run and it is not held already."""
         if place in self.held:
             return
-        if fields is None or place in self._withdrawn:
+        if fields is None:
             self._withdrawn.pop(place, None)
             self._settle(place)
             return
@@ -261,11 +261,15 @@ class Consumer:
             self.offer(held)
 
     def hold(self, place: bytes, entry: Entry) -> Held | None:
-        """Hold an entry that is to run; None, and it is settled, if its deadline has passed or is sure to."""
+        """Hold an entry that is to run; None, and it is settled, if nobody waits for it or will by its end."""
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
-        if deadline_ms and not self._prospects.are_good(deadline_ms - now_ms, self._loop.time()):
-            self._settle(place)  # its caller is told by its own clock
+        # Whoever set a deadline is told by a clock of its own.
+        if place in self._withdrawn or (
+            deadline_ms and not self._prospects.are_good(deadline_ms - now_ms, self._loop.time())
+        ):
+            self._withdrawn.pop(place, None)
+            self._settle(place)
             self._drop_body(entry)
             return None
         held = self.held[place] = Held(place, entry, now_ms)
@@ -294,10 +298,16 @@ class Consumer:
 
     def offer(self, held: Held) -> None:
         """Start what was claimed, unless a suspect has the floor, a batch is to fill up or there is no room."""
-        if held.alone is None and (self.nursing or self.batch_size or self._crowded):
+        if held.suspect is None and (self.nursing or self.batch_size or self._crowded):
             self.unstarted.append(held)
         else:
             self._start([held])
+
+    def start_suspects(self, suspects: list[Held]) -> None:
+        """Start what was held by replicas that died, in as few calls as may be."""
+        size = max(1, self.batch_size)
+        for start in range(0, len(suspects), size):
+            self._start(suspects[start : start + size])
 
     def start_unstarted(self) -> None:
         """Start what waits, as far as it may: in batches, if the user's code takes them."""
@@ -377,8 +387,8 @@ class Consumer:
                 self._commands.join_write(partial(self.outlet.end, entry, held.place))
             if not self.held:
                 self._commands.hurry()
-        if held.alone is not None:
-            held.alone.set()
+        if held.suspect is not None:
+            held.suspect.set()
         if self.returned:
             self.wake.set()
 
@@ -442,7 +452,7 @@ class Consumer:
             self._claims.give_back(places)
         if self._runner.blocking:
             for held in list(self.held.values()):
-                if held.running is not None and held.alone is None:
+                if held.running is not None and held.suspect is None:
                     held.recalled = held.running.recall(held.entry.id)
 
     def _task(self, coroutine: Any) -> None:

@@ -11,11 +11,11 @@ from .running import Running
 class Held:
     """An entry from its claim to its settling."""
 
-    __slots__ = ("alone", "claimed_ms", "entry", "place", "recalled", "running")
+    __slots__ = ("claimed_ms", "entry", "place", "recalled", "running", "suspect")
 
     def __init__(self, place: bytes, entry: Entry, claimed_ms: float) -> None:
         self.place, self.entry, self.claimed_ms = place, entry, claimed_ms
         self.running: Running | None = None
         self.recalled = False
-        self.alone: asyncio.Event | None = None
-        """Set when a suspect, which runs alone, is done."""
+        self.suspect: asyncio.Event | None = None
+        """That of one whose last holder died, to be set when it is done."""

@@ -1,6 +1,7 @@
 """Taking over from replicas that died, and retaking what others gave back.
 
-An entry whose holder died is a suspect: it runs alone, so that a second death convicts the one that caused it.
+An entry whose holder died is a suspect: nothing runs beside it but other suspects, and before the death that would
+convict it, nothing at all. So whoever is convicted has caused that death, and what was beside it is answered.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from ..broker.wire import Entry
 from ..handles.errors import DeliveryLimitExceeded
 from .answers import Answers
 from .consumer import Consumer
+from .held import Held
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
+_TOGETHER = 25
+"""So many suspects run at once while they have deaths to spare. One by one, the hundred that async code has in progress
+would keep their replica from all else for a hundred times as long as one takes.
+"""
 
 
 class TakeOver:
@@ -70,26 +76,40 @@ class TakeOver:
         self._claims.forget_streamed(taken.entry)
 
     async def _nurse(self) -> None:
-        """Run suspects one at a time and alone: then a second death convicts the one that caused it and nobody else."""
+        """Run all suspects that there are, and claim nothing meanwhile."""
         self._consumer.nursing = True
         try:
             while not self._consumer.draining:
                 if not await self._until_alone():
                     return
-                taken = await self._claims.adopt()
-                if taken is None:
+                if not await self._run_some():
                     return
-                if taken.streamed:
-                    await self._end_orphan(taken)
-                    continue
-                if taken.deliveries >= self._consumer.max_deliveries:
-                    await self._convict(taken)
-                    continue
-                await self._run_alone(taken)
         finally:
             self._consumer.nursing = False
             self._consumer.start_unstarted()
             self._consumer.ask()
+
+    async def _run_some(self) -> bool:
+        """Run some of those that have deaths to spare together, or one that has none alone; False: there are none."""
+        together: list[Taken] = []
+        while len(together) < min(_TOGETHER, self._consumer.capacity) and not self._consumer.draining:
+            taken = await self._claims.adopt()
+            if taken is None:
+                break
+            if taken.streamed:
+                await self._end_orphan(taken)
+            elif taken.deliveries >= self._consumer.max_deliveries:
+                await self._convict(taken)
+            elif taken.deliveries == self._consumer.max_deliveries - 1:
+                # Those that wait here in our name can spare the death that it may be.
+                await self._run([taken])
+            else:
+                together.append(taken)
+        if self._consumer.draining:
+            self._claims.give_back([taken.entry for taken in together])
+            return False
+        await self._run(together)
+        return bool(together)
 
     async def _until_alone(self) -> bool:
         """Wait until nothing is in progress here; False if the orphans found another home meanwhile."""
@@ -103,22 +123,31 @@ class TakeOver:
                     return False
         return True
 
-    async def _run_alone(self, taken: Taken) -> None:
-        try:
-            entry = Entry.of(taken.fields)
-        except WireError as e:
-            await self._claims.bury(taken, str(e))
-            return
-        if (held := self._consumer.hold(taken.entry, entry)) is not None:
-            held.alone = done = asyncio.Event()
-            if entry.large:
-                await self._consumer.load_body(held)
-                if taken.entry not in self._consumer.held:
-                    done.set()
-            else:
-                self._consumer.offer(held)
-            await done.wait()
-        self._claims.forget_history(taken.entry)
+    async def _run(self, suspects: list[Taken]) -> None:
+        """Run them at once, and return when all are answered."""
+        ends: list[asyncio.Event] = []
+        at_hand: list[Held] = []
+        for taken in suspects:
+            try:
+                entry = Entry.of(taken.fields)
+            except WireError as e:
+                await self._claims.bury(taken, str(e))
+                continue
+            if (held := self._consumer.hold(taken.entry, entry)) is None:
+                continue
+            held.suspect = end = asyncio.Event()
+            ends.append(end)
+            if not entry.large:
+                at_hand.append(held)
+                continue
+            await self._consumer.load_body(held)
+            if taken.entry not in self._consumer.held:
+                end.set()
+        self._consumer.start_suspects(at_hand)
+        for end in ends:
+            await end.wait()
+        for taken in suspects:
+            self._claims.forget_history(taken.entry)
 
     async def _convict(self, taken: Taken) -> None:
         """Tell the caller that every replica which took the request died, and put it among the dead letters."""

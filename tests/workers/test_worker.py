@@ -252,6 +252,40 @@ async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) ->
         await wait_until_async(lambda: _is_empty(client))
 
 
+async def test_what_a_killed_replica_had_in_progress_is_not_run_one_by_one(redis_url: str) -> None:
+    """It would take another one 18 s, in which that does nothing else."""
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "slowly")
+        calls = [client.call(b"x") for _ in range(60)]
+        await wait_until_async(lambda: _claimed(client, 60))
+        await first.kill()
+        killed_at = asyncio.get_running_loop().time()
+        second = await start_killable(redis_url, "slowly")
+        replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 60
+        assert asyncio.get_running_loop().time() - killed_at < 9
+        await second.kill()
+
+
+async def test_a_batch_that_a_killed_replica_had_is_run_as_one(redis_url: str) -> None:
+    sizes: list[int] = []
+
+    @serve.accept_batch
+    def measure(requests: list[Any]) -> list[None]:
+        sizes.append(len(requests))
+        return [None] * len(requests)
+
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "never")
+        calls = [client.call(b"x") for _ in range(20)]
+        await wait_until_async(lambda: _claimed(client, 20))
+        await first.kill()
+        async with serving(redis_url, measure, max_batch_size=16):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert {reply.status for reply in replies} == {200}
+        assert sizes == [16, 4]
+
+
 async def test_a_poisonous_request_dies_alone(redis_url: str) -> None:
     """It kills as many replicas as it may, then it is a dead letter; who was in progress beside it is answered."""
     async with calling(redis_url) as client:
