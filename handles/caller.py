@@ -70,6 +70,8 @@ class Caller:
         self._publisher = Publisher(self._connection, self.keys)
         self._bodies = Bodies(self._connection)
         self._numbers = itertools.count(1)
+        # Of its own: processes that seed Python's alike would all choose alike.
+        self._chance = random.Random().random
         self.shadows = Shadows(self.watcher, self._publisher, self._bodies, self.keys, self.id, self._numbers)
         self.in_flight = InFlight(self._take_back)
         # The same dictionaries, so that a request costs no look-up more.
@@ -223,7 +225,7 @@ class Caller:
             BackendNotFound: the endpoint sends to nobody.
         """
         backends = self.watcher.snapshot.backends
-        tag = traffic.choose(endpoint.traffic, shard_key, random.random())
+        tag = traffic.choose(endpoint.traffic, shard_key, self._chance())
         backend = None if tag is None else backends.get(tag)
         if backend is None:
             raise BackendNotFound(str(tag), backends)

@@ -35,6 +35,7 @@ class Shadows:
         """``caller`` is the id of who sends them, and ``numbers`` gives each of its requests another one."""
         self._watcher, self._publisher, self._bodies, self._keys = watcher, publisher, bodies, keys
         self._caller, self._numbers = caller, numbers
+        self._chance = random.Random().random
         self.copies: dict[str, Copies] = {}
         """What became of them, by backend."""
 
@@ -42,7 +43,7 @@ class Shadows:
         """Send copies to the endpoint's shadows, in their proportions."""
         for tag, proportion in endpoint.shadows.items():
             backend = self._watcher.snapshot.backends.get(tag)
-            if backend is None or random.random() >= proportion:
+            if backend is None or self._chance() >= proportion:
                 continue
             id_ = f"{self._caller}-s{next(self._numbers)}"
             large = len(body) > LARGE

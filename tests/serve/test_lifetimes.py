@@ -201,7 +201,9 @@ def test_a_detached_instance_is_refused_without_a_ray_that_outlives_it(
 
 
 def test_connect_says_what_is_missing(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"there is no instance 'other' on unix://.*; serve\.start\(\) starts one"):
+    with pytest.raises(
+        ConfigError, match=r"there is no instance 'other' on unix://.*; serve\.start\(\) or `penstock start`"
+    ):
         serve.connect(redis_url, "other")
     monkeypatch.delenv("PENSTOCK_REDIS_URL", raising=False)
     with pytest.raises(ConfigError, match="connect needs a redis_url, or PENSTOCK_REDIS_URL"):
