@@ -21,6 +21,7 @@ from ..broker.lease import Lease
 from ..broker.registry import Snapshot
 from ..handles.caller import Caller
 from .app import App
+from .memory import Memory
 from .middlewares import wrap
 from .server import PortInUse, Server, is_wildcard
 
@@ -59,6 +60,7 @@ class Proxy:
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._caller: Caller | None = None
         self._app: App | None = None
+        self._memory = Memory()
         self._server: Server | None = None
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -79,11 +81,13 @@ class Proxy:
         return {name: self._said[name] for name in ("url", "node", "pid") if name in self._said}
 
     async def check(self) -> None:
-        """Return if it is well. Raises why it is not."""
+        """Return if it is well, and give back memory that it does not need. Raises why it is not well."""
         if self._starting is not None and self._starting.done():
             await self._starting
         if self._server is not None and self._ending is None:
             await self._server.check()
+        if self._app is not None and self._app.metrics.in_flight == 0:
+            self._memory.give_back()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more connections, finish what is in flight within ``timeout_s`` seconds, and stop for good."""
