@@ -72,6 +72,8 @@ class Consumer:
         self.held: dict[bytes, Held] = {}
         """By their place: all that is claimed and not settled, started or not."""
         self._by_entry: dict[int, Held] = {}
+        self.let_go: set[bytes] | None = None
+        """Where whoever asks what is in our name collects what is no longer held by the time of the answer."""
         self.unstarted: deque[Held] = deque()
         """Parked: for a batch to fill up, while suspects run, or until there is room."""
         self._crowded = False
@@ -405,6 +407,8 @@ class Consumer:
     def _forget(self, held: Held) -> None:
         self.held.pop(held.place, None)
         self._by_entry.pop(id(held.entry), None)
+        if self.let_go is not None:
+            self.let_go.add(held.place)
         if not self.held:
             self.idle.set()
 

@@ -40,6 +40,7 @@ class Worker:
         self._lease = Lease(url, keys.alive(backend, replica))
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._look: asyncio.Task[None] | None = None
+        self._recovering = asyncio.Lock()
 
     @property
     def capacity(self) -> int:
@@ -124,6 +125,14 @@ class Worker:
     async def _recover(self) -> None:
         """After a reconnect: what is in our name and not in our hands was lost on its way to us."""
         await self._claims.ensure_group()
-        for place, fields in await self._claims.pending():
-            self._consumer.take(place, fields)
+        async with self._recovering:
+            # What we let go of while the answer is on its way was in our hands when we asked.
+            let_go = self._consumer.let_go = set[bytes]()
+            try:
+                pending = await self._claims.pending()
+            finally:
+                self._consumer.let_go = None
+        for place, fields in pending:
+            if place not in let_go:
+                self._consumer.take(place, fields)
         self._consumer.start_unstarted()
