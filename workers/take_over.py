@@ -66,10 +66,7 @@ class TakeOver:
             await self._end_orphan(taken)
 
     async def _end_orphan(self, taken: Taken) -> None:
-        try:
-            entry = Entry.of(taken.fields)
-        except WireError as e:
-            await self._claims.bury(taken, str(e))
+        if (entry := await self._read(taken)) is None:
             return
         self._answers.break_off(taken.entry, entry, "its replica died")
         self._claims.forget_history(taken.entry)
@@ -128,12 +125,8 @@ class TakeOver:
         ends: list[asyncio.Event] = []
         at_hand: list[Held] = []
         for taken in suspects:
-            try:
-                entry = Entry.of(taken.fields)
-            except WireError as e:
-                await self._claims.bury(taken, str(e))
-                continue
-            if (held := self._consumer.hold(taken.entry, entry)) is None:
+            entry = await self._read(taken)
+            if entry is None or (held := self._consumer.hold(taken.entry, entry)) is None:
                 continue
             held.suspect = end = asyncio.Event()
             ends.append(end)
@@ -149,12 +142,17 @@ class TakeOver:
         for taken in suspects:
             self._claims.forget_history(taken.entry)
 
-    async def _convict(self, taken: Taken) -> None:
-        """Tell the caller that every replica which took the request died, and put it among the dead letters."""
+    async def _read(self, taken: Taken) -> Entry | None:
+        """Return what was taken over; None, and it is a dead letter, if it cannot be read."""
         try:
-            entry = Entry.of(taken.fields)
+            return Entry.of(taken.fields)
         except WireError as e:
             await self._claims.bury(taken, str(e))
+            return None
+
+    async def _convict(self, taken: Taken) -> None:
+        """Tell the caller that every replica which took the request died, and put it among the dead letters."""
+        if (entry := await self._read(taken)) is None:
             return
         error = DeliveryLimitExceeded(self._backend, entry.id, taken.deliveries, self._consumer.max_deliveries)
         log.error("%s", error)

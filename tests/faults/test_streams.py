@@ -116,6 +116,19 @@ def named(reading: Reading, caplog: pytest.LogCaptureFixture) -> bool:
     return isinstance(reading.error, (StreamBroken, BrokerUnavailable))
 
 
+async def assert_all_came_or_why_not(
+    reading: Reading, ticking: Ticking, served: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What came is in order and whole, or its reader was told; and nothing is left of it."""
+    assert reading.got == list(range(len(reading.got)))
+    if reading.error is None:
+        assert len(reading.got) == ticking.made
+    else:
+        assert named(reading, caplog), reading.error
+    await wait_until_async(served.is_idle, ENDS_S)
+    assert ticking.running == 0
+
+
 async def test_the_broker_is_restarted(broker: EmbeddedServer, reader: str, caplog: pytest.LogCaptureFixture) -> None:
     ticking = Ticking()
     async with serve(broker.url, "direct", ticking.__call__) as served:
@@ -125,13 +138,7 @@ async def test_the_broker_is_restarted(broker: EmbeddedServer, reader: str, capl
         await reading.has(len(reading.got) + 20)
         ticking.enough.set()
         await reading.end()
-        assert reading.got == list(range(len(reading.got)))
-        if reading.error is None:
-            assert len(reading.got) == ticking.made
-        else:
-            assert named(reading, caplog), reading.error
-        await wait_until_async(served.is_idle, ENDS_S)
-        assert ticking.running == 0
+        await assert_all_came_or_why_not(reading, ticking, served, caplog)
         # And the next one comes whole.
         ticking.enough.clear()
         begun_at = ticking.made
@@ -169,13 +176,7 @@ async def test_every_connection_is_cut(redis_url: str, reader: str, caplog: pyte
             await reading.has(len(reading.got) + 20)
             ticking.enough.set()
             await reading.end()
-            assert reading.got == list(range(len(reading.got)))
-            if reading.error is None:
-                assert len(reading.got) == ticking.made
-            else:
-                assert named(reading, caplog), reading.error
-            await wait_until_async(served.is_idle, ENDS_S)
-            assert ticking.running == 0
+            await assert_all_came_or_why_not(reading, ticking, served, caplog)
 
 
 async def test_the_broker_has_no_memory_left(broker: EmbeddedServer, reader: str) -> None:
