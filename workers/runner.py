@@ -10,7 +10,8 @@ from ..broker.wire import Entry
 from ..handles.errors import BackendError, ConfigError, PenstockError
 from .context import context_of
 from .failures import backend_error
-from .running import Done, OnLoop, OnThread, Place, Refused, Running, Several
+from .place import Done, Place
+from .running import OnLoop, OnThread, Refused, Running, Several
 from .streams import Outlet
 from .target import CHECK_HEALTH, RECONFIGURE, Code, Method, Target
 from .threads import Threads
