@@ -23,7 +23,8 @@ from typing import Any, TypeVar, cast
 import orjson
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from .connection import BLOCK_MS, Arg, Connection, Script
+from .commands import Arg, Script
+from .connection import BLOCK_MS, Connection
 from .keys import Keys
 from .places import apart, id_of, is_batch, place_of
 from .signals import LOOK, signal

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 import random
@@ -21,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, TypeVar, Union, cast
+from typing import Any, TypeVar, cast
 
 import hiredis
 from redis import exceptions as redis_errors
@@ -30,14 +29,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from .address import redis_options, shown_url
+from .clock import Clock
+from .commands import Arg, Command, Packed, Script, Then, pack, pack_in_pieces, pieces_of
 from .errors import BrokerUnavailable, ConfigError
 
-__all__ = ["BLOCK_MS", "Arg", "Connection", "FateUnknown", "Script", "Then", "shown_url", "user_of"]
+__all__ = ["BLOCK_MS", "Connection", "FateUnknown", "shown_url", "user_of"]
 
-Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
-Then = Callable[[Any], None]
-Packed = Union[bytes, list[bytes]]  # noqa: UP007
-"""A command as it is sent, whole or in pieces."""
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -47,18 +44,11 @@ BLOCK_MS = 2_000
 _STALL_S = 6.0
 _IDLE_S = 2.0
 _BEAT_S = 1.0
-_CLOCK_S = 30.0
-_CLOCK_ROUND_S = 0.02
-"""A reading of the server's clock that took longer than this says too little."""
-_CLOCK_READINGS = 5
 _CONNECT_S = 5.0
 _BACKOFF_S = (0.02, 1.0)
 _READ_BYTES = 256 * 1024
-_COPIED_BYTES = 64 * 1024
-"""A longer argument of a bulky command is not copied next to the others."""
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
 
-_pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 _MORE = object()
 _ERRORS: dict[str, type[redis_errors.RedisError]] = {
     "LOADING": redis_errors.BusyLoadingError,
@@ -75,26 +65,6 @@ _DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure
 
 class FateUnknown(BrokerUnavailable):
     """The connection broke between a command and its reply: the server may have carried it out, or not."""
-
-
-class Script:
-    """A Lua script, sent whole once over each connection and called by its digest (``EVALSHA``) from then on."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        # Redis names scripts by SHA-1; nothing here rests on its strength.
-        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-class _Command:
-    __slots__ = ("packed", "repeat", "retry", "since", "then")
-
-    def __init__(
-        self, packed: Packed, then: Then, repeat: bool, retry: Callable[[], Packed] | None, since: float = 0.0
-    ) -> None:
-        self.packed, self.then, self.repeat, self.retry = packed, then, repeat, retry
-        self.since = since
-        """When it began to wait for a connection; infinity if it may wait for ever."""
 
 
 class Connection:
@@ -124,8 +94,8 @@ class Connection:
         """Among them are some in pieces."""
         self._fills: list[Callable[[], None]] = []
         self._flush_due = False
-        self._sent: deque[_Command] = deque()
-        self._waiting: deque[_Command] = deque()
+        self._sent: deque[Command] = deque()
+        self._waiting: deque[Command] = deque()
         self._patience: asyncio.TimerHandle | None = None
         self._hooks: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._hook_tasks: set[asyncio.Task[None]] = set()
@@ -133,19 +103,15 @@ class Connection:
         self._pulse_due = 0.0
         self._silent = False
         self._heard = 0.0
-        self._clock_read = 0.0
-        self._clock_offset_ms = 0.0
+        self._clock = Clock()
+        self.now_ms = self._clock.now_ms
+        """As of `Clock`: any thread may ask."""
         self._closed = False
         self._reason = "it does not answer"
 
     @property
     def connected(self) -> bool:
         return self._writer is not None
-
-    def now_ms(self) -> float:
-        """Unix time by the broker's clock, in milliseconds; the local clock may be off or jump. Any thread may ask."""
-        # Not the loop's time: uvloop reads that once a turn, in whole milliseconds.
-        return monotonic() * 1000 + self._clock_offset_ms
 
     def on_reconnect(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``hook`` in a task after each connecting but the first."""
@@ -193,8 +159,8 @@ class Connection:
 
         A ``bulky`` one has an argument that is so large that it is worth not to copy it.
         """
-        packed = _pieces(args) if bulky else _pack(args)
-        self._enqueue(_Command(packed, then, repeat, None, math.inf if patient else 0.0))
+        packed = pack_in_pieces(args) if bulky else pack(args)
+        self._enqueue(Command(packed, then, repeat, None, math.inf if patient else 0.0))
 
     def send(self, *args: Arg, repeat: bool = False, patient: bool = False) -> asyncio.Future[Any]:
         """Send a command in this tick's write and return the future of its reply.
@@ -220,18 +186,18 @@ class Connection:
     ) -> None:
         """Run ``script``, as `post` sends a command."""
         operands: tuple[Arg, ...] = (len(keys), *keys, *args)
-        pack = _pieces if bulky else _pack
+        packing = pack_in_pieces if bulky else pack
 
         def whole() -> Packed:
-            return pack(("EVAL", script.text, *operands))
+            return packing(("EVAL", script.text, *operands))
 
         if script.digest in self._known:
-            packed = pack(("EVALSHA", script.digest, *operands))
+            packed = packing(("EVALSHA", script.digest, *operands))
         else:
             packed = whole()
             if self._writer is not None:
                 self._known.add(script.digest)
-        self._enqueue(_Command(packed, then, repeat, whole, math.inf if patient else 0.0))
+        self._enqueue(Command(packed, then, repeat, whole, math.inf if patient else 0.0))
 
     def run_script(
         self,
@@ -249,7 +215,7 @@ class Connection:
 
     # -- writing
 
-    def _enqueue(self, command: _Command) -> None:
+    def _enqueue(self, command: Command) -> None:
         if self._writer is None:
             if self._closed:
                 command.then(self._unavailable())
@@ -296,7 +262,7 @@ class Connection:
             if self._bulky:
                 self._bulky = False
                 # uvloop hands the pieces to the kernel as they are.
-                self._writer.writelines([one for each in self._outgoing for one in _as_pieces(each)])
+                self._writer.writelines([one for each in self._outgoing for one in pieces_of(each)])
             else:
                 self._writer.write(b"".join(cast("list[bytes]", self._outgoing)))
             self._outgoing.clear()
@@ -348,7 +314,7 @@ class Connection:
         await _within(_CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
         # While it loads its append-only file a server answers TIME, but not PING.
         await self._ask("PING")
-        await self._read_clock()
+        await self._clock.read(partial(self._ask, "TIME"))
         reader, writer = self._redis._reader, self._redis._writer  # pyright: ignore[reportPrivateUsage]
         assert reader is not None
         assert writer is not None
@@ -420,8 +386,8 @@ class Connection:
         self._outgoing.clear()
         self._writer = None
         lost, self._sent = self._sent, deque()
-        again: list[_Command] = []
-        unknown: list[_Command] = []
+        again: list[Command] = []
+        unknown: list[Command] = []
         for left, command in zip(range(len(lost), 0, -1), lost, strict=True):
             (again if command.repeat or left <= unsent else unknown).append(command)
         if final:
@@ -438,7 +404,7 @@ class Connection:
 
     # -- waiting for a connection
 
-    def _wait_for_connection(self, commands: list[_Command]) -> None:
+    def _wait_for_connection(self, commands: list[Command]) -> None:
         now = self._loop.time()
         for command in commands:
             if command.since != math.inf:
@@ -466,7 +432,7 @@ class Connection:
     def _unavailable(self) -> BrokerUnavailable:
         return BrokerUnavailable(self._shown_url, self._reason)
 
-    # -- keeping time and noticing silence
+    # -- noticing silence
 
     def _beat(self) -> None:
         now = self._loop.time()
@@ -479,33 +445,12 @@ class Connection:
                 self._writer.transport.abort()  # ends the read, and with it this link
             return
         self._silent = False
-        if now - self._clock_read > _CLOCK_S:
-            self.post(partial(self._on_time, monotonic()), "TIME", repeat=True)
+        if self._clock.is_stale():
+            self.post(partial(self._clock.take, monotonic()), "TIME", repeat=True)
         elif not self._sent and now - self._heard > _IDLE_S:
             self.post(_ignore, "PING", repeat=True)
         self._pulse_due = now + _BEAT_S
         self._pulse = self._loop.call_at(self._pulse_due, self._beat)
-
-    async def _read_clock(self) -> None:
-        """Take the quickest of a few readings: half of what it took is what the clock may be wrong by."""
-        quickest_s = math.inf
-        for _ in range(_CLOCK_READINGS):
-            before = monotonic()
-            seconds, micros = await self._ask("TIME")
-            if (took_s := monotonic() - before) < quickest_s:
-                quickest_s = took_s
-                self._set_clock(before, seconds, micros)
-            if took_s < _CLOCK_ROUND_S / 10:
-                return
-
-    def _on_time(self, before: float, reply: Any) -> None:
-        if not isinstance(reply, Exception) and monotonic() - before < _CLOCK_ROUND_S:
-            self._set_clock(before, reply[0], reply[1])
-
-    def _set_clock(self, before: float, seconds: bytes, micros: bytes) -> None:
-        self._clock_read = monotonic()
-        server_ms = int(seconds) * 1000 + int(micros) / 1000
-        self._clock_offset_ms = server_ms - (before + self._clock_read) / 2 * 1000
 
 
 def user_of(url: str) -> str:
@@ -555,30 +500,7 @@ def _reply_error(text: str) -> Exception:
     return redis_errors.ResponseError(text) if kind is None else kind(rest)
 
 
-def _pieces(args: Sequence[Arg]) -> list[bytes]:
-    """Pack a command, but leave its large arguments as they are.
-
-    Commands are arrays of bulk strings (https://redis.io/docs/latest/develop/reference/protocol-spec/#arrays). To pack
-    10 MiB costs two copies of it, and was a quarter of the time that such a request took.
-    """
-    pieces: list[bytes] = []
-    packed = b"*%d\r\n" % len(args)
-    for arg in args:
-        raw = arg if isinstance(arg, bytes) else str(arg).encode()
-        packed += b"$%d\r\n" % len(raw)
-        if len(raw) > _COPIED_BYTES:
-            pieces += (packed, raw)
-            packed = b"\r\n"
-        else:
-            packed += raw + b"\r\n"
-    return [*pieces, packed]
-
-
-def _as_pieces(packed: Packed) -> Sequence[bytes]:
-    return (packed,) if isinstance(packed, bytes) else packed
-
-
-def _tell(command: _Command, error: Exception) -> None:
+def _tell(command: Command, error: Exception) -> None:
     try:
         command.then(error)
     except Exception:

@@ -13,7 +13,8 @@ from typing import Any, cast
 import orjson
 
 from .claims import HISTORY
-from .connection import Arg, Connection, Script
+from .commands import Arg, Script
+from .connection import Connection
 from .errors import PenstockError, WireError
 from .keys import Keys
 from .wire import Entry

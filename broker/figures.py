@@ -10,7 +10,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import cast
 
-from .connection import Arg, Connection, Script
+from .commands import Arg, Script
+from .connection import Connection
 from .keys import Keys
 from .load import load_of
 

@@ -15,7 +15,8 @@ from typing import Any, cast
 import orjson
 from redis.exceptions import RedisError
 
-from .connection import Connection, Script
+from .commands import Script
+from .connection import Connection
 from .errors import BrokerUnavailable, ConfigError, WireError
 from .keys import Keys
 from .replies import ReplyStream

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from .claims import GROUP
-from .connection import Connection, Script
+from .commands import Script
+from .connection import Connection
 from .keys import Keys
 
 # KEYS: the streams. ARGV: the group. Answers how many entries are unsettled, and how many of them replicas hold.

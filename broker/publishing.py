@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
-from .connection import Arg, Connection, Script
+from .commands import Arg, Script
+from .connection import Connection
 from .keys import Keys
 from .places import place_of
 from .signals import signal

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar, cast
 
 import orjson
 
-from .connection import BLOCK_MS, Arg, Connection, Script
+from .commands import Arg, Script
+from .connection import BLOCK_MS, Connection
 from .errors import BrokerUnavailable, PenstockError, WireError
 from .keys import Keys
 

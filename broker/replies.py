@@ -13,7 +13,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .connection import BLOCK_MS, Connection, Script
+from .commands import Script
+from .connection import BLOCK_MS, Connection
 from .errors import BrokerUnavailable
 from .keys import Keys
 

@@ -11,7 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .connection import BLOCK_MS, Connection, Script
+from .commands import Script
+from .connection import BLOCK_MS, Connection
 from .keys import Keys
 
 log = logging.getLogger(__name__)

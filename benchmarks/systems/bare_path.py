@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from penstock.broker.connection import Script
+from penstock.broker.commands import Script
 from penstock.broker.lease import Lease
 from penstock.broker.publishing import Publisher, _hand_out
 from penstock.proxy import request_ids

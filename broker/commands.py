@@ -1,0 +1,68 @@
+"""Commands as they are sent: packed whole, or in pieces where it is worth not to copy what they carry."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Union, cast
+
+import hiredis
+
+Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
+Then = Callable[[Any], None]
+Packed = Union[bytes, list[bytes]]  # noqa: UP007
+"""A command as it is sent, whole or in pieces."""
+
+pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
+
+_COPIED_BYTES = 64 * 1024
+"""A longer argument of a bulky command is not copied next to the others."""
+
+
+class Script:
+    """A Lua script, sent whole once over each connection and called by its digest (``EVALSHA``) from then on."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        # Redis names scripts by SHA-1; nothing here rests on its strength.
+        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Command:
+    """A command from its packing to its reply."""
+
+    __slots__ = ("packed", "repeat", "retry", "since", "then")
+
+    def __init__(
+        self, packed: Packed, then: Then, repeat: bool, retry: Callable[[], Packed] | None, since: float = 0.0
+    ) -> None:
+        self.packed, self.then = packed, then
+        self.repeat = repeat
+        """It does no harm if it is carried out twice."""
+        self.retry = retry
+        """Packs it anew for a server that does not have its script."""
+        self.since = since
+        """When it began to wait for a connection; infinity if it may wait for ever."""
+
+
+def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
+    """Pack a command, but leave its large arguments as they are.
+
+    Commands are arrays of bulk strings (https://redis.io/docs/latest/develop/reference/protocol-spec/#arrays). To pack
+    10 MiB costs two copies of it, and was a quarter of the time that such a request took.
+    """
+    pieces: list[bytes] = []
+    packed = b"*%d\r\n" % len(args)
+    for arg in args:
+        raw = arg if isinstance(arg, bytes) else str(arg).encode()
+        packed += b"$%d\r\n" % len(raw)
+        if len(raw) > _COPIED_BYTES:
+            pieces += (packed, raw)
+            packed = b"\r\n"
+        else:
+            packed += raw + b"\r\n"
+    return [*pieces, packed]
+
+
+def pieces_of(packed: Packed) -> Sequence[bytes]:
+    return (packed,) if isinstance(packed, bytes) else packed
