@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from penstock.broker.connection import Connection
 from penstock.broker.keys import Keys
 from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
+from penstock.handles import AsyncServeHandle, ServeHandle
+from penstock.handles.caller import Caller
 from penstock.workers import target
 from penstock.workers.runner import Runner
 from penstock.workers.worker import Worker
@@ -141,3 +143,42 @@ class _AsItIs:
 
 def _found(key: int) -> Callable[..., Any]:
     return _AsItIs.functions[key]
+
+
+# -- what workers run
+
+
+def echo(request: Any) -> Any:
+    return request.data
+
+
+def describe(request: Any) -> dict[str, Any]:
+    return {
+        "data": request.data,
+        "query": dict(request.query_params),
+        "method": request.method,
+        "x": request.headers.get("x-test"),
+    }
+
+
+def noting(started: list[Any]) -> Callable[[Any], None]:
+    def note(request: Any) -> None:
+        started.append(request.data)
+
+    return note
+
+
+# -- faces
+
+
+def in_loop(handle: ServeHandle) -> AsyncServeHandle:
+    """Return the other face of a handle."""
+    _, arguments = handle.__reduce__()
+    return AsyncServeHandle(*arguments)
+
+
+async def close_here(handle: ServeHandle) -> None:
+    _, (url, instance, *_) = handle.__reduce__()
+    caller = Caller.shared(url, instance)
+    if caller is not None:
+        await caller.close()

@@ -25,7 +25,7 @@ from penstock.handles.errors import (
     RequestTimeout,
     WireError,
 )
-from tests.handles.site import CONFIG, INSTANCE, Site
+from tests.handles.site import CONFIG, INSTANCE, Site, echo
 from tests.waiting import wait_until_async
 
 BACKEND = BackendRecord(tag="model", version="1", code="", config=CONFIG)
@@ -55,10 +55,6 @@ def send(
             future.exception()
 
     return caller.submit(backend, Header(codec="bytes"), body, then, timeout_s=timeout_s), future
-
-
-def echo(request: Any) -> Any:
-    return request.data
 
 
 def cut(url: str) -> None:

@@ -2,25 +2,14 @@
 
 import asyncio
 import concurrent.futures
-import multiprocessing
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from redis import Redis
 from starlette.responses import JSONResponse
 
 from penstock import handles
-from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.wire import LARGE
 from penstock.handles import AsyncServeHandle, ServeHandle
 from penstock.handles.caller import Caller
@@ -33,25 +22,11 @@ from penstock.handles.errors import (
     EndpointNotFound,
     Overloaded,
     PayloadTooLarge,
-    RequestCancelled,
     RequestTimeout,
 )
 from penstock.handles.results import Response
-from tests.handles.site import INSTANCE, Site
-from tests.waiting import wait_until, wait_until_async
-
-
-def echo(request: Any) -> Any:
-    return request.data
-
-
-def describe(request: Any) -> dict[str, Any]:
-    return {
-        "data": request.data,
-        "query": dict(request.query_params),
-        "method": request.method,
-        "x": request.headers.get("x-test"),
-    }
+from tests.handles.site import INSTANCE, Site, close_here, describe, echo, in_loop
+from tests.waiting import wait_until
 
 
 def fail(request: Any) -> None:
@@ -63,13 +38,6 @@ def answering(value: object) -> Callable[[Any], object]:
         return value
 
     return answer
-
-
-def noting(started: list[Any]) -> Callable[[Any], None]:
-    def note(request: Any) -> None:
-        started.append(request.data)
-
-    return note
 
 
 class Counter:
@@ -94,19 +62,6 @@ def refused_everywhere(connected: Connected, error: type[Exception]) -> None:
         await close_here(handle)
 
     asyncio.run(ask())
-
-
-def in_loop(handle: ServeHandle) -> AsyncServeHandle:
-    """Return the other face of a handle."""
-    _, arguments = handle.__reduce__()
-    return AsyncServeHandle(*arguments)
-
-
-async def close_here(handle: ServeHandle) -> None:
-    _, (url, instance, *_) = handle.__reduce__()
-    caller = Caller.shared(url, instance)
-    if caller is not None:
-        await caller.close()
 
 
 # -- the happy path, on every kind of broker
@@ -343,337 +298,3 @@ def test_waiting_for_an_endpoint_can_be_cancelled(site: Site, connected: Connect
     assert concurrent.futures.wait([future], timeout=5).not_done == set()
     site.serve(echo)
     assert site.depth() == 0
-
-
-# -- cancelling
-
-
-def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, connected: Connected) -> None:
-    started: list[Any] = []
-    site.declare()
-    handle = connected.get_handle("ask")
-    cancelled, kept = handle.remote("cancelled"), handle.remote("kept")
-    wait_until(lambda: site.depth() == 2)
-    assert cancelled.cancel()
-    assert concurrent.futures.wait([cancelled], timeout=5).not_done == set(), "who waits for it is told"
-    wait_until(lambda: site.depth() == 1)
-    site.serve(noting(started))
-    kept.result(10)
-    assert started == ["kept"]
-
-
-def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Connected) -> None:
-    """Before the background loop has heard of it, while it connects, and just after: it is one of these."""
-    started: list[Any] = []
-    site.serve(noting(started))
-    handle = connected.get_handle("ask")
-    cancelled: list[concurrent.futures.Future[Any]] = []
-    for n in range(300):
-        future = handle.remote(n)
-        if n % 3 == 0:
-            time.sleep(0.0001 * (n % 7))
-        if future.cancel():
-            cancelled.append(future)
-    assert concurrent.futures.wait(cancelled, timeout=10).not_done == set()
-    assert handle.remote("last").result(10) is None
-    wait_until(lambda: site.depth() == 0)
-
-
-def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Connected) -> None:
-    running = threading.Event()
-
-    async def linger(request: Any) -> Any:
-        if request.data == "linger":
-            running.set()
-            await asyncio.sleep(60)
-        return request.data
-
-    site.serve(linger, max_concurrent_queries=1)
-    handle = connected.get_handle("ask")
-    future = handle.remote("linger")
-    wait_until(running.is_set)
-    assert future.cancel()
-    assert handle.remote("next").result(10) == "next"
-
-
-def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Connected) -> None:
-    site.serve(echo)
-    future = connected.get_handle("ask").remote("x")
-    assert future.result(10) == "x"
-    assert not future.cancel()
-
-
-async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> None:
-    running, cancelled = threading.Event(), threading.Event()
-
-    async def linger(request: Any) -> None:
-        running.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    await asyncio.to_thread(site.serve, linger)
-    handle = AsyncServeHandle(site.url, INSTANCE, "ask")
-    future = await handle.remote()
-    await wait_until_async(running.is_set)
-    with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(future, 0.01)
-    await wait_until_async(cancelled.is_set)
-    await wait_until_async(lambda: site.depth() == 0)
-    await (await Caller.get(site.url, INSTANCE)).close()
-
-
-async def test_cancelling_remote_takes_the_request_back(site: Site) -> None:
-    site.declare()
-    handle = AsyncServeHandle(site.url, INSTANCE, "ask")
-    await Caller.get(site.url, INSTANCE)
-    sending = asyncio.ensure_future(handle.remote())
-    await asyncio.sleep(0)
-    sending.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await sending
-    caller = await Caller.get(site.url, INSTANCE)
-    await caller.registry.snapshot()
-    await wait_until_async(lambda: site.depth() == 0)
-    await caller.close()
-
-
-# -- threads, processes, loops
-
-
-def test_many_threads_share_one_handle(site: Site, connected: Connected) -> None:
-    site.serve(echo)
-    handle = connected.get_handle("ask")
-
-    def ask(thread: int) -> bool:
-        return all(handle.remote([thread, n]).result(20) == [thread, n] for n in range(50))
-
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert all(threads.map(ask, range(16)))
-
-
-def test_callbacks_of_a_future_may_call_again(site: Site, connected: Connected) -> None:
-    site.serve(echo)
-    handle = connected.get_handle("ask")
-    second: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def again(first: "concurrent.futures.Future[Any]") -> None:
-        handle.remote(first.result() + 1).add_done_callback(lambda future: second.set_result(future.result()))
-
-    handle.remote(1).add_done_callback(again)
-    assert second.result(10) == 2
-
-
-def test_a_handle_can_be_pickled_with_its_options(site: Site, connected: Connected) -> None:
-    site.serve(describe)
-    handle = connected.get_handle("ask").options(http_headers={"x-test": "kept"})
-    assert pickle.loads(pickle.dumps(handle)).remote().result(10)["x"] == "kept"
-    assert "redis" not in repr(handle), "it may hold a password"
-
-
-def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, connected: Connected) -> None:
-    site.serve(echo)
-    script = """
-        import pickle, sys
-        handle = pickle.load(sys.stdin.buffer)
-        print(handle.remote("from afar").result(20))
-        print([name for name in ("ray", "starlette", "uvicorn", "pydantic") if name in sys.modules])
-    """
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
-        input=pickle.dumps(connected.get_handle("ask")),
-        capture_output=True,
-        timeout=30,
-        check=False,
-    )
-    assert (ran.returncode, ran.stdout.decode().split("\n"), ran.stderr) == (0, ["from afar", "[]", ""], b"")
-
-
-def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, connected: Connected) -> None:
-    site.serve(echo)
-    handle = connected.get_handle("ask")
-    assert handle.remote("parent").result(10) == "parent"
-
-    def in_child(to_parent: Any) -> None:
-        to_parent.send([handle.remote(f"child {n}").result(10) for n in range(3)])
-
-    here, there = multiprocessing.get_context("fork").Pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads, which is the point
-        child = multiprocessing.get_context("fork").Process(target=in_child, args=(there,))
-        child.start()
-    assert handle.remote("meanwhile").result(10) == "meanwhile"
-    assert here.poll(20)
-    assert here.recv() == ["child 0", "child 1", "child 2"]
-    child.join(10)
-    assert child.exitcode == 0
-    assert [handle.remote(n).result(10) for n in range(20)] == list(range(20))
-    here.close()
-    there.close()
-
-
-def test_one_handle_serves_in_any_loop_after_another(site: Site) -> None:
-    site.serve(echo)
-    handle = AsyncServeHandle(site.url, INSTANCE, "ask")
-
-    async def ask(value: int) -> Any:
-        return await (await handle.remote(value))
-
-    assert [asyncio.run(ask(n)) for n in range(3)] == [0, 1, 2]
-
-
-# -- beginning and end
-
-
-def test_a_sync_handle_warns_in_a_running_loop(site: Site, connected: Connected) -> None:
-    site.declare()
-
-    async def ask() -> None:
-        with pytest.warns(UserWarning, match=r"a sync handle .* would block; get_handle\(..., sync=False\)") as caught:
-            connected.get_handle("ask")
-        assert caught[0].filename == __file__
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            connected.get_handle("ask", sync=False)
-
-    asyncio.run(ask())
-
-
-def test_an_asyncio_handle_warns_where_no_loop_runs(site: Site, connected: Connected) -> None:
-    site.declare()
-    with pytest.warns(UserWarning, match="an asyncio handle .* cannot be awaited here") as caught:
-        connected.get_handle("ask", sync=False)
-    assert caught[0].filename == __file__
-
-
-def test_closing_tells_what_is_in_flight_and_the_next_call_connects_anew(site: Site) -> None:
-    site.declare()
-    connected = handles.connect(site.url)
-    handle = connected.get_handle("ask")
-    future = handle.remote("left")
-    wait_until(lambda: site.depth() == 1)
-    connected.close()
-    with pytest.raises(RequestCancelled):
-        future.result(10)
-    wait_until(lambda: site.depth() == 0)
-    connected.close()
-    site.serve(echo)
-    assert handle.remote("anew").result(10) == "anew"
-    connected.close()
-
-
-def test_closing_needs_no_broker(durable: EmbeddedServer) -> None:
-    connected = handles.connect(durable.url)
-    durable.stop()
-    started_at = time.monotonic()
-    connected.close()
-    connected.close()
-    assert time.monotonic() - started_at < 2
-
-
-def test_endpoints_are_listed(site: Site, connected: Connected) -> None:
-    assert connected.list_endpoints() == {}
-    site.declare()
-    assert connected.list_endpoints() == {
-        "ask": {"route": None, "methods": ["GET"], "traffic": {"model": 1.0}, "shadows": {}}
-    }
-
-
-@pytest.mark.parametrize("ending", ["", "handle.remote('left in flight')", "connected.close()"])
-def test_a_script_ends_by_itself_and_quietly(site: Site, ending: str) -> None:
-    site.serve(echo)
-    script = f"""
-        from penstock import handles
-        connected = handles.connect({site.url!r})
-        handle = connected.get_handle("ask")
-        print(handle.remote("x").result(20))
-        {ending}
-    """
-    started_at = time.monotonic()
-    ran = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(script)],
-        capture_output=True,
-        timeout=30,
-        check=False,
-    )
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"x\n", b"")
-    assert time.monotonic() - started_at < 10
-
-
-# -- the broker dies
-
-
-@pytest.mark.parametrize("face", ["sync", "asyncio"])
-def test_a_request_is_answered_although_the_broker_was_killed_in_the_middle_of_it(
-    durable: EmbeddedServer, face: str
-) -> None:
-    site = Site(durable.url)
-    running, release = threading.Event(), threading.Event()
-
-    def hold(request: Any) -> Any:
-        running.set()
-        release.wait(20)
-        return request.data
-
-    site.serve(hold)
-    handle = ServeHandle(durable.url, INSTANCE, "ask")
-
-    def kill_and_release() -> None:
-        wait_until(running.is_set)
-        pid = durable.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: durable.pid not in (None, pid))
-        release.set()
-
-    killing = threading.Thread(target=kill_and_release)
-    killing.start()
-    if face == "sync":
-        assert handle.remote("kept").result(20) == "kept"
-        handles.connect(durable.url).close()
-    else:
-
-        async def ask() -> Any:
-            answer = await asyncio.wait_for(await in_loop(handle).remote("kept"), 20)
-            await close_here(handle)
-            return answer
-
-        assert asyncio.run(ask()) == "kept"
-    killing.join()
-    wait_until(lambda: site.depth() == 0)
-    site.close()
-
-
-def test_calls_made_while_the_broker_is_away_are_answered_when_it_is_back(durable: EmbeddedServer) -> None:
-    site = Site(durable.url)
-    site.serve(echo)
-    connected = handles.connect(durable.url)
-    handle = connected.get_handle("ask")
-    assert handle.remote("before").result(10) == "before"
-    pid = durable.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    futures = [handle.remote(n) for n in range(50)]
-    assert [future.result(20) for future in futures] == list(range(50))
-    connected.close()
-    site.close()
-
-
-def test_a_password_is_used_and_never_shown(durable: EmbeddedServer) -> None:
-    with Redis.from_url(durable.url) as admin:
-        admin.config_set("requirepass", "geheim")
-    with pytest.raises(BrokerUnavailable, match="Authentication required"):
-        handles.connect(durable.url)
-    site = Site(durable.url.replace("unix://", "unix://:geheim@"))
-    site.declare(max_queued_requests=0)
-    with handles.connect(site.url) as connected:
-        handle = connected.get_handle("ask")
-        with pytest.raises(Overloaded):
-            handle.remote().result(10)
-        durable.stop()
-        with pytest.raises(BrokerUnavailable) as caught:
-            handle.remote().result(10)
-    assert "geheim" not in f"{caught.value!r} {caught.value} {handle!r}"
-    site.abandon()

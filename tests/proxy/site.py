@@ -124,6 +124,9 @@ class Site:
     async def queued(self, backend: str = "e") -> int:
         return await self.redis.xlen(self.keys.requests(backend))
 
+    async def is_empty(self) -> bool:
+        return await self.queued() == 0
+
     async def close(self, *, erase: bool) -> None:
         self._closed = True
         for task in self._tasks:
@@ -136,6 +139,34 @@ class Site:
         await self.caller.close()
         if raised:
             raise raised[0]
+
+
+class Connected:
+    """An ASGI server's side of one request, whose client hangs up when a test says so."""
+
+    def __init__(self, site: Site, **scope: Any) -> None:
+        self.gone = asyncio.Event()
+        self.sent: list[Any] = []
+        self.received = 0
+        base: dict[str, Any] = {
+            "type": "http",
+            "method": "GET",
+            "path": "/",
+            "query_string": b"",
+            "headers": [],
+            "client": None,
+        }
+        self.served = asyncio.ensure_future(site.app({**base, **scope}, self.receive, self.send))
+
+    async def receive(self) -> Any:
+        self.received += 1
+        if self.received == 1:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
 
 
 @asynccontextmanager

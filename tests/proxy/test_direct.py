@@ -99,7 +99,7 @@ async def test_a_client_that_hangs_up_cancels_its_request(redis_url: str) -> Non
         await site.endpoint("/", answer=None)
         with pytest.raises(httpx.ReadTimeout):
             await site.http.get("/", timeout=0.2)
-        await wait_until_async(lambda: _is_empty(site))
+        await wait_until_async(site.is_empty)
         assert 'status="499"} 1' in site.app.metrics.render()
         assert "in_flight 0" in site.app.metrics.render()
 
@@ -116,7 +116,7 @@ async def test_what_is_unfinished_at_the_end_is_told_so(redis_url: str) -> None:
         answer = await asking
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"\r\nretry-after: 1\r\n" in answer
-        await wait_until_async(lambda: _is_empty(site))
+        await wait_until_async(site.is_empty)
 
 
 async def test_middlewares_take_the_way_through_asgi(redis_url: str) -> None:
@@ -160,7 +160,3 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str
 
 async def _is_queued(site: Site) -> bool:
     return await site.queued() == 1
-
-
-async def _is_empty(site: Site) -> bool:
-    return await site.queued() == 0

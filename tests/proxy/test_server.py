@@ -106,7 +106,7 @@ class TestServing:
             async with connected(server) as (_, writer):
                 writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
                 await wait_until_async(site.queued)
-            await wait_until_async(lambda: _is_empty(site))
+            await wait_until_async(site.is_empty)
 
     async def test_an_upgrade_is_not_made(self, site: Site) -> None:
         await site.endpoint("/", text("plain"))
@@ -290,7 +290,7 @@ class TestStopping:
             assert response.status_code == 503
             assert response.headers["retry-after"] == "1"
             assert "shutting down" in response.text
-        await wait_until_async(lambda: _is_empty(site))
+        await wait_until_async(site.is_empty)
 
     async def test_it_says_whether_it_serves(self, site: Site) -> None:
         async with serving(site) as server:
@@ -359,7 +359,3 @@ class TestStopping:
                     await leaves.stop(5)
                 going_on = False
                 await asyncio.gather(*clients)
-
-
-async def _is_empty(site: Site) -> bool:
-    return await site.queued() == 0

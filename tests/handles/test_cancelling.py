@@ -1,0 +1,107 @@
+"""A caller gives up: before its request starts, while it runs, and after its answer."""
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from penstock.handles import AsyncServeHandle
+from penstock.handles.caller import Caller
+from penstock.handles.connection import Connected
+from tests.handles.site import INSTANCE, Site, echo, noting
+from tests.waiting import wait_until, wait_until_async
+
+
+def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, connected: Connected) -> None:
+    started: list[Any] = []
+    site.declare()
+    handle = connected.get_handle("ask")
+    cancelled, kept = handle.remote("cancelled"), handle.remote("kept")
+    wait_until(lambda: site.depth() == 2)
+    assert cancelled.cancel()
+    assert concurrent.futures.wait([cancelled], timeout=5).not_done == set(), "who waits for it is told"
+    wait_until(lambda: site.depth() == 1)
+    site.serve(noting(started))
+    kept.result(10)
+    assert started == ["kept"]
+
+
+def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Connected) -> None:
+    """Before the background loop has heard of it, while it connects, and just after: it is one of these."""
+    started: list[Any] = []
+    site.serve(noting(started))
+    handle = connected.get_handle("ask")
+    cancelled: list[concurrent.futures.Future[Any]] = []
+    for n in range(300):
+        future = handle.remote(n)
+        if n % 3 == 0:
+            time.sleep(0.0001 * (n % 7))
+        if future.cancel():
+            cancelled.append(future)
+    assert concurrent.futures.wait(cancelled, timeout=10).not_done == set()
+    assert handle.remote("last").result(10) is None
+    wait_until(lambda: site.depth() == 0)
+
+
+def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Connected) -> None:
+    running = threading.Event()
+
+    async def linger(request: Any) -> Any:
+        if request.data == "linger":
+            running.set()
+            await asyncio.sleep(60)
+        return request.data
+
+    site.serve(linger, max_concurrent_queries=1)
+    handle = connected.get_handle("ask")
+    future = handle.remote("linger")
+    wait_until(running.is_set)
+    assert future.cancel()
+    assert handle.remote("next").result(10) == "next"
+
+
+def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Connected) -> None:
+    site.serve(echo)
+    future = connected.get_handle("ask").remote("x")
+    assert future.result(10) == "x"
+    assert not future.cancel()
+
+
+async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> None:
+    running, cancelled = threading.Event(), threading.Event()
+
+    async def linger(request: Any) -> None:
+        running.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    await asyncio.to_thread(site.serve, linger)
+    handle = AsyncServeHandle(site.url, INSTANCE, "ask")
+    future = await handle.remote()
+    await wait_until_async(running.is_set)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(future, 0.01)
+    await wait_until_async(cancelled.is_set)
+    await wait_until_async(lambda: site.depth() == 0)
+    await (await Caller.get(site.url, INSTANCE)).close()
+
+
+async def test_cancelling_remote_takes_the_request_back(site: Site) -> None:
+    site.declare()
+    handle = AsyncServeHandle(site.url, INSTANCE, "ask")
+    await Caller.get(site.url, INSTANCE)
+    sending = asyncio.ensure_future(handle.remote())
+    await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    caller = await Caller.get(site.url, INSTANCE)
+    await caller.registry.snapshot()
+    await wait_until_async(lambda: site.depth() == 0)
+    await caller.close()

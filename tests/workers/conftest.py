@@ -1,0 +1,30 @@
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from penstock.workers.runner import Runner
+from penstock.workers.target import dump
+from tests.workers.running import Gate, Replica, Start
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    replicas: list[Replica] = []
+
+    async def start(target: Any, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Replica:
+        replica = Replica(Runner("b", "b#1", dump(target, args, kwargs), config or {}))
+        replicas.append(replica)
+        await replica.runner.start()
+        return replica
+
+    yield start
+    for replica in replicas:
+        await replica.runner.stop()
+
+
+@pytest.fixture
+def gate(request: pytest.FixtureRequest) -> Iterator[Gate]:
+    gate = Gate(request.node.nodeid)
+    yield gate
+    gate.open()
