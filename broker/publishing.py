@@ -16,6 +16,7 @@ from .connection import Connection
 from .keys import Keys
 from .places import place_of
 from .signals import signal
+from .wire import CALLER, ID
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,6 @@ class Publisher:
     async def find(
         self,
         backend: str,
-        id_field: bytes,
         requests: Sequence[tuple[str, bytes | None]],
         since_ms: float,
         *,
@@ -198,16 +198,16 @@ class Publisher:
         searched from ``since_ms`` on, Unix time by the broker's clock.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
-        args: list[Arg] = [f"{max(0, int(since_ms))}-0", id_field]
+        args: list[Arg] = [f"{max(0, int(since_ms))}-0", ID]
         for id_, entry in requests:
             args += (id_, entry or b"")
         found = await self._connection.run_script(_FIND, [stream], args, repeat=True)
         return [entry or None for entry in found]
 
-    async def find_of(self, backend: str, caller: str, *, caller_field: bytes, id_field: bytes) -> dict[bytes, bytes]:
+    async def find_of(self, backend: str, caller: str) -> dict[bytes, bytes]:
         """Return what of a caller lies on a backend's batch stream: the entry's id by that of the request."""
         found = await self._connection.run_script(
-            _FIND_OF, [self._keys.batch(backend)], [caller_field, id_field, caller], repeat=True
+            _FIND_OF, [self._keys.batch(backend)], [CALLER, ID, caller], repeat=True
         )
         return dict(zip(found[::2], found[1::2], strict=True))
 

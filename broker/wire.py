@@ -29,7 +29,9 @@ LARGE = 256 * 1024
 LARGEST = 512 * 1024 * 1024
 """What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
 
-_V, _ID, _CALLER, _HEADER, _BODY, _LARGE, _MANY = b"v", b"id", b"by", b"h", b"b", b"large", b"n"
+ID, CALLER = b"id", b"by"
+"""The fields of an entry by which the broker is asked for it."""
+_V, _HEADER, _BODY, _LARGE, _MANY = b"v", b"h", b"b", b"large", b"n"
 
 PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Pairs = list[tuple[str, str]]
@@ -149,8 +151,8 @@ class Entry:
         named = _named(fields)
         try:
             return cls(
-                named[_ID].decode(),
-                named[_CALLER].decode(),
+                named[ID].decode(),
+                named[CALLER].decode(),
                 _header_of(named[_HEADER]),
                 named.get(_BODY, b""),
                 named.get(_LARGE) == b"1",
@@ -161,7 +163,7 @@ class Entry:
 
 def entry_fields(id_: str, caller: str, header: bytes, body: bytes | None) -> list[bytes]:
     """Return the fields of an `Entry` whose header is written already; ``body`` is None for a large one."""
-    fields = [_V, VERSION, _ID, id_.encode(), _CALLER, caller.encode(), _HEADER, header]
+    fields = [_V, VERSION, ID, id_.encode(), CALLER, caller.encode(), _HEADER, header]
     fields += (_LARGE, b"1") if body is None else (_BODY, body)
     return fields
 
@@ -215,7 +217,7 @@ class Reply:
             "queue_ms": self.queue_ms,
             "run_ms": self.run_ms,
         }
-        fields = [_V, VERSION, _ID, self.id.encode(), _HEADER, orjson.dumps(header)]
+        fields = [_V, VERSION, ID, self.id.encode(), _HEADER, orjson.dumps(header)]
         fields += (_LARGE, b"1") if self.large else (_BODY, self.body)
         return fields
 
@@ -271,7 +273,7 @@ class Reply:
         if len(fields) >= 6 and fields[2] == _MANY:
             found = list(fields[6::2])
         else:
-            found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == _ID][:1]
+            found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == ID][:1]
         return [id_.decode(errors="replace") for id_ in found]
 
     @classmethod
@@ -279,7 +281,7 @@ class Reply:
         """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
         named = _named(fields)
         try:
-            id_, header = named[_ID].decode(), named[_HEADER]
+            id_, header = named[ID].decode(), named[_HEADER]
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
         return cls._said(_loads(header), id_, named.get(_BODY, b""), named.get(_LARGE) == b"1")
@@ -364,14 +366,14 @@ class Part:
         header: dict[str, Any] = {"n": self.number, "codec": self.codec, "sizes": self.sizes, "more": self.more}
         if self.number == 0:
             header |= {"status": self.status, "headers": self.headers}
-        return [_V, PART_VERSION, _ID, self.id.encode(), _HEADER, orjson.dumps(header), _BODY, self.body]
+        return [_V, PART_VERSION, ID, self.id.encode(), _HEADER, orjson.dumps(header), _BODY, self.body]
 
     @classmethod
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Part:
         """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
         named = _named(fields, PART_VERSION)
         try:
-            id_, header, body = named[_ID].decode(), named[_HEADER], named[_BODY]
+            id_, header, body = named[ID].decode(), named[_HEADER], named[_BODY]
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
         members = _loads(header)

@@ -296,9 +296,8 @@ class Caller:
         """Return what lies on batch streams in this caller's name: backend and entry, by the request's id."""
         found: dict[str, tuple[str, bytes]] = {}
         for backend in backends:
-            names = {"caller_field": b"by", "id_field": b"id"}
             try:
-                entries = await self._publisher.find_of(backend, self.id, **names)
+                entries = await self._publisher.find_of(backend, self.id)
             except NoPermissionError:
                 log.warning("may not look for what of %s is queued for %r: that is sent again", self.id, backend)
                 continue

@@ -51,7 +51,7 @@ class Reconciler:
                 since_ms = min(call.since_ms for call in calls) - _SLACK_MS
                 known = [(call.id, call.entry) for call in calls]
                 try:
-                    found = await self._publisher.find(backend, b"id", known, since_ms, batch=batch)
+                    found = await self._publisher.find(backend, known, since_ms, batch=batch)
                 except NoPermissionError:
                     found = [None] * len(calls)
                     for call in calls:

@@ -133,17 +133,17 @@ async def test_requests_are_found_by_their_ids_or_places(
     places = {str(n): await place_of(publisher, str(n)) for n in range(5)}
     await commands.send("XDEL", keys.requests(TAG), places["1"], places["3"])
 
-    by_id = await publisher.find(TAG, b"id", [(str(n), None) for n in range(6)], 0)
+    by_id = await publisher.find(TAG, [(str(n), None) for n in range(6)], 0)
     assert by_id == [places["0"], None, places["2"], None, places["4"], None]
 
-    assert await publisher.find(TAG, b"id", list(places.items()), 0) == by_id[:5]
-    assert await publisher.find(TAG, b"id", [("2", places["0"])], 0) == [None], "another request lies there"
+    assert await publisher.find(TAG, list(places.items()), 0) == by_id[:5]
+    assert await publisher.find(TAG, [("2", places["0"])], 0) == [None], "another request lies there"
 
 
 async def test_requests_are_found_on_a_long_stream(publishers: list[Publisher]) -> None:
     places = await asyncio.gather(*[publish(publishers[0], str(n), limit=3_000) for n in range(1_700)])
     wanted = [1_699, 0, 501, 500, 499, 1_000]
-    found = await publishers[0].find(TAG, b"id", [(str(n), None) for n in wanted], 0)
+    found = await publishers[0].find(TAG, [(str(n), None) for n in wanted], 0)
     assert found == [places[n] for n in wanted]
 
 
@@ -190,6 +190,6 @@ async def test_after_a_lost_connection_nobody_is_told_what_is_not_known(
     killed = killer.send("CLIENT", "KILL", "ID", own)
     results = await asyncio.gather(*asked)
     await killed
-    found = await publisher.find(TAG, b"id", [(str(n), None) for n in range(3)], 0)
+    found = await publisher.find(TAG, [(str(n), None) for n in range(3)], 0)
     for result, place in zip(results, found, strict=True):
         assert isinstance(result, FateUnknown) or result == place
