@@ -15,6 +15,7 @@ from typing import Any, cast
 import orjson
 from redis.exceptions import RedisError
 
+from . import owning
 from .commands import Script
 from .connection import Connection
 from .errors import BrokerUnavailable, ConfigError, WireError
@@ -23,22 +24,9 @@ from .replies import ReplyStream
 
 log = logging.getLogger(__name__)
 
-_LEASE_MS = 3_000
+_LEASE_S = 3.0
 _RENEW_S = 0.5
 _POLL_S = 0.05
-
-# KEYS: owner. ARGV: who, milliseconds. Takes the lease if nobody has it or it is ours already.
-_OWN = Script("""#!lua flags=allow-oom
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-""")
-
-_DISOWN = Script("""#!lua flags=allow-oom
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
-return 0
-""")
 
 # KEYS: the job's record. ARGV: what it is to be, milliseconds. Answers what it is.
 _RECORD = Script("""#!lua flags=allow-oom
@@ -92,12 +80,12 @@ class Job:
             await asyncio.wait([self._keeper])
         try:
             if self._connection.connected:
-                await self._connection.run_script(_DISOWN, [self._owner_key], [self._token])
+                await owning.disown(self._connection, self._owner_key, self._token)
         except (BrokerUnavailable, RedisError):
             pass  # it lapses by itself
 
     async def _own(self) -> bool:
-        return bool(await self._connection.run_script(_OWN, [self._owner_key], [self._token, _LEASE_MS], repeat=True))
+        return await owning.own(self._connection, self._owner_key, self._token, _LEASE_S)
 
     async def _keep(self) -> None:
         expiry_in = 0

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import orjson
 
+from . import owning
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
 from .errors import BrokerUnavailable, PenstockError, WireError
@@ -112,21 +113,8 @@ redis.call('DEL', KEYS[2], KEYS[3])
 redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
 """)
 
-# A lease: taken if nobody has it or it is ours already. KEYS: owner. ARGV: who, milliseconds.
-_OWN = Script("""#!lua flags=allow-oom
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-""")
-
 _REPORT = Script("""#!lua flags=allow-oom
 return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-""")
-
-_DISOWN = Script("""#!lua flags=allow-oom
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
-return 0
 """)
 
 
@@ -219,11 +207,10 @@ class Registry:
 
     async def own(self, owner: str, ttl_s: float) -> bool:
         """Take or renew the lease of the instance for ``ttl_s`` seconds; False if somebody else holds it."""
-        taken = await self._connection.run_script(_OWN, [self._keys.owner], [owner, int(ttl_s * 1000)], repeat=True)
-        return bool(taken)
+        return await owning.own(self._connection, self._keys.owner, owner, ttl_s)
 
     async def disown(self, owner: str) -> None:
-        await self._connection.run_script(_DISOWN, [self._keys.owner], [owner], repeat=True)
+        await owning.disown(self._connection, self._keys.owner, owner)
 
     async def drop_lease(self, backend: str, replica: str) -> None:
         """Let the requests of a replica that is known to be dead be taken over now, not only when its lease lapses."""
