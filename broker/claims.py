@@ -151,7 +151,7 @@ _REPLY = Script("""#!lua flags=allow-oom
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
 """)
 
-_PUT_BODY = Script("""#!lua flags=allow-oom
+_PUT = Script("""#!lua flags=allow-oom
 return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 """)
 
@@ -288,7 +288,7 @@ class Claims:
     def mark_streamed(self, place: bytes) -> None:
         """Write down that an answer begins to stream; call it before its first `part`."""
         key, ttl_ms = self._streamed + place.decode(), HISTORY_S * 1000
-        self._commands.post_script(_log_failure, _PUT_BODY, [key], [b"", ttl_ms], repeat=True, patient=True)
+        self._commands.post_script(_log_failure, _PUT, [key], [b"", ttl_ms], repeat=True, patient=True)
 
     def forget_streamed(self, place: bytes) -> None:
         self._commands.post(_log_failure, "UNLINK", self._streamed + place.decode(), repeat=True, patient=True)
@@ -309,9 +309,7 @@ class Claims:
     def put_reply_body(self, caller: str, request: str, body: bytes, ttl_ms: int) -> None:
         """Store the body of a reply that is too large for its stream; call it before `reply`."""
         key = self._keys.reply_body(caller, request)
-        self._commands.post_script(
-            _log_failure, _PUT_BODY, [key], [body, ttl_ms], repeat=True, patient=True, bulky=True
-        )
+        self._commands.post_script(_log_failure, _PUT, [key], [body, ttl_ms], repeat=True, patient=True, bulky=True)
 
     def settle(self, places: Iterable[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""

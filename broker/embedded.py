@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _WATCHDOG = Path(__file__).with_name("_watchdog.py")
 
@@ -190,7 +190,7 @@ class EmbeddedServer:
             locks = [self._directory_fd]
             if self._data_dir is not None:
                 locks.append(stack.enter_context(_locked_data_dir(self._data_dir)))
-            log = stack.enter_context(self._log_path.open("ab"))
+            output = stack.enter_context(self._log_path.open("ab"))
             # -I: neither the environment nor the modules beside the script can change what it imports. -S: no
             # site-packages, for a small and fast process.
             self._watchdog = subprocess.Popen(
@@ -206,7 +206,7 @@ class EmbeddedServer:
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=output,
                 pass_fds=locks,
                 start_new_session=True,
                 cwd="/",
@@ -238,7 +238,7 @@ class EmbeddedServer:
         self._pid = None
         self._deaths += 1
         if self._started and not self._stopping.is_set():
-            _logger.warning("%s; it is started again", what)
+            log.warning("%s; it is started again", what)
 
     def _relaunch(self) -> None:
         while True:
@@ -249,7 +249,7 @@ class EmbeddedServer:
                     self._launch()
                     return
                 except (EmbeddedServerError, OSError) as error:
-                    _logger.error("cannot restart the embedded server: %s", error)
+                    log.error("cannot restart the embedded server: %s", error)
             self._stopping.wait(_RELAUNCH_DELAY_S)
 
     def _wait_until_it_answers(self, timeout_s: float) -> None:

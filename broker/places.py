@@ -25,6 +25,12 @@ def id_of(place: bytes) -> bytes:
     return place[1:] if place.startswith(_BATCH) else place
 
 
+def order_of(entry: bytes) -> tuple[int, int]:
+    """Return what ids of one stream are ordered by: when, in milliseconds, and which of that time."""
+    time_ms, _, sequence = entry.partition(b"-")
+    return int(time_ms), int(sequence or 0)
+
+
 def apart(places: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     """Return the ids on the interactive stream, and those on the batch stream."""
     interactive: list[bytes] = []

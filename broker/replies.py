@@ -17,6 +17,7 @@ from .commands import Script
 from .connection import BLOCK_MS, Connection
 from .errors import BrokerUnavailable
 from .keys import Keys
+from .places import order_of
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +150,13 @@ class ReplyStream:
     async def drain(self) -> None:
         """Return when all that was on the stream when asked has been handed over."""
         last = await self._commands.send("XREVRANGE", self._key, "+", "-", "COUNT", 1, repeat=True)
-        if last and _order(self._last) < (newest := _order(last[0][0])):
+        if last and order_of(self._last) < (newest := order_of(last[0][0])):
             drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._draining.append((newest, drained))
             await drained
 
     def _tell_drained(self) -> None:
-        read = _order(self._last)
+        read = order_of(self._last)
         for newest, drained in self._draining:
             if newest <= read and not drained.done():
                 drained.set_result(None)
@@ -169,14 +170,9 @@ class ReplyStream:
             self._delete_up_to(self._last)
 
     def _delete_up_to(self, place: bytes) -> None:
-        time, _, sequence = place.decode().partition("-")
-        after = f"{time}-{int(sequence or 0) + 1}"
+        time_ms, sequence = order_of(place)
+        after = f"{time_ms}-{sequence + 1}"
         self._commands.post(_ignore, "XTRIM", self._key, "MINID", after, repeat=True)
-
-
-def _order(entry: bytes) -> tuple[int, int]:
-    time, _, sequence = entry.partition(b"-")
-    return int(time), int(sequence or 0)
 
 
 def _ignore(reply: Any) -> None:

@@ -20,6 +20,7 @@ Whoever asked for it by ``Header.window`` may hear of an answer in parts instead
 """
 
 MAX_QUEUED = 10_000
+"""Where a backend's configuration does not say how many unsettled requests it may have."""
 
 
 def batch_limit(max_queued_requests: int) -> int:

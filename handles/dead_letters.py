@@ -10,13 +10,12 @@ from ..broker.dead import DeadLetter, DeadQueue
 from ..broker.keys import Keys
 from . import background
 from .caller import Caller
-from .calls import batch_limit
+from .calls import MAX_QUEUED, batch_limit
 from .errors import BackendNotFound, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")
 
 _ID = re.compile(r"\d{1,20}-\d{1,20}")
-_MAX_QUEUED = 10_000
 
 
 class DeadLetters:
@@ -75,7 +74,7 @@ class DeadLetters:
         snapshot = await caller.registry.snapshot()
         if self.tag not in snapshot.backends:
             raise BackendNotFound(self.tag, snapshot.backends)
-        limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", _MAX_QUEUED))
+        limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", MAX_QUEUED))
         queue = caller.dead_queue(self.tag)
         letter = await queue.get(id_)
         answer = None if letter is None else await queue.replay(letter, limit)

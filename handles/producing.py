@@ -15,10 +15,11 @@ from typing import Any
 
 import orjson
 
+from ..broker.places import order_of
 from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
 from .bodies import check_size
 from .caller import Caller
-from .calls import Call
+from .calls import MAX_QUEUED, Call
 from .codec import dump_json, encode
 from .errors import (
     BrokerUnavailable,
@@ -40,7 +41,6 @@ _CHUNK = 128
 _PATIENCE_S = 60.0
 _RETRY_S = 1.0
 _FOLLOW_S = 10.0
-_MAX_QUEUED = 10_000
 _CONCURRENCY = 16
 """What a replica is taken to run at a time where nothing says how much."""
 
@@ -232,7 +232,7 @@ class Production:
             size: int = config.get("max_batch_size") or 0
             at_once: int = config.get("max_concurrent_queries") or (2 if size else _CONCURRENCY)
             held += max(1, ready) * at_once * max(1, size)
-            most += config.get("max_queued_requests", _MAX_QUEUED) // 2
+            most += config.get("max_queued_requests", MAX_QUEUED) // 2
         return max(1, min(max(_LEAST_WINDOW, 4 * held), most))
 
     # -- items
@@ -275,12 +275,12 @@ class Production:
             return
         if self._places:
             # What is still to be taken may lie anywhere: only what is before all of it may go.
-            oldest = min(self._places.values(), key=_order)
-            number, _, sequence = oldest.partition(b"-")
-            if int(sequence) > 0:
-                results.forget(b"%s-%d" % (number, int(sequence) - 1))
-            elif int(number) > 0:
-                results.forget(b"%d-%d" % (int(number) - 1, 2**64 - 2))
+            oldest = min(self._places.values(), key=order_of)
+            time_ms, sequence = order_of(oldest)
+            if sequence > 0:
+                results.forget(b"%d-%d" % (time_ms, sequence - 1))
+            elif time_ms > 0:
+                results.forget(b"%d-%d" % (time_ms - 1, 2**64 - 2))
         elif self._forgettable:
             results.forget(self._forgettable)
 
@@ -473,8 +473,3 @@ def _nobody(outcome: object) -> None:
 def _index_of(request: str) -> int:
     index = request.rpartition("-")[2]
     return int(index) if index.isdecimal() else -1
-
-
-def _order(place: bytes) -> tuple[int, int]:
-    number, _, sequence = place.partition(b"-")
-    return int(number), int(sequence or 0)

@@ -25,7 +25,8 @@ class Waiting:
     __slots__ = ("outcome", "receive", "since", "watcher")
 
     def __init__(self, receive: Receive, since: float, outcome: asyncio.Future[Outcome]) -> None:
-        self.receive, self.since, self.outcome = receive, since, outcome
+        self.receive, self.since = receive, since
+        self.outcome = outcome
         """What the caller heard of its call, or `HungUp`."""
         self.watcher: asyncio.Task[None] | None = None
 

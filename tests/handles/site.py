@@ -56,9 +56,6 @@ class Site:
         self.declare(name, tag=tag, **config)
         return self._run(self._start(function, tag, {**CONFIG, **config}))
 
-    def stop_serving(self) -> None:
-        self._run(self._stop())
-
     def depth(self, tag: str = "model") -> int:
         """Return how many requests are unsettled."""
         return self._run(self._count(tag))
