@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from penstock.broker.connection import Connection
 from penstock.broker.keys import Keys
@@ -16,6 +16,7 @@ from penstock.handles.caller import Caller
 from penstock.workers import target
 from penstock.workers.runner import Runner
 from penstock.workers.worker import Worker
+from tests.workers.serving import ByReference
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Site:
 
     async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Worker:
         replica = f"{tag}#{next(self._numbers)}"
-        runner = Runner(tag, replica, target.dump(_AsItIs(function)), config)
+        runner = Runner(tag, replica, target.dump(ByReference(function)), config)
         await runner.start()
         worker = Worker(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
@@ -121,25 +122,6 @@ class Site:
         await self._stop()
         await self._registry.erase()
         await self._connection.close()
-
-
-class _AsItIs:
-    """Code of a test, which reaches its runner with the events and lists that it closes over."""
-
-    functions: ClassVar[dict[int, Callable[..., Any]]] = {}
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.functions[id(function)] = function
-        self._key = id(function)
-
-    def __call__(self) -> None: ...
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _found, (self._key,)
-
-
-def _found(key: int) -> Callable[..., Any]:
-    return _AsItIs.functions[key]
 
 
 # -- what workers run

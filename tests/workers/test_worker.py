@@ -155,7 +155,8 @@ async def test_expired_work_is_never_started(redis_url: str) -> None:
     assert ran == [b"fresh"]
 
 
-async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: str) -> None:
+@pytest.mark.parametrize("batch", [False, True])
+async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: str, batch: bool) -> None:
     ran: list[bytes] = []
     busy, release = threading.Event(), threading.Event()
 
@@ -166,14 +167,15 @@ async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: 
             release.wait(30)
 
     async with calling(redis_url) as client, serving(redis_url, record):
-        _, first = client.call(b"first")
+        _, first = client.call(b"first", batch=batch)
         await wait_until_async(busy.is_set)
-        second, _ = client.call(b"second")
+        second, _ = client.call(b"second", batch=batch)
         await second.accepted()
         second.cancel()
         release.set()
         await first
-        await client.ask(b"third")
+        await client.ask(b"third", batch=batch)
+        await wait_until_async(lambda: _is_empty(client))
     assert ran == [b"first", b"third"]
 
 
@@ -420,29 +422,6 @@ async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> N
             replies = await asyncio.gather(*(answer for _, answer in calls))
         assert [reply.status for reply in replies] == [200] * 6
         await wait_until_async(lambda: _is_empty(client))
-
-
-async def test_a_batch_item_that_was_given_up_is_never_started(redis_url: str) -> None:
-    ran: list[bytes] = []
-    busy, release = threading.Event(), threading.Event()
-
-    def record(request: Any) -> None:
-        ran.append(request.data)
-        if request.data == b"first":
-            busy.set()
-            release.wait(30)
-
-    async with calling(redis_url) as client, serving(redis_url, record):
-        _, first = client.call(b"first", batch=True)
-        await wait_until_async(busy.is_set)
-        second, _ = client.call(b"second", batch=True)
-        await second.accepted()
-        second.cancel()
-        release.set()
-        await first
-        await client.ask(b"third", batch=True)
-        await wait_until_async(lambda: _is_empty(client))
-    assert ran == [b"first", b"third"]
 
 
 async def test_a_batch_leaves_places_in_the_queue_to_interactive_requests(redis_url: str) -> None:
