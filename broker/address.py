@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from .errors import ConfigError
 
+REDIS_URL = "PENSTOCK_REDIS_URL"
+"""The environment variable that names the broker where no ``redis_url`` is given."""
+
 _SCHEMES = ("redis", "rediss", "unix")
 _TAKEN = frozenset(
     ("connection_class", "db", "host", "password", "path", "port", "socket_keepalive", "username"),

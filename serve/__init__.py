@@ -1,13 +1,37 @@
-"""What users import to serve: start, connect, Client and its configuration."""
+"""What users import to serve: start, connect, Client and its configuration.
 
-from ..handles import AsyncServeHandle, ServeHandle, errors
-from ..workers.accept_batch import accept_batch
-from ..workers.context import get_current_backend_tag, get_current_replica_tag
-from ..workers.request import Request
-from .client import Client
-from .config import AutoscalingConfig, BackendConfig, HTTPOptions
-from .controller import ControllerActor as ControllerActor  # see there; not for users
-from .start import connect, start
+It lies in `public`, which is loaded when the first of it is used: Ray takes a second, and some of the commands, whose
+modules are below this package, need none of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .public import (
+        AsyncServeHandle,
+        AutoscalingConfig,
+        BackendConfig,
+        Client,
+        HTTPOptions,
+        Request,
+        ServeHandle,
+        accept_batch,
+        connect,
+        errors,
+        get_current_backend_tag,
+        get_current_replica_tag,
+        start,
+    )
+else:
+
+    def __getattr__(name: str) -> object:
+        # `ControllerActor` is for Ray alone; see there.
+        if name not in __all__ and name != "ControllerActor":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # One module, for whoever uses whichever of it: threads that load it meet at one lock.
+        return getattr(import_module(".public", __name__), name)
+
 
 __all__ = [
     "AsyncServeHandle",
@@ -24,3 +48,7 @@ __all__ = [
     "get_current_replica_tag",
     "start",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

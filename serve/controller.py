@@ -343,8 +343,8 @@ def _end_actor(run: asyncio.Task[None]) -> None:
     ray.kill(cast(Any, ray.get_runtime_context()).current_actor)
 
 
-# Whoever gets a handle to this actor imports its class, in a thread of Ray's, while the user's code may import
-# `penstock.serve` in another. Looked for there and not here, it is found under the one lock that both take: with the
-# locks of the module and of its package taken in different orders, Python lets one of them see half a module.
+# Whoever gets a handle to this actor imports its class, in a thread of Ray's, while the user's code may use
+# `penstock.serve` in another. Looked for there and not here, it is found under the one lock that both take, that of
+# `public`: with the locks of several modules taken in different orders, Python lets one of them see half a module.
 ControllerActor.__module__ = "penstock.serve"
 Actor: Any = ray.remote(ControllerActor)

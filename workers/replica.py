@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from ..broker import figures
+from ..broker.address import REDIS_URL
 from ..broker.connection import Connection, FateUnknown
 from ..broker.errors import BrokerUnavailable, PenstockError, RedisError
 from ..broker.keys import Keys
@@ -30,8 +31,6 @@ from .worker import Worker
 log = logging.getLogger(__name__)
 
 NAMESPACE = "penstock"
-REDIS_URL = "PENSTOCK_REDIS_URL"
-"""The environment variable that names the broker where no ``redis_url`` is given."""
 
 _RETRY_S = 0.5
 _PROMPTLY_S = 1.0

@@ -1,5 +1,11 @@
-"""The command ``penstock``: one module for each of its commands."""
+"""The command ``penstock``: one module for each of its commands, loaded when it is asked for."""
 
-from .main import main
+from .exits import end_if_interrupted
 
-__all__ = ["main"]
+
+def main() -> None:
+    """Run the command, and end the process with its exit code."""
+    end_if_interrupted()
+    from .command import run  # not before: loading it takes longer than anything else here
+
+    run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,15 +20,18 @@ from ...handles.batch import Batch
 from ...handles.errors import MalformedBody
 from ...handles.producing import Indices
 from ...handles.results import Response
-from .common import FAILED, door_to, error_of, telling_what_is_wrong, which_instance, wrong
+from .common import door_to, error_of, telling_what_is_wrong, which_instance, wrong
+from .exits import FAILED
 from .rows import Format, Rows
 
 _SAFE_EVERY_S = 1.0
 _SHOW_EVERY = 64
+_LEAST_URGENT = 19
+"""Replicas and proxies have 15, from Ray: only more than that stands back for them."""
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
-@click.command(short_help="Send every row of a file through an endpoint.")
+@click.command()
 @click.argument("endpoint")
 @click.argument("input_", metavar="INPUT")
 @which_instance
@@ -51,6 +54,14 @@ _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_
     show_default="64 MiB",
     help="A longer row is an error.",
 )
+@click.option(
+    "--nice",
+    type=click.IntRange(0, _LEAST_URGENT),
+    default=_LEAST_URGENT,
+    show_default=True,
+    help="The priority of this process, as nice(1) has it. Replicas and proxies run at 15, from Ray: with less, this "
+    "takes their time where it shares their machine.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 @click.option("--json", "json", is_flag=True, help="Write the summary as JSON, to standard error.")
 def batch(
@@ -66,6 +77,7 @@ def batch(
     method: str,
     shard_key: str | None,
     max_row_bytes: int,
+    nice: int,
     quiet: bool,
     json: bool,
 ) -> None:
@@ -88,6 +100,7 @@ def batch(
       penstock batch digit images.csv -o digits.jsonl --job nightly
       zcat rows.gz | penstock batch score - -o - | jq .result
     """  # noqa: D301
+    _stand_back(nice)
     with ExitStack() as stack:
         try:
             rows = Rows(input_, format_, max_row_bytes)
@@ -127,6 +140,13 @@ def batch(
         click.echo(str(tally), err=True)
     if tally.errors or failed:
         sys.exit(FAILED)
+
+
+def _stand_back(nice: int) -> None:
+    """Let the machine run others first, so that web traffic goes first there as it does in the queue."""
+    # Of this thread, and of those that it begins: there is none yet.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 class _Tally:

@@ -10,7 +10,8 @@ import orjson
 
 from ...handles.errors import BackendError, PenstockError
 from ...handles.results import Response
-from .common import FAILED, as_json, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import as_json, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
+from .exits import FAILED
 
 
 @click.command()

@@ -9,15 +9,12 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
+from ...broker.address import REDIS_URL
 from ...broker.errors import ConfigError
 from ...handles import connect as connect_thin
 from ...handles.connection import Connected
 from ...handles.errors import BackendNotFound, EndpointNotFound
-from ...workers.replica import REDIS_URL
-from ..client import Client
-from ..start import connect
-
-FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+from .exits import USAGE
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -59,11 +56,6 @@ def telling_what_is_wrong() -> Generator[None]:
         yield
     except (ConfigError, EndpointNotFound, BackendNotFound, TypeError) as e:
         wrong(e)
-
-
-def client_of(redis_url: str | None, instance: str) -> Client:
-    with telling_what_is_wrong():
-        return connect(redis_url, instance)
 
 
 def door_to(redis_url: str | None, instance: str) -> Connected:

@@ -15,7 +15,8 @@ from ...broker.dead import DeadLetter
 from ...handles.codec import decode
 from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
-from .common import FAILED, as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
+from .exits import FAILED
 
 _SHOWN = 2_000
 """Characters of a body."""

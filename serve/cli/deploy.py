@@ -16,12 +16,14 @@ from ...handles import background
 from ..application import Application, Step, plan, read
 from ..client import Client
 from ..instance import Instance
-from .common import FAILED, USAGE, as_json, client_of, error_of, which_instance, write_json, wrong
+from .common import as_json, error_of, which_instance, write_json, wrong
+from .connecting import client_of
+from .exits import FAILED, USAGE
 
 _SIGNS = {"create": "+", "update": "~", "configure": "~", "delete": "-"}
 
 
-@click.command(short_help="Bring about what a file declares.")
+@click.command()
 @click.argument("file")
 @which_instance
 @click.option("--check", is_flag=True, help="Show what would change, and change nothing.")

@@ -10,9 +10,10 @@ from typing import Any, cast
 import click
 import ray
 
-from ...workers.replica import REDIS_URL
-from ..start import start as start_instance
-from .common import as_json, client_of, telling_what_is_wrong, which_instance, write_json, wrong
+from ...broker.address import REDIS_URL
+from ..doors import start as start_instance
+from .common import as_json, telling_what_is_wrong, which_instance, write_json, wrong
+from .connecting import client_of
 
 
 @click.command()

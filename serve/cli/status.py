@@ -13,10 +13,11 @@ from rich.text import Text
 from ...broker.errors import BrokerUnavailable
 from ..client import Client
 from ..status import Status
-from .common import as_json, client_of, error_of, which_instance, write_json
+from .common import as_json, error_of, which_instance, write_json
+from .connecting import client_of
 
 
-@click.command(short_help="Show how an instance is doing.")
+@click.command()
 @which_instance
 @click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
 @click.option("--every", default=1.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")

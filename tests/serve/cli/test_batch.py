@@ -219,6 +219,18 @@ def test_a_job_that_goes_on_still_says_that_there_were_errors(site: Site, pensto
     assert len(lines_of(tmp_path / "out.jsonl")) == 2
 
 
+@pytest.mark.parametrize(("options", "nice"), [((), 19), (("--nice", "5"), 5)])
+def test_it_stands_back_for_what_serves_on_its_machine(
+    site: Site, tmp_path: Path, options: tuple[str, ...], nice: int
+) -> None:
+    site.declare()
+    (tmp_path / "in.jsonl").write_text("1\n")
+    with _batch(site.url, tmp_path / "in.jsonl", tmp_path / "out.jsonl", *options) as process:
+        wait_until(lambda: site.batch_depth() == 1)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == max(nice, os.getpriority(os.PRIO_PROCESS, 0))
+        process.terminate()
+
+
 def test_an_interrupted_job_says_how_it_goes_on(site: Site, tmp_path: Path) -> None:
     site.declare()
     (tmp_path / "in.jsonl").write_text("1\n2\n3\n")
@@ -300,7 +312,7 @@ def _dying_replicas(url: str) -> Generator[list[int]]:
 
 NURSERY = """
 import os, sys
-from penstock.serve.cli import main
+from penstock.serve.cli import batch, main
 
 for _ in sys.stdin:
     if (pid := os.fork()) == 0:

@@ -15,12 +15,13 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..broker.address import REDIS_URL
 from ..broker.connection import shown_url, user_of
 from ..broker.embedded import EmbeddedServer, EmbeddedServerError
 from ..broker.errors import ConfigError
 from ..broker.keys import Keys
 from ..handles import background
-from ..workers.replica import NAMESPACE, REDIS_URL
+from ..workers.replica import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
 from .controller import LEASE_S, Actor

@@ -6,18 +6,12 @@ import logging
 import os
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
 
 import click
 
-from ...broker.errors import BrokerUnavailable, PenstockError
-from .batch import batch
-from .call import call
-from .common import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE
-from .dead import dead
-from .deploy import deploy
-from .lifetime import shutdown, start
-from .status import status
+from .exits import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE, raise_if_interrupted
 
 _AT_ONCE_S = 1.0
 
@@ -27,7 +21,41 @@ wrong, and nothing was done; 3 the broker cannot be reached; 130 interrupted.
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EPILOG)
+_COMMANDS = {
+    "start": ("lifetime", "Start an instance that outlives this command."),
+    "deploy": ("deploy", "Bring about what a file declares."),
+    "status": ("status", "Show how an instance is doing."),
+    "call": ("call", "Call an endpoint once, and write what it answers."),
+    "batch": ("batch", "Send every row of a file through an endpoint."),
+    "dead": ("dead", "See to the requests that nobody could serve."),
+    "shutdown": ("lifetime", "End an instance, and delete all that it has in its broker."),
+}
+"""The module of each, and what it does."""
+
+
+class _Commands(click.Group):
+    """The commands, each of which is loaded when it is asked for: some need Ray, which takes a second."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f".{module}", __package__), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, does) for name, (_, does) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
 @click.version_option(package_name="penstock")
 def penstock() -> None:
     """Serve Python functions and models from one durable queue per backend.
@@ -42,13 +70,10 @@ def penstock() -> None:
       penstock status --watch
       penstock shutdown
     """  # noqa: D301 - click reads \b as: do not wrap what follows
+    raise_if_interrupted()
 
 
-for command in (start, deploy, status, call, batch, dead, shutdown):
-    penstock.add_command(command)
-
-
-def main() -> None:
+def run() -> None:
     """Run the command, and end the process with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger().addHandler(_Log())
@@ -66,12 +91,13 @@ def main() -> None:
         # Whoever read our output has enough of it. The interpreter's last flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
-    except BrokerUnavailable as e:
+    except Exception as e:
+        from ...broker.errors import BrokerUnavailable, PenstockError  # whoever raised it has loaded them
+
+        if not isinstance(e, PenstockError | OSError):
+            raise
         click.echo(f"Error: {e}", err=True)
-        sys.exit(UNAVAILABLE)
-    except (PenstockError, OSError) as e:
-        click.echo(f"Error: {e}", err=True)
-        sys.exit(FAILED)
+        sys.exit(UNAVAILABLE if isinstance(e, BrokerUnavailable) else FAILED)
 
 
 class _Log(logging.Handler):
