@@ -7,7 +7,8 @@ Each stream has one consumer group, and each replica is a consumer of it. An ent
 its claim to its settling, so a replica that dies leaves a record of exactly what it held.
 
 The number of deliveries that Redis keeps for each pending entry tells how many replicas have held it. More than one
-means a suspect: somebody died with it in hand. Suspects are handed out one at a time by `Claims.adopt`, and run alone.
+means a suspect: somebody died with it in hand. Suspects are handed out by `Claims.adopt` one at a time, so that who
+takes them can say what runs beside them.
 
 All of this is about work that was accepted, so none of it is refused by a broker that is out of memory.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import orjson
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import OutOfMemoryError
 
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
@@ -56,6 +57,15 @@ class Taken:
     streamed: bool = False
     """Its answer had begun to stream."""
 
+
+# Makes the streams and their groups where they are not there. KEYS: the streams. ARGV: group.
+_ENSURE = Script("""#!lua flags=allow-oom
+for _, stream in ipairs(KEYS) do
+  local made = redis.pcall('XGROUP', 'CREATE', stream, ARGV[1], '0', 'MKSTREAM')
+  if made.err and not string.find(made.err, 'BUSYGROUP') then return made end
+end
+return 0
+""")
 
 # What there is to take over. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
 # entries the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way:
@@ -208,12 +218,7 @@ class Claims:
 
     async def ensure_group(self) -> None:
         """Create the streams and their groups if they are not there. What was published before is delivered."""
-        for stream in self._streams:
-            try:
-                await self._commands.send("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM", repeat=True)
-            except ResponseError as e:
-                if not str(e).startswith("BUSYGROUP"):
-                    raise
+        await self._commands.run_script(_ENSURE, self._streams, [GROUP], repeat=True)
 
     def claim(self, up_to: int, then: Callable[[Any], None]) -> None:
         """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(place, fields)``, or an exception.

@@ -113,6 +113,10 @@ redis.call('DEL', KEYS[2], KEYS[3])
 redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
 """)
 
+_PUT_SETTINGS = Script("""#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], ARGV[1])
+""")
+
 _REPORT = Script("""#!lua flags=allow-oom
 return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 """)
@@ -203,7 +207,7 @@ class Registry:
         return None if raw is None else cast("dict[str, Any]", orjson.loads(raw))
 
     async def put_settings(self, settings: Mapping[str, Any]) -> None:
-        await self._connection.send("SET", self._keys.settings, orjson.dumps(settings), repeat=True)
+        await self._connection.run_script(_PUT_SETTINGS, [self._keys.settings], [orjson.dumps(settings)], repeat=True)
 
     async def own(self, owner: str, ttl_s: float) -> bool:
         """Take or renew the lease of the instance for ``ttl_s`` seconds; False if somebody else holds it."""

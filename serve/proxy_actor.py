@@ -23,7 +23,7 @@ class HTTPProxy(DrainsOnSigterm):
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)
-        # No request of its own lasts longer.
+        # By then each request has its answer, or the beginning of one that streams and is cut off.
         self.on_sigterm(partial(self._proxy.drain, float(options.get("request_timeout_s", 60.0))))
 
     async def ready(self) -> dict[str, Any]:

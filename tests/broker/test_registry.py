@@ -213,7 +213,7 @@ async def test_erasing_leaves_no_key_and_touches_no_other_instance(
     await other.erase()
 
 
-async def test_a_broker_out_of_memory_takes_changes_reports_and_leases(
+async def test_a_broker_out_of_memory_takes_changes_reports_settings_and_leases(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)
@@ -221,6 +221,7 @@ async def test_a_broker_out_of_memory_takes_changes_reports_and_leases(
     await commands.send("CONFIG", "SET", "maxmemory", 1)
     assert await registry.change(lambda seen: adding(backend("model"))) == 1
     await registry.report("replicas", "model#1", {"state": "ready"})
+    await registry.put_settings({"stopping": "keep"})
     assert await registry.own("me", 60)
     await registry.disown("me")
 
