@@ -93,7 +93,7 @@ class Rows:
             file = Path(self._path, name)
             try:
                 size = file.stat().st_size
-                yield PayloadTooLarge(size, self._max_bytes) if size > self._max_bytes else file.read_bytes()
+                yield self._too_large(size) if size > self._max_bytes else file.read_bytes()
             except OSError as e:
                 yield e
 
@@ -119,7 +119,10 @@ class Rows:
         while not line.endswith(b"\n") and (line := self._file.readline(1 << 20)):  # the rest of it, piece by piece
             size += len(line)
         self.read += size - self._max_bytes - 2
-        return PayloadTooLarge(size, self._max_bytes)
+        return self._too_large(size)
+
+    def _too_large(self, size: int) -> PayloadTooLarge:
+        return PayloadTooLarge(size, self._max_bytes, "--max-row-bytes")
 
     def _lines_of_text(self) -> Iterator[str]:
         assert self._file is not None

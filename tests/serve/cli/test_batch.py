@@ -68,6 +68,7 @@ def test_bad_rows_become_error_lines_that_name_the_row_and_the_rest_goes_on(
     assert malformed["error"]["type"] == "MalformedBody"
     assert raised["error"] == {"type": "ValueError", "message": "not this one"}
     assert large["error"]["type"] == "PayloadTooLarge"
+    assert "(--max-row-bytes is 20)" in large["error"]["message"]
     assert "empty" in empty["error"]["message"]
 
 
