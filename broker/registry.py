@@ -23,8 +23,9 @@ import orjson
 from . import owning
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
-from .errors import BrokerUnavailable, PenstockError, WireError
+from .errors import BrokerUnavailable, ConfigError, OutOfMemoryError, PenstockError, WireError
 from .keys import Keys
+from .wire import LARGEST
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +168,22 @@ class Registry:
                 return int(version)
 
     async def put_code(self, blob: bytes) -> str:
-        """Store a backend's code, or the files that come with it, and return its digest (SHA-256)."""
+        """Store a backend's code, or the files that come with it, and return its digest (SHA-256).
+
+        Raises:
+            ConfigError: it is larger than Redis takes.
+            PenstockError: the broker is out of memory.
+        """
+        if len(blob) > LARGEST:
+            raise ConfigError(
+                f"{len(blob)} bytes of code and arguments are more than Redis takes (its proto-max-bulk-len is "
+                f"{LARGEST}): let replicas read what is large, such as a model, from a file"
+            )
         digest = hashlib.sha256(blob).hexdigest()
-        await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
+        try:
+            await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
+        except OutOfMemoryError:
+            raise PenstockError(f"the broker has no memory left for {len(blob)} bytes of code") from None
         return digest
 
     async def get_code(self, digest: str) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from ..broker.dead import DeadLetter, DeadQueue
+from ..broker.errors import OutOfMemoryError
 from ..broker.keys import Keys
 from . import background
 from .caller import Caller
@@ -65,7 +66,7 @@ class DeadLetters:
             TypeError, ConfigError, PenstockError: see `get`; or its body has expired.
             WireError: it cannot be read.
             BackendNotFound: the backend is no more.
-            Overloaded: the backend's queue is full.
+            Overloaded: the backend's queue is full, or the broker is out of memory.
         """
         background.run(self._replay(_checked(id_)))
 
@@ -77,7 +78,10 @@ class DeadLetters:
         limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", MAX_QUEUED))
         queue = caller.dead_queue(self.tag)
         letter = await queue.get(id_)
-        answer = None if letter is None else await queue.replay(letter, limit)
+        try:
+            answer = None if letter is None else await queue.replay(letter, limit)
+        except OutOfMemoryError:
+            raise Overloaded(self.tag, 0, limit) from None
         if answer is None:
             raise self._none(id_)
         if isinstance(answer, int):

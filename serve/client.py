@@ -100,8 +100,9 @@ class Client(Connected):
         Raises:
             TypeError: an argument is of the wrong type, the code does not take one request, its constructor does not
                 take what was given, or something cannot be pickled.
-            ConfigError: there is such a backend already, a value cannot be, or the cluster does not have what all its
-                replicas need; the message says what was asked for and what there is.
+            ConfigError: there is such a backend already, a value cannot be, the code with its arguments is larger than
+                Redis takes (512 MiB), or the cluster does not have what all its replicas need; the message says what
+                was asked for and what there is.
             BackendError: a replica could not start; its ``traceback`` is that of the constructor.
         """
         validation.check_tag(tag)

@@ -12,7 +12,7 @@ import pytest
 
 from penstock.broker.connection import Connection
 from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.errors import PenstockError, WireError
+from penstock.broker.errors import ConfigError, PenstockError, WireError
 from penstock.broker.keys import Keys
 from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry, Snapshot, Watcher
 from tests.broker.conftest import Connect
@@ -224,6 +224,18 @@ async def test_a_broker_out_of_memory_takes_changes_reports_settings_and_leases(
     await registry.put_settings({"stopping": "keep"})
     assert await registry.own("me", 60)
     await registry.disown("me")
+    with pytest.raises(PenstockError, match="no memory left for 4 bytes of code"):
+        await registry.put_code(b"code")
+
+
+async def test_code_that_redis_would_not_take_is_refused_before_it_is_sent(
+    redis_url: str, connect: Connect, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent, it would cut the connection, and all others who share it."""
+    registry = Registry(await connect(redis_url), keys)
+    monkeypatch.setattr("penstock.broker.registry.LARGEST", 1000)
+    with pytest.raises(ConfigError, match=r"1001 bytes of code .* \(its proto-max-bulk-len is 1000\)"):
+        await registry.put_code(bytes(1001))
 
 
 # -- watchers

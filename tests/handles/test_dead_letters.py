@@ -7,6 +7,8 @@ from typing import Any, cast
 import pytest
 from redis import Redis
 
+from penstock import handles
+from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.keys import Keys
 from penstock.broker.wire import LARGE, Entry, Header
 from penstock.handles.connection import Connected
@@ -104,6 +106,20 @@ def test_a_full_queue_refuses_a_replay_and_the_letter_stays(site: Site, connecte
     with pytest.raises(Overloaded):
         letters.replay(second)
     assert [letter.id for letter in letters] == [second]
+
+
+def test_a_broker_out_of_memory_refuses_a_replay_and_the_letter_stays(durable: EmbeddedServer) -> None:
+    site = Site(durable.url)
+    site.declare()
+    dead = bury(site, entry())
+    with Redis.from_url(durable.url) as redis, handles.connect(durable.url, INSTANCE) as connected:
+        letters = connected.dead_letters("model")
+        redis.config_set("maxmemory", 1)
+        with pytest.raises(Overloaded, match="no memory left for requests to 'model'"):
+            letters.replay(dead)
+        redis.config_set("maxmemory", 0)
+        assert [letter.id for letter in letters] == [dead]
+    site.close()
 
 
 def test_wrong_names_are_refused(site: Site, connected: Connected) -> None:
