@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from redis import Redis
+
 from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
 from tests.serve.cli.conftest import Penstock
@@ -78,3 +80,16 @@ def test_dead_letters_that_are_not_there(site: Site, penstock: Penstock) -> None
     assert penstock("dead", "show", "model", "1-0").code == 1
     assert penstock("dead", "show", "model", "x").code == 2
     assert penstock("dead", "drop", "model").code == 2
+
+
+def test_what_the_broker_does_not_allow_is_told_in_a_line(site: Site, penstock: Penstock) -> None:
+    rules = ("on", "nopass", "-@all", "+ping", "+time", "+select", "+client|setname")
+    with Redis.from_url(site.url) as redis:
+        redis.execute_command("ACL", "SETUSER", "guest", "reset", *rules)
+        try:
+            ran = penstock("dead", "list", "model", url=site.url.replace("unix://", "unix://guest:x@"))
+        finally:
+            redis.execute_command("ACL", "DELUSER", "guest")
+    assert ran.code == 1
+    assert ran.err.startswith("Error: the broker refused it: "), ran.err
+    assert ran.err.count("\n") == 1
