@@ -12,6 +12,7 @@ import logging
 import math
 from collections import deque
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from ..broker.claims import Claims, Taken
@@ -25,6 +26,7 @@ from ..handles.errors import to_wire
 from .answers import Answers
 from .batches import Batches
 from .fairness import BATCH_SHARE, Fairness
+from .foresight import Foresight
 from .held import Held
 from .outlet import PartsOutlet
 from .prospects import Prospects
@@ -94,6 +96,9 @@ class Consumer:
         self._run_s = 1.0
         """How long a call takes: an average that believes slowness at once and quickness slowly."""
         self._last_done = 0.0
+        self._foresight = Foresight()
+        self._nearing: asyncio.TimerHandle | None = None
+        """Goes off when the running call is about to end."""
         self.idle = asyncio.Event()
         self.wake = asyncio.Event()
         self._loading: set[asyncio.Task[None]] = set()
@@ -111,8 +116,9 @@ class Consumer:
     def close(self) -> None:
         """Drop what is held; answers that stream break off."""
         self._batches.close()
-        if self._recall is not None:
-            self._recall.cancel()
+        for timer in (self._recall, self._nearing):
+            if timer is not None:
+                timer.cancel()
         for task in self._loading:
             task.cancel()
         for flow in self.outlet.flows:
@@ -131,6 +137,7 @@ class Consumer:
         """0 where the user's code takes one request at a time."""
         self.claim_size = max(_CLAIM, self.batch_size)
         """One claim takes no more than this."""
+        self._one_by_one = self._runner.blocking and self._concurrency == 1 and not self.batch_size
         self._batches.configure(self.batch_size, self._concurrency, config.get("batch_wait_timeout", 0.0))
         self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
 
@@ -164,6 +171,9 @@ class Consumer:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
             capacity = self._concurrency
+            # Not while batch items wait: whoever comes in that last moment would wait behind one of them.
+            if self.held and not self._sharing and self._foresight.nears_end(monotonic()):
+                capacity += 1
         return capacity - len(self.held)
 
     def ask(self) -> None:
@@ -355,6 +365,17 @@ class Consumer:
             held.running = running
         if self._runner.blocking and len(self.held) > self._concurrency:
             self._watch_for_slowness()
+        elif self._one_by_one:
+            self._foresee_end()
+
+    def _foresee_end(self) -> None:
+        """A call begins: ask for the next request shortly before its end, if that can be told."""
+        if self._nearing is not None:
+            self._nearing.cancel()
+            self._nearing = None
+        now_s = monotonic()  # the loop's time may be one of whole milliseconds
+        if self._run_s > _SLOW_S and (ask_at_s := self._foresight.begin(now_s)) is not None:
+            self._nearing = self._loop.call_later(ask_at_s - now_s, self.ask)
 
     def _on_done(self, entry: Entry, reply: Reply) -> None:
         self._finish(entry, reply)
@@ -373,7 +394,7 @@ class Consumer:
             self._claims.give_back([held.place])
         else:
             if not was_cancelled:
-                self._learn(entry.header.deadline_ms, reply.run_ms)
+                self._learn(entry, reply.run_ms)
             if reply.error is None:
                 self.tally.served += 1
                 self.tally.run_ms += reply.run_ms
@@ -394,11 +415,16 @@ class Consumer:
         if self.returned:
             self.wake.set()
 
-    def _learn(self, deadline_ms: int, run_ms: float) -> None:
-        run_s = run_ms / 1000
+    def _learn(self, entry: Entry, run_ms: float) -> None:
+        run_s, deadline_ms = run_ms / 1000, entry.header.deadline_ms
         self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
         left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
         self._prospects.saw(run_ms, left_ms, self._last_done)
+        if self._one_by_one:
+            # What streams may do so from the loop, and has left the thread free: nothing else shall begin there yet.
+            self._foresight.end(math.inf if self.outlet.carries(entry) else run_s)
+            if len(self.held) > 1:
+                self._foresee_end()  # of the next, which was at hand
 
     def _place_of(self, entry: Entry) -> bytes | None:
         held = self._by_entry.get(id(entry))
@@ -434,13 +460,15 @@ class Consumer:
     def _watch_for_slowness(self) -> None:
         """Nobody shall wait behind a slow call while another replica may be idle."""
         if self._recall is None:
-            self._recall = self._loop.call_later(_STUCK_S, self._on_stuck)
+            patience_s = self._foresight.patience_s(monotonic(), unforeseen=_STUCK_S)
+            self._recall = self._loop.call_later(patience_s, self._on_stuck)
 
     def _on_stuck(self) -> None:
         self._recall = None
         if len(self.held) <= self.capacity and not self.nursing:
             return
-        if self._loop.time() - self._last_done < _STUCK_S:
+        unforeseen_s = self._last_done + _STUCK_S - self._loop.time()
+        if self._foresight.patience_s(monotonic(), unforeseen=unforeseen_s) > 0:
             self._watch_for_slowness()
             return
         self._run_s = max(self._run_s, 2 * _SLOW_S)
