@@ -48,7 +48,7 @@ def counted(replicas: int) -> str:
     return f"{replicas} replica" + ("" if replicas == 1 else "s")
 
 
-ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
+ALL = ("penstock", "penstock-async", "ray", "ray-haproxy", "ray-haproxy-def", "litserve", "mosec", "uvicorn")
 ECHO = ("penstock", "ray", "ray-haproxy", "litserve", "mosec", "uvicorn")
 PATHS = ("path", "path-xadd", "path-script")
 SLEEP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")

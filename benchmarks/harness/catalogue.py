@@ -33,7 +33,11 @@ class System:
         return [str(python), str(PROGRAMS / self.program), *asked]
 
 
+ASYNC, DEF = "PENSTOCK_BENCH_ASYNC", "RAY_BENCH_DEF"
+"""What a server is told where its no-op is to be of the other kind than it is by default."""
+
 RAY_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+RAY_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
 SYSTEMS = {
     system.name: system
@@ -41,7 +45,7 @@ SYSTEMS = {
         System(name="penstock", title="Penstock", program="penstock_server.py", is_peer=False, env=RAY_QUIET),
         System(
             name="penstock-async", title="Penstock, `async def`", program="penstock_server.py", is_peer=False,
-            env={**RAY_QUIET, "PENSTOCK_BENCH_ASYNC": "1"},
+            env={**RAY_QUIET, ASYNC: "1"},
         ),
         System(name="path", title="Penstock without Ray", program="path_server.py", is_peer=False),
         System(
@@ -55,7 +59,11 @@ SYSTEMS = {
         System(name="ray", title="Ray Serve, default", program="ray_serve.py", env=RAY_QUIET),
         System(
             name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="ray_serve.py",
-            env={**RAY_QUIET, "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+            env={**RAY_QUIET, **RAY_HAPROXY},
+        ),
+        System(
+            name="ray-haproxy-def", title="Ray Serve, HAProxy, throughput mode, `def`", program="ray_serve.py",
+            env={**RAY_QUIET, **RAY_HAPROXY, DEF: "1"},
         ),
         System(name="litserve", title="LitServe", program="litserve_server.py", path="/predict", get=False),
         System(name="mosec", title="Mosec", program="mosec_server.py", path="/inference", get=False),

@@ -1,7 +1,7 @@
 """Ray Serve, with its own proxy or, told by the environment, with HAProxy in front of the replicas.
 
 ``RAY_SERVE_ENABLE_HA_PROXY=1`` and ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` are Ray's own switches; the catalogue sets
-them. Logging is as shipped.
+them. Logging is as shipped. ``RAY_BENCH_DEF=1`` makes the no-op a ``def``, which Ray runs on a thread, as Penstock does.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def main(job: Job) -> None:
     async def noop(request: Request) -> Any:
         return NOOP_ANSWER
 
+    def blocking_noop(request: Request) -> Any:
+        return NOOP_ANSWER
+
     async def echo(request: Request) -> Any:
         return Response(await request.body(), media_type="application/octet-stream")
 
@@ -89,7 +92,8 @@ def main(job: Job) -> None:
         async def __call__(self, request: Request) -> Any:
             return await self.answers(await request.json())
 
-    code: dict[str, Any] = {"noop": noop, "echo": echo, "sleep": sleep, "digits": Digits}
+    plain = blocking_noop if os.environ.get("RAY_BENCH_DEF") == "1" else noop
+    code: dict[str, Any] = {"noop": plain, "echo": echo, "sleep": sleep, "digits": Digits}
     ray.init(include_dashboard=False, num_cpus=job.replicas + 2, _node_ip_address="127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": job.port})
     deployment = serve.deployment(
