@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
-from typing import Any, Union, cast
+from typing import Any, NamedTuple, Union, cast
 from uuid import UUID
 
 import orjson
@@ -29,9 +29,8 @@ LARGE = 256 * 1024
 LARGEST = 512 * 1024 * 1024
 """What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
 
-ID, CALLER = b"id", b"by"
-"""The fields of an entry by which the broker is asked for it."""
-_V, _HEADER, _BODY, _LARGE, _MANY = b"v", b"h", b"b", b"large", b"n"
+VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
+BODY_FIELD, LARGE_FIELD, _MANY = b"b", b"large", b"n"
 
 PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Pairs = list[tuple[str, str]]
@@ -137,9 +136,13 @@ class Entry:
     large: bool = False
     """The body is not here but in a key of its own."""
 
+    def raw(self) -> RawEntry:
+        body = None if self.large else self.body
+        return RawEntry(self.id.encode(), self.caller.encode(), self.header.dump(), body)
+
     def fields(self) -> list[bytes]:
         """Return names and values in turn, as ``XADD`` takes them."""
-        return entry_fields(self.id, self.caller, self.header.dump(), None if self.large else self.body)
+        return self.raw().fields()
 
     @classmethod
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Entry:
@@ -151,21 +154,32 @@ class Entry:
         named = _named(fields)
         try:
             return cls(
-                named[ID].decode(),
-                named[CALLER].decode(),
-                _header_of(named[_HEADER]),
-                named.get(_BODY, b""),
-                named.get(_LARGE) == b"1",
+                named[ID_FIELD].decode(),
+                named[CALLER_FIELD].decode(),
+                _header_of(named[HEADER_FIELD]),
+                named.get(BODY_FIELD, b""),
+                named.get(LARGE_FIELD) == b"1",
             )
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
 
 
-def entry_fields(id_: str, caller: str, header: bytes, body: bytes | None) -> list[bytes]:
-    """Return the fields of an `Entry` whose header is written already; ``body`` is None for a large one."""
-    fields = [_V, VERSION, ID, id_.encode(), CALLER, caller.encode(), _HEADER, header]
-    fields += (_LARGE, b"1") if body is None else (_BODY, body)
-    return fields
+class RawEntry(NamedTuple):
+    """The values of an `Entry` as bytes, apart from each other: many requests in a row differ in two of them."""
+
+    id: bytes
+    caller: bytes
+    header: bytes
+    body: bytes | None
+    """None for a large one."""
+
+    def fields(self) -> list[bytes]:
+        fields = [VERSION_FIELD, VERSION, ID_FIELD, self.id, CALLER_FIELD, self.caller, HEADER_FIELD, self.header]
+        return [*fields, *self.body_field()]
+
+    def body_field(self) -> tuple[bytes, bytes]:
+        """Return the name and the value of the field that says what the body is, or that it is elsewhere."""
+        return (LARGE_FIELD, b"1") if self.body is None else (BODY_FIELD, self.body)
 
 
 _last_header = (Header().dump(), Header())
@@ -217,8 +231,8 @@ class Reply:
             "queue_ms": self.queue_ms,
             "run_ms": self.run_ms,
         }
-        fields = [_V, VERSION, ID, self.id.encode(), _HEADER, orjson.dumps(header)]
-        fields += (_LARGE, b"1") if self.large else (_BODY, self.body)
+        fields = [VERSION_FIELD, VERSION, ID_FIELD, self.id.encode(), HEADER_FIELD, orjson.dumps(header)]
+        fields += (LARGE_FIELD, b"1") if self.large else (BODY_FIELD, self.body)
         return fields
 
     @staticmethod
@@ -234,7 +248,7 @@ class Reply:
             "queue_ms": [reply.queue_ms for reply in replies],
             "run_ms": [reply.run_ms for reply in replies],
         }
-        fields = [_V, VERSION, _MANY, b"%d" % len(replies), _HEADER, orjson.dumps(header)]
+        fields = [VERSION_FIELD, VERSION, _MANY, b"%d" % len(replies), HEADER_FIELD, orjson.dumps(header)]
         for reply in replies:
             fields += (reply.id.encode(), reply.body)
         return fields
@@ -245,7 +259,7 @@ class Reply:
         if len(fields) < 6 or fields[2] != _MANY:
             return [cls.of(fields)]
         try:
-            members = _loads(_named(fields[:6])[_HEADER])
+            members = _loads(_named(fields[:6])[HEADER_FIELD])
         except KeyError as e:
             raise _wrong_field(e) from None
         queue_ms, run_ms = members.pop("queue_ms", None), members.pop("run_ms", None)
@@ -273,7 +287,7 @@ class Reply:
         if len(fields) >= 6 and fields[2] == _MANY:
             found = list(fields[6::2])
         else:
-            found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == ID][:1]
+            found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == ID_FIELD][:1]
         return [id_.decode(errors="replace") for id_ in found]
 
     @classmethod
@@ -281,10 +295,10 @@ class Reply:
         """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
         named = _named(fields)
         try:
-            id_, header = named[ID].decode(), named[_HEADER]
+            id_, header = named[ID_FIELD].decode(), named[HEADER_FIELD]
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
-        return cls._said(_loads(header), id_, named.get(_BODY, b""), named.get(_LARGE) == b"1")
+        return cls._said(_loads(header), id_, named.get(BODY_FIELD, b""), named.get(LARGE_FIELD) == b"1")
 
     @classmethod
     def _said(cls, members: dict[str, Any], id_: str = "", body: bytes = b"", large: bool = False) -> Reply:
@@ -366,14 +380,15 @@ class Part:
         header: dict[str, Any] = {"n": self.number, "codec": self.codec, "sizes": self.sizes, "more": self.more}
         if self.number == 0:
             header |= {"status": self.status, "headers": self.headers}
-        return [_V, PART_VERSION, ID, self.id.encode(), _HEADER, orjson.dumps(header), _BODY, self.body]
+        fields = [VERSION_FIELD, PART_VERSION, ID_FIELD, self.id.encode(), HEADER_FIELD, orjson.dumps(header)]
+        return [*fields, BODY_FIELD, self.body]
 
     @classmethod
     def of(cls, fields: Sequence[bytes] | Mapping[bytes, bytes]) -> Part:
         """Read what `fields` wrote. Raises `WireError` as `Entry.of` does."""
         named = _named(fields, PART_VERSION)
         try:
-            id_, header, body = named[ID].decode(), named[_HEADER], named[_BODY]
+            id_, header, body = named[ID_FIELD].decode(), named[HEADER_FIELD], named[BODY_FIELD]
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
         members = _loads(header)
@@ -407,7 +422,7 @@ def _named(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes = VERS
         if len(fields) % 2:
             raise WireError("an entry has a field without a value")
         fields = dict(zip(fields[::2], fields[1::2]))  # noqa: B905 - `strict` costs, and the lengths are equal
-    if (version := fields.get(_V)) != wanted:
+    if (version := fields.get(VERSION_FIELD)) != wanted:
         raise WireError(f"cannot read wire version {shortened(version)}; this process reads {wanted!r}")
     return fields
 

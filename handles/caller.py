@@ -28,7 +28,7 @@ from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher, Refused
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream
-from ..broker.wire import LARGE, Header, entry_fields
+from ..broker.wire import LARGE, Header, RawEntry
 from . import traffic
 from .bodies import Bodies, check_size
 from .calls import MAX_QUEUED, Call, InFlight, Outcome, batch_limit
@@ -64,6 +64,8 @@ class Caller:
         """``job`` is the name of a batch job, whose results are kept for ``job_ttl_s`` when this caller is gone."""
         self.url, self.keys = url, Keys(instance)
         self.id = self.keys.caller(user_of(url), secrets.token_hex(6) if job is None else self.keys.job_name(job))
+        self.name = self.id.encode()
+        """The id, as entries have it."""
         self._connection = Connection(url, name=f"penstock-caller-{self.id}")
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
@@ -91,7 +93,7 @@ class Caller:
         self._reconciler = Reconciler(
             self.in_flight, self._publisher, self._replies, self._on_published, self._send_again
         )
-        self._loop: asyncio.AbstractEventLoop = cast(Any, None)
+        self.loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._sweeper: asyncio.TimerHandle | None = None
         self._gone_since: float | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -133,8 +135,8 @@ class Caller:
         Idempotent; all who ask at once wait for the same, and one that is cancelled leaves the others waiting.
         """
         if self._opening is None:
-            self._loop = asyncio.get_running_loop()
-            self._opening = self._loop.create_task(self._open(), name="caller opening")
+            self.loop = self.in_flight.loop = asyncio.get_running_loop()
+            self._opening = self.loop.create_task(self._open(), name="caller opening")
             self._opening.add_done_callback(_retrieve)
         await asyncio.shield(self._opening)
 
@@ -147,12 +149,12 @@ class Caller:
             await self._shut()
             raise
         self._connection.on_reconnect(self._on_reconnect)
-        self._life = self._loop.create_task(self._live(), name="caller")
+        self._life = self.loop.create_task(self._live(), name="caller")
 
     async def _live(self) -> None:
         """Notice the end of the loop, where nobody called `close`: `asyncio.run` cancels what is left."""
         try:
-            await self._loop.create_future()
+            await self.loop.create_future()
         finally:
             self._end()
 
@@ -186,11 +188,11 @@ class Caller:
             self._sweeper.cancel()
         self.receiver.close()
         # By hand, as the dictionary's weak keys are loops that their callers keep alive.
-        shared = _shared.get(self._loop, {})
+        shared = _shared.get(self.loop, {})
         if shared.get((self.url, self.keys.instance)) is self:
             del shared[self.url, self.keys.instance]
             if not shared:
-                del _shared[self._loop]
+                del _shared[self.loop]
 
     # -- asking
 
@@ -255,7 +257,8 @@ class Caller:
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)
         large = len(body) > LARGE
-        call = Call(self.in_flight, id_, entry_fields(id_, self.id, header.dump(), None if large else body), then)
+        raw = RawEntry(id_.encode(), self.name, header.dump(), None if large else body)
+        call = Call(self.in_flight, id_, raw, then)
         call.batch = batch
         if large:
             call.body = body
@@ -279,14 +282,14 @@ class Caller:
         call.since_ms = self._connection.now_ms()
         self._calls[call.id] = call
         if self.closed:
-            self._loop.call_soon(self.in_flight.finish, call, self._unavailable("the connection was closed"))
+            self.loop.call_soon(self.in_flight.finish, call, self._unavailable("the connection was closed"))
             return
         if timeout_s is not None:
             call.timeout_s = timeout_s
-            call.deadline = self._loop.time() + timeout_s
+            call.deadline = self.loop.time() + timeout_s
             self._timed[call.id] = call
         if self._sweeper is None:
-            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
         if entry is None:
             if call.body:
                 self._put_body(call)
@@ -319,7 +322,7 @@ class Caller:
 
     def _publish(self, call: Call, limit: int) -> None:
         then = partial(self._on_published, call)
-        self._publisher.publish(call.backend, call.fields, limit, then, batch=call.batch)
+        self._publisher.publish(call.backend, call.raw, limit, then, batch=call.batch)
         if len(self._calls) == 1:
             self._connection.hurry()
 
@@ -381,7 +384,7 @@ class Caller:
     def _sweep(self) -> None:
         # One sweep for all deadlines instead of a timer for each request.
         self._sweeper = None
-        now = self._loop.time()
+        now = self.loop.time()
         for call in [call for call in self._timed.values() if call.deadline <= now]:
             self.in_flight.break_off(call, RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
         for incoming in self.in_flight.streaming.values():
@@ -395,7 +398,7 @@ class Caller:
             for call in list(self._calls.values()):
                 self.in_flight.finish(call, self._unavailable(f"it has been away for {_GIVE_UP_S:g} s"))
         if self._calls:
-            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
         else:
             self._gone_since = None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Union
+from typing import Any, Union, cast
 
-from ..broker.wire import Reply
+from ..broker.wire import RawEntry, Reply
 from .errors import PenstockError
 from .incoming import Incoming
 
@@ -43,26 +43,26 @@ class Call:
         "body",
         "deadline",
         "entry",
-        "fields",
         "id",
         "incoming",
         "limit",
         "outcome",
+        "raw",
         "since_ms",
         "then",
         "timeout_s",
         "unsure",
     )
 
-    def __init__(self, in_flight: InFlight, id_: str, fields: list[bytes], then: Callable[[Outcome], None]) -> None:
-        self._in_flight, self.id, self.fields, self.then = in_flight, id_, fields, then
+    def __init__(self, in_flight: InFlight, id_: str, raw: RawEntry, then: Callable[[Outcome], None]) -> None:
+        self._in_flight, self.id, self.raw, self.then = in_flight, id_, raw, then
         self.backend = ""
         self.limit = 0
         """Of unsettled requests: with more in its way, it is refused."""
         self.batch = False
         """It lies on the batch stream."""
         self.body = b""
-        """A large one, which is not among the fields but in a key of its own."""
+        """A large one, which is not in the entry but in a key of its own."""
         self.entry: bytes | None = None
         """Its id on the stream, once it is durably there."""
         self.unsure = False
@@ -80,11 +80,11 @@ class Call:
     def accepted(self) -> Awaitable[None]:
         """Return a future that is done once the request is durably on its stream; it raises why it never will be."""
         if self.acceptance is None:
-            self.acceptance = asyncio.get_running_loop().create_future()
+            self.acceptance = self._in_flight.loop.create_future()
             if self.entry is not None:
                 self.acceptance.set_result(None)
             elif self.outcome is not None:
-                self._settle_acceptance(self.outcome)
+                self._settle_acceptance(self.acceptance, self.outcome)
         return self.acceptance
 
     def cancel(self) -> bool:
@@ -104,8 +104,8 @@ class Call:
 
     def conclude(self, outcome: Reply | BaseException) -> None:
         self.outcome = outcome
-        if self.acceptance is not None:
-            self._settle_acceptance(outcome)
+        if self.acceptance is not None and not self.acceptance.done():
+            self._settle_acceptance(self.acceptance, outcome)
         if self.incoming is not None:
             self.incoming.end(outcome)
             return
@@ -117,10 +117,7 @@ class Call:
         except Exception:
             log.exception("cannot hand over the outcome of request %s", self.id)
 
-    def _settle_acceptance(self, outcome: Reply | BaseException) -> None:
-        acceptance = self.acceptance
-        if acceptance is None or acceptance.done():
-            return
+    def _settle_acceptance(self, acceptance: asyncio.Future[None], outcome: Reply | BaseException) -> None:
         if isinstance(outcome, Reply):
             acceptance.set_result(None)  # who answers it has read it
         else:
@@ -134,6 +131,8 @@ class InFlight:
     def __init__(self, take_back: Callable[[Call, bytes], None]) -> None:
         """``take_back`` withdraws a call that has been given up from its stream, by its entry there."""
         self._take_back = take_back
+        self.loop: asyncio.AbstractEventLoop = cast(Any, None)
+        """That of the caller, once it is open."""
         self.calls: dict[str, Call] = {}
         self.timed: dict[str, Call] = {}
         """Those of them that have a deadline to meet."""

@@ -263,7 +263,7 @@ class AsyncServeHandle(_Handle):
         timeout_s = self._options.timeout_s
         if caller is None or endpoint is None:
             caller, endpoint, timeout_s = await self._reach(timeout_s)
-        future = _Answer(loop=asyncio.get_running_loop())
+        future = _Answer(loop=caller.loop)
         future.call = call = self._send(caller, endpoint, written, timeout_s, future.settle)
         try:
             await call.accepted()
@@ -351,7 +351,7 @@ class ServeHandle(_Handle):
             _fail(future, e)
             return
         cancel = partial(_cancel_sync, call, future)
-        future.add_done_callback(partial(_on_cancel, asyncio.get_running_loop(), cancel))
+        future.add_done_callback(partial(_on_cancel, caller.loop, cancel))
 
 
 # -- answers into futures

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from ..broker.places import order_of
-from ..broker.wire import LARGE, Entry, Header, Reply, entry_fields
+from ..broker.wire import LARGE, Header, RawEntry, Reply
 from .bodies import check_size
 from .caller import Caller
 from .calls import MAX_QUEUED, Call
@@ -106,9 +106,11 @@ class _Item(Call):
 
     __slots__ = ("ends", "index", "options", "production", "size")
 
-    def __init__(self, production: Production, caller: Caller, id_: str, index: int, options: Options) -> None:
+    def __init__(
+        self, production: Production, caller: Caller, id_: str, raw: RawEntry, index: int, options: Options
+    ) -> None:
         # It has no continuation: that would hold it, and there are many.
-        super().__init__(caller.in_flight, id_, [], _nobody)
+        super().__init__(caller.in_flight, id_, raw, _nobody)
         self.batch = True
         self.production, self.index, self.options = production, index, options
         self.ends: float | None = None
@@ -323,18 +325,18 @@ class Production:
                 raise
             codec, body = encode(value, allow_pickle=True)
         check_size(body)
-        caller, deadline_ms = self._caller, 0
+        caller, timeout_s = self._caller, options.timeout_s
         id_ = caller.next_id() if caller.job is None else f"{caller.id}-{index}"
-        item = _Item(self, caller, id_, index, options)
-        if options.timeout_s is not None:
-            item.ends = self._loop.time() + options.timeout_s
-            deadline_ms = caller.deadline_ms(options.timeout_s)
+        deadline_ms = 0 if timeout_s is None else caller.deadline_ms(timeout_s)
+        large = len(body) > LARGE
+        header = self._header(options, codec, query, deadline_ms)
+        raw = RawEntry(id_.encode(), caller.name, header, None if large else body)
+        item = _Item(self, caller, id_, raw, index, options)
         item.size = len(body)
-        large = item.size > LARGE
         if large:
             item.body = body
-        header = self._header(options, codec, query, deadline_ms)
-        item.fields = entry_fields(id_, caller.id, header, None if large else body)
+        if timeout_s is not None:
+            item.ends = self._loop.time() + timeout_s
         return item
 
     def _header(self, options: Options, codec: str, query: str | dict[str, Any], deadline_ms: int) -> bytes:
@@ -377,8 +379,8 @@ class Production:
                     raise EndpointNotFound(self._endpoint, snapshot.endpoints)
                 backend, entry = caller.choose(endpoint, item.options.shard_key), None
                 if endpoint.shadows:
-                    copy = Entry.of(item.fields)
-                    caller.shadows.send(endpoint, copy.header, item.body or copy.body, batch=True)
+                    header, body = Header.load(item.raw.header), item.body or item.raw.body or b""
+                    caller.shadows.send(endpoint, header, body, batch=True)
             caller.begin(item, backend, timeout_s, entry)
         except PenstockError as e:
             self.hear(item, e)

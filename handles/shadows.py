@@ -10,7 +10,7 @@ from functools import partial
 from ..broker.keys import Keys
 from ..broker.publishing import Published, Publisher
 from ..broker.registry import EndpointRecord, Watcher
-from ..broker.wire import LARGE, Entry, Header
+from ..broker.wire import LARGE, Header, RawEntry
 from .bodies import Bodies
 from .calls import MAX_QUEUED, batch_limit
 
@@ -47,13 +47,13 @@ class Shadows:
                 continue
             id_ = f"{self._caller}-s{next(self._numbers)}"
             large = len(body) > LARGE
-            fields = Entry(id_, "", header, b"" if large else body, large).fields()
+            raw = RawEntry(id_.encode(), b"", header.dump(), None if large else body)
             key = self._keys.body(tag, id_) if large else None
             if key is not None:
                 self._bodies.put(key, body, _BODY_TTL_MS)
             then = partial(self._on_published, tag, key)
             limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
-            self._publisher.publish(tag, fields, batch_limit(limit) if batch else limit, then, batch=batch)
+            self._publisher.publish(tag, raw, batch_limit(limit) if batch else limit, then, batch=batch)
 
     def _on_published(self, tag: str, body: str | None, result: Published) -> None:
         copies = self.copies.setdefault(tag, Copies())

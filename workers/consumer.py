@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 _CLAIM = 16
 """More than this in one claim makes convoys: 8 to 16 were 15 to 20 % faster at 100 connections than 100."""
 _CLAIM_MOST = 64
-"""A claim that came back full is followed by one twice as large, up to this: with 1,000 requests in flight, 64 at a time
-took a sixth off what each costs replica, broker and caller.
+"""A claim that came back full is followed by one twice as large, up to this: with 1,000 requests in flight, 64 at
+a time took a sixth off what each costs replica, broker and caller, and a third for blocking code.
 """
 _PREFETCH = 64
 _PREFETCH_S = 0.002

@@ -25,9 +25,9 @@ _APPEND = Script("""#!lua
 local out = {}
 local i = 1
 while i <= #ARGV do
-  local n = tonumber(ARGV[i])
-  out[#out + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 1, i + n))
-  i = i + n + 1
+  out[#out + 1] = redis.call('XADD', KEYS[1], '*', 'v', '1', 'id', ARGV[i], 'by', ARGV[i + 1], 'h', ARGV[i + 2],
+    ARGV[i + 3], ARGV[i + 4])
+  i = i + 5
 end
 return out
 """)
@@ -53,16 +53,15 @@ def _take_for_good(lease: Any) -> None:
 
 def _append_each(publisher: Any) -> None:
     for stream, entries in _streams(publisher):
-        for fields, then in entries:
-            publisher._connection.post(then, "XADD", stream, "*", *fields)
+        for entry, then in entries:
+            publisher._connection.post(then, "XADD", stream, "*", *entry.fields())
 
 
 def _append_all(publisher: Any) -> None:
     for stream, entries in _streams(publisher):
         args: list[Any] = []
-        for fields, _ in entries:
-            args.append(len(fields))
-            args += fields
+        for entry, _ in entries:
+            args += (entry.id, entry.caller, entry.header, *entry.body_field())
         publisher._connection.post_script(_hand_out([then for _, then in entries]), _APPEND, [stream], args)
 
 

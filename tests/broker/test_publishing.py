@@ -1,5 +1,4 @@
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, strategies as st
@@ -10,7 +9,7 @@ from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.keys import Keys
 from penstock.broker.publishing import Published, Publisher, Refused, retry_after_s
 from penstock.broker.signals import Signals
-from penstock.broker.wire import Entry, Header
+from penstock.broker.wire import Entry, Header, RawEntry
 from tests.broker.conftest import Connect
 from tests.waiting import wait_until_async
 
@@ -23,8 +22,8 @@ async def publishers(broker_url: str, commands: Connection, connect: Connect, ke
     return [Publisher(commands, keys), *[Publisher(await connect(broker_url), keys) for _ in range(4)]]
 
 
-def entry(id_: str, body: bytes = b"") -> Sequence[bytes]:
-    return Entry(id_, "caller", Header(), body).fields()
+def entry(id_: str, body: bytes = b"", caller: str = "caller", endpoint: str = "") -> RawEntry:
+    return Entry(id_, caller, Header(endpoint), body).raw()
 
 
 def publish(
@@ -53,6 +52,22 @@ async def test_what_is_published_lies_on_the_stream_in_order(
     on_stream = await commands.send("XRANGE", keys.requests(TAG), "-", "+")
     assert [place for place, _ in on_stream] == places
     assert [Entry.of(fields).id for _, fields in on_stream] == [str(n) for n in range(50)]
+
+
+async def test_what_entries_of_one_tick_have_in_common_and_what_they_have_not_is_each_one_s_own(
+    publishers: list[Publisher], commands: Connection, keys: Keys
+) -> None:
+    sent = [
+        Entry(f"{caller}-{endpoint}-{n}", caller, Header(endpoint), body, large=large)
+        for n, (caller, endpoint) in enumerate([("a", "x"), ("a", "x"), ("b", "x"), ("b", "y"), ("a", "x"), ("", "y")])
+        for body, large in ((b"one", False), (b"", False), (b"", True))
+    ]
+    published = [asyncio.get_running_loop().create_future() for _ in sent]
+    for one, future in zip(sent, published, strict=True):
+        publishers[0].publish(TAG, one.raw(), 100, future.set_result)
+    places = await asyncio.gather(*published)
+    on_stream = await commands.send("XRANGE", keys.requests(TAG), "-", "+")
+    assert [(place, Entry.of(fields)) for place, fields in on_stream] == list(zip(places, sent, strict=True))
 
 
 async def test_the_limit_holds_exactly_at_any_number_of_callers(
