@@ -1,7 +1,7 @@
 """Ray Serve, with its own proxy or, told by the environment, with HAProxy in front of the replicas.
 
 ``RAY_SERVE_ENABLE_HA_PROXY=1`` and ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` are Ray's own switches; the catalogue sets
-them. Logging is as shipped. ``RAY_BENCH_DEF=1`` makes the no-op a ``def``, which Ray runs on a thread, as Penstock does.
+them. Logging is as shipped. ``RAY_BENCH_DEF=1`` makes the no-op a ``def``, which Ray runs on a thread, as we do.
 """
 
 from __future__ import annotations
