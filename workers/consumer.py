@@ -210,8 +210,8 @@ class Consumer:
     def _on_claimed(self, up_to: int, result: Any) -> None:
         room = None
         self._next_claim = self.claim_size
-        if not isinstance(result, Exception) and len(result) >= up_to:
-            self._next_claim = min(max(2 * up_to, self.claim_size), max(_CLAIM_MOST, self.claim_size))
+        if not self.batch_size and not isinstance(result, Exception) and len(result) >= up_to:
+            self._next_claim = min(max(2 * up_to, _CLAIM), _CLAIM_MOST)
         if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
             # From both streams at once there can be more than there is room for. Interactive requests come first.
             self._sharing = True
