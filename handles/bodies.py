@@ -33,7 +33,7 @@ class Bodies:
     async def get(self, key: str) -> bytes | None:
         """Return one, or None if it is gone. Raises `BrokerUnavailable` or `RedisError`."""
         # Not GETDEL: it could not be repeated if the connection broke.
-        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True)
+        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True, bulky=True)
         return body
 
     def drop(self, key: str) -> None:

@@ -90,6 +90,15 @@ class Protocol(HttpToolsProtocol):
             super().data_received(self._parsed)
         self._parsed = b""
 
+    def on_body(self, body: bytes) -> None:
+        # A piece that comes alone is kept as it is: uvicorn copies each, and again when the application receives it.
+        here: bytearray | bytes = self.cycle.body
+        if not here:
+            self.cycle.body, body = cast("bytearray", body), b""
+        elif isinstance(here, bytes):
+            self.cycle.body = bytearray(here)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         if not self._is_cut_short():
             super().on_message_complete()
