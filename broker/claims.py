@@ -161,6 +161,12 @@ _REPLY = Script("""#!lua flags=allow-oom
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
 """)
 
+# Appends a reply if its body is there. KEYS: the stream, the body. ARGV: the fields.
+_REPLY_IF_STORED = Script("""#!lua flags=allow-oom
+if redis.call('EXISTS', KEYS[2]) == 0 then return false end
+return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
+""")
+
 _PUT = Script("""#!lua flags=allow-oom
 return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 """)
@@ -311,10 +317,26 @@ class Claims:
         key = self._keys.replies(caller)
         self._commands.post_script(check, _REPLY, [key], fields, repeat=True, patient=True)
 
-    def put_reply_body(self, caller: str, request: str, body: bytes, ttl_ms: int) -> None:
-        """Store the body of a reply that is too large for its stream; call it before `reply`."""
-        key = self._keys.reply_body(caller, request)
-        self._commands.post_script(_log_failure, _PUT, [key], [body, ttl_ms], repeat=True, patient=True, bulky=True)
+    def reply_large(self, caller: str, request: str, body: bytes, ttl_ms: int, fields: Sequence[bytes]) -> None:
+        """Append a reply whose ``body`` is too large for a stream: that is stored first, in a key of its own."""
+        stored, stream = self._keys.reply_body(caller, request), self._keys.replies(caller)
+
+        def retry_without_memory(result: Any) -> None:
+            if not isinstance(result, Exception):
+                return
+            if isinstance(result, OutOfMemoryError):
+                self._commands.post_script(
+                    _log_failure, _PUT, [stored], [body, ttl_ms], repeat=True, patient=True, bulky=True
+                )
+            else:
+                _log_failure(result)
+            self._commands.post_script(_log_failure, _REPLY, [stream], fields, repeat=True, patient=True)
+
+        # A script that stores it makes a Lua string of it first, which copies and hashes it: of 10 MiB that was 8 ms.
+        self._commands.post(
+            retry_without_memory, "SET", stored, body, "PX", ttl_ms, repeat=True, patient=True, bulky=True
+        )
+        self._commands.post_script(_log_failure, _REPLY_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
 
     def settle(self, places: Iterable[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""

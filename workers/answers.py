@@ -39,9 +39,10 @@ class Answers:
             return
         reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
-            self._claims.put_reply_body(caller, reply.id, reply.body, _REPLY_BODY_MS)
-            reply.body, reply.large = b"", True
-        self._claims.reply(caller, reply.fields())
+            body, reply.body, reply.large = reply.body, b"", True
+            self._claims.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields())
+        else:
+            self._claims.reply(caller, reply.fields())
 
     def _reply_together(self) -> None:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
