@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import warnings
 from collections import deque
@@ -308,11 +309,11 @@ class ServeHandle(_Handle):
         written = self._write(body, query)
         if self._options.stream:
             return cast("concurrent.futures.Future[Any]", ResponseStream(self._open_stream(written)))
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future = _SyncAnswer()
         _outbox().put(partial(self._start, written, future))
         return future
 
-    def _start(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
+    def _start(self, written: _Written, future: _SyncAnswer) -> None:
         """Send it, in the background loop."""
         if future.cancelled():
             future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` would wait for it
@@ -324,16 +325,16 @@ class ServeHandle(_Handle):
             task = loop.create_task(self._start_slowly(written, future))
             _starting.add(task)
             task.add_done_callback(_starting.discard)
-            future.add_done_callback(partial(_on_cancel, loop, task.cancel))
+            future.on_cancel(loop, task.cancel)
             return
         self._go(caller, endpoint, written, self._options.timeout_s, future)
 
-    async def _start_slowly(self, written: _Written, future: concurrent.futures.Future[Any]) -> None:
+    async def _start_slowly(self, written: _Written, future: _SyncAnswer) -> None:
         """Connect first, or wait for an endpoint that may be missing."""
         try:
             caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
         except (Exception, asyncio.CancelledError) as e:
-            _fail(future, e)  # if it was cancelled, so was the future
+            future.fail(e)  # if it was cancelled, so was the future
             return
         self._go(caller, endpoint, written, timeout_s, future)
 
@@ -343,15 +344,14 @@ class ServeHandle(_Handle):
         endpoint: EndpointRecord,
         written: _Written,
         timeout_s: float | None,
-        future: concurrent.futures.Future[Any],
+        future: _SyncAnswer,
     ) -> None:
         try:
-            call = self._send(caller, endpoint, written, timeout_s, partial(_settle_sync, future))
+            call = self._send(caller, endpoint, written, timeout_s, future.settle)
         except Exception as e:
-            _fail(future, e)
+            future.fail(e)
             return
-        cancel = partial(_cancel_sync, call, future)
-        future.add_done_callback(partial(_on_cancel, caller.loop, cancel))
+        future.on_cancel(caller.loop, partial(future.give_up, call))
 
 
 # -- answers into futures
@@ -389,34 +389,53 @@ class _Answer(asyncio.Future[Any]):
             self.exception()
 
 
-def _settle_sync(future: concurrent.futures.Future[Any], outcome: Outcome) -> None:
-    # Decoded in the background loop: the thread that waits may want only to know that it is done.
-    try:
-        value = result_of(outcome)
-    except BaseException as e:
-        _fail(future, e)
-    else:
-        if future.set_running_or_notify_cancel():
-            future.set_result(value)
+class _SyncAnswer(concurrent.futures.Future[Any]):
+    """The future of an answer for threads, which gives the request up when it is cancelled.
 
+    By a method and not by a callback: its lock is taken four times less.
+    """
 
-def _fail(future: concurrent.futures.Future[Any], error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+    _give_up: Callable[[], object] | None = None
+    """Until it is done, as it leads back here."""
 
+    def on_cancel(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]) -> None:
+        """Run ``give_up`` in ``loop``, which is the running one, if this is cancelled or has been."""
+        # Set first, looked at second; `cancel` does both the other way round.
+        self._give_up = give_up_soon = partial(loop.call_soon_threadsafe, give_up)
+        if self.cancelled():
+            give_up_soon()
 
-def _cancel_sync(call: Call, future: concurrent.futures.Future[Any]) -> None:
-    if call.cancel():
-        # Else its outcome came first, and has done so.
-        future.set_running_or_notify_cancel()
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        if (give_up := self._give_up) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and its requests with it
+                give_up()
+        return True
 
+    def settle(self, outcome: Outcome) -> None:
+        # Decoded in the background loop: the thread that waits may want only to know that it is done.
+        try:
+            value = result_of(outcome)
+        except BaseException as e:
+            self.fail(e)
+        else:
+            self._give_up = None
+            try:
+                self.set_result(value)
+            except concurrent.futures.InvalidStateError:
+                self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
 
-def _on_cancel(
-    loop: asyncio.AbstractEventLoop, cancel: Callable[[], object], future: concurrent.futures.Future[Any]
-) -> None:
-    """Run ``cancel`` in the loop if ``future`` was cancelled, in whatever thread."""
-    if future.cancelled():
-        loop.call_soon_threadsafe(cancel)
+    def fail(self, error: BaseException) -> None:
+        self._give_up = None
+        if self.set_running_or_notify_cancel():
+            self.set_exception(error)
+
+    def give_up(self, call: Call) -> None:
+        """Give the request up, for who has cancelled this."""
+        if call.cancel():
+            # Else its outcome came first, and has done so.
+            self.set_running_or_notify_cancel()
 
 
 # -- from threads to the background loop
