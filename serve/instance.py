@@ -83,7 +83,8 @@ class Instance:
                 if now_s - renewed_since_s > _LAST_BREATH_S:
                     raise ConfigError(
                         f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() "
-                        "finds it, its shutdown() ends it, start(instance=...) with another name starts one beside it"
+                        "finds it; its shutdown(), or `penstock shutdown`, ends it; another name (instance=..., "
+                        "--instance) starts one beside it"
                     )
             await asyncio.sleep(_POLL_S)
 

@@ -12,7 +12,7 @@ import ray
 
 from ...broker.address import REDIS_URL
 from ..doors import start as start_instance
-from .common import as_json, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 from .connecting import client_of
 
 
@@ -64,6 +64,8 @@ def start(
     """  # noqa: D301
     if redis_url is None:
         wrong(f"an instance that outlives this command needs a broker that does: give --redis-url, or set {REDIS_URL}")
+    with door_to(redis_url, instance):
+        pass  # a broker that cannot be reached is told of before Ray is started for nothing
     began_ray = _join_ray()
     with telling_what_is_wrong():
         client = start_instance(
@@ -78,8 +80,6 @@ def start(
         write_json({"instance": instance, "http_url": client.http_url, "started_ray": began_ray})
         return
     click.echo(f"instance {instance!r} serves" + (f" on {client.http_url}" if client.http_url else ", without HTTP"))
-    if began_ray:
-        click.echo("a Ray cluster was started on this machine for it; `ray stop` ends that", err=True)
 
 
 @click.command()
@@ -89,7 +89,7 @@ def shutdown(redis_url: str | None, instance: str, yes: bool) -> None:
     """End an instance, and delete all that it has in its broker.
 
     Requests that are still queued are refused. Backends, endpoints, dead letters and the results of batch jobs are
-    deleted.
+    deleted. Ray goes on, also if it was started for the instance: `ray stop` ends it.
     """
     with client_of(redis_url, instance) as client:
         if not yes:
@@ -122,6 +122,8 @@ def _join_ray() -> bool:
         if address:
             hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
             wrong(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}{hint}")
+    # Said before, so that it is known whatever becomes of this.
+    click.echo("no Ray runs on this machine: starting it; `ray stop` ends it", err=True)
     ran = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard=false"],
         capture_output=True,

@@ -214,6 +214,15 @@ def test_without_a_broker_there_is_a_way_out(penstock: Penstock) -> None:
         assert "PENSTOCK_REDIS_URL" in refused.err
 
 
+def test_ray_is_not_sought_for_a_broker_that_cannot_be_reached(
+    penstock: Penstock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    refused = penstock("start", url=f"unix://{tmp_path}/nothing.sock")
+    assert refused.code == 3
+    assert "is unavailable" in refused.err
+
+
 def test_every_command_has_a_help(penstock: Penstock) -> None:
     for command in ("start", "deploy", "status", "call", "batch", "dead", "shutdown"):
         shown = penstock(command, "--help")
