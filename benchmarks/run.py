@@ -27,7 +27,7 @@ from typing import Any
 from harness import backlog, calls, environment, rates, report, scaling, startup, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
-from harness.measure import Visit, versions, visit
+from harness.measure import Visit, serving, versions, visit
 from harness.processes import ProgramFailed
 
 MEASURED = (
@@ -83,31 +83,24 @@ def main() -> int:
     asked.output.mkdir(parents=True, exist_ok=True)
     stem = asked.output / time.strftime("%Y-%m-%d-%H%M%S")
     facts = machine()
-    parts, kept, failures = [], dict[str, Any](), list[str]()
-    for name in asked.cases:
-        print(f"== {name}", file=sys.stderr)
-        if name == CALLS:
-            part, data = run_calls(asked, failures)
-        elif name == STARTUP:
-            part, data = run_startup(asked, failures)
-        elif name == SCALING:
-            part, data = run_scaling(asked, failures)
-        elif name == BACKLOG:
-            part, data = run_backlog(asked, failures)
-        elif CASES[name].rates_per_s:
-            part, data = run_rates(CASES[name], asked, failures)
+    parts, kept, failures = dict[str, str](), dict[str, Any](), list[str]()
+    others = {CALLS: run_calls, STARTUP: run_startup, SCALING: run_scaling, BACKLOG: run_backlog}
+    for names in together(asked.cases):
+        print(f"== {', '.join(names)}", file=sys.stderr)
+        if names[0] in others:
+            found = {names[0]: others[names[0]](asked, failures)}
         else:
-            part, data = run_case(CASES[name], asked, failures)
-        parts.append(part)
-        kept[name] = data
+            found = run_cases([CASES[name] for name in names], asked, failures)
+        for name, (part, data) in found.items():
+            parts[name], kept[name] = part, data
         # After every case, so that a sitting that is broken off leaves what it has.
-        text = page(facts, asked, parts, failures)
+        text = page(facts, asked, [parts[name] for name in asked.cases if name in parts], failures)
         stem.with_suffix(".md").write_text(text)
         options = {key: str(value) for key, value in vars(asked).items()}
         result = {"machine": facts, "options": options, "cases": kept, "failures": failures}
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
     if parts:
-        print(page(facts, asked, parts, failures))
+        print(page(facts, asked, [parts[name] for name in asked.cases], failures))
         print(f"\nwritten to {stem}.md and .json", file=sys.stderr)
     return 1 if failures else 0
 
@@ -136,24 +129,48 @@ def say(text: str) -> None:
     print(f" {text}", end="", file=sys.stderr, flush=True)
 
 
-def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
-    """A closed loop by wrk."""
-    visits: list[Visit] = []
+def together(asked: Sequence[str]) -> list[list[str]]:
+    """The cases that one start of a system can do, each with its like: those of one workload and number of replicas."""
+    found: dict[object, list[str]] = {}
+    for name in asked:
+        found.setdefault((CASES[name].workload, CASES[name].replicas) if name in CASES else name, []).append(name)
+    return list(found.values())
+
+
+def run_cases(cases: Sequence[Case], asked: argparse.Namespace, failures: list[str]) -> dict[str, tuple[str, Any]]:
+    """Cases of one kind: closed loops by wrk, and open ones at rising rates."""
+    visits: dict[str, list[Visit]] = {case.name: [] for case in cases}
+    paced: dict[str, list[rates.Paced]] = {case.name: [] for case in cases}
 
     def turn(name: str, number: int) -> None:
-        visits.append(
-            visit(
-                SYSTEMS[name],
-                case,
-                connections=asked.connections or case.connections,
-                seconds=asked.seconds,
-                threads=asked.threads,
-                method=asked.method,
-                say=say,
-            )
-        )
+        mine = [case for case in cases if name in case.systems]
+        with serving(SYSTEMS[name], mine, method=asked.method) as served:
+            for case in mine:
+                if case.rates_per_s:
+                    seconds = asked.seconds * OPEN_LOOP_LASTS
+                    paced[case.name] += rates.visit(served, case, seconds=seconds, seed=number, say=say)
+                else:
+                    counts = asked.connections or case.connections
+                    visits[case.name].append(
+                        visit(served, case, connections=counts, seconds=asked.seconds, threads=asked.threads, say=say)
+                    )
 
-    in_turn(case.systems, asked, turn, failures)
+    in_turn(list(dict.fromkeys(name for case in cases for name in case.systems)), asked, turn, failures)
+    return {
+        case.name: told_of_rates(case, paced[case.name])
+        if case.rates_per_s
+        else told_of_visits(case, visits[case.name], failures)
+        for case in cases
+    }
+
+
+def told_of_rates(case: Case, seen: list[rates.Paced]) -> tuple[str, Any]:
+    """What was seen of an open loop. Being overwhelmed by a rate is a finding, not a failure."""
+    return (rates.markdown(case, seen, list(SYSTEMS)) if seen else ""), [asdict(one) for one in seen]
+
+
+def told_of_visits(case: Case, visits: list[Visit], failures: list[str]) -> tuple[str, Any]:
+    """What was seen of a closed loop."""
     rows, order = report.rows_of(visits), list(SYSTEMS)
     failures += [
         f"{case.name}: {row.system} at c={row.connections}: {row.not_2xx} answers not 2xx, "
@@ -165,18 +182,6 @@ def run_case(case: Case, asked: argparse.Namespace, failures: list[str]) -> tupl
     body = report.case_markdown(case, rows, order) if rows else ""
     tail = report.bare_markdown(visits) if case.name == "bare" else ""
     return "\n\n".join(part for part in [*head, body, tail] if part), report.as_json(visits, rows)
-
-
-def run_rates(case: Case, asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
-    """An open loop at rising rates. Being overwhelmed by one is a finding, not a failure."""
-    seen: list[rates.Paced] = []
-
-    def turn(name: str, number: int) -> None:
-        seconds = asked.seconds * OPEN_LOOP_LASTS
-        seen.extend(rates.visit(SYSTEMS[name], case, seconds=seconds, seed=number, method=asked.method, say=say))
-
-    in_turn(case.systems, asked, turn, failures)
-    return (rates.markdown(case, seen, list(SYSTEMS)) if seen else ""), [asdict(one) for one in seen]
 
 
 def run_calls(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -74,53 +74,68 @@ def check(target: Target, case: Case) -> None:
         raise ProgramFailed(f"{target.url} answered {status} {said[:200]!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A system that answers, and what to ask it in each case that it was started for."""
+
+    system: System
+    program: Program
+    targets: Mapping[str, Target]
+    ready_s: float
+
+
 @contextlib.contextmanager
-def serving(system: System, case: Case, *, method: str = "POST") -> Iterator[tuple[Program, Target, float]]:
-    """Start the system; give its program, what to ask it, and the seconds until it answered; end it.
+def serving(system: System, cases: Sequence[Case], *, method: str = "POST") -> Iterator[Served]:
+    """Start the system for ``cases`` of one workload and one number of replicas, and end it.
 
     Raises:
         ProgramFailed: it did not start, or did not answer as it should before or after what was done to it.
     """
     port = free_port()
-    command = system.command(port=port, workload=case.workload, replicas=case.replicas)
+    command = system.command(port=port, workload=cases[0].workload, replicas=cases[0].replicas)
     with Program(command, env=system.env) as program:
-        method = method if system.get else "POST"
-        body: Path | None = None
-        if method != "GET":
-            body = program.scratch / "request-body"
-            body.write_bytes(case.body())
-        kind = "application/octet-stream" if case.workload == "echo" else "application/json"
-        target = Target(f"http://127.0.0.1:{port}{system.path}", method, body, kind)
-        ready_s = program.wait_until(lambda: ask(target)[0] == 200, within_s=system.ready_within_s)
-        check(target, case)
-        yield program, target, ready_s
-        check(target, case)
+        targets = {case.name: _target(system, case, port, method, program.scratch) for case in cases}
+        first = targets[cases[0].name]
+        ready_s = program.wait_until(lambda: ask(first)[0] == 200, within_s=system.ready_within_s)
+        for case in cases:
+            check(targets[case.name], case)
+        yield Served(system, program, targets, ready_s)
+        for case in cases:
+            check(targets[case.name], case)
+
+
+def _target(system: System, case: Case, port: int, method: str, folder: Path) -> Target:
+    method = method if system.get else "POST"
+    body: Path | None = None
+    if method != "GET":
+        body = folder / f"body-of-{case.name}"
+        body.write_bytes(case.body())
+    kind = "application/octet-stream" if case.workload == "echo" else "application/json"
+    return Target(f"http://127.0.0.1:{port}{system.path}", method, body, kind)
 
 
 def visit(
-    system: System,
+    served: Served,
     case: Case,
     *,
     connections: Sequence[int],
     seconds: float,
     threads: int,
-    method: str = "POST",
     say: Callable[[str], None] = lambda _: None,
 ) -> Visit:
     """One system's turn in a closed loop.
 
     Raises:
-        ProgramFailed: see ``serving``.
         LoadFailed: wrk did not run.
     """
-    with serving(system, case, method=method) as (program, target, ready_s):
-        load(target, connections=max(connections), seconds=WARM_UP_S, threads=threads)
-        samples = []
-        for count in connections:
-            time.sleep(SETTLE_S)
-            samples.append(sample(program, target, connections=count, seconds=seconds, threads=threads))
-            say(f"c={count} {samples[-1].load.per_s:,.0f}/s")
-    return Visit(system.name, ready_s, samples)
+    target = served.targets[case.name]
+    load(target, connections=max(connections), seconds=WARM_UP_S, threads=threads)
+    samples = []
+    for count in connections:
+        time.sleep(SETTLE_S)
+        samples.append(sample(served.program, target, connections=count, seconds=seconds, threads=threads))
+        say(f"c={count} {samples[-1].load.per_s:,.0f}/s")
+    return Visit(served.system.name, served.ready_s, samples)
 
 
 def sample(program: Program, target: Target, *, connections: int, seconds: float, threads: int) -> Sample:

@@ -13,8 +13,8 @@ from statistics import median
 
 from . import open_loop
 from .cases import Case
-from .catalogue import SYSTEMS, System
-from .measure import SETTLE_S, WARM_UP_S, serving
+from .catalogue import SYSTEMS
+from .measure import SETTLE_S, WARM_UP_S, Served
 from .report import ms, table
 from .wrk import LoadFailed, Target
 
@@ -67,26 +67,23 @@ def pace(system: str, target: Target, *, rate: int, seconds: float, seed: int, s
     return Paced(system, rate, **json.loads(ran.stdout))
 
 
-def visit(
-    system: System, case: Case, *, seconds: float, seed: int, method: str = "POST", say: Callable[[str], None]
-) -> list[Paced]:
+def visit(served: Served, case: Case, *, seconds: float, seed: int, say: Callable[[str], None]) -> list[Paced]:
     """One system's turn: rate after rate, until it is overwhelmed.
 
     Raises:
-        ProgramFailed: see ``serving``.
         LoadFailed: the generator failed.
     """
+    name, target = served.system.name, served.targets[case.name]
     servers = case.replicas if case.workload == "sleep" else 0
     seen: list[Paced] = []
-    with serving(system, case, method=method) as (_, target, _):
-        pace(system.name, target, rate=min(100, *case.rates_per_s), seconds=WARM_UP_S, seed=0, servers=0)
-        for rate in case.rates_per_s:
-            time.sleep(SETTLE_S)
-            one = pace(system.name, target, rate=rate, seconds=seconds, seed=seed, servers=servers)
-            seen.append(one)
-            say(f"{rate}/s p99 {ms(one.p99_ms)} ms")
-            if one.unanswered or one.p99_ms > OVERWHELMED_MS:
-                break
+    pace(name, target, rate=min(100, *case.rates_per_s), seconds=WARM_UP_S, seed=0, servers=0)
+    for rate in case.rates_per_s:
+        time.sleep(SETTLE_S)
+        one = pace(name, target, rate=rate, seconds=seconds, seed=seed, servers=servers)
+        seen.append(one)
+        say(f"{rate}/s p99 {ms(one.p99_ms)} ms")
+        if one.unanswered or one.p99_ms > OVERWHELMED_MS:
+            break
     return seen
 
 

@@ -81,7 +81,8 @@ def visit(layout: Layout, *, seconds: float, threads: int, say: Callable[[str], 
     system = replace(ours, env={**ours.env, "PENSTOCK_BENCH_PROXIES": str(layout.proxies)})
     case = replace(CASES["noop"], replicas=layout.replicas)
     seen = []
-    with serving(system, case) as (program, target, _):
+    with serving(system, [case]) as served:
+        program, target = served.program, served.targets[case.name]
         url = (program.scratch / "redis-url").read_text()
         load(target, connections=max(CONNECTIONS), seconds=WARM_UP_S, threads=threads)
         with redis.Redis.from_url(url) as broker:
