@@ -20,10 +20,11 @@ _ALIKE_S = 0.002
 """They are, if the shortest and the longest are no further apart."""
 _SHORT_S = 0.1
 """Of a longer call the gap behind it is too small a share to be worth anybody's waiting."""
-_LEAD_S = 0.001
-"""What a claim takes, at most, on a busy machine with the broker at hand."""
+_LEAD_S = 0.002
+"""What a claim takes on a busy machine with the broker at hand, and what a timer may be late by."""
 _TIMER_S = 0.0015
-"""Timers may go off so much too soon: uvloop's are of whole milliseconds, by a clock of whole milliseconds."""
+"""Timers may go off so much too soon, or too late: uvloop's are of whole milliseconds, by a clock of such."""
+assert _LEAD_S > _TIMER_S, "a claim that goes out after the end of the call is no use"
 _PATIENCE_S = 0.005
 """After the time of the longest call, whoever waits behind one that has not ended waits so long and no longer."""
 

@@ -32,7 +32,7 @@ def test_after_calls_that_were_alike_the_next_request_is_asked_for_just_before_t
     foresight = after(before + calls)
     ask_at_s = foresight.begin(now_s)
     assert ask_at_s is not None
-    assert min(calls) - 0.002 < ask_at_s - now_s < min(calls)
+    assert min(calls) - 0.003 < ask_at_s - now_s < min(calls)
     assert foresight.nears_end(ask_at_s)
     assert foresight.nears_end(now_s + max(calls))
     assert not foresight.nears_end(now_s)
@@ -58,7 +58,7 @@ def test_one_call_that_was_slow_is_remembered_for_as_long_as_all_are(
 
 
 @given(any_calls | alike(), moments, st.floats(0.0, 0.3))
-def test_nobody_waits_behind_a_call_for_longer_than_ten_milliseconds(
+def test_nobody_waits_behind_a_call_for_longer_than_eleven_milliseconds(
     calls: list[float], began_s: float, run_s: float
 ) -> None:
     """However long it really takes: who was claimed at any moment of it."""
@@ -67,7 +67,7 @@ def test_nobody_waits_behind_a_call_for_longer_than_ten_milliseconds(
     now_s = began_s + run_s
     if foresight.nears_end(now_s):
         patience_s = foresight.patience_s(now_s, unforeseen=math.inf)
-        assert 0 < patience_s < 0.010
+        assert 0 < patience_s < 0.011
         assert not foresight.nears_end(now_s + patience_s + 1e-6)
         assert foresight.patience_s(now_s + patience_s + 1e-6, unforeseen=math.inf) == 0
 
