@@ -1,6 +1,6 @@
 """The multiplexed connection: every command of one process and loop over one socket, none waiting for another.
 
-It stands on redis-py's ``Connection`` for what is tedious to get right (URL, TLS, AUTH, name, protocol), and owns the
+It stands on redis-py's ``Connection`` for what is tedious to get right (`link`: URL, TLS, AUTH, name), and owns the
 reading (`intake`) and the writing itself. Replies are matched to commands by order: a caller that is cancelled drops
 its future and never the read, so its reply cannot reach the next caller. Commands of one tick of the loop leave in one
 write.
@@ -15,7 +15,6 @@ import contextlib
 import logging
 import math
 import random
-import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
@@ -24,17 +23,13 @@ from typing import Any, TypeVar, cast
 
 import hiredis
 from redis import exceptions as redis_errors
-from redis.asyncio.connection import AbstractConnection, Connection as _TcpConnection, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from .address import redis_options, shown_url
+from .address import shown_url
 from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, pack, pack_in_pieces, pieces_of
-from .errors import BrokerUnavailable, ConfigError
+from .errors import BrokerUnavailable
 from .intake import Intake
-
-__all__ = ["BLOCK_MS", "Connection", "FateUnknown", "shown_url", "user_of"]
+from .link import CONNECT_S, error_of, link_to, turned_away
 
 T = TypeVar("T")
 
@@ -45,21 +40,8 @@ BLOCK_MS = 2_000
 _STALL_S = 6.0
 _IDLE_S = 2.0
 _BEAT_S = 1.0
-_CONNECT_S = 5.0
 _BACKOFF_S = (0.02, 1.0)
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
-
-_ERRORS: dict[str, type[redis_errors.RedisError]] = {
-    "LOADING": redis_errors.BusyLoadingError,
-    "NOPERM": redis_errors.NoPermissionError,
-    "NOSCRIPT": redis_errors.NoScriptError,
-    "OOM": redis_errors.OutOfMemoryError,
-    "READONLY": redis_errors.ReadOnlyError,
-}
-
-
-_DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
-"""What servers say instead of ``NOPERM`` where a script meets what its user may not: up to Redis 7.0, and since."""
 
 
 class FateUnknown(BrokerUnavailable):
@@ -80,7 +62,7 @@ class Connection:
     def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0) -> None:
         self.url, self.patience_s = url, patience_s
         self._name = name
-        self._redis = _redis_connection(url, name)
+        self._redis = link_to(url, name)
         self._shown_url = shown_url(url)
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._writer: asyncio.StreamWriter | None = None
@@ -302,7 +284,7 @@ class Connection:
                 self._reason = f"it does not speak Redis's protocol: {e}"
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
                 self._reason = str(e) or type(e).__name__
-                if _turned_away(e) and self._first is not None and not self._first.done():
+                if turned_away(e) and self._first is not None and not self._first.done():
                     return  # waiting does not mend a password or a certificate
             except Exception as e:
                 log.exception("the connection to the broker failed in a way of its own")
@@ -315,7 +297,7 @@ class Connection:
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
 
     async def _connect(self) -> Intake:
-        await _within(_CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
+        await _within(CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
         # While it loads its append-only file a server answers TIME, but not PING.
         await self._ask("PING")
         await self._clock.read(partial(self._ask, "TIME"))
@@ -323,7 +305,7 @@ class Connection:
         assert writer is not None
         self._writer = writer
         transport = cast(asyncio.Transport, writer.transport)
-        self._intake = Intake(transport, self._on_data, self._on_reply, self._is_bulky_next, _reply_error)
+        self._intake = Intake(transport, self._on_data, self._on_reply, self._is_bulky_next, error_of)
         self._heard = self._pulse_due = self._loop.time()
         self._beat()
         self._stop_patience()
@@ -351,8 +333,8 @@ class Connection:
             log.log(level, "after reconnecting: %s", error, exc_info=error)
 
     async def _ask(self, *args: str) -> Any:
-        await _within(_CONNECT_S, self._redis.send_command(*args))
-        return await _within(_CONNECT_S, self._redis.read_response())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        await _within(CONNECT_S, self._redis.send_command(*args))
+        return await _within(CONNECT_S, self._redis.read_response())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
     def _on_data(self) -> None:
         self._heard = self._loop.time()
@@ -459,24 +441,6 @@ class Connection:
         self._pulse = self._loop.call_at(self._pulse_due, self._beat)
 
 
-def user_of(url: str) -> str:
-    """Return the Redis user that ``url`` names; empty if it names none. Raises `ConfigError`: it is no Redis URL."""
-    return str(redis_options(url, parse_url).get("username") or "")
-
-
-def _redis_connection(url: str, name: str) -> AbstractConnection:
-    options = redis_options(url, parse_url)
-    kind: type[AbstractConnection] = options.pop("connection_class", _TcpConnection)
-    # RESP2: plain lists, the same from every server; RESP3 measured no faster. No socket timeout: each send would go
-    # through `wait_for`, and silence is noticed by `_beat`. Nor its retries: `_run` has its own.
-    retry = Retry(NoBackoff(), 0)
-    options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=_CONNECT_S, retry=retry)
-    try:
-        return kind(**options)
-    except (TypeError, ValueError, redis_errors.RedisError) as e:
-        raise ConfigError(f"the options of {shown_url(url)!r} are not Redis's: {e}") from None
-
-
 async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
     """Like ``asyncio.wait_for``, but a cancellation that comes together with the result counts (Python < 3.12)."""
     task = asyncio.ensure_future(awaitable)
@@ -492,18 +456,6 @@ async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
         if task.cancelled():
             raise asyncio.TimeoutError
     return task.result()
-
-
-def _turned_away(error: BaseException) -> bool:
-    """Whether the server will not have us, or we not it. redis-py wraps what goes wrong while it connects."""
-    refusals = (redis_errors.AuthenticationError, redis_errors.NoPermissionError, ssl.SSLCertVerificationError)
-    return isinstance(error, refusals) or isinstance(error.__cause__ or error.__context__, refusals)
-
-
-def _reply_error(text: str) -> Exception:
-    code, _, rest = text.partition(" ")
-    kind = redis_errors.NoPermissionError if text.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
-    return redis_errors.ResponseError(text) if kind is None else kind(rest)
 
 
 def _tell(command: Command, error: Exception) -> None:

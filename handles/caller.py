@@ -18,13 +18,14 @@ from functools import partial
 from typing import Any, cast
 
 from ..broker.address import shown_url
-from ..broker.connection import Connection, FateUnknown, user_of
+from ..broker.connection import Connection, FateUnknown
 from ..broker.dead import DeadQueue
 from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
 from ..broker.figures import Figures, figures_of
 from ..broker.flow import REPEAT_S, tell_taken
 from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
+from ..broker.link import user_of
 from ..broker.publishing import Published, Publisher, Refused
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream

@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..broker.address import REDIS_URL
-from ..broker.connection import shown_url, user_of
+from ..broker.address import REDIS_URL, shown_url
 from ..broker.embedded import EmbeddedServer, EmbeddedServerError
 from ..broker.errors import ConfigError
 from ..broker.keys import Keys
+from ..broker.link import user_of
 from ..handles import background
 from ..workers.replica import NAMESPACE
 from .client import Client

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..broker.connection import Connection, shown_url
+from ..broker.address import shown_url
+from ..broker.connection import Connection
 from ..broker.errors import ConfigError, PenstockError
 from ..broker.figures import figures_of
 from ..broker.keys import Keys

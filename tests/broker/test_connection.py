@@ -13,8 +13,9 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from penstock.broker.address import shown_url
 from penstock.broker.commands import Script
-from penstock.broker.connection import Connection, FateUnknown, shown_url
+from penstock.broker.connection import Connection, FateUnknown
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.errors import BrokerUnavailable, ConfigError
 from tests.broker.conftest import Connect
