@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -10,7 +12,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from penstock.broker.wire import Entry, Reply
 from penstock.proxy.direct import Direct, protocol_for
-from penstock.proxy.hangups import PATIENCE_S
+from penstock.proxy.hangups import PATIENCE_S, HungUp
 from penstock.proxy.middlewares import wrap
 from penstock.proxy.server import Server
 from tests.proxy.site import WAYS, Answerer, Site, running, text
@@ -134,6 +136,23 @@ async def slow_echo(entry: Entry) -> Reply:
     return Reply(entry.id, codec="bytes", body=entry.body)
 
 
+@contextmanager
+def uncollected() -> Generator[list[object]]:
+    """Lists, once it is left, what of ours waits for the garbage collector since it was entered."""
+    ours: list[object] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield ours
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours += [one for one in gc.garbage if type(one).__module__.startswith("penstock.")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
 @pytest.mark.parametrize("answer", [text("hello"), slow_echo])
 @pytest.mark.parametrize("size", [0, 100_000])
 async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str, answer: Answerer, size: int) -> None:
@@ -143,19 +162,21 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str
         for _ in range(3):
             await site.http.post("/", content=bytes(size))
         site.started.clear()
-        gc.collect()
-        gc.disable()
-        try:
+        with uncollected() as ours:
             for _ in range(5):
                 assert (await site.http.post("/", content=bytes(size))).status_code == 200
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            gc.collect()
-            ours = [one for one in gc.garbage if type(one).__module__.startswith("penstock.")]
-        finally:
-            gc.set_debug(0)
-            gc.garbage.clear()
-            gc.enable()
     assert ours == []
+
+
+async def test_a_client_that_hangs_up_leaves_no_body_for_the_garbage_collector(redis_url: str) -> None:
+    async with running(redis_url, way="direct") as site:
+        await site.endpoint("/", answer=None)
+        with uncollected() as ours:
+            for _ in range(3):
+                with pytest.raises(httpx.ReadTimeout):
+                    await site.http.post("/", content=bytes(100_000), timeout=0.2)
+            await wait_until_async(lambda: 'status="499"} 3' in site.app.metrics.render())
+    assert [one for one in ours if isinstance(one, HungUp)] == []
 
 
 async def _is_queued(site: Site) -> bool:
