@@ -12,6 +12,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import ray
+from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -242,15 +243,27 @@ def _join_ray(detached: bool) -> bool:
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, logging_level=logging.ERROR)
     elif detached:
-        try:
-            ray.init(address="auto", logging_level=logging.ERROR)
-        except ConnectionError:
+        if not join_lasting_ray(logging_level=logging.ERROR):
             raise ConfigError(
-                "a detached instance outlives this process, and so must its Ray: no Ray runs on this machine, and "
+                "a detached instance outlives this process, and so must its Ray: no such Ray runs on this machine, and "
                 "RAY_ADDRESS names none; `ray start --head` starts one"
-            ) from None
+            )
     else:
         ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    return True
+
+
+def join_lasting_ray(**options: Any) -> bool:
+    """Connect to the Ray cluster that ``ray start`` has begun on this machine; tell whether there is one.
+
+    What Ray itself would find could also be the local one of some script, and end with that.
+    """
+    if not read_ray_address():
+        return False
+    try:
+        cast(Any, ray.init)(address="auto", **options)
+    except ConnectionError:
+        return False
     return True
 
 

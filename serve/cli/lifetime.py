@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any, cast
+from typing import Any
 
 import click
 import ray
 
 from ...broker.address import REDIS_URL
-from ..doors import start as start_instance
+from ..doors import join_lasting_ray, start as start_instance
 from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 from .connecting import client_of
 
@@ -54,8 +54,8 @@ def start(
 ) -> None:
     """Start an instance that outlives this command.
 
-    It runs on the Ray cluster that RAY_ADDRESS names, or that runs on this machine; if there is none, one is started
-    here. The broker must run already: Redis 7.0 or newer, or Valkey 8 or newer.
+    It runs on the Ray cluster that RAY_ADDRESS names, or that `ray start` has begun on this machine; if there is none,
+    one is begun here. The broker must run already: Redis 7.0 or newer, or Valkey 8 or newer.
 
     \b
     Examples:
@@ -114,23 +114,23 @@ def _confirmed(question: str) -> bool:
 def _join_ray() -> bool:
     """Connect to a Ray cluster; tell whether it had to be started."""
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(address=address or "auto", **options)
-        return False
-    except ConnectionError as e:
-        if address:
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as e:
             hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
             wrong(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}{hint}")
-    # Said before, so that it is known whatever becomes of this.
-    click.echo("no Ray runs on this machine: starting it; `ray stop` ends it", err=True)
+        return False
+    if join_lasting_ray(**options):
+        return False
+    # The port that Ray takes by itself is that of Redis. Said before, so that it is known whatever becomes of this.
+    click.echo("no Ray cluster was started on this machine: starting one; `ray stop` ends it", err=True)
     ran = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard=false"],
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0", "--include-dashboard=false"],
         capture_output=True,
         text=True,
         check=False,
     )
     if ran.returncode:
         raise click.ClickException(f"cannot start Ray on this machine:\n{ran.stderr.strip()}")
-    cast(Any, ray.init)(address="auto", **options)
-    return True
+    return join_lasting_ray(**options)
