@@ -174,7 +174,7 @@ async def test_a_client_that_hangs_up_leaves_no_body_for_the_garbage_collector(r
         with uncollected() as ours:
             for _ in range(3):
                 with pytest.raises(httpx.ReadTimeout):
-                    await site.http.post("/", content=bytes(100_000), timeout=0.2)
+                    await site.http.post("/", content=bytes(100_000), timeout=httpx.Timeout(10, read=0.2))
             await wait_until_async(lambda: 'status="499"} 3' in site.app.metrics.render())
     assert [one for one in ours if isinstance(one, HungUp)] == []
 
