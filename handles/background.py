@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import os
 import threading
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,6 +48,45 @@ def _start_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
+
+
+class _Outbox:
+    """Calls from any thread to one loop, woken once for all that came until it wakes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def put(self, call: Callable[[], None]) -> None:
+        # Appended first, looked at second; `_empty` does both the other way round. So either it sees this call, or we
+        # see that it must be woken.
+        self._calls.append(call)
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False
+        calls = self._calls
+        while calls:
+            try:
+                calls.popleft()()
+            except Exception:
+                log.exception("a call from a thread failed")
+
+
+_outbox: _Outbox | None = None
+
+
+def soon(call: Callable[[], None]) -> None:
+    """Make a call on the background loop, from any thread, in the order in which that thread asks for calls."""
+    global _outbox
+    running, outbox = loop(), _outbox
+    if outbox is None or outbox.loop is not running:  # a forked child has its parent's
+        # Two threads may each make one; both wake the same loop.
+        outbox = _outbox = _Outbox(running)
+    outbox.put(call)
 
 
 def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,13 +17,13 @@ from ..broker.keys import check_name
 from ..broker.registry import EndpointRecord
 from ..broker.wire import Header
 from . import background
+from .answers import Answer, SyncAnswer
 from .caller import Caller
 from .calls import Call, Outcome
 from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .object_refs import object_ref
 from .options import Options
-from .results import result_of
 from .streams import AsyncResponseStream, ResponseStream, Stream
 
 log = logging.getLogger(__name__)
@@ -264,7 +262,7 @@ class AsyncServeHandle(_Handle):
         timeout_s = self._options.timeout_s
         if caller is None or endpoint is None:
             caller, endpoint, timeout_s = await self._reach(timeout_s)
-        future = _Answer(loop=caller.loop)
+        future = Answer(loop=caller.loop)
         future.call = call = self._send(caller, endpoint, written, timeout_s, future.settle)
         try:
             await call.accepted()
@@ -309,11 +307,11 @@ class ServeHandle(_Handle):
         written = self._write(body, query)
         if self._options.stream:
             return cast("concurrent.futures.Future[Any]", ResponseStream(self._open_stream(written)))
-        future = _SyncAnswer()
-        _outbox().put(partial(self._start, written, future))
+        future = SyncAnswer()
+        background.soon(partial(self._start, written, future))
         return future
 
-    def _start(self, written: _Written, future: _SyncAnswer) -> None:
+    def _start(self, written: _Written, future: SyncAnswer) -> None:
         """Send it, in the background loop."""
         if future.cancelled():
             future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` would wait for it
@@ -329,7 +327,7 @@ class ServeHandle(_Handle):
             return
         self._go(caller, endpoint, written, self._options.timeout_s, future)
 
-    async def _start_slowly(self, written: _Written, future: _SyncAnswer) -> None:
+    async def _start_slowly(self, written: _Written, future: SyncAnswer) -> None:
         """Connect first, or wait for an endpoint that may be missing."""
         try:
             caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
@@ -344,7 +342,7 @@ class ServeHandle(_Handle):
         endpoint: EndpointRecord,
         written: _Written,
         timeout_s: float | None,
-        future: _SyncAnswer,
+        future: SyncAnswer,
     ) -> None:
         try:
             call = self._send(caller, endpoint, written, timeout_s, future.settle)
@@ -354,131 +352,7 @@ class ServeHandle(_Handle):
         future.on_cancel(caller.loop, partial(future.give_up, call))
 
 
-# -- answers into futures
-
-
-class _Answer(asyncio.Future[Any]):
-    """The future of an answer, which gives the request up when it is cancelled.
-
-    By a method and not by a callback, which costs each answer another turn of the loop: 2 of 32 us of CPU.
-    """
-
-    call: Call | None = None
-    """Until it is done: each leads to the other, and what leads to itself waits for the garbage collector."""
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        cancelled = super().cancel(msg)
-        if cancelled and self.call is not None:
-            self.call.cancel()
-            self.call = None
-        return cancelled
-
-    def settle(self, outcome: Outcome) -> None:
-        self.call = None
-        if self.done():
-            return
-        try:
-            value = result_of(outcome)
-        except BaseException as e:
-            self.set_exception(e)
-        else:
-            self.set_result(value)
-
-    def consume(self) -> None:
-        if self.done() and not self.cancelled():
-            self.exception()
-
-
-class _SyncAnswer(concurrent.futures.Future[Any]):
-    """The future of an answer for threads, which gives the request up when it is cancelled.
-
-    By a method and not by a callback: its lock is taken four times less.
-    """
-
-    _give_up: Callable[[], object] | None = None
-    """Until it is done, as it leads back here."""
-
-    def on_cancel(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]) -> None:
-        """Run ``give_up`` in ``loop``, which is the running one, if this is cancelled or has been."""
-        # Set first, looked at second; `cancel` does both the other way round.
-        self._give_up = give_up_soon = partial(loop.call_soon_threadsafe, give_up)
-        if self.cancelled():
-            give_up_soon()
-
-    def cancel(self) -> bool:
-        if not super().cancel():
-            return False
-        if (give_up := self._give_up) is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and its requests with it
-                give_up()
-        return True
-
-    def settle(self, outcome: Outcome) -> None:
-        # Decoded in the background loop: the thread that waits may want only to know that it is done.
-        try:
-            value = result_of(outcome)
-        except BaseException as e:
-            self.fail(e)
-        else:
-            self._give_up = None
-            try:
-                self.set_result(value)
-            except concurrent.futures.InvalidStateError:
-                self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
-
-    def fail(self, error: BaseException) -> None:
-        self._give_up = None
-        if self.set_running_or_notify_cancel():
-            self.set_exception(error)
-
-    def give_up(self, call: Call) -> None:
-        """Give the request up, for who has cancelled this."""
-        if call.cancel():
-            # Else its outcome came first, and has done so.
-            self.set_running_or_notify_cancel()
-
-
-# -- from threads to the background loop
-
-
-class _Outbox:
-    """Calls from any thread to the background loop, woken once for all that came until it wakes."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._calls: deque[Callable[[], None]] = deque()
-        self._woken = False
-
-    def put(self, call: Callable[[], None]) -> None:
-        # Appended first, looked at second; `_empty` does both the other way round. So either it sees this call, or we
-        # see that it must be woken.
-        self._calls.append(call)
-        if not self._woken:
-            self._woken = True
-            self.loop.call_soon_threadsafe(self._empty)
-
-    def _empty(self) -> None:
-        self._woken = False
-        calls = self._calls
-        while calls:
-            try:
-                calls.popleft()()
-            except Exception:
-                log.exception("cannot start a request")
-
-
-_the_outbox: _Outbox | None = None
 _starting: set[asyncio.Task[None]] = set()
-
-
-def _outbox() -> _Outbox:
-    global _the_outbox
-    loop = background.loop()
-    outbox = _the_outbox
-    if outbox is None or outbox.loop is not loop:  # a forked child has its parent's
-        # Two threads may each make one; both wake the same loop.
-        outbox = _the_outbox = _Outbox(loop)
-    return outbox
 
 
 def warn_of_the_other_face(sync: bool) -> None:
