@@ -8,15 +8,15 @@ that old replicas can read new proxies; an unknown version is refused by name; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
-from typing import Any, NamedTuple, Union, cast
-from uuid import UUID
+from typing import Any, NamedTuple, cast
 
 import orjson
 
 from .errors import WireError
+from .path_params import PathParam, dump_params, load_params
 
 VERSION = b"1"
 PART_VERSION = b"part-1"
@@ -32,7 +32,6 @@ LARGEST = 512 * 1024 * 1024
 VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
 BODY_FIELD, LARGE_FIELD, _MANY = b"b", b"large", b"n"
 
-PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Pairs = list[tuple[str, str]]
 
 HTTP_CODEC = ""
@@ -79,7 +78,7 @@ class Header:
                 "endpoint": self.endpoint,
                 "method": self.method,
                 "path": self.path,
-                "params": _dump_params(self.path_params) if self.path_params else {},
+                "params": dump_params(self.path_params) if self.path_params else {},
                 "query": self.query,
                 "headers": self.headers,
                 "codec": self.codec,
@@ -112,7 +111,7 @@ class Header:
             endpoint,
             method,
             path,
-            _load_params(params) if params else {},
+            load_params(params) if params else {},
             query,  # pyright: ignore[reportUnknownArgumentType]
             _load_pairs(headers) if headers else [],
             codec,
@@ -468,46 +467,3 @@ def _load_sizes(raw: Any, total: int) -> list[int]:
     except TypeError:
         pass
     raise WireError(f"the header's 'sizes' must be those of the {total} bytes of a part, not {shortened(raw)}")
-
-
-# JSON has no UUIDs, and orjson no integers beyond 64 bits and no infinity (which Starlette's float convertor makes of
-# 400 digits): what is not a string carries its type and is spelled out. Integers in hexadecimal, as Python refuses to
-# read more than 4300 decimal digits.
-def _dump_params(params: Mapping[str, PathParam]) -> dict[str, str | tuple[str, str]]:
-    return {name: value if type(value) is str else _dump_param(name, value) for name, value in params.items()}
-
-
-def _dump_param(name: str, value: object) -> tuple[str, str]:
-    if isinstance(value, int):
-        return "int", f"{int(value):x}"
-    if isinstance(value, float):
-        return "float", float.__repr__(value)
-    if isinstance(value, UUID):
-        return "uuid", value.hex
-    if isinstance(value, str):
-        return "str", str(value)
-    raise WireError(f"the path parameter {name!r} cannot travel: its convertor made a {type(value).__name__}")
-
-
-_PARAMS: dict[str, Callable[[str], PathParam]] = {
-    "int": lambda text: int(text, 16),
-    "float": float,
-    "uuid": UUID,
-    "str": str,
-}
-
-
-def _load_params(raw: Any) -> dict[str, PathParam]:
-    if type(raw) is not dict:
-        raise WireError(f"the header's 'params' cannot be a {type(raw).__name__}")
-    params: dict[str, PathParam] = {}
-    for name, value in cast("dict[str, Any]", raw).items():
-        if type(value) is str:
-            params[name] = value
-            continue
-        try:
-            kind, text = value
-            params[name] = _PARAMS[kind](text)
-        except (TypeError, ValueError, KeyError, AttributeError):
-            raise WireError(f"the path parameter {name!r} cannot be read from {shortened(value)}") from None
-    return params

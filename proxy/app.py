@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..broker.errors import BrokerUnavailable, RedisError
 from ..broker.figures import Figures
 from ..broker.flow import WINDOW
+from ..broker.path_params import PathParam
 from ..broker.registry import EndpointRecord, Snapshot
-from ..broker.wire import Header, PathParam, Reply
+from ..broker.wire import Header, Reply
 from ..handles.caller import Caller
 from ..handles.calls import Call, Outcome
 from ..handles.errors import ConfigError, PenstockError

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 from starlette.routing import PARAM_REGEX, compile_path
 
 from ..broker.errors import ConfigError
+from ..broker.path_params import PathParam
 from ..broker.registry import EndpointRecord
-from ..broker.wire import PathParam
 
 logger = logging.getLogger("penstock.proxy")
 

@@ -13,7 +13,8 @@ from starlette.datastructures import Address, FormData, Headers, ImmutableMultiD
 from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
-from ..broker.wire import HTTP_CODEC, Entry, PathParam
+from ..broker.path_params import PathParam
+from ..broker.wire import HTTP_CODEC, Entry
 from ..handles.codec import decode
 from ..handles.errors import MalformedBody
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.broker.errors import WireError
-from penstock.broker.wire import Entry, Header, Part, PathParam, Reply
+from penstock.broker.path_params import PathParam
+from penstock.broker.wire import Entry, Header, Part, Reply
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # surrogates are not Unicode text
 SMALL_INTS = st.integers(-(2**63), 2**64 - 1)
