@@ -45,13 +45,11 @@ _PREFETCH_S = 0.002
 """Blocking code has at most this much work waiting for it here: nobody waits behind more while a replica is idle."""
 _SLOW_S = 0.010
 _CONSIDERATE_S = 1.0
-"""While batch items wait, and for this long after an interactive request has come, room is made for the next one: it
-waits behind all that was claimed before it.
+"""While batch items wait, and for this long after an interactive request has come, room is made for the next one, which
+waits behind all that was claimed before it: no batch is fetched ahead.
 """
 _SHARED_SLOW_S = 0.002
-"""Then a batch of items is fetched ahead only if it is over this soon, and batches so quick are small ones: what they
-take is the work around them, item by item.
-"""
+"""Then batches that are over this soon are small ones: what they take is the work around them, item by item."""
 _STUCK_S = 0.025
 _REMEMBER = 10_000
 _RETRY_S = 0.2
@@ -166,12 +164,12 @@ class Consumer:
     def room(self) -> int:
         """Return how many entries there is room for here; less than none if it holds more."""
         if self.batch_size:
-            size, slow_s = self.batch_size, _SLOW_S
+            size, ahead = self.batch_size, self._run_s <= _SLOW_S
             if self._sharing and self._loop.time() < self._considerate_until:
-                slow_s = _SHARED_SLOW_S
-                if self._run_s <= slow_s and not self._batches.wait_s:
+                ahead = False
+                if self._run_s <= _SHARED_SLOW_S and not self._batches.wait_s:
                     size = min(size, _CLAIM)
-            capacity = (self._concurrency + (self._run_s <= slow_s)) * size
+            capacity = (self._concurrency + ahead) * size
         elif self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
