@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,9 +37,10 @@ def sleep(requests: list[Any]) -> list[Any]:
 
 
 def produce(url: str, endpoint: str, window: int) -> None:
-    """Send items until ended."""
+    """Send items until ended, at the priority that `penstock batch` gives itself."""
     from penstock import handles
 
+    os.nice(19)
     producer = handles.connect(url).batch(endpoint, window=window or None)
     for done, _ in enumerate(producer.as_completed(iter(int, 1))):
         if done == BATCH_SIZE:
