@@ -116,10 +116,14 @@ def _scaled(layout: Layout, taken: Sample, calls: Mapping[str, int]) -> Scaled:
     )  # fmt: skip
 
 
+BUSY = 0.9
+"""Of cores that several processes share, how much is ever busy: they wait for each other now and then."""
+
+
 def limits_per_s(stages_us: Mapping[str, float], layout: Layout, cores: float) -> dict[str, float]:
     """What each stage, and the machine as a whole, can carry."""
     limits = {stage: layout.count(stage) / us * 1e6 for stage, us in stages_us.items() if us > 0 and stage != REST}
-    return {**limits, "all cores": cores / sum(stages_us.values()) * 1e6}
+    return {**limits, "all cores": BUSY * cores / sum(stages_us.values()) * 1e6}
 
 
 @dataclass(frozen=True, slots=True)
