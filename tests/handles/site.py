@@ -24,6 +24,21 @@ INSTANCE = "default"
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
 
 
+class Lingering:
+    """Code that ends when its request is cancelled, and not of itself while a test lasts."""
+
+    def __init__(self) -> None:
+        self.running, self.cancelled = threading.Event(), threading.Event()
+
+    async def run(self, request: Any) -> None:
+        self.running.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+
 class Site:
     """One instance, with the endpoints and workers that a test asks for. Its methods may be called from any thread."""
 

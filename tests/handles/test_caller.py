@@ -25,7 +25,7 @@ from penstock.handles.errors import (
     RequestTimeout,
     WireError,
 )
-from tests.handles.site import CONFIG, INSTANCE, Site, echo
+from tests.handles.site import CONFIG, INSTANCE, Lingering, Site, echo
 from tests.waiting import wait_until_async
 
 BACKEND = BackendRecord(tag="model", version="1", code="", config=CONFIG)
@@ -181,21 +181,12 @@ async def test_cancelling_before_the_broker_has_answered_takes_the_request_back(
 
 
 async def test_cancelling_a_running_request_cancels_it(site: Site, caller: Caller) -> None:
-    running, cancelled = threading.Event(), threading.Event()
-
-    async def linger(request: Any) -> None:
-        running.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    site.serve(linger)
+    lingering = Lingering()
+    site.serve(lingering.run)
     call, _ = send(caller)
-    await wait_until_async(running.is_set)
+    await wait_until_async(lingering.running.is_set)
     call.cancel()
-    await wait_until_async(cancelled.is_set)
+    await wait_until_async(lingering.cancelled.is_set)
     await wait_until_async(lambda: site.depth() == 0)
 
 

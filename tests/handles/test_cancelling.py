@@ -11,7 +11,7 @@ import pytest
 from penstock.handles import AsyncServeHandle
 from penstock.handles.caller import Caller
 from penstock.handles.connection import Connected
-from tests.handles.site import INSTANCE, Site, echo, noting
+from tests.handles.site import INSTANCE, Lingering, Site, echo, noting
 from tests.waiting import wait_until, wait_until_async
 
 
@@ -71,23 +71,14 @@ def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Co
 
 
 async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> None:
-    running, cancelled = threading.Event(), threading.Event()
-
-    async def linger(request: Any) -> None:
-        running.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    await asyncio.to_thread(site.serve, linger)
+    lingering = Lingering()
+    await asyncio.to_thread(site.serve, lingering.run)
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
     future = await handle.remote()
-    await wait_until_async(running.is_set)
+    await wait_until_async(lingering.running.is_set)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(future, 0.01)
-    await wait_until_async(cancelled.is_set)
+    await wait_until_async(lingering.cancelled.is_set)
     await wait_until_async(lambda: site.depth() == 0)
     await (await Caller.get(site.url, INSTANCE)).close()
 
