@@ -5,11 +5,14 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 
+PATIENCE_S = 30.0
+"""What has not come about by then never does, also on a machine that is slow and busy."""
+
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.05
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Return once ``condition()`` is true. It is asked often at first, then every 50 ms.
 
     Raises:
@@ -23,7 +26,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-async def wait_until_async(condition: Callable[[], object | Awaitable[object]], timeout_s: float = 10.0) -> None:
+async def wait_until_async(condition: Callable[[], object | Awaitable[object]], timeout_s: float = PATIENCE_S) -> None:
     """Return once ``condition()``, or what it returns when awaited, is true. The loop runs on meanwhile.
 
     Raises:
