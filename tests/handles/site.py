@@ -45,7 +45,8 @@ class Site:
     def __init__(self, url: str) -> None:
         self.url = url
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="site")
+        # A daemon: a test that fails and leaves it open must not keep the run from ending.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="site", daemon=True)
         self._workers: list[tuple[Worker, Runner]] = []
         self._numbers = itertools.count(1)
         self._thread.start()
@@ -125,10 +126,13 @@ class Site:
             await runner.stop()
 
     async def _count(self, tag: str, *, batch: bool = False) -> int:
-        return int(await self._connection.send("XLEN", (self._keys.batch if batch else self._keys.requests)(tag)))
+        key = (self._keys.batch if batch else self._keys.requests)(tag)
+        # Repeated, as all that a test looks at: it may just have cut our connection, too.
+        return int(await self._connection.send("XLEN", key, repeat=True))
 
     async def _scan(self) -> set[str]:
-        _, found = await self._connection.send("SCAN", 0, "MATCH", self._keys.pattern, "COUNT", 100_000)
+        scan = ("SCAN", 0, "MATCH", self._keys.pattern, "COUNT", 100_000)
+        _, found = await self._connection.send(*scan, repeat=True)
         expected = (":requests", ":requests:batch", ":replies", ":signals")
         names = {key.decode() for key in found}
         return {n for n in names if "{registry}" not in n and ":alive:" not in n and not n.endswith(expected)}

@@ -60,7 +60,7 @@ def test_closing_needs_no_broker(durable: EmbeddedServer) -> None:
     started_at = time.monotonic()
     connected.close()
     connected.close()
-    assert time.monotonic() - started_at < 2
+    assert time.monotonic() - started_at < 4.5  # a command would wait for 5 s for its connection
 
 
 def test_endpoints_are_listed(site: Site, connected: Connected) -> None:
@@ -85,8 +85,8 @@ def test_a_script_ends_by_itself_and_quietly(site: Site, ending: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(script)],
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"x\n", b"")
-    assert time.monotonic() - started_at < 10
+    assert time.monotonic() - started_at < 30

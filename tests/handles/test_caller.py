@@ -121,7 +121,7 @@ async def test_a_deadline_is_kept_without_any_replica(site: Site, caller: Caller
     started_at = loop.time()
     with pytest.raises(RequestTimeout, match=r"backend 'model' did not answer within 0\.3 s"):
         await send(caller, timeout_s=0.3)[1]
-    assert 0.29 < loop.time() - started_at < 1.5
+    assert 0.29 < loop.time() - started_at < 5
     await wait_until_async(lambda: site.depth() == 0)
 
 
@@ -146,7 +146,7 @@ async def test_a_caller_without_a_deadline_hears_that_the_broker_is_gone(durable
     call, future = send(caller)
     for waiting in (call.accepted(), future):
         with pytest.raises(BrokerUnavailable):
-            await asyncio.wait_for(waiting, 7)
+            await asyncio.wait_for(waiting, 20)
     await caller.close()
 
 

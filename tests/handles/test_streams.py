@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from typing import Any
@@ -41,6 +42,9 @@ def count_on_the_loop(request: Any) -> Any:
 def streaming(connected: Connected, **options: Any) -> Any:
     return connected.get_handle("ask").options(stream=True, **options)
 
+
+STOPS_S = 10.0
+"""A generator hears at once that its reader has gone; that one has fallen silent it would know after twice as long."""
 
 KINDS = [count, count_async, count_on_a_thread, count_on_the_loop]
 
@@ -154,7 +158,7 @@ async def test_who_stops_reading_stops_the_generator(site: Site) -> None:
     site.serve(endless)
     async with await ask_async(site) as stream:
         assert await stream.__anext__() == 1
-    await wait_until_async(lambda: ended == ["async"], 1.0)
+    await wait_until_async(lambda: ended == ["async"], STOPS_S)
     assert [value async for value in stream] == []
     await wait_until_async(lambda: site.depth() == 0)
 
@@ -181,7 +185,7 @@ def test_a_generator_on_a_thread_is_closed_too(site: Site, connected: Connected,
     else:
         del stream
         gc.collect()
-    assert ended.wait(1.0)
+    assert ended.wait(STOPS_S)
     wait_until(lambda: worker.in_progress == 0)
     wait_until(lambda: site.depth() == 0)
     wait_until(lambda: site.keys_left() == set())
@@ -266,17 +270,26 @@ def test_what_takes_batches_cannot_stream(site: Site, connected: Connected) -> N
 
 
 def test_the_deadline_is_for_the_first_value(site: Site, connected: Connected) -> None:
+    passed, ended = threading.Event(), threading.Event()
+
     def give(request: Any) -> Iterator[int]:
-        threading.Event().wait(request.data)
+        if request.data == "late":
+            ended.wait(20)
         yield 1
-        threading.Event().wait(0.5)
+        passed.wait(20)
         yield 2
 
     site.serve(give)
-    ask = streaming(connected, timeout_s=0.3)
-    assert list(ask.remote(0)) == [1, 2]
+    deadline_s = 2.0  # time for the first value, however busy this machine is
+    ask = streaming(connected, timeout_s=deadline_s)
+    stream = ask.remote("soon")
+    assert next(stream) == 1
+    time.sleep(deadline_s)
+    passed.set()
+    assert list(stream) == [2]
     with pytest.raises(RequestTimeout):
-        list(ask.remote(0.6))
+        list(ask.remote("late"))
+    ended.set()
 
 
 def test_a_stream_is_in_progress_until_it_ends(site: Site, connected: Connected) -> None:

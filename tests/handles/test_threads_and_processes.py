@@ -57,7 +57,7 @@ def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, c
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         input=pickle.dumps(connected.get_handle("ask")),
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert (ran.returncode, ran.stdout.decode().split("\n"), ran.stderr) == (0, ["from afar", "[]", ""], b"")
