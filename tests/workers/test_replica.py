@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from penstock.workers.replica import Serving
 from penstock.workers.target import dump
 from tests.brokers import wait_until_written
 from tests.waiting import wait_until_async
+from tests.workers.running import Gate, hook, hooks
 from tests.workers.serving import CONFIG, TAG, calling
 
 NAME = f"{TAG}#1"
@@ -95,6 +97,8 @@ class Greeter:
     def __call__(self, request: Request) -> str:
         if request.data == b"sleep":
             time.sleep(0.4)
+        if request.data == b"hold":
+            hook("hold")(request)
         return f"{self.greeting}, {self.name}"
 
 
@@ -168,16 +172,32 @@ async def test_a_health_check_that_fails_is_told(instance: Instance) -> None:
     await instance.replica.check()
 
 
-async def test_draining_finishes_what_was_begun_and_takes_nothing_new(instance: Instance) -> None:
+@pytest.fixture
+def held(gate: Gate) -> threading.Event:
+    """Set when a request runs that is held until the gate is opened."""
+    begun = threading.Event()
+
+    def hold(request: Request) -> None:
+        begun.set()
+        gate.wait()
+
+    hooks["hold"] = hold
+    return begun
+
+
+async def test_draining_finishes_what_was_begun_and_takes_nothing_new(
+    instance: Instance, gate: Gate, held: threading.Event
+) -> None:
     await instance.create(Greeter, "Hello")
     await instance.replica.ready()
     async with calling(instance.url) as client:
-        _, answer = client.call(b"sleep")
-        await asyncio.sleep(0.1)
-        draining = asyncio.ensure_future(instance.replica.drain(10))
+        _, answer = client.call(b"hold")
+        await wait_until_async(held.is_set)
+        draining = asyncio.ensure_future(instance.replica.drain(30))
         await instance.reports(state="draining")
         late, late_answer = client.call()
         await late.accepted()
+        gate.open()
         assert await draining
         assert (await answer).body == b"Hello, you"
         await asyncio.sleep(0.1)
@@ -186,13 +206,16 @@ async def test_draining_finishes_what_was_begun_and_takes_nothing_new(instance: 
     assert await instance.replica.drain(10)
 
 
-async def test_what_does_not_finish_while_draining_is_left_to_others(instance: Instance) -> None:
+async def test_what_does_not_finish_while_draining_is_left_to_others(
+    instance: Instance, gate: Gate, held: threading.Event
+) -> None:
     await instance.create(Greeter, "Hello")
     await instance.replica.ready()
     async with calling(instance.url) as client:
-        _, answer = client.call(b"sleep")
-        await asyncio.sleep(0.1)
+        _, answer = client.call(b"hold")
+        await wait_until_async(held.is_set)
         assert not await instance.replica.drain(0.05)
+        gate.open()
         another = Serving(instance.url, "default", TAG, f"{TAG}#2")
         await another.ready()
         assert (await answer).body == b"Hello, you"
@@ -222,12 +245,12 @@ async def test_what_it_has_done_is_counted_once_and_outlives_it(instance: Instan
         await connection.close()
 
 
-async def test_it_can_be_ended_before_it_has_started(instance: Instance) -> None:
+async def test_it_can_be_ended_before_it_has_started(instance: Instance, gate: Gate) -> None:
     assert await instance.replica.drain(1.0)
 
     class Slow:
         def __init__(self) -> None:
-            time.sleep(0.5)
+            gate.wait()
 
         def __call__(self, request: Request) -> None: ...
 

@@ -72,7 +72,7 @@ async def test_a_replica_that_is_killed_breaks_its_streams_off_and_nobody_runs_t
             await replica.kill()
             with pytest.raises(StreamBroken, match="its replica died"):
                 await rest_of(incoming)
-            assert loop.time() - killed_at < 4.0
+            assert loop.time() - killed_at < 6.0  # the lease of 2 s, and what else this machine does
             await nothing_is_left(client)
             assert ran == []
             # Its mark is gone, and nothing else of it is left.
@@ -186,7 +186,7 @@ async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> N
     async with calling(redis_url) as client, serving(redis_url, endless) as worker:
         await begun(ask(client)[1])
         await client.redis.delete(client.caller.keys.replies(client.caller.id))
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 10)
         await wait_until_async(lambda: worker.in_progress == 0)
 
 

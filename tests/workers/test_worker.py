@@ -116,19 +116,20 @@ async def test_a_backlog_is_cut_into_full_batches(redis_url: str) -> None:
 
 
 async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) -> None:
-    sizes = Sizes()
+    sizes, wait_s = Sizes(), 1.0
     async with (
         calling(redis_url) as client,
-        serving(redis_url, sizes.function, max_batch_size=10, batch_wait_timeout=0.5),
+        serving(redis_url, sizes.function, max_batch_size=1_000, batch_wait_timeout=wait_s),
     ):
         loop = asyncio.get_running_loop()
-        start = loop.time()
-        first = client.call(b"1")[1]
-        await asyncio.sleep(0.3)  # the second comes late: what counts is the first
-        second = client.call(b"2")[1]
-        await asyncio.gather(first, second)
-        assert 0.45 < loop.time() - start < 0.75
-    assert sizes.sizes == [2]
+        start, answers = loop.time(), [client.call(b"0")[1]]
+        while not sizes.sizes:  # if what counted were the last one, it would never be over
+            await asyncio.sleep(wait_s / 20)
+            answers.append(client.call(b"%d" % len(answers))[1])
+        assert loop.time() - start >= wait_s
+        await asyncio.gather(*answers)
+    assert 1 < sizes.sizes[0] < 1_000
+    assert sum(sizes.sizes) == len(answers)
 
 
 async def test_a_full_batch_does_not_wait(redis_url: str) -> None:
@@ -223,15 +224,17 @@ async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str,
         serving(redis_url, work if blocking else work_async, max_concurrent_queries=3) as worker,
     ):
 
-        async def race() -> bool:
+        async def race(number: int) -> bool:
             call, answer = client.call(b"x")
+            if number == 0:  # one that is not cancelled, even if this loop is held up while the others wait
+                await answer
             await asyncio.sleep(chance.random() * 0.1)
             if call.cancel():
                 return True
             assert (await answer).body == b"x"
             return False
 
-        cancelled = sum(await asyncio.gather(*(race() for _ in range(200))))
+        cancelled = sum(await asyncio.gather(*(race(number) for number in range(200))))
         assert 0 < cancelled < 200
         # They answer only if all of them run at once.
         replies = await asyncio.gather(*(client.ask(b"meet", timeout_s=20) for _ in range(3)))
@@ -242,7 +245,7 @@ async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str,
 
 async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) -> None:
     async with calling(redis_url) as client:
-        first = await start_killable(redis_url, "slowly")
+        first = await start_killable(redis_url, "never")
         calls = [client.call(b"x") for _ in range(5)]
         await wait_until_async(lambda: _claimed(client, 5))
         await first.kill()
@@ -250,22 +253,23 @@ async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) ->
         async with serving(redis_url, echo):
             replies = await asyncio.gather(*(answer for _, answer in calls))
         assert [reply.status for reply in replies] == [200] * 5
-        assert asyncio.get_running_loop().time() - killed_at < 4
+        # The lease of 2 s, and what else this machine does.
+        assert asyncio.get_running_loop().time() - killed_at < 6
         await wait_until_async(lambda: _is_empty(client))
 
 
 async def test_what_a_killed_replica_had_in_progress_is_not_run_one_by_one(redis_url: str) -> None:
     """It would take another one 18 s, in which that does nothing else."""
     async with calling(redis_url) as client:
-        first = await start_killable(redis_url, "slowly")
+        first = await start_killable(redis_url, "never")
         calls = [client.call(b"x") for _ in range(60)]
         await wait_until_async(lambda: _claimed(client, 60))
         await first.kill()
-        killed_at = asyncio.get_running_loop().time()
         second = await start_killable(redis_url, "slowly")
+        started_at = asyncio.get_running_loop().time()
         replies = await asyncio.gather(*(answer for _, answer in calls))
         assert [reply.status for reply in replies] == [200] * 60
-        assert asyncio.get_running_loop().time() - killed_at < 9
+        assert asyncio.get_running_loop().time() - started_at < 12
         await second.kill()
 
 
@@ -414,7 +418,7 @@ async def test_no_more_runs_at_once_than_may_when_both_streams_answer_one_claim(
 
 async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> None:
     async with calling(redis_url) as client:
-        first = await start_killable(redis_url, "slowly")
+        first = await start_killable(redis_url, "never")
         calls = [client.call(b"x", batch=n % 2 > 0) for n in range(6)]
         await wait_until_async(lambda: _claimed(client, 6))
         await first.kill()
