@@ -18,10 +18,10 @@ from starlette.types import ASGIApp
 from ..broker.errors import BrokerUnavailable, ConfigError, RedisError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
+from ..broker.memory import Memory
 from ..broker.registry import Snapshot
 from ..handles.caller import Caller
 from .app import App
-from .memory import Memory
 from .middlewares import wrap
 from .server import PortInUse, Server, is_wildcard
 

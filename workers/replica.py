@@ -20,6 +20,7 @@ from ..broker.address import REDIS_URL
 from ..broker.connection import Connection, FateUnknown
 from ..broker.errors import BrokerUnavailable, PenstockError, RedisError
 from ..broker.keys import Keys
+from ..broker.memory import Memory
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
 from ..handles.errors import BackendNotFound, to_wire
 from ..handles.log_lines import name_requests
@@ -53,6 +54,7 @@ class Serving:
         self._directories: Unpacked | None = None
         self._runner: Runner | None = None
         self._worker: Worker | None = None
+        self._memory = Memory()
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[bool] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -71,7 +73,7 @@ class Serving:
         await asyncio.shield(self._starting)
 
     async def check(self) -> None:
-        """Return if it is well, as far as is known by now.
+        """Return if it is well, as far as is known by now. At rest, give back memory that large bodies took.
 
         A ``check_health`` of the user's that waits behind a long request is no sign of illness: it is not waited for,
         and what it says is said by the next call.
@@ -91,6 +93,8 @@ class Serving:
         if checking.done():
             self._checking = None
             await checking
+        if not self._worker.in_progress:
+            self._memory.give_back()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, finish what was begun, and stop serving for good.

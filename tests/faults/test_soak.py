@@ -30,8 +30,8 @@ WARM_UPS = 3
 lay. So its base is the most that it had after any of a few, and it has as many chances to come back to it.
 """
 GROWTH = 0.10
-REST_S = 12.0
-"""A proxy that is at rest gives back what it does not need, at each check of its health: every 5 s."""
+REST_S = 25.0
+"""At rest, a proxy and a replica give back what they do not need when their health is checked: every 5 and 10 s."""
 
 
 def test_a_soak_leaves_memory_as_it_was(start: StartClient, broker: EmbeddedServer, scale: Scale, table: Table) -> None:

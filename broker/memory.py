@@ -1,4 +1,4 @@
-"""Memory that large bodies took, back to the system while a proxy is at rest."""
+"""Memory that large bodies took, back to the system while a process of ours is at rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Memory:
 
         glibc keeps freed blocks of up to 32 MiB, and what lies behind them keeps them from the system, until it is told
         to look for whole pages (malloc_trim(3)): ten minutes of bodies of up to 10 MiB left a proxy at rest with 166
-        MiB instead of 133.
+        MiB instead of 133. Threads that allocate meanwhile wait for it.
         """
         if self._trim is None or (now := _resident_bytes()) <= self._rested_bytes + _GROWN_BYTES:
             return

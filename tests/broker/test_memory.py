@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.proxy.memory import Memory
+from penstock.broker.memory import Memory
 
 BLOCKS, BLOCK_BYTES = 1_000, 100_000
 
