@@ -16,6 +16,8 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.go = folder.with_name("go")
+        """Once there is this file, what is held goes on."""
 
     def opened(self) -> int:
         """Return the file of this process. What was written to it is with the kernel, and outlives the process."""
@@ -36,8 +38,9 @@ class Noting:
     """Writes down what it starts. Takes ``service_s`` for each request, and answers with what it was sent."""
 
     def __init__(self, folder: Path, service_s: float) -> None:
-        self._service_s = service_s
-        self._file = Journal(folder).opened()
+        journal = Journal(folder)
+        self._service_s, self._go = service_s, journal.go
+        self._file = journal.opened()
 
     def note(self, request: serve.Request) -> str:
         name = str(request.data)
@@ -54,21 +57,23 @@ class Counting(Noting):
         return name
 
 
-class Slowly(Counting):
-    """`Counting`, and one that takes longer if it is asked to."""
+class Holding(Counting):
+    """`Counting`, and one that holds its requests until they may go on."""
 
     async def later(self, request: serve.Request) -> str:
         name = self.note(request)
-        await asyncio.sleep(2.0)
+        while not self._go.exists():  # noqa: ASYNC110 - it is another process that makes the file
+            await asyncio.sleep(0.01)
         return name
 
 
-class SlowToStart(Counting):
-    """`Counting`, after two seconds."""
+class HeldAtStart(Counting):
+    """`Counting`, once it may go on."""
 
     def __init__(self, folder: Path, service_s: float) -> None:
-        time.sleep(2.0)
         super().__init__(folder, service_s)
+        while not self._go.exists():
+            time.sleep(0.01)
 
 
 class Blocking(Noting):
@@ -81,11 +86,7 @@ class Blocking(Noting):
 
 
 class Held(Noting):
-    """Takes batches, and holds each until there is a file of the name ``go``."""
-
-    def __init__(self, folder: Path, go: Path) -> None:
-        super().__init__(folder, 0.0)
-        self._go = go
+    """Takes batches, and holds each until it may go on."""
 
     @serve.accept_batch
     def __call__(self, requests: list[serve.Request]) -> list[str]:

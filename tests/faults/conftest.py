@@ -38,10 +38,12 @@ class Scale:
     soak_s: float
     goodput: float
     """The least under overload, as a share of the capacity. In seconds, what else the machine does weighs more."""
+    take_over_s: float
+    """By when what a dead replica held has been answered by another, what else the machine does included."""
 
 
-SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=8, goodput=0.8)
-WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600, goodput=0.9)
+SHORT = Scale(rate=100, for_s=8, every_s=3, garbage=60, soak_s=8, goodput=0.8, take_over_s=6.0)
+WHOLE = Scale(rate=200, for_s=300, every_s=5, garbage=2_000, soak_s=600, goodput=0.9, take_over_s=3.0)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 
 from penstock import serve
 from penstock.broker.embedded import EmbeddedServer
-from tests.faults.backends import Counting, Journal, Slowly, SlowToStart
+from tests.faults.backends import Counting, HeldAtStart, Holding, Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.table import Row, Table
 from tests.faults.tcp_proxy import TcpProxy
@@ -25,7 +25,6 @@ from tests.serve.test_controller import kill_controller
 from tests.waiting import wait_until
 
 SERVICE_S = 0.02
-TAKE_OVER_S = 3.0
 
 
 def serve_work(client: serve.Client, journal: Journal, code: type[Counting] = Counting) -> None:
@@ -35,10 +34,10 @@ def serve_work(client: serve.Client, journal: Journal, code: type[Counting] = Co
 
 
 def kill_a_replica(client: serve.Client) -> bool:
-    """With -9, also the last one; False if there is none, as where Ray starts them slower than they are killed."""
+    """With -9, if there is another to take over from it; False if not, as where Ray starts them slower than that."""
     ready = [pid for pid in replicas(client, "work").values() if Path(f"/proc/{pid}").exists()]
     with suppress(ProcessLookupError):
-        if ready:
+        if len(ready) > 1:
             os.kill(random.choice(ready), signal.SIGKILL)
             return True
     return False
@@ -76,23 +75,26 @@ def test_replicas_are_killed_and_nobody_hears_of_it(
     table.add(Row.of("a replica killed", scale.for_s, seen, twice=twice, notes=f"{kills} killed"))
     assert kills > 0
     assert seen.refused.total() + len(seen.cut) == 0
-    assert seen.quantile_s(0.99) <= TAKE_OVER_S + SERVICE_S
+    assert seen.quantile_s(0.99) <= scale.take_over_s + SERVICE_S
 
 
 def test_with_no_replica_alive_a_deadline_is_kept(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0, "request_timeout_s": 0.5})
-    client.create_backend("work", SlowToStart, journal.folder, SERVICE_S, ray_actor_options=SMALL)
+    journal.go.touch()
+    client.create_backend("work", HeldAtStart, journal.folder, SERVICE_S, ray_actor_options=SMALL)
     client.create_endpoint("work", backend="work", route="/job", methods=["POST"])
     (pid,) = replicas(client, "work").values()
+    journal.go.unlink()
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
     began_s = time.monotonic()
     response = httpx.post(f"{client.http_url}/job", json="late")
     assert response.status_code == 504
     assert response.json()["error"]["type"] == "RequestTimeout"
-    assert 0.45 <= time.monotonic() - began_s < 1
+    assert 0.45 <= time.monotonic() - began_s < 4
     with pytest.raises(serve.errors.RequestTimeout):
-        client.get_handle("work").options(timeout_s=0.5).remote("later").result(timeout=1)
+        client.get_handle("work").options(timeout_s=0.5).remote("later").result(timeout=10)
+    journal.go.touch()
     assert client.get_handle("work").remote("patient").result(timeout=30) == "patient"
     assert journal.starts() == {"patient": 1}
 
@@ -131,14 +133,15 @@ def test_proxies_are_killed_and_what_they_had_accepted_runs_once(
 
 def test_what_a_dead_proxy_had_accepted_runs_once(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0})
-    serve_work(client, journal, Slowly)
+    serve_work(client, journal, Holding)
     with traffic(client, rate=40, for_s=0.25, method="later", ways=("http",)) as load:
         wait_until(lambda: not load.sending)
         wait_until(lambda: client.status()["backends"]["work"]["queued"] == 0 and len(journal.starts()) == load.sent)
         (proxy,) = client.status()["proxies"].values()
         os.kill(proxy["pid"], signal.SIGKILL)
     assert len(load.outcomes.cut) == load.sent
-    wait_until(lambda: len(journal.starts()) == load.sent)
+    journal.go.touch()
+    wait_until(lambda: client.status()["backends"]["work"]["served"] == load.sent)
     # The proxy that replaces it serves on the same port, and nothing of the old one is run again.
     with traffic(client, rate=40, for_s=0.25, ways=("http",), prefix="later") as after:
         pass

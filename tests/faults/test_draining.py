@@ -13,8 +13,8 @@ from redis import Redis
 from penstock.broker.claims import GROUP
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.keys import Keys
-from tests.faults.backends import Held, Journal, Slowly
-from tests.faults.conftest import StartClient
+from tests.faults.backends import Held, Holding, Journal
+from tests.faults.conftest import Scale, StartClient
 from tests.faults.test_deaths import serve_work
 from tests.faults.traffic import traffic
 from tests.serve.backends import SMALL, replicas
@@ -23,13 +23,14 @@ from tests.waiting import wait_until
 
 def test_a_proxy_finishes_what_it_has_and_refuses_the_rest(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0})
-    serve_work(client, journal, Slowly)
+    serve_work(client, journal, Holding)
     (proxy,) = client.status()["proxies"].values()
     with traffic(client, rate=40, for_s=0.25, method="later", ways=("http",)) as load:
         wait_until(lambda: not load.sending and len(journal.starts()) == load.sent)
         os.kill(proxy["pid"], signal.SIGTERM)
-        wait_until(lambda: refuses(str(client.http_url)), timeout_s=2)
+        wait_until(lambda: refuses(str(client.http_url)))
         assert load.outcomes.answered == {}
+        journal.go.touch()
     assert len(load.outcomes.answered) == load.sent
     wait_until(lambda: not Path(f"/proc/{proxy['pid']}").exists())
     wait_until(lambda: not refuses(str(client.http_url)), timeout_s=30)
@@ -38,12 +39,15 @@ def test_a_proxy_finishes_what_it_has_and_refuses_the_rest(start: StartClient, j
 
 def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"location": None})
-    serve_work(client, journal, Slowly)
+    serve_work(client, journal, Holding)
     before = replicas(client, "work")
     gone, pid = next(iter(before.items()))
     with traffic(client, rate=40, for_s=3, method="later", ways=("handle",)) as load:
         wait_until(lambda: len(journal.starts()) > 20)
         os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: gone not in replicas(client, "work"))
+        assert load.outcomes.answered == {}
+        journal.go.touch()
         wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert len(load.outcomes.answered) == load.sent
     assert set(journal.starts().values()) == {1}
@@ -51,13 +55,13 @@ def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, jour
 
 
 def test_a_replica_gives_back_what_it_had_only_claimed(
-    start: StartClient, broker: EmbeddedServer, journal: Journal, tmp_path: Path
+    start: StartClient, broker: EmbeddedServer, journal: Journal
 ) -> None:
     """At once, and not when what it runs has come to its end."""
-    client, go = start(http_options={"location": None}), tmp_path / "go"
+    client = start(http_options={"location": None})
     # One batch runs, and the next one waits to be filled.
     config = {"max_batch_size": 2, "batch_wait_timeout": 60.0, "max_concurrent_queries": 2}
-    client.create_backend("work", Held, journal.folder, go, config=config, ray_actor_options=SMALL)
+    client.create_backend("work", Held, journal.folder, 0.0, config=config, ray_actor_options=SMALL)
     client.create_endpoint("work", backend="work")
     ((replica, pid),) = replicas(client, "work").items()
     handle, stream = client.get_handle("work"), Keys("default").requests("work")
@@ -79,24 +83,27 @@ def test_a_replica_gives_back_what_it_had_only_claimed(
     wait_until(lambda: len(journal.starts()) == 4, timeout_s=30)
     assert Path(f"/proc/{pid}").exists()
     assert not any(call.done() for call in running)
-    go.touch()
+    journal.go.touch()
     assert [call.result(timeout=30) for call in (*running, given_back, fills)] == ["r0", "r1", "r2", "r3"]
     assert set(journal.starts().values()) == {1}
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_a_replica_that_takes_too_long_is_ended_and_its_work_taken_over(start: StartClient, journal: Journal) -> None:
+def test_a_replica_that_takes_too_long_is_ended_and_its_work_taken_over(
+    start: StartClient, journal: Journal, scale: Scale
+) -> None:
     client = start(http_options={"location": None})
     config = {"num_replicas": 2, "graceful_shutdown_timeout_s": 0.5}
-    client.create_backend("work", Slowly, journal.folder, 0.02, config=config, ray_actor_options=SMALL)
+    client.create_backend("work", Holding, journal.folder, 0.02, config=config, ray_actor_options=SMALL)
     client.create_endpoint("work", backend="work")
     call = client.get_handle("work").options(method_name="later").remote("r0")
     wait_until(journal.starts)
     (pid,) = (int(path.name) for path in journal.folder.iterdir() if path.read_text())
     began_s = time.monotonic()
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: journal.starts()["r0"] == 2, timeout_s=3.5)
-    assert time.monotonic() - began_s >= 0.5
+    wait_until(lambda: journal.starts()["r0"] == 2)
+    assert 0.5 <= time.monotonic() - began_s < 0.5 + scale.take_over_s
+    journal.go.touch()
     assert call.result(timeout=10) == "r0"
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 

