@@ -105,7 +105,7 @@ async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Join
     await asyncio.sleep(0.05)
     assert not claiming.done()
     (place,) = await publish("1")
-    assert await asyncio.wait_for(claiming, 1) == {place: "1"}
+    assert await asyncio.wait_for(claiming, 10) == {place: "1"}
 
 
 async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:

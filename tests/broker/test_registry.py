@@ -249,7 +249,7 @@ async def test_a_watcher_follows_what_changes(registry: Registry, watch: Watchin
     watcher.add_listener(lambda snapshot: heard.append(snapshot.version))
 
     version = await registry.change(lambda seen: adding(backend("second")))
-    snapshot = await watcher.wait_for(version, 1)
+    snapshot = await watcher.wait_for(version, 10)
     assert set(snapshot.backends) == {"first", "second"}
     assert watcher.snapshot is snapshot
     assert heard == [version]
@@ -268,7 +268,7 @@ async def test_a_listener_that_raises_does_not_silence_the_others(
     watcher.add_listener(lambda snapshot: heard.append(snapshot.version))
     for version in (1, 2):
         await registry.change(lambda seen: adding(backend("model", config_version=seen.version)))
-        await watcher.wait_for(version, 1)
+        await watcher.wait_for(version, 10)
     assert heard == [1, 2]
 
 
@@ -282,7 +282,7 @@ async def test_waiting_for_a_change_ends_with_it_or_with_the_time(
     waiting = asyncio.ensure_future(watcher.next_change(10))
     await asyncio.sleep(0)
     await registry.change(lambda seen: adding(backend("model")))
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 10)
     assert watcher.snapshot.version == 1
 
 

@@ -239,7 +239,7 @@ async def test_a_client_that_hangs_up_stops_the_generator(redis_url: str, way: s
     async with serve(redis_url, way, give_async if on_loop else give) as serving:
         async with serving.http.stream("GET", "/s") as response:
             assert await response.aiter_raw().__anext__()
-        await wait_until_async(ended.is_set, 1.0)
+        await wait_until_async(ended.is_set, 10.0)  # who is silent, and not gone, has 20 s
         await wait_until_async(serving.is_idle)
         await wait_until_async(lambda: serving.site.app.metrics.in_flight == 0)
 
