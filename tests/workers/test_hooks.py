@@ -1,7 +1,6 @@
 """What is asked of the user's code besides its answers: ``reconfigure`` and ``check_health``."""
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -77,14 +76,18 @@ async def test_a_health_check_that_takes_too_long_fails(start: Start, gate: Gate
         await replica.runner.check_health()
 
 
-async def test_a_long_request_is_not_a_failed_health_check(start: Start) -> None:
+async def test_a_long_request_is_not_a_failed_health_check(start: Start, gate: Gate) -> None:
     class Slow(Counter):
         def __call__(self, request: Request) -> int:
-            time.sleep(0.3)
+            gate.wait()
             return 1
 
-    replica = await start(Slow, config={"health_check_timeout_s": 0.1})
+    timeout_s = 0.5
+    replica = await start(Slow, config={"health_check_timeout_s": timeout_s})
     entry = from_handle()
     replica.run(entry)
-    await replica.runner.check_health()
+    checking = asyncio.ensure_future(replica.runner.check_health())
+    await asyncio.sleep(1.5 * timeout_s)
+    gate.open()
+    await checking
     assert value_of(await replica.reply_to(entry)) == 1
