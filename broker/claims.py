@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import orjson
-from redis.exceptions import OutOfMemoryError
 
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
+from .errors import BrokerFull
 from .keys import Keys
 from .places import apart, id_of, is_batch, place_of
 from .signals import LOOK, signal
@@ -286,7 +286,7 @@ class Claims:
             return
 
         def retry_without_memory(result: Any) -> None:
-            if isinstance(result, OutOfMemoryError):
+            if isinstance(result, BrokerFull):
                 # The script is slower, so it is used for the time being only. Until this answer comes, the entry may be
                 # settled and its reply not yet written.
                 self._full_until = time.monotonic() + _FULL_S
@@ -324,7 +324,7 @@ class Claims:
         def retry_without_memory(result: Any) -> None:
             if not isinstance(result, Exception):
                 return
-            if isinstance(result, OutOfMemoryError):
+            if isinstance(result, BrokerFull):
                 self._commands.post_script(
                     _log_failure, _PUT, [stored], [body, ttl_ms], repeat=True, patient=True, bulky=True
                 )

@@ -15,6 +15,7 @@ Packed = Union[bytes, list[bytes]]  # noqa: UP007
 
 pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 
+_HEAD_BYTES = 8 * 1024
 _COPIED_BYTES = 64 * 1024
 """A longer argument of a bulky command is not copied next to the others."""
 
@@ -62,6 +63,11 @@ def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
         else:
             packed += raw + b"\r\n"
     return [*pieces, packed]
+
+
+def head_of(packed: Packed) -> list[bytes]:
+    """Return a command's first arguments: its name and its keys, none of which has a line end in it, and some more."""
+    return pieces_of(packed)[0][:_HEAD_BYTES].split(b"\r\n")[2::2]
 
 
 def pieces_of(packed: Packed) -> Sequence[bytes]:

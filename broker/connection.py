@@ -26,10 +26,10 @@ from redis import exceptions as redis_errors
 
 from .address import shown_url
 from .clock import Clock
-from .commands import Arg, Command, Packed, Script, Then, pack, pack_in_pieces, pieces_of
+from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
 from .errors import BrokerUnavailable
 from .intake import Intake
-from .link import CONNECT_S, error_of, link_to, turned_away
+from .link import CONNECT_S, Refusal, error_of, link_to, reason_of, turned_away
 
 T = TypeVar("T")
 
@@ -41,6 +41,8 @@ _STALL_S = 6.0
 _IDLE_S = 2.0
 _BEAT_S = 1.0
 _BACKOFF_S = (0.02, 1.0)
+_chance = random.Random()
+"""Of its own: processes that seed Python's alike would all come back at once."""
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
 
 
@@ -149,7 +151,7 @@ class Connection:
 
         Raises (through the future):
             BrokerUnavailable: see the class.
-            redis.exceptions.ResponseError: what the server said against it.
+            BrokerRefused: what the server said against it.
         """
         future: asyncio.Future[Any] = self._loop.create_future()
         self.post(partial(_resolve, future), *args, repeat=repeat, patient=patient, bulky=bulky)
@@ -283,7 +285,7 @@ class Connection:
             except hiredis.ProtocolError as e:
                 self._reason = f"it does not speak Redis's protocol: {e}"
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
-                self._reason = str(e) or type(e).__name__
+                self._reason = reason_of(e)
                 if turned_away(e) and self._first is not None and not self._first.done():
                     return  # waiting does not mend a password or a certificate
             except Exception as e:
@@ -293,7 +295,7 @@ class Connection:
                 log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
             self._lose()
             await self._disconnect()
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # apart, when a thousand clients come back
+            await asyncio.sleep(backoff_s * _chance.uniform(0.5, 1.0))  # apart, when a thousand clients come back
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
 
     async def _connect(self) -> Intake:
@@ -305,7 +307,7 @@ class Connection:
         assert writer is not None
         self._writer = writer
         transport = cast(asyncio.Transport, writer.transport)
-        self._intake = Intake(transport, self._on_data, self._on_reply, self._is_bulky_next, error_of)
+        self._intake = Intake(transport, self._on_data, self._on_reply, self._is_bulky_next, Refusal)
         self._heard = self._pulse_due = self._loop.time()
         self._beat()
         self._stop_patience()
@@ -347,11 +349,13 @@ class Connection:
         if type(command.packed) is not bytes:
             assert self._intake is not None
             self._intake.bulky -= 1
-        if type(reply) is redis_errors.NoScriptError and command.retry is not None:
-            # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
-            command.packed, command.retry = command.retry(), None
-            self._enqueue(command)
-            return
+        if type(reply) is Refusal:
+            if reply.lacks_script and command.retry is not None:
+                # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
+                command.packed, command.retry = command.retry(), None
+                self._enqueue(command)
+                return
+            reply = error_of(reply.said, head_of(command.packed), self.url)
         try:
             command.then(reply)
         except Exception:

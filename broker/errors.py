@@ -3,6 +3,9 @@
 ::
 
     PenstockError
+    ├── BrokerRefused           Redis answered with an error
+    │   ├── BrokerFull
+    │   └── NotPermitted
     ├── BrokerUnavailable
     ├── ConfigError (a ValueError)
     ├── Overloaded
@@ -13,20 +16,20 @@ The errors that a caller of a backend sees besides these are in ``handles/errors
 
 from __future__ import annotations
 
-# What a server says against a command are redis-py's classes. Whoever may import only `broker` catches them by these.
-from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, ResponseError
-
 __all__ = [
+    "BrokerFull",
+    "BrokerRefused",
     "BrokerUnavailable",
     "ConfigError",
-    "NoPermissionError",
-    "OutOfMemoryError",
+    "NotPermitted",
     "Overloaded",
     "PenstockError",
     "RedisError",
     "ResponseError",
     "WireError",
 ]
+
+RULES = "docs/security.md has the rules that each role needs"
 
 
 class PenstockError(Exception):
@@ -62,6 +65,37 @@ class BrokerUnavailable(PenstockError):
         return f"the broker at {self.url} is unavailable: {self.reason}"
 
 
+class BrokerRefused(PenstockError):
+    """Redis answered a command with an error. ``said`` is what it said, ``command`` what it was asked for."""
+
+    status = 503
+
+    def __init__(self, said: str, command: str, url: str, user: str = "") -> None:
+        super().__init__(said, command, url, user)
+        self.said, self.command, self.url, self.user = said, command, url, user
+
+    def __str__(self) -> str:
+        return f"{self.said}: that is what the broker at {self.url} answered to {self.command}"
+
+
+class BrokerFull(BrokerRefused):
+    """Redis has no memory left."""
+
+    def __str__(self) -> str:
+        return f"the broker at {self.url} has no memory left for {self.command}: {self.said}"
+
+
+class NotPermitted(BrokerRefused):
+    """The Redis user of the URL may not do what that takes; ``user`` is its name."""
+
+    status = 500
+
+    def __str__(self) -> str:
+        return (
+            f"the Redis user {self.user or 'default'!r} may not do {self.command} at {self.url}: {self.said} ({RULES})"
+        )
+
+
 class Overloaded(PenstockError):
     """The backend's queue is full, or the broker is out of memory: the request was not accepted."""
 
@@ -78,3 +112,7 @@ class Overloaded(PenstockError):
             f"{self.backend!r} has {self.depth} unsettled requests (max_queued_requests is {self.limit}); "
             f"retry in {self.retry_after_s:g} s"
         )
+
+
+RedisError = ResponseError = BrokerRefused
+"""As ``workers/consumer.py`` calls it."""

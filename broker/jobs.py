@@ -13,12 +13,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 import orjson
-from redis.exceptions import RedisError
 
 from . import owning
 from .commands import Script
 from .connection import Connection
-from .errors import BrokerUnavailable, ConfigError, WireError
+from .errors import BrokerRefused, BrokerUnavailable, ConfigError, WireError
 from .keys import Keys
 from .replies import ReplyStream
 
@@ -81,7 +80,7 @@ class Job:
         try:
             if self._connection.connected:
                 await owning.disown(self._connection, self._owner_key, self._token)
-        except (BrokerUnavailable, RedisError):
+        except (BrokerUnavailable, BrokerRefused):
             pass  # it lapses by itself
 
     async def _own(self) -> bool:
@@ -97,7 +96,7 @@ class Job:
                     await self._connection.send("PEXPIRE", self._record_key, self._ttl_ms, repeat=True)
                     expiry_in = 10
                 expiry_in -= 1
-            except (BrokerUnavailable, RedisError) as e:
+            except (BrokerUnavailable, BrokerRefused) as e:
                 log.debug("cannot renew the lease of the job %s: %s", self._name, e)
 
 

@@ -11,6 +11,9 @@ from urllib.parse import quote
 
 from .errors import ConfigError
 
+PREFIX = "penstock:"
+"""Every key begins with it."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.\-#]{1,128}")
 
 
@@ -33,7 +36,7 @@ class Keys:
 
     def __init__(self, instance: str) -> None:
         self.instance = check_name("an instance", instance)
-        self._root = f"penstock:{instance}:"
+        self._root = f"{PREFIX}{instance}:"
         registry = self._root + "{registry}:"
         self.version = registry + "version"
         self.backends = registry + "backends"

@@ -14,9 +14,12 @@ import threading
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import parse_url  # pyright: ignore[reportUnknownVariableType]
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from .address import redis_options
+from .address import redis_options, shown_url
+from .errors import BrokerUnavailable
+from .link import error_of, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class Lease:
 
     def __init__(self, url: str, key: str, *, ttl_s: float = 2.0, every_s: float = 0.5) -> None:
         assert every_s * 2 < ttl_s, "one lost renewal must not cost the lease"
-        self._key, self._ttl_ms, self._every_s = key, int(ttl_s * 1000), every_s
+        self._url, self._key, self._ttl_ms, self._every_s = url, key, int(ttl_s * 1000), every_s
         options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
         options.update(protocol=2, client_name="penstock-lease", retry=Retry(NoBackoff(), 0))
         options.update(socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2)
@@ -40,7 +43,12 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def start(self) -> None:
-        """Take the lease and keep it. Raises ``redis.exceptions.RedisError`` if the broker does not answer."""
+        """Take the lease and keep it.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or turned us away.
+            BrokerRefused: it answered with an error.
+        """
         self._take()
         self._thread.start()
 
@@ -65,4 +73,11 @@ class Lease:
                 lost = True
 
     def _take(self) -> None:
-        self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
+        try:
+            self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
+        except redis.ResponseError as e:
+            # Of which redis-py has cut off the first word.
+            said = f"{'NOPERM' if isinstance(e, NoPermissionError) else 'ERR'} {e}"
+            raise error_of(said, [b"EVAL", b"", b"1", self._key.encode()], self._url) from None
+        except redis.RedisError as e:
+            raise BrokerUnavailable(shown_url(self._url), reason_of(e)) from None

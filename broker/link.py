@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, Connection as _TcpConnection, parse_url
@@ -10,17 +11,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from .address import redis_options, shown_url
-from .errors import ConfigError
+from .errors import RULES, BrokerFull, BrokerRefused, ConfigError, NotPermitted
+from .keys import PREFIX
 
 CONNECT_S = 5.0
 
-_ERRORS: dict[str, type[redis_errors.RedisError]] = {
-    "LOADING": redis_errors.BusyLoadingError,
-    "NOPERM": redis_errors.NoPermissionError,
-    "NOSCRIPT": redis_errors.NoScriptError,
-    "OOM": redis_errors.OutOfMemoryError,
-    "READONLY": redis_errors.ReadOnlyError,
-}
+_ERRORS: dict[str, type[BrokerRefused]] = {"NOPERM": NotPermitted, "OOM": BrokerFull}
 _DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
 """What servers say instead of ``NOPERM`` where a script meets what its user may not: up to Redis 7.0, and since."""
 
@@ -45,13 +41,46 @@ def link_to(url: str, name: str) -> AbstractConnection:
 
 
 def turned_away(error: BaseException) -> bool:
-    """Whether the server will not have us, or we not it. redis-py wraps what goes wrong while it connects."""
-    refusals = (redis_errors.AuthenticationError, redis_errors.NoPermissionError, ssl.SSLCertVerificationError)
-    return isinstance(error, refusals) or isinstance(error.__cause__ or error.__context__, refusals)
+    """Whether the server will not have us, or we not it."""
+    return _is(error, redis_errors.AuthenticationError, redis_errors.NoPermissionError, ssl.SSLCertVerificationError)
 
 
-def error_of(reply: str) -> Exception:
-    """Return what a server said against a command as redis-py's exception."""
-    code, _, rest = reply.partition(" ")
-    kind = redis_errors.NoPermissionError if reply.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
-    return redis_errors.ResponseError(reply) if kind is None else kind(rest)
+def _is(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Look into what redis-py wraps it in, if it goes wrong while that connects."""
+    return isinstance(error, kinds) or isinstance(error.__cause__ or error.__context__, kinds)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why there is no connection, and what to do where that can be said."""
+    reason = str(error) or type(error).__name__
+    return f"{reason} ({RULES})" if _is(error, redis_errors.NoPermissionError) else reason
+
+
+class Refusal(Exception):
+    """What a server says against a command, as it says it. `error_of` makes of it what others see."""
+
+    @property
+    def said(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def lacks_script(self) -> bool:
+        return self.said.startswith("NOSCRIPT ")
+
+
+def error_of(said: str, command: Sequence[bytes], url: str) -> BrokerRefused:
+    """Return what a server said against a command as one of our errors."""
+    code, _, rest = said.partition(" ")
+    kind = NotPermitted if said.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
+    told = (said if kind is None else rest, _described(command), shown_url(url), user_of(url))
+    return (kind or BrokerRefused)(*told)
+
+
+def _described(command: Sequence[bytes]) -> str:
+    """Return a command's name and its keys."""
+    name = command[0].decode("ascii", "replace")
+    if name in ("EVAL", "EVALSHA"):
+        keys = command[3 : 3 + int(command[2])]
+    else:
+        keys = [arg for arg in command[1:] if arg.startswith(PREFIX.encode())][:1]
+    return " ".join([name, *(key.decode("utf-8", "replace") for key in keys)])

@@ -23,7 +23,7 @@ import orjson
 from . import owning
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
-from .errors import BrokerUnavailable, ConfigError, OutOfMemoryError, PenstockError, WireError
+from .errors import BrokerFull, BrokerUnavailable, ConfigError, PenstockError, WireError
 from .keys import Keys
 from .wire import LARGEST
 
@@ -182,7 +182,7 @@ class Registry:
         digest = hashlib.sha256(blob).hexdigest()
         try:
             await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
-        except OutOfMemoryError:
+        except BrokerFull:
             raise PenstockError(f"the broker has no memory left for {len(blob)} bytes of code") from None
         return digest
 
@@ -267,9 +267,11 @@ class Watcher:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`."""
+        """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`, or `BrokerRefused`."""
         await self._feed.open()
         place = await self._place()
+        # Whoever may not follow is to know it, rather than to see what was for ever.
+        await self._feed.send("XREAD", "COUNT", 1, "STREAMS", self._keys.feed, "$", repeat=True)
         await self.refresh()
         self._task = asyncio.get_running_loop().create_task(self._follow(place), name="registry watcher")
 
@@ -284,7 +286,11 @@ class Watcher:
         self._listeners.append(listener)
 
     async def wait_for(self, version: int, timeout_s: float) -> Snapshot:
-        """Return the snapshot once it is at ``version`` or later. Raises ``asyncio.TimeoutError``."""
+        """Return the snapshot once it is at ``version`` or later.
+
+        Raises:
+            PenstockError: it was not within ``timeout_s``.
+        """
 
         async def reached() -> Snapshot:
             while self.snapshot.version < version:
@@ -292,7 +298,12 @@ class Watcher:
                 await changed.wait()
             return self.snapshot
 
-        return await asyncio.wait_for(reached(), timeout_s)
+        try:
+            return await asyncio.wait_for(reached(), timeout_s)
+        except asyncio.TimeoutError:
+            raise PenstockError(
+                f"the registry was not seen at version {version} within {timeout_s:g} s, but at {self.snapshot.version}"
+            ) from None
 
     async def next_change(self, timeout_s: float) -> None:
         """Return when the snapshot changes, or after ``timeout_s`` seconds."""

@@ -11,11 +11,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from .commands import Script
 from .connection import BLOCK_MS, Connection
-from .errors import BrokerUnavailable
+from .errors import BrokerRefused, BrokerUnavailable
 from .keys import Keys
 from .places import order_of
 
@@ -66,9 +64,11 @@ class ReplyStream:
         self._closed = False
 
     async def open(self) -> None:
-        """Create the stream and start reading. Raises `BrokerUnavailable`."""
+        """Create the stream and start reading. Raises `BrokerUnavailable`, or `BrokerRefused`."""
         await self._reads.open()
         await self._commands.run_script(_KEEP, [self._key], [self._ttl_ms], repeat=True)
+        # Whoever may not read is to know it before anything is asked.
+        await self._reads.send("XREAD", "COUNT", 1, "STREAMS", self._key, "$", repeat=True)
         self._read()
         self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="reply stream")
 
@@ -78,7 +78,7 @@ class ReplyStream:
         try:
             if self._commands.connected:
                 await self._commands.send("UNLINK", self._key)
-        except (BrokerUnavailable, RedisError):
+        except (BrokerUnavailable, BrokerRefused):
             pass  # it lapses by itself
 
     async def _end(self) -> None:

@@ -133,6 +133,7 @@ class Batch:
     - EndpointNotFound: there is no such endpoint; nothing was sent.
     - ConfigError: another producer works on the job, or the job is another endpoint's; nothing was sent.
     - BrokerUnavailable: Redis cannot be reached, or was away for more than a minute.
+    - NotPermitted: its rules do not let the Redis user of the URL do what that takes.
     - whatever iterating over the items raises.
 
     What goes wrong with one item is its result's ``error``. Refusals (`Overloaded`) are none: the item is sent again.

@@ -31,7 +31,7 @@ class Bodies:
         self._connection.post(then, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True)
 
     async def get(self, key: str) -> bytes | None:
-        """Return one, or None if it is gone. Raises `BrokerUnavailable` or `RedisError`."""
+        """Return one, or None if it is gone. Raises `BrokerUnavailable` or `BrokerRefused`."""
         # Not GETDEL: it could not be repeated if the connection broke.
         body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True, bulky=True)
         return body

@@ -20,7 +20,6 @@ from typing import Any, cast
 from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
 from ..broker.dead import DeadQueue
-from ..broker.errors import NoPermissionError, OutOfMemoryError, RedisError
 from ..broker.figures import Figures, figures_of
 from ..broker.flow import REPEAT_S, tell_taken
 from ..broker.jobs import Job, JobReplies
@@ -35,7 +34,10 @@ from .bodies import Bodies, check_size
 from .calls import MAX_QUEUED, Call, InFlight, Outcome, batch_limit
 from .errors import (
     BackendNotFound,
+    BrokerFull,
+    BrokerRefused,
     BrokerUnavailable,
+    NotPermitted,
     Overloaded,
     PenstockError,
     RequestCancelled,
@@ -302,7 +304,7 @@ class Caller:
         for backend in backends:
             try:
                 entries = await self._publisher.find_of(backend, self.id)
-            except NoPermissionError:
+            except NotPermitted:
                 log.warning("may not look for what of %s is queued for %r: that is sent again", self.id, backend)
                 continue
             for id_, entry in entries.items():
@@ -369,11 +371,13 @@ class Caller:
     def _refusal(self, call: Call, result: object) -> PenstockError:
         if isinstance(result, Refused):
             return Overloaded(call.backend, result.depth, call.limit, result.retry_after_s)
-        if isinstance(result, OutOfMemoryError):
+        if isinstance(result, BrokerFull):
             return Overloaded(call.backend, 0, call.limit)
-        if isinstance(result, PenstockError):
-            return result
-        return self._unavailable(f"it refused the request: {result}")
+        if isinstance(result, BrokerRefused) and not isinstance(result, NotPermitted):
+            # Of a server that loads its data, or was demoted: it may take the request in a moment.
+            return self._unavailable(f"it refused the request: {result.said}")
+        assert isinstance(result, PenstockError)
+        return result
 
     def _unavailable(self, reason: str) -> BrokerUnavailable:
         return BrokerUnavailable(shown_url(self.url), reason)
@@ -411,7 +415,7 @@ class Caller:
                 await self._replies.renew()
                 await self._reconcile()
                 return
-            except RedisError as e:
+            except BrokerRefused as e:
                 log.error("cannot look for what was in flight: %s", e)
                 await asyncio.sleep(_RETRY_S)
 

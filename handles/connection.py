@@ -22,7 +22,8 @@ def connect(redis_url: str, instance: str = "default") -> Connected:
 
     Raises:
         ConfigError: that is no Redis URL, or no name of an instance.
-        BrokerUnavailable: Redis cannot be reached.
+        BrokerUnavailable: Redis cannot be reached, or does not let us in.
+        NotPermitted: its rules do not let the user of the URL do what callers do.
     """
     connected = Connected(redis_url, instance)
     connected.list_endpoints()

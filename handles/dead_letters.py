@@ -7,12 +7,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from ..broker.dead import DeadLetter, DeadQueue
-from ..broker.errors import OutOfMemoryError
 from ..broker.keys import Keys
 from . import background
 from .caller import Caller
 from .calls import MAX_QUEUED, batch_limit
-from .errors import BackendNotFound, ConfigError, Overloaded, PenstockError
+from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class DeadLetters:
         letter = await queue.get(id_)
         try:
             answer = None if letter is None else await queue.replay(letter, limit)
-        except OutOfMemoryError:
+        except BrokerFull:
             raise Overloaded(self.tag, 0, limit) from None
         if answer is None:
             raise self._none(id_)

@@ -5,6 +5,9 @@
     PenstockError
     ├── BackendError            the user's code raised
     ├── BackendNotFound         (a KeyError)
+    ├── BrokerRefused           Redis answered with an error
+    │   ├── BrokerFull
+    │   └── NotPermitted        its rules do not let our user do that
     ├── BrokerUnavailable
     ├── ConfigError             (a ValueError)
     ├── DeliveryLimitExceeded   every replica that took the request died
@@ -23,16 +26,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..broker.errors import BrokerUnavailable, ConfigError, Overloaded, PenstockError, WireError
+from ..broker.errors import (
+    BrokerFull,
+    BrokerRefused,
+    BrokerUnavailable,
+    ConfigError,
+    NotPermitted,
+    Overloaded,
+    PenstockError,
+    WireError,
+)
 
 __all__ = [
     "BackendError",
     "BackendNotFound",
+    "BrokerFull",
+    "BrokerRefused",
     "BrokerUnavailable",
     "ConfigError",
     "DeliveryLimitExceeded",
     "EndpointNotFound",
     "MalformedBody",
+    "NotPermitted",
     "Overloaded",
     "PayloadTooLarge",
     "PenstockError",
@@ -163,11 +178,14 @@ _KINDS: dict[str, type[PenstockError]] = {
     for kind in (
         BackendError,
         BackendNotFound,
+        BrokerFull,
+        BrokerRefused,
         BrokerUnavailable,
         ConfigError,
         DeliveryLimitExceeded,
         EndpointNotFound,
         MalformedBody,
+        NotPermitted,
         Overloaded,
         PayloadTooLarge,
         RequestCancelled,

@@ -25,6 +25,7 @@ from .errors import (
     BrokerUnavailable,
     ConfigError,
     EndpointNotFound,
+    NotPermitted,
     Overloaded,
     PenstockError,
     RequestTimeout,
@@ -408,6 +409,8 @@ class Production:
                 self.fail(outcome)
             else:
                 self._try_again(item, outcome.retry_after_s)
+        elif isinstance(outcome, NotPermitted):
+            self.fail(outcome)  # as all the others would
         elif isinstance(outcome, Exception):
             self._deliver(item.index, BatchResult(item.index, error=outcome))
         else:

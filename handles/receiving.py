@@ -7,13 +7,12 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from ..broker.errors import RedisError
 from ..broker.flow import WINDOW
 from ..broker.keys import Keys
 from ..broker.wire import PART_VERSION, Part, Reply
 from .bodies import Bodies
 from .calls import Call, InFlight
-from .errors import BrokerUnavailable, StreamBroken, WireError
+from .errors import BrokerRefused, BrokerUnavailable, NotPermitted, StreamBroken, WireError
 from .incoming import Incoming
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,10 @@ class Receiver:
         key = self._keys.reply_body(self._caller, reply.id)
         try:
             body = await self._bodies.get(key)
-        except (BrokerUnavailable, RedisError) as e:
+        except NotPermitted as e:
+            then(e)
+            return
+        except (BrokerUnavailable, BrokerRefused) as e:
             then(BrokerUnavailable(self._shown_url, f"cannot fetch the body of a reply: {e}"))
             return
         if not self._keeps_bodies:

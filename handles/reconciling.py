@@ -6,11 +6,10 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
-from ..broker.errors import NoPermissionError
 from ..broker.publishing import Published, Publisher
 from ..broker.replies import ReplyStream
 from .calls import Call, InFlight
-from .errors import StreamBroken
+from .errors import NotPermitted, StreamBroken
 
 _UNLIMITED = 2**53
 _SLACK_MS = 60_000
@@ -52,7 +51,7 @@ class Reconciler:
                 known = [(call.id, call.entry) for call in calls]
                 try:
                     found = await self._publisher.find(backend, known, since_ms, batch=batch)
-                except NoPermissionError:
+                except NotPermitted:
                     found = [None] * len(calls)
                     for call in calls:
                         if call.entry is not None:

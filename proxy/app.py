@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..broker.errors import BrokerUnavailable, RedisError
+from ..broker.errors import BrokerRefused, BrokerUnavailable
 from ..broker.figures import Figures
 from ..broker.flow import WINDOW
 from ..broker.path_params import PathParam
@@ -317,7 +317,7 @@ class App:
         figures: Mapping[str, Figures] | None = None
         try:
             figures = await asyncio.wait_for(self._caller.figures(), _SCRAPE_S)
-        except (BrokerUnavailable, RedisError, asyncio.TimeoutError) as e:
+        except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
             # What we counted ourselves is worth telling, above all now.
             logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
         return replies.of_text(

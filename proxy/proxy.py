@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp
 
-from ..broker.errors import BrokerUnavailable, ConfigError, RedisError
+from ..broker.errors import BrokerUnavailable, ConfigError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
 from ..broker.memory import Memory
@@ -133,7 +133,7 @@ class Proxy:
             try:
                 # In a thread, as it blocks.
                 return await asyncio.to_thread(self._lease.start)
-            except RedisError as e:
+            except BrokerUnavailable as e:
                 log.warning("proxy %s waits for its broker: %s", self._name, e)
                 await asyncio.sleep(_RETRY_S)
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import orjson
 
 from ..broker.wire import Pairs, Reply
-from ..handles.errors import BackendError, BrokerUnavailable, PenstockError, from_wire
+from ..handles.errors import BackendError, BrokerRefused, BrokerUnavailable, PenstockError, from_wire
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -91,6 +91,8 @@ def of_error(error: PenstockError, *, debug: bool) -> Answer:
             told["traceback"] = error.traceback
     elif isinstance(error, BrokerUnavailable) and not debug:
         told["message"] = "the broker is unavailable"  # its address is none of a client's business
+    elif isinstance(error, BrokerRefused) and not debug:
+        told["message"] = "the broker refused the request"  # nor are its users and its keys
     headers = _JSON
     if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
         headers = [*_JSON, (b"retry-after", b"%d" % max(1, math.ceil(retry_after_s)))]

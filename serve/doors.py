@@ -67,7 +67,8 @@ def start(
         TypeError: an argument is of the wrong type.
         ConfigError: a value cannot be, the HTTP port is in use, or the instance runs already; the message says what
             to do.
-        BrokerUnavailable: Redis cannot be reached.
+        BrokerUnavailable: Redis cannot be reached, or does not let us in.
+        NotPermitted: its rules do not let the user of one of the URLs do what that takes.
     """
     Keys(instance)
     options = HTTPOptions.of(http_options, "http_options")
@@ -114,7 +115,8 @@ def connect(redis_url: str | None = None, instance: str = "default") -> Client:
     Raises:
         TypeError: an argument is of the wrong type.
         ConfigError: there is no such instance, or it is not known which Redis it would be on.
-        BrokerUnavailable: Redis cannot be reached.
+        BrokerUnavailable: Redis cannot be reached, or does not let us in.
+        NotPermitted: its rules do not let the user of the URL do what that takes.
     """
     Keys(instance)
     url = _redis_url(redis_url)

@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, RayError
 from ..broker import figures
 from ..broker.address import REDIS_URL
 from ..broker.connection import Connection, FateUnknown
-from ..broker.errors import BrokerUnavailable, PenstockError, RedisError
+from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.keys import Keys
 from ..broker.memory import Memory
 from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
@@ -232,7 +232,7 @@ class Serving:
             pass  # rather not counted than twice
         except BrokerUnavailable:
             worker.tally.take(tally)
-        except RedisError as e:
+        except BrokerRefused as e:
             log.warning("cannot count what %s has done: %s", self._replica, e)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

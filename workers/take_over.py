@@ -12,7 +12,7 @@ import random
 from functools import partial
 
 from ..broker.claims import Claims, Taken
-from ..broker.errors import BrokerUnavailable, RedisError, WireError
+from ..broker.errors import BrokerRefused, BrokerUnavailable, WireError
 from ..broker.wire import Entry
 from ..handles.errors import DeliveryLimitExceeded
 from .answers import Answers
@@ -50,7 +50,7 @@ class TakeOver:
                     self._consumer.start_unstarted()
                     returned = len(retaken)
                 self._consumer.returned = returned > 0
-            except (BrokerUnavailable, RedisError) as e:
+            except (BrokerUnavailable, BrokerRefused) as e:
                 log.debug("cannot look for orphans of %r: %s", self._backend, e)
             # Apart from each other, so that replicas do not all look in the same moment.
             pause_s = _LOOK_S * random.uniform(0.6, 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..broker.claims import Claims
 from ..broker.connection import Connection
-from ..broker.errors import BrokerUnavailable, RedisError
+from ..broker.errors import BrokerRefused, BrokerUnavailable
 from ..broker.figures import Tally
 from ..broker.flow import TAKEN
 from ..broker.keys import Keys
@@ -110,7 +110,7 @@ class Worker:
         try:
             if self._commands.connected:
                 await self._claims.leave()
-        except (BrokerUnavailable, RedisError) as e:
+        except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("left without a farewell: %s", e)
         await self._commands.close()
 

@@ -92,13 +92,11 @@ def run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as e:
-        from ...broker.errors import BrokerUnavailable, PenstockError, RedisError  # whoever raised it has loaded them
+        from ...broker.errors import BrokerUnavailable, PenstockError  # whoever raised it has loaded them
 
-        if not isinstance(e, PenstockError | OSError | RedisError):
+        if not isinstance(e, PenstockError | OSError):
             raise
-        # That is what the broker itself says, such as to a user whose rules do not allow a command.
-        said = f"the broker refused it: {e}" if isinstance(e, RedisError) else e
-        click.echo(f"Error: {said}", err=True)
+        click.echo(f"Error: {e}", err=True)
         sys.exit(UNAVAILABLE if isinstance(e, BrokerUnavailable) else FAILED)
 
 

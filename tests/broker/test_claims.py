@@ -4,11 +4,11 @@ from typing import Any
 
 import orjson
 import pytest
-from redis.exceptions import ResponseError
 
 from penstock.broker.claims import RETURNED, Claims, Taken
 from penstock.broker.connection import Connection
 from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.errors import BrokerRefused
 from penstock.broker.keys import Keys
 from penstock.broker.wire import Entry, Header, Reply
 from tests.broker.conftest import Connect
@@ -311,7 +311,7 @@ async def test_the_group_can_be_made_anew(join: Joining, publish: Publish, comma
     """Redis lost its data (faststream#2611)."""
     replica = await join("a")
     await commands.send("DEL", keys.requests(TAG))
-    with pytest.raises(ResponseError, match="NOGROUP"):
+    with pytest.raises(BrokerRefused, match="NOGROUP"):
         await replica.claim()
     (place,) = await publish("1")
     await replica.claims.ensure_group()

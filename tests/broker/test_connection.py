@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from redis.exceptions import ResponseError
 
 from penstock.broker.address import shown_url
 from penstock.broker.commands import Script
 from penstock.broker.connection import Connection, FateUnknown
 from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.errors import BrokerUnavailable, ConfigError
+from penstock.broker.errors import BrokerRefused, BrokerUnavailable, ConfigError
 from tests.broker.conftest import Connect
 from tests.waiting import wait_until, wait_until_async
 
@@ -62,7 +61,7 @@ async def test_an_error_is_told_to_its_caller_alone(redis_url: str, connect: Con
         connection.send("NO-SUCH-COMMAND"),
         connection.send("ECHO", "2"),
     )
-    with pytest.raises(ResponseError, match="NO-SUCH-COMMAND"):
+    with pytest.raises(BrokerRefused, match="NO-SUCH-COMMAND"):
         await wrong
     assert (await before, await after) == (b"1", b"2")
 

@@ -2,10 +2,10 @@ import asyncio
 
 import pytest
 from hypothesis import given, strategies as st
-from redis.exceptions import OutOfMemoryError
 
 from penstock.broker.connection import Connection, FateUnknown
 from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.errors import BrokerFull
 from penstock.broker.keys import Keys
 from penstock.broker.publishing import Published, Publisher, Refused, retry_after_s
 from penstock.broker.signals import Signals
@@ -188,7 +188,7 @@ async def test_a_broker_out_of_memory_refuses_the_request_and_keeps_nothing_of_i
     assert isinstance(await publish(publisher, "before"), bytes)
     await commands.send("CONFIG", "SET", "maxmemory", 1)
     results = await asyncio.gather(*[publish(publisher, str(n)) for n in range(3)])
-    assert [type(result) for result in results] == [OutOfMemoryError] * 3
+    assert [type(result) for result in results] == [BrokerFull] * 3
     assert await depth(commands, keys) == 1
     await commands.send("CONFIG", "SET", "maxmemory", 0)
     assert isinstance(await publish(publisher, "after"), bytes)

@@ -276,7 +276,7 @@ async def test_waiting_for_a_change_ends_with_it_or_with_the_time(
     registry: Registry, watch: Watching, broker_url: str
 ) -> None:
     watcher = await watch(broker_url, registry)
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(PenstockError, match=r"not seen at version 1 within 0\.05 s, but at 0"):
         await watcher.wait_for(1, 0.05)
     await watcher.next_change(0.05)
     waiting = asyncio.ensure_future(watcher.next_change(10))

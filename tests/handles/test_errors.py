@@ -25,6 +25,22 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (errors.Overloaded("b", 0, 10), 503, "the broker has no memory left"),
     (errors.PayloadTooLarge(11, 10), 413, "11 bytes or more (max_body_bytes is 10)"),
     (errors.PayloadTooLarge(11, 10, "the limit of Redis"), 413, "11 bytes or more (the limit of Redis is 10)"),
+    (
+        errors.BrokerRefused("READONLY no", "SET k", "redis://h", "alice"),
+        503,
+        "READONLY no: that is what the broker at redis://h answered to SET k",
+    ),
+    (
+        errors.BrokerFull("no", "SET k", "redis://h", "alice"),
+        503,
+        "the broker at redis://h has no memory left for SET k",
+    ),
+    (
+        errors.NotPermitted("no", "SET k", "redis://h", "alice"),
+        500,
+        "'alice' may not do SET k at redis://h: no (docs/security.md has the rules that each role needs)",
+    ),
+    (errors.NotPermitted("no", "SET k", "redis://h"), 500, "the Redis user 'default' may not do SET k"),
     (errors.RequestCancelled("id"), 499, "'id' was cancelled"),
     (errors.RequestTimeout("backend 'b'", 0.25), 504, "backend 'b' did not answer within 0.25 s"),
     (

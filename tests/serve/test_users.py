@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from penstock import handles, serve
-from penstock.handles.errors import ConfigError
+from penstock.handles.errors import ConfigError, NotPermitted
 from tests.guarded import Guarded
+from tests.security.test_refusals import NOTHING, limited
 from tests.serve.cli.conftest import COMMAND
+from tests.serve.conftest import StartClient
 
 
 def user_of_replica(request: serve.Request) -> Any:
@@ -80,3 +82,15 @@ def test_another_way_to_the_broker_is_checked_before_anything_starts(name: str) 
         start("http://localhost", redis_url="redis://localhost")
     with pytest.raises(ConfigError, match=f"{name} is another way to the broker of redis_url"):
         start("redis://localhost")
+
+
+@pytest.mark.parametrize("name", ["redis_url", "replica_redis_url", "proxy_redis_url"])
+def test_an_instance_one_of_whose_users_may_do_too_little_says_which(
+    name: str, start: StartClient, redis_url: str
+) -> None:
+    def begin(url: str) -> None:
+        client = start(**{name: url}, http_options={"port": 0})
+        client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1})
+
+    with limited(redis_url, *NOTHING) as url, pytest.raises(NotPermitted, match="'guest' may not do"):
+        begin(url)

@@ -91,5 +91,5 @@ def test_what_the_broker_does_not_allow_is_told_in_a_line(site: Site, penstock: 
         finally:
             redis.execute_command("ACL", "DELUSER", "guest")
     assert ran.code == 1
-    assert ran.err.startswith("Error: the broker refused it: "), ran.err
+    assert ran.err.startswith("Error: the Redis user 'guest' may not do "), ran.err
     assert ran.err.count("\n") == 1

@@ -1,0 +1,190 @@
+"""Users whose rules are too narrow: what they may not do is told as an error of ours, and nobody waits for ever."""
+
+import asyncio
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from penstock import handles
+from penstock.broker.lease import Lease
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord
+from penstock.handles import AsyncServeHandle
+from penstock.handles.caller import Caller
+from penstock.handles.connection import Connected
+from penstock.handles.errors import BrokerRefused, BrokerUnavailable, NotPermitted, PenstockError
+from penstock.proxy.proxy import Proxy
+from tests.handles.site import Site, echo
+
+CONNECTING = ("+ping", "+time", "+select", "+client|setname")
+NOTHING = ("-@all", *CONNECTING)
+CALLERS = (
+    *("eval", "evalsha", "get", "hgetall", "pexpire", "pttl", "set", "unlink"),
+    *("xadd", "xdel", "xlen", "xrange", "xread", "xrevrange", "xtrim"),
+)
+"""What callers do. A reply's stream is trimmed, and its expiry put off, as a courtesy."""
+PATIENCE_S = 60.0
+
+Limited = Callable[..., str]
+
+
+@contextmanager
+def limited(url: str, *rules: str) -> Generator[str]:
+    """Give the URL of a user with these rules."""
+    with Redis.from_url(url) as redis:
+        redis.execute_command("ACL", "SETUSER", "guest", "reset", "on", ">word", "~*", "&*", *rules)
+        try:
+            yield url.replace("unix://", "unix://guest:word@")
+        finally:
+            redis.execute_command("ACL", "DELUSER", "guest")
+
+
+@pytest.fixture
+def site(redis_url: str) -> Iterator[Site]:
+    site = Site(redis_url)
+    site.serve(echo)
+    yield site
+    site.close()
+
+
+def call(door: Connected) -> Any:
+    return door.get_handle("ask").remote(1).result(timeout=PATIENCE_S)
+
+
+def call_with_much(door: Connected) -> Any:
+    return door.get_handle("ask").remote("x" * 300_000).result(timeout=PATIENCE_S)
+
+
+def stream(door: Connected) -> Any:
+    answers: Any = door.get_handle("ask").options(stream=True).remote(1)
+    return list(answers)
+
+
+def batch(door: Connected) -> Any:
+    return [result.get() for result in door.batch("ask").as_completed(range(3))]
+
+
+def job(door: Connected) -> Any:
+    return [result.get() for result in door.batch("ask", job="j").map(range(3))]
+
+
+def call_in_loop(door: Connected) -> Any:
+    async def asked() -> Any:
+        handle = AsyncServeHandle(door.redis_url, door.instance, "ask")
+        return await asyncio.wait_for(await handle.remote(1), PATIENCE_S)
+
+    return asyncio.run(asked())
+
+
+def look_at_dead_letters(door: Connected) -> Any:
+    return len(door.dead_letters("model")), list(door.dead_letters("model"))
+
+
+def replay(door: Connected) -> None:
+    door.dead_letters("model").replay("1-0")
+
+
+def drop(door: Connected) -> None:
+    door.dead_letters("model").drop("1-0")
+
+
+TO_DEAD_LETTERS = (look_at_dead_letters, replay, drop)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [Connected.list_endpoints, call, call_with_much, stream, batch, job, call_in_loop, *TO_DEAD_LETTERS],
+)
+def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Connected], Any], site: Site) -> None:
+    refused: dict[str, NotPermitted] = {}
+    for command in CALLERS:
+        with limited(site.url, "+@all", f"-{command}") as url:
+            try:
+                with handles.connect(url) as door:
+                    use(door)
+            except NotPermitted as e:
+                refused[command] = e
+            except PenstockError as e:
+                if "has no dead letter" not in str(e):
+                    raise
+    assert {"eval", "evalsha", "get", "hgetall", "xread", "xrevrange"} <= set(refused)
+    assert all(command in error.said and error.user == "guest" for command, error in refused.items())
+
+
+def test_the_message_names_who_and_what_and_where_the_rules_are(site: Site) -> None:
+    with limited(site.url, *NOTHING) as url, pytest.raises(NotPermitted) as raised:
+        handles.connect(url)
+    said = str(raised.value)
+    assert "the Redis user 'guest' may not do EVAL penstock:default:{guest@" in said
+    assert f"at {site.url}: " in said
+    assert "docs/security.md" in said
+    assert "word" not in said
+
+
+def test_who_may_not_even_connect_is_told_where_the_rules_are(site: Site) -> None:
+    with limited(site.url, "-@all") as url, pytest.raises(BrokerUnavailable, match=r"(?i)permissions.*security\.md"):
+        handles.connect(url)
+
+
+def test_a_batch_that_may_not_be_sent_ends_at_its_first_item(site: Site) -> None:
+    """Rather than to ask for all others, or to wait for a broker that is there."""
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    with (
+        limited(site.url, "+@all", "-xlen") as url,
+        handles.connect(url) as door,
+        pytest.raises(NotPermitted, match="xlen"),
+    ):
+        list(door.batch("ask", window=10).as_completed(items()))
+    assert taken < 1_000
+
+
+async def test_http_clients_hear_that_it_was_refused_and_nothing_of_the_broker(redis_url: str) -> None:
+    owner = await Caller.get(redis_url, "default")
+    backend, endpoint = (
+        BackendRecord(tag="f", version="1", code=""),
+        EndpointRecord(name="e", route="/e", traffic={"f": 1.0}),
+    )
+    await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
+    with limited(redis_url, "+@all", "-xlen") as url:
+        proxy = Proxy(url, "default", "p", {"port": 0})
+        told = await proxy.ready()
+        async with httpx.AsyncClient(base_url=str(told["url"]), timeout=PATIENCE_S) as http:
+            answer = await http.get("/e")
+        await proxy.drain(0.2)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": {"type": "NotPermitted", "message": "the broker refused the request"}}
+    await owner.registry.erase()
+    await owner.close()
+
+
+def test_a_lease_that_may_not_be_taken_is_an_error_of_ours(redis_url: str) -> None:
+    with limited(redis_url, "+@all", "-set") as url:
+        lease = Lease(url, "penstock:default:{f}:alive:1")
+        with pytest.raises(NotPermitted, match=r"'guest' may not do EVAL penstock:default:\{f\}:alive:1"):
+            lease.start()
+        lease.stop()
+    with limited(redis_url, *NOTHING) as url:
+        lease = Lease(url.replace("word", "wrong"), "penstock:default:{f}:alive:1")
+        with pytest.raises(BrokerUnavailable, match=r"(?i)username-password"):
+            lease.start()
+        lease.stop()
+
+
+async def test_other_refusals_are_ours_too(redis_url: str) -> None:
+    caller = await Caller.get(redis_url, "default")
+    with Redis.from_url(redis_url) as redis:
+        redis.set(caller.keys.backends, "no hash")
+        with pytest.raises(BrokerRefused, match=r"WRONGTYPE.*answered to EVAL"):
+            await caller.registry.snapshot()
+        redis.delete(caller.keys.backends)
+    await caller.close()
