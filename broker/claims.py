@@ -25,7 +25,7 @@ import orjson
 
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
-from .errors import BrokerFull
+from .errors import BrokerFull, StringTooLong
 from .keys import Keys
 from .places import apart, id_of, is_batch, place_of
 from .signals import LOOK, signal
@@ -317,12 +317,26 @@ class Claims:
         key = self._keys.replies(caller)
         self._commands.post_script(check, _REPLY, [key], fields, repeat=True, patient=True)
 
-    def reply_large(self, caller: str, request: str, body: bytes, ttl_ms: int, fields: Sequence[bytes]) -> None:
-        """Append a reply whose ``body`` is too large for a stream: that is stored first, in a key of its own."""
+    def reply_large(
+        self,
+        caller: str,
+        request: str,
+        body: bytes,
+        ttl_ms: int,
+        fields: Sequence[bytes],
+        too_long: Callable[[], Sequence[bytes]],
+    ) -> None:
+        """Append a reply whose ``body`` is too large for a stream: that is stored first, in a key of its own.
+
+        Where the broker takes no string that long, what ``too_long`` returns is appended in its place.
+        """
         stored, stream = self._keys.reply_body(caller, request), self._keys.replies(caller)
 
         def retry_without_memory(result: Any) -> None:
             if not isinstance(result, Exception):
+                return
+            if isinstance(result, StringTooLong):
+                self.reply(caller, too_long())
                 return
             if isinstance(result, BrokerFull):
                 self._commands.post_script(

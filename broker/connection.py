@@ -27,9 +27,10 @@ from redis import exceptions as redis_errors
 from .address import shown_url
 from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
-from .errors import BrokerUnavailable
+from .errors import BrokerUnavailable, StringTooLong
 from .intake import Intake
 from .link import CONNECT_S, Refusal, error_of, link_to, reason_of, turned_away
+from .wire import LARGEST
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ _STALL_S = 6.0
 _IDLE_S = 2.0
 _BEAT_S = 1.0
 _BACKOFF_S = (0.02, 1.0)
+_REMEMBERED_S = 60.0
 _chance = random.Random()
 """Of its own: processes that seed Python's alike would all come back at once."""
 assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
@@ -90,12 +92,24 @@ class Connection:
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
         """As of `Clock`: any thread may ask."""
+        self._found_too_long, self._found_at = 0, -math.inf
         self._closed = False
         self._reason = "it does not answer"
 
     @property
     def connected(self) -> bool:
         return self._writer is not None
+
+    @property
+    def longest(self) -> int:
+        """How many bytes a string may have, as far as is known.
+
+        A server that was told to take less (``proto-max-bulk-len``) refuses a longer one and hangs up. What is under
+        way then survives, as whenever a connection breaks, but it need not come to that again and again. After a minute
+        it may, as the server may have been told otherwise.
+        """
+        known = self._loop.time() - self._found_at < _REMEMBERED_S
+        return self._found_too_long - 1 if known else LARGEST
 
     def on_reconnect(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``hook`` in a task after each connecting but the first."""
@@ -356,6 +370,9 @@ class Connection:
                 self._enqueue(command)
                 return
             reply = error_of(reply.said, head_of(command.packed), self.url)
+            if type(reply) is StringTooLong:
+                self._found_too_long = max(map(len, pieces_of(command.packed)))
+                self._found_at = self._loop.time()
         try:
             command.then(reply)
         except Exception:

@@ -5,7 +5,8 @@
     PenstockError
     ├── BrokerRefused           Redis answered with an error
     │   ├── BrokerFull
-    │   └── NotPermitted
+    │   ├── NotPermitted
+    │   └── StringTooLong
     ├── BrokerUnavailable
     ├── ConfigError (a ValueError)
     ├── Overloaded
@@ -26,6 +27,7 @@ __all__ = [
     "PenstockError",
     "RedisError",
     "ResponseError",
+    "StringTooLong",
     "WireError",
 ]
 
@@ -83,6 +85,12 @@ class BrokerFull(BrokerRefused):
 
     def __str__(self) -> str:
         return f"the broker at {self.url} has no memory left for {self.command}: {self.said}"
+
+
+class StringTooLong(BrokerRefused):
+    """Redis takes no string of that many bytes."""
+
+    status = 413
 
 
 class NotPermitted(BrokerRefused):

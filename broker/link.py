@@ -11,7 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from .address import redis_options, shown_url
-from .errors import RULES, BrokerFull, BrokerRefused, ConfigError, NotPermitted
+from .errors import RULES, BrokerFull, BrokerRefused, ConfigError, NotPermitted, StringTooLong
 from .keys import PREFIX
 
 CONNECT_S = 5.0
@@ -19,6 +19,7 @@ CONNECT_S = 5.0
 _ERRORS: dict[str, type[BrokerRefused]] = {"NOPERM": NotPermitted, "OOM": BrokerFull}
 _DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
 """What servers say instead of ``NOPERM`` where a script meets what its user may not: up to Redis 7.0, and since."""
+_TOO_LONG = "ERR Protocol error: invalid bulk length"
 
 
 def user_of(url: str) -> str:
@@ -71,7 +72,11 @@ class Refusal(Exception):
 def error_of(said: str, command: Sequence[bytes], url: str) -> BrokerRefused:
     """Return what a server said against a command as one of our errors."""
     code, _, rest = said.partition(" ")
-    kind = NotPermitted if said.startswith(_DENIED_IN_SCRIPT) else _ERRORS.get(code)
+    kind = _ERRORS.get(code)
+    if said.startswith(_DENIED_IN_SCRIPT):
+        kind = NotPermitted
+    elif said == _TOO_LONG:
+        kind = StringTooLong
     told = (said if kind is None else rest, _described(command), shown_url(url), user_of(url))
     return (kind or BrokerRefused)(*told)
 

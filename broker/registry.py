@@ -23,7 +23,7 @@ import orjson
 from . import owning
 from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
-from .errors import BrokerFull, BrokerUnavailable, ConfigError, PenstockError, WireError
+from .errors import BrokerFull, BrokerUnavailable, ConfigError, PenstockError, StringTooLong, WireError
 from .keys import Keys
 from .wire import LARGEST
 
@@ -174,14 +174,13 @@ class Registry:
             ConfigError: it is larger than Redis takes.
             PenstockError: the broker is out of memory.
         """
-        if len(blob) > LARGEST:
-            raise ConfigError(
-                f"{len(blob)} bytes of code and arguments are more than Redis takes (its proto-max-bulk-len is "
-                f"{LARGEST}): let replicas read what is large, such as a model, from a file"
-            )
+        if len(blob) > (limit := min(LARGEST, self._connection.longest)):
+            raise _too_large(blob, str(limit) if limit == LARGEST else f"{limit} or less")
         digest = hashlib.sha256(blob).hexdigest()
         try:
-            await self._connection.send("SET", self._keys.code(digest), blob, repeat=True)
+            await self._connection.send("SET", self._keys.code(digest), blob, repeat=True, bulky=True)
+        except StringTooLong:
+            raise _too_large(blob, f"{len(blob) - 1} or less") from None
         except BrokerFull:
             raise PenstockError(f"the broker has no memory left for {len(blob)} bytes of code") from None
         return digest
@@ -343,6 +342,13 @@ class Watcher:
                 listener(fresh)
             except Exception:
                 log.exception("a listener to the registry failed")
+
+
+def _too_large(blob: bytes, limit: str) -> ConfigError:
+    return ConfigError(
+        f"{len(blob)} bytes of code and arguments are more than Redis takes (its proto-max-bulk-len is {limit}): "
+        "let replicas read what is large, such as a model, from a file"
+    )
 
 
 def _records(flat: list[bytes]) -> list[tuple[str, dict[str, Any]]]:

@@ -14,8 +14,15 @@ def _ignore(result: Any) -> None:
     """Nobody waits for this."""
 
 
-def check_size(body: bytes) -> None:
-    """Raise `PayloadTooLarge` if no broker would take it."""
+def too_long(body: bytes, longest: int) -> PayloadTooLarge:
+    """Return what is said of a body if a broker takes ``longest`` bytes at the most, as far as is known."""
+    return PayloadTooLarge(len(body), longest, "the most that Redis may take by its proto-max-bulk-len")
+
+
+def check_size(body: bytes, longest: int | None = None) -> None:
+    """Raise `PayloadTooLarge` if no broker would take it, or not the one that takes ``longest`` bytes at the most."""
+    if longest is not None and longest < len(body) <= LARGEST:
+        raise too_long(body, longest)
     if len(body) > LARGEST:
         raise PayloadTooLarge(len(body), LARGEST, "proto-max-bulk-len of Redis")
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
 from ..broker.dead import DeadQueue
+from ..broker.errors import StringTooLong
 from ..broker.figures import Figures, figures_of
 from ..broker.flow import REPEAT_S, tell_taken
 from ..broker.jobs import Job, JobReplies
@@ -30,7 +31,7 @@ from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot,
 from ..broker.replies import ReplyStream
 from ..broker.wire import LARGE, Header, RawEntry
 from . import traffic
-from .bodies import Bodies, check_size
+from .bodies import Bodies, check_size, too_long
 from .calls import MAX_QUEUED, Call, InFlight, Outcome, batch_limit
 from .errors import (
     BackendNotFound,
@@ -131,6 +132,11 @@ class Caller:
     @property
     def connected(self) -> bool:
         return self._connection.connected
+
+    @property
+    def longest(self) -> int:
+        """How many bytes a body may have, as far as is known of this broker."""
+        return self._connection.longest
 
     async def open(self) -> None:
         """Connect, create the reply stream and follow the registry.
@@ -255,11 +261,11 @@ class Caller:
             PayloadTooLarge: the body is larger than Redis takes.
             TypeError: the header holds what JSON cannot.
         """
-        check_size(body)
+        large = len(body) > LARGE
+        check_size(body, self.longest if large else None)
         id_ = self.next_id()
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)
-        large = len(body) > LARGE
         raw = RawEntry(id_.encode(), self.name, header.dump(), None if large else body)
         call = Call(self.in_flight, id_, raw, then)
         call.batch = batch
@@ -373,6 +379,8 @@ class Caller:
             return Overloaded(call.backend, result.depth, call.limit, result.retry_after_s)
         if isinstance(result, BrokerFull):
             return Overloaded(call.backend, 0, call.limit)
+        if isinstance(result, StringTooLong):
+            return too_long(call.body, len(call.body) - 1)
         if isinstance(result, BrokerRefused) and not isinstance(result, NotPermitted):
             # Of a server that loads its data, or was demoted: it may take the request in a moment.
             return self._unavailable(f"it refused the request: {result.said}")

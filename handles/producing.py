@@ -325,11 +325,11 @@ class Production:
             if not self._takes_pickle():
                 raise
             codec, body = encode(value, allow_pickle=True)
-        check_size(body)
         caller, timeout_s = self._caller, options.timeout_s
+        large = len(body) > LARGE
+        check_size(body, caller.longest if large else None)
         id_ = caller.next_id() if caller.job is None else f"{caller.id}-{index}"
         deadline_ms = 0 if timeout_s is None else caller.deadline_ms(timeout_s)
-        large = len(body) > LARGE
         header = self._header(options, codec, query, deadline_ms)
         raw = RawEntry(id_.encode(), caller.name, header, None if large else body)
         item = _Item(self, caller, id_, raw, index, options)

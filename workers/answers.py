@@ -10,7 +10,8 @@ from ..broker.connection import Connection
 from ..broker.keys import Keys
 from ..broker.places import id_of
 from ..broker.wire import LARGE, Entry, Reply
-from ..handles.errors import PenstockError, StreamBroken, to_wire
+from ..handles.bodies import too_long as too_long_of
+from ..handles.errors import BackendError, PayloadTooLarge, PenstockError, StreamBroken, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,18 @@ class Answers:
             return
         reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
-            body, reply.body, reply.large = reply.body, b"", True
-            self._claims.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields())
+            body, longest = reply.body, self._commands.longest
+
+            def too_long() -> list[bytes]:
+                said = str(too_long_of(body, min(longest, len(body) - 1)))
+                error = to_wire(BackendError(PayloadTooLarge.__name__, said))
+                return Reply(reply.id, 500, error=error, replica=self._replica, run_ms=reply.run_ms).fields()
+
+            if len(body) > longest:
+                self._claims.reply(caller, too_long())
+                return
+            reply.body, reply.large = b"", True
+            self._claims.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
         else:
             self._claims.reply(caller, reply.fields())
 

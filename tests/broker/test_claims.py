@@ -354,7 +354,7 @@ async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
     ((retaken, _),) = await heir.claims.retake(1)
     for place in (second.entry, retaken):
         reply = Reply(place.decode(), large=True)
-        heir.claims.reply_large("me", reply.id, bytes(1_000), 60_000, reply.fields())
+        heir.claims.reply_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
         heir.claims.settle([place])
     await heir.claims.leave()
 

@@ -1,0 +1,127 @@
+"""A Redis that was told to take shorter strings than it would: whoever sends a longer one is told, and nobody else."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from penstock import handles
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.errors import ConfigError
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord
+from penstock.handles.caller import Caller
+from penstock.handles.connection import Connected
+from penstock.handles.errors import BackendError, PayloadTooLarge
+from penstock.proxy.proxy import Proxy
+from tests.handles.site import INSTANCE, Site
+
+MIB = 1024 * 1024
+TOO_LONG = 2 * MIB
+SAID = rf"{TOO_LONG} bytes or more \(the most that Redis may take by its proto-max-bulk-len is {TOO_LONG - 1}\)"
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with EmbeddedServer.start() as server:
+        with Redis.from_url(server.url) as redis:
+            redis.config_set("proto-max-bulk-len", "1mb")
+        yield server.url
+
+
+@pytest.fixture
+def site(url: str) -> Iterator[Site]:
+    site = Site(url)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def connected(site: Site) -> Iterator[Connected]:
+    with handles.connect(site.url, INSTANCE) as connected:
+        yield connected
+
+
+def connections_made(url: str) -> int:
+    with Redis.from_url(url) as redis:
+        return int(redis.info("stats")["total_connections_received"])
+
+
+async def slowly(request: Any) -> int:
+    await asyncio.sleep(0.2)
+    return len(request.data)
+
+
+def answer_with(request: Any) -> str:
+    return "x" * int(request.data)
+
+
+def test_a_body_that_is_too_long_is_refused_by_name_and_what_is_under_way_is_answered(
+    site: Site, connected: Connected
+) -> None:
+    site.serve(slowly)
+    ask = connected.get_handle("ask")
+    beside = [ask.remote("x" * n) for n in range(50)]
+    with pytest.raises(PayloadTooLarge, match=SAID):
+        ask.remote("x" * TOO_LONG).result(timeout=60)
+    beside += [ask.remote("x" * n) for n in range(50, 100)]
+    assert [future.result(timeout=60) for future in beside] == list(range(100))
+    assert ask.remote("x" * MIB).result(timeout=60) == MIB
+
+
+def test_what_was_found_too_long_is_not_sent_again(site: Site, connected: Connected) -> None:
+    site.serve(slowly)
+    ask = connected.get_handle("ask")
+    with pytest.raises(PayloadTooLarge):
+        ask.remote("x" * TOO_LONG).result(timeout=60)
+    ask.remote("x").result(timeout=60)  # all is connected again
+    before = connections_made(site.url)
+    for longer in range(20):
+        with pytest.raises(PayloadTooLarge, match=f"{TOO_LONG + longer} bytes"):
+            ask.remote("x" * (TOO_LONG + longer)).result(timeout=60)
+    assert connections_made(site.url) == before + 1  # that of who looks
+
+
+def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connected: Connected) -> None:
+    site.serve(slowly, max_concurrent_queries=50)
+    items = ["x" * (TOO_LONG if n % 10 == 5 else n) for n in range(40)]
+    results = list(connected.batch("ask").map(items))
+    assert [type(result.error) for result in results if result.index % 10 == 5] == [PayloadTooLarge] * 4
+    assert [result.get() for result in results if result.index % 10 != 5] == [n for n in range(40) if n % 10 != 5]
+
+
+def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, connected: Connected) -> None:
+    site.serve(answer_with)
+    ask = connected.get_handle("ask")
+    for _ in range(2):  # the second time, the replica knows
+        with pytest.raises(BackendError, match=f"PayloadTooLarge: the body has {SAID}"):
+            ask.remote(TOO_LONG).result(timeout=60)
+    assert ask.remote(MIB).result(timeout=60) == "x" * MIB
+
+
+async def test_over_http_it_is_a_413(url: str) -> None:
+    owner = await Caller.get(url, INSTANCE)
+    backend = BackendRecord(tag="f", version="1", code="")
+    endpoint = EndpointRecord(name="e", route="/e", methods=("POST",), traffic={"f": 1.0})
+    await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
+    proxy = Proxy(url, INSTANCE, "p", {"port": 0})
+    told = await proxy.ready()
+    async with httpx.AsyncClient(base_url=str(told["url"]), timeout=60) as http:
+        for _ in range(2):
+            answer = await http.post("/e", content=bytes(TOO_LONG))
+            assert answer.status_code == 413
+            assert answer.json()["error"]["type"] == "PayloadTooLarge"
+    await proxy.drain(0.2)
+    await owner.close()
+
+
+async def test_code_that_is_too_long_is_refused(url: str) -> None:
+    owner = await Caller.get(url, INSTANCE)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"{TOO_LONG} bytes of code .* is {TOO_LONG - 1} or less\)"):
+            await owner.registry.put_code(bytes(TOO_LONG))
+    digest = await owner.registry.put_code(bytes(MIB))
+    assert await owner.registry.get_code(digest) == bytes(MIB)
+    await owner.close()
