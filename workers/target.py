@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from ray import cloudpickle
 
 from ..handles.errors import BackendError
-from .accept_batch import accepts_batch
+from .accept_batch import accepts_batch, marks, put_marks
 
 CALL = "__call__"
 
@@ -36,7 +36,7 @@ class Code(NamedTuple):
     @classmethod
     def load(cls, blob: bytes) -> Code:
         """Read what `dump` wrote, importing the modules that it names. Raises whatever that raises."""
-        target, args, kwargs = cloudpickle.loads(blob)
+        target, args, kwargs, marked = cloudpickle.loads(blob)
         if isinstance(target, str):
             target = _imported(target)
         if not callable(target):
@@ -46,6 +46,7 @@ class Code(NamedTuple):
                 raise TypeError(f"the class {target.__qualname__} has no __call__ method")
         elif args or kwargs:
             raise TypeError(f"{_name(target)} is not a class: there is no constructor to give arguments to")
+        put_marks(target, marked)
         return cls(target, tuple(args), dict(kwargs))
 
     @property
@@ -64,7 +65,7 @@ def dump(
     target: Callable[..., Any] | str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> bytes:
     """Write a function, a class with its arguments, or where to import either from (``"module:Name"``)."""
-    what = (target, args, dict(kwargs or {}))
+    what = (target, args, dict(kwargs or {}), marks(target))
     return cast("bytes", cloudpickle.dumps(what))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
 
 

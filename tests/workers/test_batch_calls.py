@@ -1,10 +1,16 @@
 """One call of the user's code for several requests."""
 
+import importlib
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock.workers import Request, accept_batch
+from penstock.workers import Request, accept_batch, accepts_batch
+from penstock.workers.target import Code, dump
 from tests.workers.requests import backend_error_of, from_handle, value_of
 from tests.workers.running import Mixed, Start, double, double_each, double_each_async
 
@@ -93,3 +99,59 @@ async def test_a_batch_is_split_by_the_methods_that_it_is_for(start: Start) -> N
     replies = [await replica.reply_to(entry) for entry in entries]
     assert [reply.status for reply in replies] == [200, 200, 200, 200, 404, 200, 200]
     assert [value_of(r) for r in replies if not r.error] == [2, "alone", 20, 2, 20, "alone"]
+
+
+SHARED = """
+def sums(requests):
+    return [len(requests)] * len(requests)
+
+class Model:
+    def __call__(self, requests): ...
+    def more(self, requests): ...
+    def alone(self, request): ...
+    @staticmethod
+    def still(requests): ...
+"""
+"""A module that knows nothing of Penstock, and that replicas import for themselves: its code is pickled by its name."""
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / "shared_code_.py").write_text(SHARED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("shared_code_")
+    sys.modules.pop("shared_code_")
+
+
+def loaded_elsewhere(target: Any) -> Code:
+    blob = dump(target)
+    assert len(blob) < 300, "it is not pickled by its name"
+    del sys.modules["shared_code_"]
+    return Code.load(blob)
+
+
+def test_a_function_that_was_decorated_where_it_is_deployed_takes_batches(shared: Any) -> None:
+    code = loaded_elsewhere(accept_batch(shared.sums))
+    assert code.target is not shared.sums
+    assert code.construct().call.accepts_batch
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_so_does_a_partial_of_one(shared: Any, within: bool) -> None:
+    whole = partial(accept_batch(shared.sums)) if within else accept_batch(partial(shared.sums))
+    assert accepts_batch(whole)
+    assert loaded_elsewhere(whole).construct().call.accepts_batch
+
+
+def test_so_do_the_methods_of_a_class_and_no_others(shared: Any) -> None:
+    for name in ("__call__", "more", "still"):
+        accept_batch(getattr(shared.Model, name))
+    target = loaded_elsewhere(shared.Model).construct()
+    taking = {name: target.method(name).accepts_batch for name in ("__call__", "more", "still", "alone")}
+    assert taking == {"__call__": True, "more": True, "still": True, "alone": False}
+
+
+def test_what_cannot_be_marked_is_refused() -> None:
+    for function in (len, Mixed().alone):
+        with pytest.raises(TypeError, match="accept_batch cannot mark"):
+            accept_batch(function)
