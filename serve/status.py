@@ -30,28 +30,33 @@ class Status(dict[str, Any]):
         if backends:
             # Short, to fit a terminal of 80 columns.
             head = ("backend", "version", "replicas", "queued", "running", "dead", "served", "failed", "mean ms")
-            rows = [(tag, b["version"], _replicas(b), *_counts(b)) for tag, b in sorted(backends.items())]
-            parts.append(_table(head, rows))
+            rows = [
+                (tag, b["version"], f"{b['ready']} of {b['wanted']}", *_counts(b))
+                for tag, b in sorted(backends.items())
+            ]
+            parts.append(table(head, rows))
         for tag, backend in sorted(backends.items()):
             parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in _troubles(backend)]
         if endpoints:
             rows = [
                 (name, e["route"] or "-", " ".join(e["methods"]), _traffic(e)) for name, e in sorted(endpoints.items())
             ]
-            parts.append(_table(("endpoint", "route", "methods", "traffic"), rows))
+            parts.append(table(("endpoint", "route", "methods", "traffic"), rows))
         if proxies:
             rows = [
                 (p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()
             ]
-            parts.append(_table(("node", "proxy", "url", "state"), sorted(rows)))
+            parts.append(table(("node", "proxy", "url", "state"), sorted(rows)))
         if self["controller"] != "alive":
             parts.append(f"the controller is {self['controller']}: what runs serves on, and no change comes about")
         return "\n\n".join(parts) or "nothing is deployed"
 
 
 def _troubles(backend: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a backend, as the ends of sentences that begin with its tag."""
+    """Return what keeps a backend from being all it should be, as the ends of sentences that begin with its tag."""
     said = [f"is {trouble}: {backend[trouble]}" for trouble in ("failing", "lacking") if backend[trouble]]
+    if count := backend["starting"]:
+        said.insert(0, f"is starting {count} replica{'s' if count > 1 else ''}")
     return [*said, f"refused {backend['refused']}"] if backend["refused"] else said
 
 
@@ -74,11 +79,6 @@ def explained(failing: Mapping[str, Any] | None) -> str | None:
     return "\n".join([said, *lines[-_LAST_LINES - 1 : -1]] if len(lines) > 1 else [said])
 
 
-def _replicas(backend: Mapping[str, Any]) -> str:
-    ready = f"{backend['ready']} of {backend['wanted']}"
-    return f"{ready}, {backend['starting']} starting" if backend["starting"] else ready
-
-
 def _counts(backend: Mapping[str, Any]) -> tuple[str, ...]:
     counted = ("queued", "in_progress", "dead_letters", "served", "failed", "mean_run_ms")
     return tuple(f"{backend[name]:.10g}" for name in counted)
@@ -89,7 +89,8 @@ def _traffic(endpoint: Mapping[str, Any]) -> str:
     return ", ".join([*shares, *(f"{tag} shadowed {share:.4g}" for tag, share in endpoint["shadows"].items())])
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows below their head, each a line, each column as wide as it must be."""
     lines = [head, *rows]
     widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
     return "\n".join(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from textwrap import wrap
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from ...broker.dead import DeadLetter
 from ...handles.codec import decode
 from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
+from ..status import table
 from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 from .exits import FAILED
 
@@ -37,18 +39,15 @@ def dead() -> None:
 @as_json
 def list_(backend: str, redis_url: str | None, instance: str, json: bool) -> None:
     """List the dead letters of BACKEND, oldest first."""
-    whole = (Column(name, no_wrap=True) for name in ("ID", "DIED"))
-    table = Table(*whole, "ENDPOINT", "DELIVERIES", "ERROR", box=None, pad_edge=False)
     with door_to(redis_url, instance) as door:
-        for letter in _letters(door, backend):
-            if json:
-                write_json(_summary(letter))
-            else:
-                said = _summary(letter)
-                endpoint = said["endpoint"] or "-"
-                table.add_row(said["id"], said["died"], endpoint, str(said["deliveries"]), said["error"])
-    if not json:
-        Console().print(table if table.row_count else f"backend {backend!r} has no dead letters")
+        found = [_summary(letter) for letter in _letters(door, backend)]
+    if json:
+        for said in found:
+            write_json(said)
+    elif found:
+        click.echo(_listed(found, Console()))
+    else:
+        click.echo(f"backend {backend!r} has no dead letters")
 
 
 @dead.command()
@@ -65,14 +64,14 @@ def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool
     if json:
         write_json({**said, "deliveries": list(letter.deliveries), "request": request})
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = Table(box=None, show_header=False, pad_edge=False)
     for name in ("id", "died", "error"):
-        table.add_row(name, said[name])
+        rows.add_row(name, said[name])
     for delivery in letter.deliveries:
-        table.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
+        rows.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
     for name, value in (request or {}).items():
-        table.add_row(name, str(value))
-    Console().print(table)
+        rows.add_row(name, str(value))
+    Console().print(rows)
 
 
 @dead.command()
@@ -130,6 +129,20 @@ def _letters(door: Any, backend: str) -> DeadLetters:
         if backend not in known and not len(letters):
             wrong(f"no endpoint sends to a backend {backend!r}, and it has no dead letters")
         return letters
+
+
+def _listed(found: Sequence[Mapping[str, Any]], console: Console) -> str:
+    """Return each letter as a line; on a terminal too narrow for that, with its error on lines of their own."""
+    head = ("ID", "DIED", "ENDPOINT", "DELIVERIES")
+    lines = table(
+        head, [(said["id"], said["died"], said["endpoint"] or "-", str(said["deliveries"])) for said in found]
+    ).splitlines()
+    errors = ["ERROR", *(" ".join(said["error"].split()) for said in found)]
+    width = max(map(len, lines))
+    if console.is_terminal and max(width + 2 + len(error) for error in errors) > console.width:
+        indented = (wrap(error, console.width, initial_indent="    ", subsequent_indent="    ") for error in errors)
+        return "\n".join("\n".join([line, *error]) for line, error in zip(lines, indented, strict=True))
+    return "\n".join(f"{line:{width}}  {error}".rstrip() for line, error in zip(lines, errors, strict=True))
 
 
 def _summary(letter: DeadLetter) -> dict[str, Any]:

@@ -163,8 +163,10 @@ def test_it_prints_as_a_table() -> None:
         controller="waiting for Ray's head",
     )
     assert str(status).splitlines() == [
-        "backend  version  replicas            queued  running  dead  served   failed  mean ms",
-        "model    a1b2     1 of 2, 1 starting  7       3        0     1234567  12      2.125",
+        "backend  version  replicas  queued  running  dead  served   failed  mean ms",
+        "model    a1b2     1 of 2    7       3        0     1234567  12      2.125",
+        "",
+        "model is starting 1 replica",
         "",
         "model is failing: ValueError: no",
         '      File "model.py"',
@@ -182,12 +184,16 @@ def test_it_prints_as_a_table() -> None:
     ]
 
 
-def test_at_rest_a_table_fits_a_terminal() -> None:
+@pytest.mark.parametrize(
+    ("starting", "said"), [(0, ""), (1, "is starting 1 replica\n"), (10, "is starting 10 replicas\n")]
+)
+def test_a_table_fits_a_terminal(starting: int, said: str) -> None:
     counts = {"queued": 10_000, "in_progress": 100, "dead_letters": 7, "served": 1_234_567, "failed": 12}
-    backend = {"version": "a1b2c3d4", "wanted": 2, "ready": 2, "starting": 0, "mean_run_ms": 2.125, **counts}
+    backend = {"version": "a1b2c3d4", "wanted": 2, "ready": 2, "starting": starting, "mean_run_ms": 2.125, **counts}
     backend |= {"failing": None, "lacking": None, "refused": None}
     status = Status(backends={"sentiment": backend}, endpoints={}, proxies={}, controller="alive")
     assert "2 of 2" in str(status)
+    assert said in f"{status}\n"
     assert max(map(len, str(status).splitlines())) <= 80
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+from contextlib import suppress
 from typing import Any
 
+import pytest
 from redis import Redis
 
 from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
-from tests.serve.cli.conftest import Penstock
+from tests.serve.cli.conftest import COMMAND, Penstock, environment
 from tests.waiting import wait_until
 
 
@@ -72,6 +77,41 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(site: Site, penstock
     assert "cannot be read" in partly.err
     assert penstock("dead", "drop", "model", second).out == "dropped 1\n"
     assert penstock("dead", "list", "model").out == "backend 'model' has no dead letters\n"
+
+
+ERROR = "3 replicas of 'model' died with it: " + "and this is what the last one said " * 4
+
+
+def test_a_pipe_gets_a_line_for_each_dead_letter(site: Site, penstock: Penstock) -> None:
+    site.declare()
+    ids = [bury(site, entry(), ERROR), bury(site, entry(), "short")]
+    head, *lines = penstock("dead", "list", "model").out.splitlines()
+    assert head.split() == ["ID", "DIED", "ENDPOINT", "DELIVERIES", "ERROR"]
+    assert [line.split()[0] for line in lines] == ids
+    assert [line[head.index("ERROR") :] for line in lines] == [ERROR.strip(), "short"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_gets_lines_that_fit(site: Site, columns: int) -> None:
+    site.declare()
+    bury(site, entry(), ERROR)
+    terminal, end = pty.openpty()
+    command = [*COMMAND, "dead", "list", "model"]
+    environ = {**environment(site.url), "COLUMNS": str(columns), "TERM": "xterm"}
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environ) as p:
+        os.close(end)
+        shown = b""
+        with suppress(OSError):  # which is how a terminal ends
+            while more := os.read(terminal, 10_000):
+                shown += more
+    os.close(terminal)
+    assert p.returncode == 0
+    lines = shown.decode().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert lines[1].strip() == "ERROR"
+    said = lines[3:]
+    assert len(said) <= 1 + -(-len(ERROR) // (columns - 14)), "it is wrapped more narrowly than it need be"
+    assert " ".join(line.strip() for line in said) == ERROR.strip()
 
 
 def test_dead_letters_that_are_not_there(site: Site, penstock: Penstock) -> None:
