@@ -27,7 +27,7 @@ async def raw(server: Server, *sent: bytes) -> bytes:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0.02)  # so that they arrive apart; nothing rests on it
-        return await asyncio.wait_for(reader.read(), 5)
+        return await asyncio.wait_for(reader.read(), 20)
     finally:
         writer.close()
 

@@ -36,7 +36,7 @@ async def connected(server: Server) -> AsyncGenerator[tuple[asyncio.StreamReader
             await writer.wait_closed()
 
 
-async def talk(server: Server, sent: bytes, timeout_s: float = 5.0) -> bytes:
+async def talk(server: Server, sent: bytes, timeout_s: float = 20.0) -> bytes:
     """Send bytes, and return what comes back until the server closes."""
     async with connected(server) as (reader, writer):
         writer.write(sent)
