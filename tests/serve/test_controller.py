@@ -124,7 +124,7 @@ def test_a_version_that_comes_apart_later_is_tried_again_and_said(client: serve.
     (replica,) = replicas(client).values()
     os.kill(replica, signal.SIGKILL)
     waiting = client.get_handle("e").remote()
-    wait_until(lambda: "the weights are gone" in str(client.status()["backends"]["f"]["failing"]), timeout_s=20)
+    wait_until(lambda: "the weights are gone" in str(client.status()["backends"]["f"]["failing"]))
     broken.unlink()
     assert waiting.result(timeout=20) == "well"
     wait_until(lambda: client.status()["backends"]["f"]["failing"] is None)

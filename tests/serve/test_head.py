@@ -98,4 +98,4 @@ def test_serving_goes_on_without_ray_and_is_adopted_when_it_returns(machines: Cl
             wait_until(lambda: len(serving(machines)) == 4 and not serving(machines).items() >= before.items())
         print(f"calls in each second over HTTP and by handles: {with_ray} with Ray's head, {without_ray} without")
         for before_it, without in zip(with_ray, without_ray, strict=True):
-            assert max(without) > 0.8 * min(before_it)
+            assert max(without) > 0.6 * min(before_it)

@@ -298,7 +298,7 @@ def test_one_that_keeps_nothing_is_told_anew_what_it_held(cluster: str) -> None:
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: server_pid(client.redis_url) not in (0, killed))
         # Until it has been told, there are no endpoints.
-        wait_until(lambda: replicas(client) == before and _answers(client), timeout_s=20)
+        wait_until(lambda: replicas(client) == before and _answers(client))
         wait_until(lambda: client.list_endpoints().keys() == {"e"})
         assert client.get_handle("e").remote().result(timeout=20) == "f"
         client.update_backend_config("f", {"num_replicas": 2})

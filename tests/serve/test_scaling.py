@@ -45,7 +45,7 @@ def test_a_backlog_gets_more_replicas_and_a_lull_fewer(client: serve.Client) -> 
     wait_until(lambda: client.status()["backends"]["f"]["wanted"] == 4)
     took_s = time.monotonic() - asked
     print(f"{took_s:.2f} s after the step, four replicas were wanted")
-    assert took_s < 2.0
+    assert took_s < 5.0  # one replica would be at it for 15 s
     pids = {future.result(60) for future in futures}
     assert len(pids) > 1
     wait_until(lambda: len(replicas(client)) == 1, 30)

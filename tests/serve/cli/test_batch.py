@@ -369,7 +369,7 @@ def _kill(process: subprocess.Popen[Any]) -> None:
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_the_output_has_every_row_once(site: Site, tmp_path: Path) -> None:
     """Twenty producers die over one job, at any moment: while they start, find out what there is, or write."""
-    rows, output = 16_000, tmp_path / "out.jsonl"
+    rows, output = 20_000, tmp_path / "out.jsonl"
     site.declare()
     (tmp_path / "in.jsonl").write_text("".join(f"{n}\n" for n in range(rows)))
     options = ("batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(output), "--job", "killed", "--window", "300")
