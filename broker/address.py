@@ -37,9 +37,11 @@ _IGNORED = frozenset(
 
 def shown_url(url: str) -> str:
     """Return ``url`` for messages and logs: without its user, password and options."""
-    scheme, _, rest = url.partition("://")
+    scheme, separator, rest = url.partition("://")
+    if not separator:  # it is no URL, but may have a password in it all the same
+        scheme, rest = "", url
     # Up to the last "@" wherever it is: a password that was not percent-encoded may hold any of "/", "?" and "#".
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,8 +70,8 @@ def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dic
     if parts.scheme == "unix":
         if not options.get("path"):
             raise ConfigError(f"{shown!r} is not a Redis URL: it has no path, as in unix:///run/redis.sock")
-    elif parts.path.strip("/") and "db" not in options:
-        raise ConfigError(f"{shown!r} is not a Redis URL: the database {parts.path.strip('/')!r} must be a number")
+    elif (database := parts.path.strip("/").rpartition("@")[2]) and "db" not in options:
+        raise ConfigError(f"{shown!r} is not a Redis URL: the database {database!r} must be a number")
     for name in list(options):
         if name in _IGNORED:
             del options[name]

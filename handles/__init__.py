@@ -4,7 +4,7 @@ from . import errors
 from .batch import Batch, BatchProducer
 from .connection import connect
 from .handle import AsyncServeHandle, ServeHandle
-from .producing import BatchItem, BatchResult
+from .items import BatchItem, BatchResult
 
 __all__ = [
     "AsyncServeHandle",

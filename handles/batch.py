@@ -13,14 +13,15 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Container, Generator, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from ..broker.keys import check_name
 from . import background
 from .caller import Caller
 from .errors import ConfigError
+from .items import BatchResult
 from .options import Options
-from .producing import BatchResult, Production
+from .producing import Production
 
 _PULL_S = 0.005
 """Items are sent that are there, rather than waited for in company."""
@@ -83,7 +84,7 @@ class BatchProducer:
         if isinstance(job_ttl_s, bool) or not isinstance(job_ttl_s, int | float):
             raise TypeError(f"job_ttl_s must be a number of seconds, not {type(job_ttl_s).__name__}")
         if not 1 <= job_ttl_s <= 1e9:
-            raise ConfigError(f"job_ttl_s must be 1 to 1e9 seconds, not {job_ttl_s:g}")
+            raise ConfigError(f"job_ttl_s must be 1 to 1e9 seconds, not {job_ttl_s}")
         self._job_ttl_s = float(job_ttl_s)
 
     def __repr__(self) -> str:
@@ -149,6 +150,8 @@ class Batch:
     ) -> None:
         if not isinstance(items, Iterable | AsyncIterable):
             raise TypeError(f"a batch is an iterable or an async iterable of items, not a {type(items).__name__}")
+        if not isinstance(cast(object, skip), Container):
+            raise TypeError(f"skip must hold indices, such as a set does, not be a {type(skip).__name__}")
         self.skip, self.in_order = skip, in_order
         self._producer, self._items = producer, items
         self._begun = False

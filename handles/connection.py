@@ -56,10 +56,13 @@ class Connected:
                 without one.
 
         Raises:
-            TypeError: ``endpoint`` is not a ``str``.
+            TypeError: ``endpoint`` is not a ``str``, or another argument no ``bool``.
             EndpointNotFound: there is none of that name, and ``missing_ok`` is False.
             BrokerUnavailable: Redis cannot be reached.
         """
+        for name, value in (("sync", sync), ("missing_ok", missing_ok)):
+            if type(value) is not bool:
+                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
         kind = ServeHandle if sync else AsyncServeHandle
         handle = kind(self.redis_url, self.instance, endpoint, None, missing_ok)
         if not missing_ok and endpoint not in (known := self.list_endpoints()):

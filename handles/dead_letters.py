@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..broker.dead import DeadLetter, DeadQueue
 from ..broker.keys import Keys
@@ -48,7 +48,13 @@ class DeadLetters:
         return letter
 
     def body(self, letter: DeadLetter) -> bytes | None:
-        """Return the body of its request; None if it has expired or cannot be read."""
+        """Return the body of its request; None if it has expired or cannot be read.
+
+        Raises:
+            TypeError: ``letter`` is none of what iterating and `get` give.
+        """
+        if not isinstance(cast(object, letter), DeadLetter):
+            raise TypeError(f"letter must be a DeadLetter, as get() returns it, not {type(letter).__name__}")
         return background.run(self._with_queue(lambda queue: queue.body(letter)))
 
     def drop(self, id_: str) -> None:
@@ -97,6 +103,6 @@ class DeadLetters:
 def _checked(id_: object) -> str:
     if not isinstance(id_, str):
         raise TypeError(f"a dead letter's id must be a str, not {type(id_).__name__}")
-    if _ID.fullmatch(id_) is None:
+    if _ID.fullmatch(id_) is None or max(map(int, id_.split("-"))) >= 2**64:
         raise ConfigError(f"{id_!r} is no id of a dead letter, such as '1700000000000-0'")
     return id_

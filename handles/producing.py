@@ -10,8 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -30,6 +29,7 @@ from .errors import (
     PenstockError,
     RequestTimeout,
 )
+from .items import BatchItem, BatchResult, Indices
 from .options import Options
 from .results import value_of
 
@@ -44,62 +44,6 @@ _RETRY_S = 1.0
 _FOLLOW_S = 10.0
 _CONCURRENCY = 16
 """What a replica is taken to run at a time where nothing says how much."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchItem:
-    """One item with options of its own; None is what the producer has."""
-
-    data: Any
-    """What the backend reads as ``request.data``."""
-    query: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """JSON values, which the backend reads as ``request.query_params``."""
-    method_name: str | None = None
-    shard_key: str | None = None
-    timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """What became of one item."""
-
-    index: int
-    """Of the item, counted from 0."""
-    value: Any = None
-    error: Exception | None = None
-    """Why there is no value: what a handle's future would raise."""
-
-    def get(self) -> Any:
-        """Return the value, or raise the error."""
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
-class Indices(Container[int]):
-    """A set of indices that takes a bit for each."""
-
-    def __init__(self) -> None:
-        self._bits = bytearray()
-        self._count = 0
-
-    def add(self, index: int) -> None:
-        if index in self:
-            return
-        byte = index >> 3
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + 1 - len(self._bits)))
-        self._bits[byte] |= 1 << (index & 7)
-        self._count += 1
-
-    def __contains__(self, index: object) -> bool:
-        if not isinstance(index, int) or index < 0:
-            return False
-        byte = index >> 3
-        return byte < len(self._bits) and bool(self._bits[byte] >> (index & 7) & 1)
-
-    def __len__(self) -> int:
-        return self._count
 
 
 class _Item(Call):
@@ -316,6 +260,8 @@ class Production:
             own = {"method_name": value.method_name, "shard_key": value.shard_key, "timeout_s": value.timeout_s}
             if changes := {name: value for name, value in own.items() if value is not None}:
                 options = options.with_(changes)
+            if not isinstance(cast(object, value.query), Mapping):
+                raise TypeError(f"query must be a dict of JSON values, not {type(value.query).__name__}")
             if value.query:
                 query = orjson.loads(dump_json(dict(value.query)))
             value = value.data

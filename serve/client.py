@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack
@@ -41,6 +42,9 @@ class Client(Connected):
     change something return when the change serves; when they raise, they have changed nothing.
 
     Leaving it as a context manager ends what ``serve.start`` has started, unless that is detached.
+
+    It belongs to the process that made it. In a child that was forked, only its handles, batches and dead letters are of
+    use; the end of the child ends nothing.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Client(Connected):
         self._owns, self._keep = owns, keep
         self._closed = False
         self._closing = threading.Lock()
+        self._process = os.getpid()
         if owns:
             atexit.register(self.close)
 
@@ -326,6 +331,8 @@ class Client(Connected):
         return self
 
     def _disconnect(self, *, end: bool, erase: bool) -> None:
+        if os.getpid() != self._process:
+            return  # what it holds is not ours, nor is the instance
         with self._closing:
             if self._closed:
                 return
@@ -341,6 +348,11 @@ class Client(Connected):
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
             self._check_open()
+            if (here := os.getpid()) != self._process:
+                raise PenstockError(
+                    f"this client belongs to the process {self._process}, which the process {here} was forked from: "
+                    "serve.connect() makes one of its own"
+                )
         except PenstockError:
             coroutine.close()
             raise

@@ -18,7 +18,7 @@ from rich.text import Text
 from ...handles import BatchItem, BatchResult
 from ...handles.batch import Batch
 from ...handles.errors import MalformedBody
-from ...handles.producing import Indices
+from ...handles.items import Indices
 from ...handles.results import Response
 from .common import door_to, error_of, telling_what_is_wrong, which_instance, wrong
 from .exits import FAILED

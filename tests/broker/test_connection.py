@@ -324,6 +324,8 @@ async def test_options_of_other_clients_in_the_url_change_nothing(redis_url: str
         "redis://:geheim:b@127.0.0.1:port",
         "http://:geheim@127.0.0.1:1",
         "unix://:geheim@/nowhere/broker.sock",
+        "user:geheim@127.0.0.1:1",
+        "redis:user:geheim@127.0.0.1:1",
     ],
 )
 async def test_a_password_is_never_shown(url: str, caplog: pytest.LogCaptureFixture) -> None:

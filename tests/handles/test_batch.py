@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from penstock.handles import BatchItem, BatchProducer, BatchResult
 from penstock.handles.connection import Connected
 from penstock.handles.errors import BackendError, ConfigError, EndpointNotFound, RequestTimeout
-from penstock.handles.producing import Indices
+from penstock.handles.items import Indices
 from tests.handles.site import Site
 from tests.waiting import wait_until
 
@@ -77,6 +77,8 @@ def test_sync_code_cannot_wait_for_an_async_iterable(site: Site, connected: Conn
         list(connected.batch("ask").map(items()))
     with pytest.raises(TypeError, match="not a int"):
         connected.batch("ask").map(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="skip must hold indices, such as a set does, not be a int"):
+        connected.batch("ask").map([1], skip=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_a_batch_of_nothing_has_no_results(site: Site, connected: Connected) -> None:
@@ -264,6 +266,7 @@ def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(site: Sit
         ({"method_name": "_private"}, ConfigError),
         ({"job": "no spaces"}, ConfigError),
         ({"job_ttl_s": 0}, ConfigError),
+        ({"job_ttl_s": 10**400}, ConfigError),
         ({"job_ttl_s": "long"}, TypeError),
     ],
 )

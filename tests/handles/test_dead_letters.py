@@ -126,6 +126,10 @@ def test_wrong_names_are_refused(site: Site, connected: Connected) -> None:
     site.declare()
     with pytest.raises(ConfigError, match="no id of a dead letter"):
         connected.dead_letters("model").get("x")
+    with pytest.raises(ConfigError, match="no id of a dead letter"):
+        connected.dead_letters("model").get(f"{2**64}-0")
+    with pytest.raises(TypeError, match="letter must be a DeadLetter"):
+        connected.dead_letters("model").body("1-0")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         connected.dead_letters("model").drop(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(BackendNotFound, match="nobody"):

@@ -173,6 +173,9 @@ def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Conne
         handle.remote(q={1, 2})
     with pytest.raises(TypeError, match="one positional argument"):
         handle.remote(1, 2)
+    for name in ("sync", "missing_ok"):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, not str"):
+            connected.get_handle("ask", **cast(Any, {name: "no"}))
 
 
 @pytest.fixture
