@@ -202,7 +202,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _plain(code: bytes) -> tuple[Any, ...] | None:
     """Return the target, the arguments and the keyword arguments, if all of them are plain values."""
     try:
-        target, args, kwargs = _PlainUnpickler(BytesIO(code)).load()
+        target, args, kwargs, _ = _PlainUnpickler(BytesIO(code)).load()
     except Exception:  # whatever bytes that are no such pickle can bring about
         return None
     return target, tuple(args), dict(kwargs)

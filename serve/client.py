@@ -43,8 +43,8 @@ class Client(Connected):
 
     Leaving it as a context manager ends what ``serve.start`` has started, unless that is detached.
 
-    It belongs to the process that made it. In a child that was forked, only its handles, batches and dead letters are of
-    use; the end of the child ends nothing.
+    It belongs to the process that made it. In a forked child only its handles, batches and dead letters are of use; the
+    end of the child ends nothing.
     """
 
     def __init__(

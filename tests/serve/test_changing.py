@@ -25,7 +25,8 @@ def test_scaling_up_and_down_fails_nothing(client: serve.Client) -> None:
     with load(lambda: handle.remote().result(timeout=30)) as calls:
         for number in (4, 1, 3, 1):
             client.update_backend_config("f", {"num_replicas": number})
-            assert len(replicas(client)) == number
+            assert client.status()["backends"]["f"]["ready"] == number
+            wait_until(lambda: len(replicas(client)) == number)  # noqa: B023 - called before the next
             calls.goes_on()
 
 
