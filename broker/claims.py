@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 import orjson
 
-from .commands import Arg, Script
+from .commands import COPIED_BYTES, Arg, Script
 from .connection import BLOCK_MS, Connection
 from .errors import BrokerFull, StringTooLong
 from .keys import Keys
@@ -294,7 +294,10 @@ class Claims:
             elif isinstance(result, Exception):
                 _log_failure(result)
 
-        self._commands.post(retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True, patient=True)
+        bulky = len(fields[-1]) > COPIED_BYTES  # the body comes last
+        self._commands.post(
+            retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True, patient=True, bulky=bulky
+        )
 
     def mark_streamed(self, place: bytes) -> None:
         """Write down that an answer begins to stream; call it before its first `part`."""

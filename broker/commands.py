@@ -16,8 +16,8 @@ Packed = Union[bytes, list[bytes]]  # noqa: UP007
 pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 
 _HEAD_BYTES = 8 * 1024
-_COPIED_BYTES = 64 * 1024
-"""A longer argument of a bulky command is not copied next to the others."""
+COPIED_BYTES = 64 * 1024
+"""A longer argument is worth not to be copied next to the others: that makes its command a bulky one."""
 
 
 class Script:
@@ -32,10 +32,16 @@ class Script:
 class Command:
     """A command from its packing to its reply."""
 
-    __slots__ = ("packed", "repeat", "retry", "since", "then")
+    __slots__ = ("bulky_reply", "packed", "repeat", "retry", "since", "then")
 
     def __init__(
-        self, packed: Packed, then: Then, repeat: bool, retry: Callable[[], Packed] | None, since: float = 0.0
+        self,
+        packed: Packed,
+        then: Then,
+        repeat: bool,
+        retry: Callable[[], Packed] | None,
+        since: float = 0.0,
+        bulky_reply: bool = False,
     ) -> None:
         self.packed, self.then = packed, then
         self.repeat = repeat
@@ -44,6 +50,8 @@ class Command:
         """Packs it anew for a server that does not have its script."""
         self.since = since
         """When it began to wait for a connection; infinity if it may wait for ever."""
+        self.bulky_reply = bulky_reply
+        """Its reply may be a string that is worth to be read straight to where it stays."""
 
 
 def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
@@ -53,16 +61,17 @@ def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
     10 MiB costs two copies of it, and was a quarter of the time that such a request took.
     """
     pieces: list[bytes] = []
-    packed = b"*%d\r\n" % len(args)
-    for arg in args:
-        raw = arg if isinstance(arg, bytes) else str(arg).encode()
-        packed += b"$%d\r\n" % len(raw)
-        if len(raw) > _COPIED_BYTES:
-            pieces += (packed, raw)
-            packed = b"\r\n"
-        else:
-            packed += raw + b"\r\n"
-    return [*pieces, packed]
+    packed, since = b"*%d\r\n" % len(args), 0
+    for at, arg in enumerate(args):
+        if isinstance(arg, bytes) and len(arg) > COPIED_BYTES:
+            pieces += (b"%b%b$%d\r\n" % (packed, _pack_some(args[since:at]), len(arg)), arg)
+            packed, since = b"\r\n", at + 1
+    return [*pieces, packed + _pack_some(args[since:])]
+
+
+def _pack_some(args: Sequence[Arg]) -> bytes:
+    """Pack what is not yet the whole of a command: without the count in its first line."""
+    return pack(tuple(args)).partition(b"\r\n")[2] if args else b""
 
 
 def head_of(packed: Packed) -> list[bytes]:

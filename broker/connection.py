@@ -76,8 +76,8 @@ class Connection:
         self._known: set[str] = set()
         """The scripts that this server has by now."""
         self._outgoing: list[Packed] = []
-        self._bulky = False
-        """Among them are some in pieces."""
+        self._in_pieces = False
+        """Some of them are."""
         self._fills: list[Callable[[], None]] = []
         self._flush_due = False
         self._sent: deque[Command] = deque()
@@ -152,15 +152,31 @@ class Connection:
         if hooks:
             await asyncio.wait(hooks)
 
-    def post(self, then: Then, *args: Arg, repeat: bool = False, patient: bool = False, bulky: bool = False) -> None:
+    def post(
+        self,
+        then: Then,
+        *args: Arg,
+        repeat: bool = False,
+        patient: bool = False,
+        bulky: bool = False,
+        bulky_reply: bool = False,
+    ) -> None:
         """Send a command in this tick's write; ``then`` gets its reply, or the exception, as soon as it is read.
 
-        A ``bulky`` one has an argument that is so large that it is worth not to copy it, or such a string as its reply.
+        A ``bulky`` one has an argument of more than ``COPIED_BYTES``, which is not copied then; a ``bulky_reply`` may
+        be such a string.
         """
         packed = pack_in_pieces(args) if bulky else pack(args)
-        self._enqueue(Command(packed, then, repeat, None, math.inf if patient else 0.0))
+        self._enqueue(Command(packed, then, repeat, None, math.inf if patient else 0.0, bulky_reply))
 
-    def send(self, *args: Arg, repeat: bool = False, patient: bool = False, bulky: bool = False) -> asyncio.Future[Any]:
+    def send(
+        self,
+        *args: Arg,
+        repeat: bool = False,
+        patient: bool = False,
+        bulky: bool = False,
+        bulky_reply: bool = False,
+    ) -> asyncio.Future[Any]:
         """Send a command in this tick's write and return the future of its reply.
 
         Raises (through the future):
@@ -168,7 +184,8 @@ class Connection:
             BrokerRefused: what the server said against it.
         """
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.post(partial(_resolve, future), *args, repeat=repeat, patient=patient, bulky=bulky)
+        then = partial(_resolve, future)
+        self.post(then, *args, repeat=repeat, patient=patient, bulky=bulky, bulky_reply=bulky_reply)
         return future
 
     def post_script(
@@ -223,8 +240,9 @@ class Connection:
         self._sent.append(command)
         self._outgoing.append(command.packed)
         if type(command.packed) is not bytes:
+            self._in_pieces = True
+        if command.bulky_reply:
             assert self._intake is not None
-            self._bulky = True
             self._intake.bulky += 1
         if not self._flush_due:
             self._schedule_flush()
@@ -259,8 +277,8 @@ class Connection:
                     log.exception("cannot send what was gathered")
         self._flush_due = False
         if self._writer is not None and self._outgoing:
-            if self._bulky:
-                self._bulky = False
+            if self._in_pieces:
+                self._in_pieces = False
                 # uvloop hands the pieces to the kernel as they are.
                 self._writer.writelines([one for each in self._outgoing for one in pieces_of(each)])
             else:
@@ -356,11 +374,11 @@ class Connection:
         self._heard = self._loop.time()
 
     def _is_bulky_next(self) -> bool:
-        return type(self._sent[0].packed) is not bytes
+        return self._sent[0].bulky_reply
 
     def _on_reply(self, reply: Any) -> None:
         command = self._sent.popleft()
-        if type(command.packed) is not bytes:
+        if command.bulky_reply:
             assert self._intake is not None
             self._intake.bulky -= 1
         if type(reply) is Refusal:

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import hiredis
 
-_READ_BYTES = 64 * 1024
+_READ_BYTES = 256 * 1024
+"""No less than a Unix socket holds by default (212,992): what is left there waits for another turn of the loop."""
 _MORE = object()
 _LINE_END = b"\r\n"
 _BULK_STRING = ord("$")
@@ -33,8 +34,7 @@ class Intake(asyncio.BufferedProtocol):
         """Take over from what reads ``transport`` now, which hears of its end all the same.
 
         ``on_data`` is called for each read, ``on_reply`` for each reply, ``is_body_next`` to know whether the reply
-        that comes next is that of a bulky command. What the server says against a command is passed through
-        ``reply_error``.
+        that comes next is a bulky one. What the server says against a command is passed through ``reply_error``.
         """
         self._transport, self._former = transport, transport.get_protocol()
         self._on_data, self._on_reply, self._is_body_next = on_data, on_reply, is_body_next

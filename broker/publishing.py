@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
-from .commands import Arg, Script
+from .commands import COPIED_BYTES, Arg, Script
 from .connection import Connection
 from .keys import Keys
 from .places import place_of
@@ -178,7 +178,7 @@ class Publisher:
             args: list[Any] = [limit]
             thens: list[Callable[[Published], None]] = []
             alike, caller, header = 0, b"", b""
-            size = 0
+            size, bulky = 0, False
             for entry, then in entries:
                 if entry.header != header or entry.caller != caller or not thens:
                     alike, caller, header = len(args), entry.caller, entry.header
@@ -188,12 +188,15 @@ class Publisher:
                 args.append(entry.id)
                 args += (name_and_value := entry.body_field())
                 thens.append(then)
-                size += len(name_and_value[1])
+                length = len(name_and_value[1])
+                size += length
+                if length > COPIED_BYTES:
+                    bulky = True
                 if size >= _BATCH_BYTES or len(thens) >= _BATCH:
-                    self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
-                    args, thens, size = [limit], [], 0
+                    self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args, bulky=bulky)
+                    args, thens, size, bulky = [limit], [], 0, False
             if thens:
-                self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args)
+                self._connection.post_script(_hand_out(thens), _PUBLISH, keys, args, bulky=bulky)
 
     async def find(
         self,

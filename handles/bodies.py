@@ -40,7 +40,7 @@ class Bodies:
     async def get(self, key: str) -> bytes | None:
         """Return one, or None if it is gone. Raises `BrokerUnavailable` or `BrokerRefused`."""
         # Not GETDEL: it could not be repeated if the connection broke.
-        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True, bulky=True)
+        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True, bulky_reply=True)
         return body
 
     def drop(self, key: str) -> None:

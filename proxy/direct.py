@@ -1,13 +1,15 @@
 """Requests from the parser to the request stream and back without a task: the fast way through `App`.
 
-A task, its two steps and two ASGI messages are a third of what a small request costs a proxy. So what has arrived whole
-with its head is sent from the parser's callback, and its answer is written by whoever brings the reply. All else takes
-the ASGI way: bodies that are large or still to come, HEAD, ``Expect: 100-continue``, answers in parts, the metrics, and
-whatever has middlewares.
+A task, its two steps and two ASGI messages are a third of what a small request costs a proxy. So what arrives whole
+with its head, or soon after, is sent from the parser's callback, and its answer is written by whoever brings the reply.
+All else takes the ASGI way: bodies that are large or slow, HEAD, ``Expect: 100-continue``, answers in parts, the
+metrics, and whatever has middlewares.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 from functools import partial
 from typing import Any, cast
 
@@ -20,8 +22,18 @@ from .app import SCRAPED, App, Asked
 from .protocol import JOINED_BYTES, Protocol
 from .replies import Answer
 
-_WHOLE_BYTES = 64 * 1024
-"""A longer body takes the ASGI way, as uvicorn pauses reading for it."""
+_WHOLE_BYTES = 256 * 1024
+"""A longer body takes the ASGI way, which reads no more of it than somebody takes."""
+_PATIENCE_S = 0.05
+"""So does one that is not complete this soon after the read that brought its head: there it has a time limit."""
+
+
+def _declared_bytes(cycle: RequestResponseCycle) -> float:
+    """Return the length that a request's body is said to have; infinity if that is not said, or is no number."""
+    for name, value in cycle.scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < 19 else math.inf
+    return math.inf
 
 
 def protocol_for(app: ASGIApp) -> type[Protocol]:
@@ -33,7 +45,10 @@ class Direct(Protocol):
     """A connection whose application is an `App` without middlewares."""
 
     _undecided: RequestResponseCycle | None = None
-    """Its head has been read, and its body may be complete by the end of this read."""
+    """Its head has been read, and its body may soon be complete."""
+    _pieces: list[bytes]
+    """What there is of that."""
+    _patience: asyncio.TimerHandle | None = None
     _waiting: tuple[RequestResponseCycle, Asked] | None = None
     """Its outcome is awaited."""
 
@@ -51,28 +66,63 @@ class Direct(Protocol):
             or self.flow.write_paused
             or cycle.waiting_for_100_continue
             or cycle.scope["method"] == "HEAD"
+            or (cycle.more_body and not self._parsed)  # it has waited behind another one, and no read may follow
         ):
             super()._start_asgi_task(cycle, app)
         elif cycle.more_body:
-            self._undecided = cycle
+            self._undecided, self._pieces = cycle, []
         else:
-            self._begin(cycle)  # it has waited behind another one of its connection
+            self._begin(cycle, bytes(cycle.body))  # it has waited behind another one of its connection
+
+    def on_body(self, body: bytes) -> None:
+        if self._undecided is None:
+            super().on_body(body)
+        else:
+            self._pieces.append(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if (cycle := self._undecided) is not None and not cycle.more_body:
-            self._undecided = None
-            self._begin(cycle)
+            self._begin(cycle, self._decide())
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if (cycle := self._undecided) is not None:
-            self._undecided = None
-            if not self.transport.is_closing():
-                super()._start_asgi_task(cycle, cast(Any, self.app))
+        if (cycle := self._undecided) is not None and self._patience is None:
+            if self.transport.is_closing():
+                self._decide()
+            elif _declared_bytes(cycle) <= min(_WHOLE_BYTES, self._penstock.max_body_bytes):
+                self._patience = self.loop.call_later(_PATIENCE_S, self._take_asgi_way)
+            else:
+                self._take_asgi_way()
+
+    def _decide(self) -> bytes:
+        """Return what has come of the undecided one's body."""
+        self._undecided = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take_asgi_way(self) -> None:
+        cycle = self._undecided
+        assert cycle is not None
+        body = self._decide()
+        if not self.transport.is_closing():
+            self._hand_over(cycle, body)
+
+    def _hand_over(self, cycle: RequestResponseCycle, body: bytes) -> None:
+        cycle.body = cast("bytearray", body)  # as in `Protocol.on_body`
+        cycle.message_event.set()
+        super()._start_asgi_task(cycle, cast(Any, self.app))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if (cycle := self._undecided) is not None:
+            self._decide()
+            asked = Asked(cast("Scope", cycle.scope))
+            self._penstock.route(asked)
+            self._penstock.done(asked)  # counted as one whose client hung up, as on the other way
         if self._waiting is not None:
             _, asked = self._waiting
             self._waiting = None
@@ -88,10 +138,10 @@ class Direct(Protocol):
 
     # -- one request
 
-    def _begin(self, cycle: RequestResponseCycle) -> None:
-        app, body = self._penstock, bytes(cycle.body)
+    def _begin(self, cycle: RequestResponseCycle, body: bytes) -> None:
+        app = self._penstock
         if len(body) > min(_WHOLE_BYTES, app.max_body_bytes):
-            super()._start_asgi_task(cycle, cast(Any, self.app))
+            self._hand_over(cycle, body)
             return
         asked = Asked(cast("Scope", cycle.scope))
         answer = app.route(asked)
@@ -103,7 +153,7 @@ class Direct(Protocol):
             except Exception as e:
                 answer = app.answer(asked, e)
         elif answer is SCRAPED:
-            super()._start_asgi_task(cycle, cast(Any, self.app))
+            self._hand_over(cycle, body)
             return
         self._write(cycle, asked, answer)
 

@@ -299,7 +299,7 @@ class Consumer:
         """Fetch the large body of an entry that is held, and offer it."""
         key = self._keys.body(self._backend, held.entry.id)
         try:
-            body = await self._commands.send("GET", key, repeat=True, bulky=True)
+            body = await self._commands.send("GET", key, repeat=True, bulky_reply=True)
         except (BrokerUnavailable, RedisError) as e:
             # It stays in our name, so it is found again when the broker is back.
             log.warning("cannot fetch the body of %r: %s", held.entry.id, e)

@@ -78,7 +78,7 @@ async def test_a_bulky_command_arrives_as_any_other(redis_url: str, connect: Con
     value = os.urandom(size)
     heard: list[object] = []
     connection.post(heard.append, "ECHO", "first")
-    connection.post(heard.append, "ECHO", value, bulky=True)
+    connection.post(heard.append, "ECHO", value, bulky=True, bulky_reply=True)
     for _ in range(2):  # whole, and by its digest
         connection.post_script(heard.append, ECHO, [], [value, "é", 7], bulky=True)
     assert await connection.send("ECHO", "last") == b"last"

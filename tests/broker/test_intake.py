@@ -14,7 +14,7 @@ from penstock.broker.intake import Intake
 
 
 class Said(NamedTuple):
-    """A reply as it comes, what it says, and whether it is that of a bulky command."""
+    """A reply as it comes, what it says, and whether it was said to be a bulky one."""
 
     raw: bytes
     value: Any

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from penstock.broker.wire import Entry, Reply
+from penstock.proxy import direct
 from penstock.proxy.direct import Direct, protocol_for
 from penstock.proxy.hangups import PATIENCE_S, HungUp
 from penstock.proxy.middlewares import wrap
@@ -45,6 +46,16 @@ REQUESTS = {
         b"POST /a HTTP/1.1\r\nhost: x\r\nx-request-id: r\r\nconnection: close\r\ncontent-length: 2\r\n\r\n",
         b"h",
         b"i",
+    ],
+    "a body bit by bit": [
+        b"POST /a HTTP/1.1\r\nhost: x\r\nx-request-id: r\r\nconnection: close\r\ncontent-length: 8\r\n\r\n",
+        *[b"x"] * 8,
+    ],
+    "pipelined, the last body apart": [
+        b"POST /a HTTP/1.1\r\nhost: x\r\nx-request-id: r\r\ncontent-length: 2\r\n\r\nhi"
+        b"POST /a HTTP/1.1\r\nhost: x\r\nx-request-id: s\r\ncontent-length: 3\r\nconnection: close\r\n\r\nl",
+        b"o",
+        b"w",
     ],
     "chunked": [
         b"POST /a HTTP/1.1\r\nhost: x\r\nx-request-id: r\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n",
@@ -104,6 +115,24 @@ async def test_a_client_that_hangs_up_cancels_its_request(redis_url: str) -> Non
         await wait_until_async(lambda: 'status="499"} 1' in site.app.metrics.render())
         await wait_until_async(site.is_empty)
         assert "in_flight 0" in site.app.metrics.render()
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_counted(
+    redis_url: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_PATIENCE_S", 60.0)
+    async with running(redis_url, way=way) as site:
+        await site.endpoint("/", answer=None)
+        server = Server(site.served, "127.0.0.1", 0)
+        await server.start()
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf of it")
+        await writer.drain()
+        writer.close()
+        await wait_until_async(lambda: 'status="499"} 1' in site.app.metrics.render())
+        assert "in_flight 0" in site.app.metrics.render()
+        await server.stop(0.1)
 
 
 async def test_what_is_unfinished_at_the_end_is_told_so(redis_url: str) -> None:
