@@ -126,7 +126,7 @@ async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) ->
         while not sizes.sizes:  # if what counted were the last one, it would never be over
             await asyncio.sleep(wait_s / 20)
             answers.append(client.call(b"%d" % len(answers))[1])
-        assert loop.time() - start >= wait_s
+        assert loop.time() - start > 0.9 * wait_s  # it counts by the clock of the broker
         await asyncio.gather(*answers)
     assert 1 < sizes.sizes[0] < 1_000
     assert sum(sizes.sizes) == len(answers)
