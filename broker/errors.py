@@ -25,8 +25,6 @@ __all__ = [
     "NotPermitted",
     "Overloaded",
     "PenstockError",
-    "RedisError",
-    "ResponseError",
     "StringTooLong",
     "WireError",
 ]
@@ -120,7 +118,3 @@ class Overloaded(PenstockError):
             f"{self.backend!r} has {self.depth} unsettled requests (max_queued_requests is {self.limit}); "
             f"retry in {self.retry_after_s:g} s"
         )
-
-
-RedisError = ResponseError = BrokerRefused
-"""As ``workers/consumer.py`` calls it."""

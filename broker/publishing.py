@@ -141,8 +141,10 @@ return out
 """)
 
 _BATCH_BYTES = 512 * 1024
-_BATCH = 128
-"""More than either in one script call would hold up the broker's other clients: 500 entries took 4 to 7 ms."""
+_BATCH = 64
+"""More than either in one script call would hold up the broker's other clients: 500 entries took 4 to 7 ms, and with
+128 the web's 99th percentile beside 100,000 items was 4.3 ms and not 3.6, for no more items a second.
+"""
 
 
 class Publisher:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _LEAST_WINDOW = 1_000
 _MOST_BYTES = 64 * 1024 * 1024
 """Of bodies in flight: the window is smaller where items are large."""
-_CHUNK = 128
+_CHUNK = 64
 _PATIENCE_S = 60.0
 _RETRY_S = 1.0
 _FOLLOW_S = 10.0

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
-from ..broker.errors import BrokerUnavailable, RedisError, ResponseError, WireError
+from ..broker.errors import BrokerRefused, BrokerUnavailable, WireError
 from ..broker.figures import Tally
 from ..broker.keys import Keys
 from ..broker.places import is_batch
@@ -49,7 +49,10 @@ _CONSIDERATE_S = 1.0
 waits behind all that was claimed before it: no batch is fetched ahead.
 """
 _SHARED_SLOW_S = 0.002
-"""Then batches that are over this soon are small ones: what they take is the work around them, item by item."""
+_SHARED_CLAIM = 8
+"""Then batches that are over so soon are of this size: what they take is the work around them, item by item. With 8
+instead of 16 the web's 99th percentile beside no-ops was 3.7 ms and not 4.6, for two thirds of the items a second.
+"""
 _STUCK_S = 0.025
 _REMEMBER = 10_000
 _RETRY_S = 0.2
@@ -168,7 +171,7 @@ class Consumer:
             if self._sharing and self._loop.time() < self._considerate_until:
                 ahead = False
                 if self._run_s <= _SHARED_SLOW_S and not self._batches.wait_s:
-                    size = min(size, _CLAIM)
+                    size = min(size, _SHARED_CLAIM)
             capacity = (self._concurrency + ahead) * size
         elif self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
@@ -245,14 +248,14 @@ class Consumer:
             self.ask()
 
     async def _retry_claim(self, error: Exception) -> None:
-        if isinstance(error, ResponseError) and str(error).startswith("NOGROUP"):
+        if isinstance(error, BrokerRefused) and str(error).startswith("NOGROUP"):
             log.warning("the broker has lost the group of %r: making it anew", self._backend)
         elif not isinstance(error, BrokerUnavailable):
             log.error("cannot claim from %r: %s", self._backend, error)
         await asyncio.sleep(_RETRY_S)
         try:
             await self._claims.ensure_group()
-        except (BrokerUnavailable, RedisError) as e:
+        except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("cannot make the group of %r: %s", self._backend, e)
         self._claiming = False
         self.ask()
@@ -300,7 +303,7 @@ class Consumer:
         key = self._keys.body(self._backend, held.entry.id)
         try:
             body = await self._commands.send("GET", key, repeat=True, bulky_reply=True)
-        except (BrokerUnavailable, RedisError) as e:
+        except (BrokerUnavailable, BrokerRefused) as e:
             # It stays in our name, so it is found again when the broker is back.
             log.warning("cannot fetch the body of %r: %s", held.entry.id, e)
             self._forget(held)
