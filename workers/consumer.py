@@ -248,7 +248,7 @@ class Consumer:
             self.ask()
 
     async def _retry_claim(self, error: Exception) -> None:
-        if isinstance(error, BrokerRefused) and str(error).startswith("NOGROUP"):
+        if isinstance(error, BrokerRefused) and error.said.startswith("NOGROUP"):
             log.warning("the broker has lost the group of %r: making it anew", self._backend)
         elif not isinstance(error, BrokerUnavailable):
             log.error("cannot claim from %r: %s", self._backend, error)

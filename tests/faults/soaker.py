@@ -7,10 +7,10 @@ each of them: at rest it has what is in use, whatever the last bodies were.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import random
 import sys
 
+from penstock.broker.memory import Memory
 from penstock.handles import connect
 
 LARGEST = 10 * 1024 * 1024
@@ -24,7 +24,7 @@ def some_bytes() -> bytes:
 
 async def main(url: str) -> None:
     handle = connect(url).get_handle("work", sync=False)
-    loop, trim = asyncio.get_running_loop(), getattr(ctypes.CDLL(None), "malloc_trim", None)
+    loop = asyncio.get_running_loop()
     while line := await asyncio.to_thread(sys.stdin.readline):
         ends, calls = loop.time() + float(line), 0
 
@@ -37,8 +37,7 @@ async def main(url: str) -> None:
             return done
 
         calls = sum(await asyncio.gather(*(soak(ends) for _ in range(_AT_A_TIME))))
-        if trim is not None:
-            trim(0)
+        Memory().give_back()  # a new one has yet to look
         print(calls, flush=True)
 
 

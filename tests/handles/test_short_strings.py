@@ -8,7 +8,6 @@ import httpx
 import pytest
 from redis import Redis
 
-from penstock import handles
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.errors import ConfigError
 from penstock.broker.registry import BackendRecord, Change, EndpointRecord
@@ -24,24 +23,12 @@ SAID = rf"{TOO_LONG} bytes or more \(the most that Redis may take by its proto-m
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
+def redis_url() -> Iterator[str]:
+    """Of the server whose sites and doors the fixtures here make."""
     with EmbeddedServer.start() as server:
         with Redis.from_url(server.url) as redis:
             redis.config_set("proto-max-bulk-len", "1mb")
         yield server.url
-
-
-@pytest.fixture
-def site(url: str) -> Iterator[Site]:
-    site = Site(url)
-    yield site
-    site.close()
-
-
-@pytest.fixture
-def connected(site: Site) -> Iterator[Connected]:
-    with handles.connect(site.url, INSTANCE) as connected:
-        yield connected
 
 
 def connections_made(url: str) -> int:
@@ -101,12 +88,12 @@ def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, conne
     assert ask.remote(MIB).result(timeout=60) == "x" * MIB
 
 
-async def test_over_http_it_is_a_413(url: str) -> None:
-    owner = await Caller.get(url, INSTANCE)
+async def test_over_http_it_is_a_413(redis_url: str) -> None:
+    owner = await Caller.get(redis_url, INSTANCE)
     backend = BackendRecord(tag="f", version="1", code="")
     endpoint = EndpointRecord(name="e", route="/e", methods=("POST",), traffic={"f": 1.0})
     await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
-    proxy = Proxy(url, INSTANCE, "p", {"port": 0})
+    proxy = Proxy(redis_url, INSTANCE, "p", {"port": 0})
     told = await proxy.ready()
     async with httpx.AsyncClient(base_url=str(told["url"]), timeout=60) as http:
         for _ in range(2):
@@ -117,8 +104,8 @@ async def test_over_http_it_is_a_413(url: str) -> None:
     await owner.close()
 
 
-async def test_code_that_is_too_long_is_refused(url: str) -> None:
-    owner = await Caller.get(url, INSTANCE)
+async def test_code_that_is_too_long_is_refused(redis_url: str) -> None:
+    owner = await Caller.get(redis_url, INSTANCE)
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"{TOO_LONG} bytes of code .* is {TOO_LONG - 1} or less\)"):
             await owner.registry.put_code(bytes(TOO_LONG))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,28 @@ Penstock = Callable[..., Ran]
 def environment(url: str) -> dict[str, str]:
     """Return what a command finds; without a ``url``, no broker."""
     return {**os.environ, "PENSTOCK_REDIS_URL": url, "COLUMNS": "160"}
+
+
+@contextmanager
+def on_terminal(
+    arguments: Sequence[str], environ: Mapping[str, str], *streams: str
+) -> Generator[tuple[subprocess.Popen[bytes], Callable[[], bytes]]]:
+    """Run the command with these of its streams on a terminal; the second is what reads that, nothing at its end."""
+    terminal, end = pty.openpty()
+    stdin, stdout, stderr = (end if name in streams else None for name in ("stdin", "stdout", "stderr"))
+    command, environ = [*COMMAND, *arguments], {**environ, "TERM": "xterm"}
+
+    def read() -> bytes:
+        with suppress(OSError):  # which is how a terminal ends
+            return os.read(terminal, 10_000)
+        return b""
+
+    try:
+        with subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environ) as process:
+            os.close(end)
+            yield process, read
+    finally:
+        os.close(terminal)
 
 
 @pytest.fixture

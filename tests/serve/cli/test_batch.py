@@ -6,7 +6,6 @@ import asyncio
 import csv
 import io
 import os
-import pty
 import random
 import re
 import signal
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from redis import Redis
 
 from penstock.broker.keys import Keys
 from tests.handles.site import INSTANCE, Site
-from tests.serve.cli.conftest import COMMAND, Penstock, environment
+from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal
 from tests.waiting import wait_until
 
 
@@ -149,15 +148,9 @@ def test_it_is_quiet_where_nobody_looks(site: Site, penstock: Penstock) -> None:
 def test_a_terminal_shows_rate_errors_and_time_left(site: Site, tmp_path: Path) -> None:
     site.serve(pick)
     (tmp_path / "in.jsonl").write_text('"good"\n"bad"\n')
-    terminal, end = pty.openpty()
-    command = [*COMMAND, "batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
-    with subprocess.Popen(command, stderr=end, env={**environment(site.url), "TERM": "xterm"}) as process:
-        os.close(end)
-        shown = b""
-        with suppress(OSError):  # which is how a terminal ends
-            while some := os.read(terminal, 10_000):
-                shown += some
-        os.close(terminal)
+    arguments = ["batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    with on_terminal(arguments, environment(site.url), "stderr") as (process, read):
+        shown = b"".join(iter(read, b""))
     assert process.returncode == 1
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"━ 2 rows [\d,]+ rows/s 1 errors [\d:-]+", text)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,7 +9,7 @@ from redis import Redis
 
 from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
-from tests.serve.cli.conftest import COMMAND, Penstock, environment
+from tests.serve.cli.conftest import Penstock, environment, on_terminal
 from tests.waiting import wait_until
 
 
@@ -95,16 +91,9 @@ def test_a_pipe_gets_a_line_for_each_dead_letter(site: Site, penstock: Penstock)
 def test_a_terminal_gets_lines_that_fit(site: Site, columns: int) -> None:
     site.declare()
     bury(site, entry(), ERROR)
-    terminal, end = pty.openpty()
-    command = [*COMMAND, "dead", "list", "model"]
-    environ = {**environment(site.url), "COLUMNS": str(columns), "TERM": "xterm"}
-    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environ) as p:
-        os.close(end)
-        shown = b""
-        with suppress(OSError):  # which is how a terminal ends
-            while more := os.read(terminal, 10_000):
-                shown += more
-    os.close(terminal)
+    environ = {**environment(site.url), "COLUMNS": str(columns)}
+    with on_terminal(["dead", "list", "model"], environ, "stdin", "stdout", "stderr") as (p, read):
+        shown = b"".join(iter(read, b""))
     assert p.returncode == 0
     lines = shown.decode().splitlines()
     assert max(map(len, lines)) <= columns

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pty
 import re
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -19,7 +16,7 @@ from penstock.broker.keys import Keys
 from penstock.broker.registry import Registry
 from penstock.serve.settings import Settings
 from tests.handles.site import INSTANCE
-from tests.serve.cli.conftest import COMMAND, environment
+from tests.serve.cli.conftest import COMMAND, environment, on_terminal
 
 
 async def declare(url: str) -> None:
@@ -53,17 +50,15 @@ def test_watching_goes_on_without_a_broker_and_says_so(tmp_path: Path) -> None:
 def test_a_terminal_shows_when_it_was_looked_at(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         asyncio.run(declare(server.url))
-        terminal, end = pty.openpty()
-        command = [*COMMAND, "status", "--watch", "--every", "0.1"]
-        with subprocess.Popen(command, stdout=end, stderr=end, env={**environment(server.url), "TERM": "xterm"}) as p:
-            os.close(end)
+        arguments = ["status", "--watch", "--every", "0.1"]
+        with on_terminal(arguments, environment(server.url), "stdout", "stderr") as (p, read):
             shown = b""
             while len(set(re.findall(rb"\d\d:\d\d:\d\d", shown))) < 2:
-                shown += os.read(terminal, 10_000)
+                more = read()
+                assert more, shown
+                shown += more
             p.send_signal(signal.SIGINT)
-            with suppress(OSError):  # which is how a terminal ends
-                while os.read(terminal, 10_000):
-                    pass
-        os.close(terminal)
+            while read():
+                pass
     assert b"the controller is" in shown
     assert p.returncode == 130
