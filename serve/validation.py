@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from ..broker.address import MAX_MEMORY, shown_url
+from ..broker.embedded import LEAST_MEMORY_BYTES
 from ..broker.errors import ConfigError
 from ..broker.keys import check_name
 from ..handles.errors import BackendNotFound
@@ -82,6 +85,27 @@ def check_proportion(proportion: object) -> float:
     if not 0 <= share <= 1:
         raise ConfigError(f"proportion must be 0 to 1, not {share:g}")
     return share
+
+
+def check_memory(redis_url: str | None, given: object) -> int | None:
+    """Return the memory limit of the embedded server; None for its default, or if the broker is another server."""
+    name, value = "max_memory_bytes", given
+    if value is None:
+        if redis_url is not None or not (text := os.environ.get(MAX_MEMORY)):
+            return None
+        name, value = MAX_MEMORY, int(text) if text.isdecimal() else text
+        if isinstance(value, str):
+            raise ConfigError(f"{name} must be a number of bytes, not {value!r}")
+    elif redis_url is not None:
+        raise ConfigError(
+            f"{name} is for the embedded server, and {shown_url(redis_url)} is another one: leave out one of them, and "
+            "set the maxmemory of that server in its own configuration"
+        )
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < LEAST_MEMORY_BYTES:
+        raise ConfigError(f"{name} must be at least {LEAST_MEMORY_BYTES} bytes, not {value}")
+    return value
 
 
 def check_actor_options(options: object) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from urllib.parse import unquote
 import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
-from penstock.broker.embedded import EmbeddedServer, EmbeddedServerError
+from penstock.broker.embedded import LEAST_MEMORY_BYTES, EmbeddedServer, EmbeddedServerError
+from penstock.broker.machine import memory_bytes
 from tests.brokers import wait_until_written
 from tests.guarded import redis_program
 from tests.waiting import wait_until
@@ -221,6 +222,36 @@ def test_without_a_data_dir_it_writes_nothing(start: Start, binary: str | None) 
             "appendonly": "no",
             "maxmemory-policy": "noeviction",
         }
+
+
+def test_by_default_its_data_may_take_a_quarter_of_the_memory(start: Start, binary: str | None) -> None:
+    server = start(binary=binary)
+    with client(server.url) as redis:
+        assert redis.config_get("maxmemory") == {"maxmemory": str(memory_bytes() // 4)}
+
+
+def test_at_its_memory_limit_it_refuses_writes_and_keeps_what_it_has(start: Start, binary: str | None) -> None:
+    server = start(binary=binary, max_memory_bytes=LEAST_MEMORY_BYTES)
+    value = bytes(1024 * 1024)
+    with client(server.url) as redis:
+        most, stored = LEAST_MEMORY_BYTES // len(value), 0
+        with suppress(OutOfMemoryError):
+            while stored <= most:
+                redis.set(f"key-{stored}", value)
+                stored += 1
+        assert 0 < stored <= most
+        assert all(redis.get(f"key-{n}") == value for n in range(stored))
+        redis.delete("key-0")
+        assert redis.set("key-0", "small")
+
+
+def test_the_memory_limit_survives_a_restart(start: Start) -> None:
+    server = start(max_memory_bytes=LEAST_MEMORY_BYTES)
+    first = pid_of(server)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: server.pid not in (None, first) and answers(server.url), timeout_s=SOON_S)
+    with client(server.url) as redis:
+        assert redis.config_get("maxmemory") == {"maxmemory": str(LEAST_MEMORY_BYTES)}
 
 
 def test_stop_leaves_no_process_and_no_directory(binary: str | None) -> None:

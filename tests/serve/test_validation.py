@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from penstock.broker.address import MAX_MEMORY
 from penstock.handles.errors import BackendNotFound, ConfigError
 from penstock.serve.config import BackendConfig
 from penstock.serve.validation import (
@@ -13,6 +14,7 @@ from penstock.serve.validation import (
     check_actor_options,
     check_callable,
     check_fits,
+    check_memory,
     check_methods,
     check_proportion,
     check_runtime_env,
@@ -242,3 +244,30 @@ def test_a_runtime_env_is_a_dict() -> None:
         check_runtime_env({"working_dir": 7})
     with pytest.raises(TypeError, match="py_modules of runtime_env must be a list, not str"):
         check_runtime_env({"py_modules": "here"})
+
+
+def test_the_memory_limit_is_the_argument_then_the_environment_then_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(MAX_MEMORY, raising=False)
+    assert check_memory(None, None) is None
+    monkeypatch.setenv(MAX_MEMORY, "33554432")
+    assert check_memory(None, None) == 33_554_432
+    assert check_memory(None, 67_108_864) == 67_108_864
+    assert check_memory("redis://elsewhere", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1gb", "PENSTOCK_MAX_MEMORY_BYTES must be a number of bytes, not '1gb'"),
+        ("-1", "PENSTOCK_MAX_MEMORY_BYTES must be a number of bytes, not '-1'"),
+        ("1024", "PENSTOCK_MAX_MEMORY_BYTES must be at least 16777216 bytes, not 1024"),
+    ],
+)
+def test_a_memory_limit_in_the_environment_that_cannot_be_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, text: str, says: str
+) -> None:
+    monkeypatch.setenv(MAX_MEMORY, text)
+    with pytest.raises(ConfigError, match=says):
+        check_memory(None, None)
