@@ -129,6 +129,18 @@ async def test_what_is_claimed_and_not_settled_can_be_read_again(
     assert await replica.pending() == dict(zip(places, ids, strict=True))
 
 
+async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish: Publish) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    for _ in range(5):
+        assert list((await dead.pending()).values()) == ["1"]
+    await dead.die()
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    assert taken.deliveries == 1
+
+
 async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publish: Publish) -> None:
     busy, idle = await join("busy"), await join("idle")
     await publish("1")
