@@ -13,7 +13,8 @@ import logging
 import random
 import secrets
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -47,6 +48,7 @@ from .errors import (
 from .receiving import Receiver
 from .reconciling import Reconciler
 from .shadows import Shadows
+from .starting import tasks_that_start
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,21 @@ class Caller:
         self._gone_since: float | None = None
         self._opening: asyncio.Task[None] | None = None
         self._life: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._users = 0
+        self._close_when_idle = False
         self.closed = False
+
+    @classmethod
+    @asynccontextmanager
+    async def using(cls, url: str, instance: str) -> AsyncGenerator[Caller]:
+        """Return what `get` does; until the end of the block `leave` does not close it."""
+        caller = await cls.get(url, instance)
+        caller.use()
+        try:
+            yield caller
+        finally:
+            caller.release()
 
     @classmethod
     async def get(cls, url: str, instance: str) -> Caller:
@@ -112,12 +128,14 @@ class Caller:
             BrokerUnavailable: Redis cannot be reached.
             ConfigError: ``url`` is not a Redis URL, or ``instance`` cannot be a name.
         """
-        caller = cls.shared(url, instance)
-        if caller is None:
-            caller = _shared.setdefault(asyncio.get_running_loop(), {})[url, instance] = cls(url, instance)
-        if caller._life is None:
-            await caller.open()
-        return caller
+        while True:
+            caller = cls.shared(url, instance)
+            if caller is None:
+                caller = _shared.setdefault(asyncio.get_running_loop(), {})[url, instance] = cls(url, instance)
+            if caller._life is None:
+                await caller.open()
+            if not caller.closed:  # else its last user has left meanwhile
+                return caller
 
     @classmethod
     def shared(cls, url: str, instance: str) -> Caller | None:
@@ -182,6 +200,41 @@ class Caller:
                 del self._calls[call.id]
             call.conclude(RequestCancelled(call.id))
         await self._shut()
+
+    # -- the end of those who share it
+
+    def use(self) -> None:
+        """Keep `leave` from closing this caller, until `release`."""
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        self._close_if_idle()
+
+    async def all_queued(self, timeout_s: float) -> int:
+        """Wait until each call made so far is durably queued or refused; return how many are neither in time."""
+        unsure = [call.accepted() for call in self._calls.values() if call.entry is None]
+        if not unsure:
+            return 0
+        _, late = await asyncio.wait([asyncio.ensure_future(one) for one in unsure], timeout=timeout_s)
+        return len(late)
+
+    async def leave(self) -> None:
+        """Close it once it has neither users nor calls in flight. Nobody's call is given up."""
+        self._close_when_idle = True
+        self._close_if_idle()
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+
+    def _close_if_idle(self) -> None:
+        if not self._close_when_idle or self._users or self._calls or self.closed:
+            return
+        if self._opening is not None and not self._opening.done():
+            return  # whoever opens it has a use for it
+        if tasks_that_start(self.url, self.keys.instance):
+            return  # the end of their calls comes here again
+        self._end()  # at once: what is called from now on connects anew
+        self._closing = self.loop.create_task(self._shut(), name="caller closing")
 
     async def _shut(self) -> None:
         self._end()
@@ -414,6 +467,7 @@ class Caller:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
         else:
             self._gone_since = None
+            self._close_if_idle()
 
     # -- after the connection or Redis's memory was lost
 

@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any, Literal, overload
 
+from ..broker.address import shown_url
 from ..broker.keys import check_name
 from . import background
 from .batch import JOB_TTL_S, BatchProducer
 from .caller import Caller
 from .dead_letters import DeadLetters
-from .errors import EndpointNotFound
+from .errors import ConfigError, EndpointNotFound, PenstockError
 from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
+from .starting import tasks_that_start
+
+log = logging.getLogger(__name__)
 
 
-def connect(redis_url: str, instance: str = "default") -> Connected:
+CLOSE_TIMEOUT_S = 10.0
+
+
+def connect(redis_url: str, instance: str = "default", *, close_timeout_s: float = CLOSE_TIMEOUT_S) -> Connected:
     """Return the instance of that name on that Redis. Needs no Ray, and runs nothing of it.
 
     Args:
         redis_url: ``redis://``, ``rediss://`` or ``unix://``.
         instance: as given to ``serve.start``.
+        close_timeout_s: the longest time, in seconds, that `Connected.close` and the end of a ``with`` block wait until
+            what was called is durably queued.
 
     Raises:
-        ConfigError: that is no Redis URL, or no name of an instance.
+        TypeError: ``close_timeout_s`` is not a number.
+        ConfigError: that is no Redis URL, no name of an instance, or ``close_timeout_s`` is negative.
         BrokerUnavailable: Redis cannot be reached, or does not let us in.
         NotPermitted: its rules do not let the user of the URL do what callers do.
     """
-    connected = Connected(redis_url, instance)
-    connected.list_endpoints()
+    connected = Connected(redis_url, instance, close_timeout_s)
+    connected.open()
     return connected
 
 
 class Connected:
     """An instance, as its callers see it."""
 
-    def __init__(self, redis_url: str, instance: str) -> None:
+    def __init__(self, redis_url: str, instance: str, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        if isinstance(close_timeout_s, bool) or not isinstance(close_timeout_s, int | float):
+            raise TypeError(f"close_timeout_s must be a number of seconds, not {type(close_timeout_s).__name__}")
+        if not 0 <= close_timeout_s <= 1e9:
+            raise ConfigError(f"close_timeout_s must be 0 to 1e9 seconds, not {close_timeout_s}")
         self.redis_url, self.instance = redis_url, instance
+        self._close_timeout_s = float(close_timeout_s)
+        self._caller: Caller | None = None
+        """The one that this keeps open, until `close`."""
+
+    def open(self) -> None:
+        """Connect. Raises what `connect` does."""
+        background.run(self._open())
+
+    async def _open(self) -> None:
+        async with Caller.using(self.redis_url, self.instance) as caller:
+            await caller.registry.snapshot()
+            if self._caller is None:
+                caller.use()
+                self._caller = caller
 
     @overload
     def get_handle(self, endpoint: str, *, sync: Literal[True] = True, missing_ok: bool = False) -> ServeHandle: ...
@@ -119,9 +149,9 @@ class Connected:
         return background.run(self._list_endpoints())
 
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
-        caller = await Caller.get(self.redis_url, self.instance)
-        # Asked of Redis, not of the watcher, which may be a moment behind.
-        endpoints = (await caller.registry.snapshot()).endpoints
+        async with Caller.using(self.redis_url, self.instance) as caller:
+            # Asked of Redis, not of the watcher, which may be a moment behind.
+            endpoints = (await caller.registry.snapshot()).endpoints
         return {
             name: {
                 "route": endpoint.route,
@@ -133,19 +163,65 @@ class Connected:
         }
 
     def close(self) -> None:
-        """Close what the sync handles of this process share: calls in flight fail with `RequestCancelled`.
+        """Wait until what was called through sync handles is durably queued, and let go of the connection.
 
-        A handle that is used after that connects anew.
+        Nothing is given up: calls that are queued are answered, also into futures that are read later. The connection
+        is shared by all sync handles of the process; the last of its users closes it, once nothing is in flight. A
+        handle that is used after that connects anew.
+
+        Raises:
+            PenstockError: some calls were not queued within ``close_timeout_s``. They are not given up: they are queued
+                later if the process lives on, and lost if it does not.
         """
-        background.run(self._close())
+        self._close()
 
-    async def _close(self) -> None:
+    def _close(self) -> None:
+        try:
+            wait_until_queued(self.redis_url, self.instance, self._close_timeout_s)
+        finally:
+            background.run(self._leave())
+
+    async def _leave(self) -> None:
+        held, self._caller = self._caller, None
+        if held is not None:
+            held.release()
         caller = Caller.shared(self.redis_url, self.instance)
         if caller is not None:
-            await caller.close()
+            await caller.leave()
 
     def __enter__(self) -> Connected:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._close()
+        except PenstockError as e:
+            if error is None:
+                raise
+            log.warning("%s", e)  # what ended the block matters more
+
+
+def wait_until_queued(url: str, instance: str, timeout_s: float) -> None:
+    """Wait until all calls of this process's sync handles are durably queued or refused.
+
+    Raises:
+        PenstockError: some were neither within ``timeout_s``.
+    """
+    if late := background.run(_calls_not_queued(url, instance, timeout_s)):
+        raise PenstockError(
+            f"{late} calls to {shown_url(url)} were not queued within close_timeout_s={timeout_s:g}, and are lost if "
+            "this process ends now: wait for their futures, or give a longer close_timeout_s"
+        )
+
+
+async def _calls_not_queued(url: str, instance: str, timeout_s: float) -> int:
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + timeout_s
+    late = 0
+    if tasks := tasks_that_start(url, instance):
+        _, waiting = await asyncio.wait(tasks, timeout=timeout_s)
+        late = len(waiting)
+    caller = Caller.shared(url, instance)
+    if caller is not None:
+        late += await caller.all_queued(max(0.0, ends - loop.time()))
+    return late

@@ -76,25 +76,25 @@ class DeadLetters:
         background.run(self._replay(_checked(id_)))
 
     async def _replay(self, id_: str) -> None:
-        caller = await Caller.get(self._url, self._keys.instance)
-        snapshot = await caller.registry.snapshot()
-        if self.tag not in snapshot.backends:
-            raise BackendNotFound(self.tag, snapshot.backends)
-        limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", MAX_QUEUED))
-        queue = caller.dead_queue(self.tag)
-        letter = await queue.get(id_)
-        try:
-            answer = None if letter is None else await queue.replay(letter, limit)
-        except BrokerFull:
-            raise Overloaded(self.tag, 0, limit) from None
-        if answer is None:
-            raise self._none(id_)
-        if isinstance(answer, int):
-            raise Overloaded(self.tag, answer, limit)
+        async with Caller.using(self._url, self._keys.instance) as caller:
+            snapshot = await caller.registry.snapshot()
+            if self.tag not in snapshot.backends:
+                raise BackendNotFound(self.tag, snapshot.backends)
+            limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", MAX_QUEUED))
+            queue = caller.dead_queue(self.tag)
+            letter = await queue.get(id_)
+            try:
+                answer = None if letter is None else await queue.replay(letter, limit)
+            except BrokerFull:
+                raise Overloaded(self.tag, 0, limit) from None
+            if answer is None:
+                raise self._none(id_)
+            if isinstance(answer, int):
+                raise Overloaded(self.tag, answer, limit)
 
     async def _with_queue(self, work: Callable[[DeadQueue], Coroutine[Any, Any, T]]) -> T:
-        caller = await Caller.get(self._url, self._keys.instance)
-        return await work(caller.dead_queue(self.tag))
+        async with Caller.using(self._url, self._keys.instance) as caller:
+            return await work(caller.dead_queue(self.tag))
 
     def _none(self, id_: str) -> PenstockError:
         return PenstockError(f"backend {self.tag!r} has no dead letter {id_!r}")

@@ -24,6 +24,7 @@ from .codec import dump_json, encode
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .object_refs import object_ref
 from .options import Options
+from .starting import starting
 from .streams import AsyncResponseStream, ResponseStream, Stream
 
 log = logging.getLogger(__name__)
@@ -165,16 +166,17 @@ class _Handle:
         """
         loop = asyncio.get_running_loop()
         ends = loop.time() + (_MISSING_OK_S if timeout_s is None else timeout_s)
-        try:
-            caller = await asyncio.wait_for(self._connect(), timeout_s)
-        except asyncio.TimeoutError:
-            assert timeout_s is not None
-            raise RequestTimeout(f"the broker of endpoint {self._endpoint!r}", timeout_s) from None
-        while (endpoint := caller.snapshot.endpoints.get(self._endpoint)) is None:
-            left_s = ends - loop.time()
-            if not self._missing_ok or left_s <= 0:
-                raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
-            await caller.watcher.next_change(left_s)
+        with starting(self._url, self._instance):
+            try:
+                caller = await asyncio.wait_for(self._connect(), timeout_s)
+            except asyncio.TimeoutError:
+                assert timeout_s is not None
+                raise RequestTimeout(f"the broker of endpoint {self._endpoint!r}", timeout_s) from None
+            while (endpoint := caller.snapshot.endpoints.get(self._endpoint)) is None:
+                left_s = ends - loop.time()
+                if not self._missing_ok or left_s <= 0:
+                    raise EndpointNotFound(self._endpoint, caller.snapshot.endpoints)
+                await caller.watcher.next_change(left_s)
         return caller, endpoint, None if timeout_s is None else max(0.0, ends - loop.time())
 
     def _send(

@@ -114,6 +114,8 @@ class Production:
         self._paused = False
         if caller.results is not None:
             caller.receiver.on_stray = self._on_stray
+        else:
+            caller.use()
 
     @property
     def over(self) -> bool:
@@ -165,6 +167,7 @@ class Production:
         for item in self._in_flight.values():
             item.cancel()
         self._in_flight.clear()
+        self._caller.release()
 
     async def _default_window(self, tags: Iterable[str]) -> int:
         """Return four times what the replicas can hold at once, but no more than half of what queues may."""

@@ -17,7 +17,7 @@ from ..broker.errors import PenstockError
 from ..broker.keys import check_name
 from ..broker.registry import BackendRecord, EndpointRecord
 from ..handles import background
-from ..handles.connection import Connected
+from ..handles.connection import CLOSE_TIMEOUT_S, Connected, wait_until_queued
 from ..proxy.routing import check_route
 from ..workers.accept_batch import accepts_batch
 from ..workers.directories import pack
@@ -342,6 +342,8 @@ class Client(Connected):
             try:
                 if end:
                     background.run(self._core.end(erase=erase))
+                else:
+                    wait_until_queued(self.redis_url, self.instance, CLOSE_TIMEOUT_S)
             finally:
                 background.run(self._core.close())
 

@@ -295,8 +295,8 @@ class Instance:
     async def change(self, decide: Callable[[Snapshot], Change]) -> None:
         """Make a change that is live at every proxy, and for the handles of this process, when this returns."""
         version = await self.registry.change(decide)
-        caller = await Caller.get(self.redis_url, self.name)
-        await caller.watcher.wait_for(version, _LIVE_S)
+        async with Caller.using(self.redis_url, self.name) as caller:
+            await caller.watcher.wait_for(version, _LIVE_S)
 
         async def is_live() -> bool:
             proxies = (await self.registry.reports("proxies")).items()

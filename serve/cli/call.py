@@ -51,9 +51,13 @@ def call(
     with door_to(redis_url, instance) as door:
         with telling_what_is_wrong():
             handle = door.get_handle(endpoint).options(method_name=method, shard_key=shard_key, timeout_s=timeout)
+        arguments = () if data is None else (body,)
+        future = handle.remote(*arguments, **parameters)
         try:
-            arguments = () if data is None else (body,)
-            answer = handle.remote(*arguments, **parameters).result()
+            answer = future.result()
+        except (KeyboardInterrupt, SystemExit):
+            future.cancel()
+            raise
         except PenstockError as e:
             if json:
                 write_json({"error": error_of(e)})
