@@ -57,8 +57,7 @@ class _Outermost:
             if started:
                 raise
             if isinstance(e, HTTPException):
-                extra = [(name.lower().encode(), value.encode()) for name, value in (e.headers or {}).items()]
-                answer = replies.of_status(e.status_code, e.detail, extra)
+                answer = replies.of_http_exception(e)
             elif isinstance(e, CutOff):  # a middleware has held its head back
                 answer = replies.of_error(e.error, debug=False)
             else:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import orjson
+from starlette.exceptions import HTTPException
 
 from ..broker.wire import Pairs, Reply
 from ..handles.errors import BackendError, BrokerRefused, BrokerUnavailable, PenstockError, from_wire
@@ -52,6 +53,11 @@ HOP_BY_HOP = frozenset(
 # The server writes a date of its own and the proxy the id of the request: each may be there once.
 _OURS = frozenset(("date", "x-request-id", "content-length"))
 
+_OF_THE_BODY = frozenset(
+    (b"content-type", b"content-encoding", b"content-language", b"content-location", b"content-range")
+)
+"""Of a body that somebody else would have written."""
+
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
@@ -59,7 +65,8 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 def of_reply(reply: Reply, *, debug: bool) -> Answer:
     """Return what the reply of a backend is over HTTP."""
     if reply.error is not None:
-        return of_error(from_wire(reply.error), debug=debug)
+        answer = of_error(from_wire(reply.error), debug=debug)
+        return _with_headers(answer, reply.headers, debug=debug) if reply.headers else answer
     if (headers := _BY_CODEC.get(reply.codec)) is not None:
         return Answer(reply.status, headers, reply.body)
     if reply.codec == "response":
@@ -97,6 +104,25 @@ def of_error(error: PenstockError, *, debug: bool) -> Answer:
     if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
         headers = [*_JSON, (b"retry-after", b"%d" % max(1, math.ceil(retry_after_s)))]
     return Answer(status, headers, orjson.dumps({"error": told}))
+
+
+def of_http_exception(error: HTTPException) -> Answer:
+    """Return what a middleware's Starlette exception is over HTTP, with its headers."""
+    answer = of_status(error.status_code, error.detail)
+    if error.status_code in (204, 304):  # RFC 9110, section 6.4.1: these have no content
+        answer = Answer(error.status_code, [])
+    pairs = [(str(name), str(value)) for name, value in (error.headers or {}).items()]
+    return _with_headers(answer, pairs, debug=False) if pairs else answer
+
+
+def _with_headers(answer: Answer, pairs: Pairs, *, debug: bool) -> Answer:
+    """Return ``answer``, whose body is ours, with the headers that came with the error, such as www-authenticate."""
+    try:
+        extra = [pair for pair in response_headers(pairs) if pair[0] not in _OF_THE_BODY]
+    except ValueError as e:
+        return of_error(BackendError("ValueError", str(e)), debug=debug)
+    given = {name for name, _ in extra}
+    return answer._replace(headers=[pair for pair in answer.headers if pair[0] not in given] + extra)
 
 
 def of_status(status: int, message: str, extra: Iterable[tuple[bytes, bytes]] = ()) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from traceback import FrameSummary, StackSummary, TracebackException
@@ -21,8 +22,9 @@ _OURS = os.path.dirname(__file__) + os.sep
 def failure(error: BaseException) -> PenstockError:
     """Return what the caller of a request gets to see when the user's code raised ``error`` during it.
 
-    A `MalformedBody` stays one: it is the caller's fault. A Starlette ``HTTPException`` keeps its status and detail;
-    what a call to another backend raised because that was busy or late stays a 503 or 504. All else is a 500.
+    A `MalformedBody` stays one: it is the caller's fault. A Starlette ``HTTPException`` keeps its status and detail
+    (the reply has its headers: see `failed_reply`); what a call to another backend raised because that was busy or late
+    stays a 503 or 504. All else is a 500.
     """
     return MalformedBody(_message(error)) if isinstance(error, MalformedBody) else backend_error(error)
 
@@ -38,12 +40,34 @@ def backend_error(error: BaseException) -> BackendError:
 
 
 def failed_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
-    """Return the answer to a request during which the user's code raised ``error``."""
-    headers: Pairs = []
-    if isinstance(error, HTTPException) and error.headers:  # such as www-authenticate
-        headers = [(_printable(str(name)).lower(), _printable(str(value))) for name, value in error.headers.items()]
+    """Return the reply to a request during which the user's code raised ``error``."""
     told = failure(error)
-    return Reply(entry.id, told.status, "none", headers, to_wire(told), replica, 0.0, run_ms)
+    return Reply(entry.id, told.status, "none", _headers(error), to_wire(told), replica, 0.0, run_ms)
+
+
+def raised_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
+    """Return the whole reply to a request that ended with ``error``.
+
+    As in Starlette, an ``HTTPException`` with a status below 400, such as a redirect, is a response and no error.
+    """
+    if not isinstance(error, HTTPException) or not 200 <= error.status_code < 400:
+        return failed_reply(entry, error, replica, run_ms)
+    headers, body = _headers(error), b""
+    if error.status_code not in (204, 304):  # RFC 9110, section 6.4.1: these have no content
+        body = _printable(str(error.detail)).encode()
+        if all(name != "content-type" for name, _ in headers):
+            headers.append(("content-type", "text/plain; charset=utf-8"))
+    return Reply(entry.id, int(error.status_code), "response", headers, None, replica, 0.0, run_ms, body)
+
+
+def _headers(error: BaseException) -> Pairs:
+    """Return the headers that belong to ``error``, such as www-authenticate and location."""
+    if isinstance(error, HTTPException):
+        items = (error.headers or {}).items()
+        return [(_printable(str(name)).lower(), _printable(str(value))) for name, value in items]
+    if isinstance(error, PenstockError) and (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+        return [("retry-after", str(max(1, math.ceil(retry_after_s))))]
+    return []
 
 
 def user_traceback(error: BaseException) -> str:

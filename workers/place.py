@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ..broker.wire import Entry, Reply
 from ..handles.bodies import check_size
 from ..handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
-from .failures import failed_reply
+from .failures import failed_reply, raised_reply
 from .responses import Encoded, encode, is_at_hand
 from .streams import GENERATORS, Outflow, Outlet, Values
 from .target import Method
@@ -116,10 +116,11 @@ class Place:
             return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.id, flow.stopped_because))
         if flow.stopped:
             return self.cancelled(flow.entry)
-        return failed_reply(flow.entry, error, self.replica, run_ms)
+        reply = failed_reply if flow.parts else raised_reply
+        return reply(flow.entry, error, self.replica, run_ms)
 
     def failures(self, entries: Sequence[Entry], error: BaseException, run_ms: float) -> list[Reply]:
-        return [failed_reply(entry, error, self.replica, run_ms) for entry in entries]
+        return [raised_reply(entry, error, self.replica, run_ms) for entry in entries]
 
     def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
         status, codec, headers, body = encoded
@@ -138,7 +139,7 @@ class Place:
     def _outcome(self, entry: Entry, result: object, run_ms: float) -> Outcome:
         if type(result) not in _PLAIN:
             if isinstance(result, BaseException):
-                return failed_reply(entry, result, self.replica, run_ms)
+                return raised_reply(entry, result, self.replica, run_ms)
             if isinstance(result, Response) and not is_at_hand(result):
                 return result
         try:

@@ -14,7 +14,7 @@ from starlette.types import Message
 
 from ..broker.wire import Entry, Reply
 from ..handles.log_lines import work_on
-from .failures import failed_reply
+from .failures import raised_reply
 from .place import Done, Place, ms_since, shown_id
 from .request import Request
 from .responses import Collector
@@ -155,7 +155,7 @@ class Responding:
             elif self._given_up and isinstance(e, asyncio.CancelledError):
                 self._done(entry, place.cancelled(entry))
             else:
-                self._done(entry, failed_reply(entry, e, place.replica, ms_since(self._began_at)))
+                self._done(entry, raised_reply(entry, e, place.replica, ms_since(self._began_at)))
         finally:
             # Starlette leaves it to the garbage collector to close what a response was still to read from.
             values = getattr(self._response, "body_iterator", None)

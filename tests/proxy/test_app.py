@@ -218,6 +218,26 @@ class TestErrors:
         assert response.json() == {"error": {"type": "ZeroDivisionError", "message": "division by zero"}}
         assert "secret" not in response.text
 
+    async def test_the_headers_of_an_error_reach_the_client(self, site: Site) -> None:
+        told = to_wire(BackendError("HTTPException", "who are you?", "", 401))
+        headers = [("www-authenticate", 'Basic realm="é"'), ("content-type", "text/html"), ("retry-after", "7")]
+        headers += [("connection", "x-hop"), ("x-hop", "1"), ("content-length", "1"), ("content-encoding", "gzip")]
+        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", headers, told))
+        response = await site.http.get("/")
+        assert (response.status_code, response.json()["error"]["message"]) == (401, "who are you?")
+        assert response.headers["www-authenticate"] == 'Basic realm="é"'
+        assert response.headers["retry-after"] == "7"
+        assert response.headers.get_list("content-type") == ["application/json"]
+        assert not {"x-hop", "content-encoding"} & set(response.headers)
+
+    async def test_nor_can_they_end_the_head_early(self, site: Site) -> None:
+        told = to_wire(BackendError("HTTPException", "no", "", 401))
+        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", [("x-a", "1\r\nx-b: 2")], told))
+        response = await site.http.get("/")
+        assert response.status_code == 500
+        assert "which HTTP cannot carry" in response.json()["error"]["message"]
+        assert "x-b" not in response.headers
+
     async def test_its_traceback_is_for_debugging_only(self, redis_url: str) -> None:
         async with running(redis_url, debug=True) as site:
             await site.endpoint("/", failing(BackendError("KeyError", "'x'", "Traceback: here")))

@@ -39,6 +39,10 @@ class Guard(BaseHTTPMiddleware):
                 return PlainTextResponse("no", 401)
             case "/raised":
                 raise HTTPException(403, "not you", {"WWW-Authenticate": "Basic"})
+            case "/moved":
+                raise HTTPException(307, "elsewhere", {"Location": "/é"})
+            case "/same":
+                raise HTTPException(304, headers={"ETag": '"1"'})
             case "/broken":
                 raise RuntimeError("secret")
             case _:
@@ -89,6 +93,18 @@ async def test_answers_of_their_own_have_a_request_id_too(redis_url: str, path: 
             (request_id,) = response.headers.get_list("x-request-id")
             assert request_id == given if given else request_id
             assert response.headers["content-length"] == str(len(said))
+
+
+async def test_an_exception_of_a_middleware_keeps_its_headers(redis_url: str) -> None:
+    async with running(redis_url, way="direct", middlewares=(Middleware(Guard),)) as site:
+        await site.endpoint("/", text("fine"))
+        refused = await site.http.get("/raised")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (403, "Basic")
+        moved = await site.http.get("/moved")
+        assert (moved.status_code, moved.headers["location"]) == (307, "/é")
+        same = await site.http.get("/same")
+        assert (same.status_code, same.headers["etag"], same.content) == (304, '"1"', b"")
+        assert "content-type" not in same.headers
 
 
 async def test_the_backend_hears_the_same_request_id(redis_url: str) -> None:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from penstock.handles.errors import BackendError, MalformedBody, Overloaded, from_wire, to_wire
-from penstock.workers.failures import failed_reply, failure
+from penstock.workers.failures import failed_reply, failure, raised_reply
 from penstock.workers.responses import Collector, encode, is_at_hand
 from tests.workers.requests import from_http
 
@@ -254,6 +254,23 @@ def test_http_exceptions_keep_their_status_and_headers() -> None:
     assert told.type_name == "starlette.exceptions.HTTPException"
 
 
+def test_an_http_exception_that_redirects_is_a_response_and_no_error() -> None:
+    reply = raised_reply(from_http(), HTTPException(307, "elsewhere", {"Location": "/b"}), "r#1", 2.0)
+    assert (reply.status, reply.codec, reply.error, reply.body) == (307, "response", None, b"elsewhere")
+    assert reply.headers == [("location", "/b"), ("content-type", "text/plain; charset=utf-8")]
+    assert (reply.replica, reply.run_ms) == ("r#1", 2.0)
+    unchanged = raised_reply(from_http(), HTTPException(304, headers={"ETag": '"1"'}), "r#1")
+    assert (unchanged.status, unchanged.headers, unchanged.body) == (304, [("etag", '"1"')], b"")
+
+
+@pytest.mark.parametrize("error", [HTTPException(400), HTTPException(599), HTTPException(199), ValueError("x")])
+def test_every_other_exception_is_an_error(error: Exception) -> None:
+    entry = from_http()
+    reply = raised_reply(entry, error, "r#1")
+    assert reply.error is not None
+    assert reply == failed_reply(entry, error, "r#1")
+
+
 def test_a_malformed_body_is_the_callers_fault() -> None:
     reply = failed_reply(from_http(), MalformedBody("not JSON"), "r#1")
     assert reply.status == 400
@@ -262,3 +279,9 @@ def test_a_malformed_body_is_the_callers_fault() -> None:
 
 def test_a_busy_backend_behind_this_one_stays_a_503() -> None:
     assert raised_by_user_code(Overloaded("other", 5, 5)).status == 503
+
+
+def test_when_to_come_again_to_a_busy_backend_behind_this_one_is_kept() -> None:
+    busy = Overloaded("other", 5, 5)
+    busy.retry_after_s = 2.5
+    assert failed_reply(from_http(), busy, "r#1").headers == [("retry-after", "3")]
