@@ -100,6 +100,8 @@ class Request(requests.Request):
     def data(self) -> Any:
         """The body, decoded: the value that a handle sent; from HTTP what JSON says if it is JSON, else bytes.
 
+        Without a body it is None if a handle sent none or the content type says JSON, else ``b""``.
+
         Raises:
             MalformedBody: it is not what its content type says, or is pickled and the backend does not allow it. Not
                 caught, it becomes a 400.
@@ -112,13 +114,13 @@ class Request(requests.Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return what the body says as JSON, whatever its content type.
+        """Return what the body says as JSON, whatever its content type; None if there is no body.
 
         Raises:
             MalformedBody: it is not JSON.
         """
         if not hasattr(self, "_json"):
-            self._json = None if self._entry.header.codec == "none" else parse_json(self._body)
+            self._json = parse_json(self._body) if self._body else None
         return self._json
 
     async def is_disconnected(self) -> bool:
@@ -144,7 +146,9 @@ class Request(requests.Request):
     def _read(self) -> Any:
         if (codec := self._entry.header.codec) != HTTP_CODEC:
             return decode(codec, self._body, allow_pickle=self._allow_pickle)
-        return parse_json(self._body) if self._is_json() else self._body
+        if not self._is_json():
+            return self._body
+        return parse_json(self._body) if self._body else None
 
     def _is_json(self) -> bool:
         for name, value in self._entry.header.headers:
@@ -214,7 +218,7 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise MalformedBody("the body is JSON nested too deeply") from None
     except ValueError as e:
-        raise MalformedBody(f"the body is not JSON: {e}" if body else "the body is empty, not JSON") from None
+        raise MalformedBody(f"the body is not JSON: {e}") from None
 
 
 def _urlencode(arguments: dict[str, Any]) -> str:

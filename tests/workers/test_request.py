@@ -97,6 +97,15 @@ async def test_a_handle_may_send_nothing() -> None:
     assert await request.body() == b""
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_request_without_a_body_has_no_json_to_be_malformed(method: str) -> None:
+    request = Request(from_http(method=method, content_type="application/json"))
+    assert request.data is None
+    assert await request.json() is None
+    assert await request.body() == b""
+    assert await Request(from_http(method=method)).json() is None
+
+
 def test_keyword_arguments_are_query_parameters_with_the_values_they_were() -> None:
     request = Request(from_handle(1, limit=10, names=["a", "b"], who="Ada"))
     assert isinstance(request.query_params, QueryParams)
@@ -126,7 +135,7 @@ def test_nothing_from_http_is_unpickled_whatever_it_says_it_is() -> None:
         _ = Request(from_handle(bomb, codec="pickle"), allow_pickle=True).data
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\xfd", b"nope", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b" ", b"{", b"\xff\xfe\xfd", b"nope", b"[" * 100_000])
 async def test_malformed_json_is_a_malformed_body(body: bytes) -> None:
     request = Request(from_http(body, content_type="application/json"))
     with pytest.raises(MalformedBody):
@@ -170,7 +179,7 @@ async def test_the_body_can_be_received_as_an_asgi_application_does() -> None:
     assert await request.receive() == {"type": "http.request", "body": b"abc", "more_body": False}
 
 
-def test_headers_of_handles_may_hold_any_text() -> None:
+def test_a_header_on_the_stream_may_hold_any_text() -> None:
     header = Header(headers=[("x-name", "Łukasz"), ("x-plain", "Zoë")], codec="none")
     request = Request(Entry("1", "", header))
     assert request.headers["x-name"].encode("latin-1").decode() == "Łukasz"
