@@ -80,7 +80,8 @@ class _Handle:
             shard_key: requests with the same key go to the same backend; None, the default, goes by the traffic's
                 weights.
             http_method: what ``request.method`` says; ``"GET"`` unless set.
-            http_headers: what ``request.headers`` holds; empty unless set.
+            http_headers: what ``request.headers`` holds; empty unless set. Names are ASCII tokens, values ISO 8859-1
+                without control characters, as in HTTP.
             timeout_s: seconds until a request expires, counted from ``remote``; None, the default, is never.
             return_type: ``"future"``, the default, or ``"object_ref"``: ``remote`` then gives a ``ray.ObjectRef`` that
                 ``ray.get``, ``ray.wait`` and ``await`` take. Needs Ray, and costs each request a call of Ray's.

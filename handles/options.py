@@ -11,7 +11,9 @@ from .errors import ConfigError
 
 _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """A token of RFC 9110, section 5.6.2."""
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_HEADER_NAME = _HTTP_METHOD
+_NOT_IN_VALUE = re.compile("[^\t\x20-\x7e\x80-\xff]")
+"""What a field value of RFC 9110, section 5.5 cannot hold, written in ISO 8859-1 as HTTP clients and servers do."""
 _LONGEST_S = 1e9
 RETURN_TYPES = ("future", "object_ref")
 
@@ -67,14 +69,26 @@ def _check(
         raise TypeError(f"shard_key must be a str or None, not {type(shard_key).__name__}")
     if not isinstance(http_headers, Mapping):
         raise TypeError(f"http_headers must be a dict of str, not {type(http_headers).__name__}")
-    for pair in cast("Mapping[object, object]", http_headers).items():
-        for text in pair:
-            if not isinstance(text, str):
-                raise TypeError(f"http_headers must map str to str; {text!r} is a {type(text).__name__}")
-            if _CONTROL.search(text):
-                raise ConfigError(f"http_headers cannot hold control characters or surrogates, as {text!r} does")
+    for name, value in cast("Mapping[object, object]", http_headers).items():
+        _check_header(name, value)
     if timeout_s is not None:
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
             raise TypeError(f"timeout_s must be a number of seconds or None, not {type(timeout_s).__name__}")
         if not 0 < timeout_s <= _LONGEST_S:
             raise ConfigError(f"timeout_s must be above 0 and at most {_LONGEST_S:g} seconds, not {timeout_s}")
+
+
+def _check_header(name: object, value: object) -> None:
+    for text in (name, value):
+        if not isinstance(text, str):
+            raise TypeError(f"http_headers must map str to str; {text!r} is a {type(text).__name__}")
+    if _HEADER_NAME.fullmatch(cast(str, name)) is None:
+        raise ConfigError(
+            f"http_headers has the name {name!r}: a header's name is made of ASCII letters, digits and !#$%&'*+-.^_`|~"
+        )
+    # Of the value, only the character that is wrong: it may be a token with a line feed at its end.
+    if (wrong := _NOT_IN_VALUE.search(cast(str, value))) is not None:
+        raise ConfigError(
+            f"http_headers has {wrong[0]!r} in the value of {name!r}: it may hold the characters of ISO 8859-1 but for "
+            "control characters; percent-encode other text, or send it in the body"
+        )

@@ -18,8 +18,17 @@ from penstock.handles.options import Options
         ("http_method", "GET /", ConfigError, "'GET /' is not a method of HTTP"),
         ("http_headers", [("a", "b")], TypeError, "http_headers must be a dict"),
         ("http_headers", {"a": 1}, TypeError, "1 is a int"),
-        ("http_headers", {"a": "b\r\nc: d"}, ConfigError, "control characters"),
-        ("http_headers", {"a": "\ud800"}, ConfigError, "surrogates"),
+        ("http_method", "", ConfigError, "'' is not a method of HTTP"),
+        ("http_method", "GÉT", ConfigError, "'GÉT' is not a method of HTTP"),
+        ("http_headers", {"a": "b\r\nc: d"}, ConfigError, r"'\\r' in the value of 'a': .* but for control characters"),
+        ("http_headers", {"a": "\0"}, ConfigError, "but for control characters"),
+        ("http_headers", {"a": "\ud800"}, ConfigError, "characters of ISO 8859-1"),
+        ("http_headers", {"x": "Łukasz"}, ConfigError, "'Ł' in the value of 'x': .* ISO 8859-1 .* percent-encode"),
+        ("http_headers", {"": "b"}, ConfigError, "has the name ''"),
+        ("http_headers", {"a b": "c"}, ConfigError, "has the name 'a b'"),
+        ("http_headers", {"a:": "c"}, ConfigError, "has the name 'a:'"),
+        ("http_headers", {"a\n": "c"}, ConfigError, r"has the name 'a\\n'"),
+        ("http_headers", {"ä": "c"}, ConfigError, "has the name 'ä'"),
         ("timeout_s", "1", TypeError, "timeout_s must be a number"),
         ("timeout_s", True, TypeError, "timeout_s must be a number"),
         ("timeout_s", 0, ConfigError, "above 0"),
@@ -33,6 +42,12 @@ def test_an_option_that_cannot_be_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=says):
         Options().with_({name: value})
+
+
+def test_a_token_with_a_line_feed_at_its_end_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r"'\\n' in the value of 'authorization'") as raised:
+        Options().with_({"http_headers": {"authorization": "Bearer s3cret\n"}})
+    assert "s3cret" not in str(raised.value)
 
 
 def test_options_keep_what_a_change_does_not_name() -> None:
