@@ -404,7 +404,7 @@ class Consumer:
             self._claims.give_back([held.place])
         else:
             if not was_cancelled:
-                self._learn(entry, reply.run_ms)
+                self._learn(held, reply.run_ms)
             if reply.error is None:
                 self.tally.served += 1
                 self.tally.run_ms += reply.run_ms
@@ -416,7 +416,7 @@ class Consumer:
             self._settle(held.place)
             self._drop_body(entry)
             self._forget(held)
-            if self.outlet.carries(entry):
+            if self.outlet.carries(held.place):
                 self._commands.join_write(partial(self.outlet.end, entry, held.place))
             if not self.held:
                 self._commands.hurry()
@@ -425,14 +425,14 @@ class Consumer:
         if self.returned:
             self.wake.set()
 
-    def _learn(self, entry: Entry, run_ms: float) -> None:
-        run_s, deadline_ms = run_ms / 1000, entry.header.deadline_ms
+    def _learn(self, held: Held, run_ms: float) -> None:
+        run_s, deadline_ms = run_ms / 1000, held.entry.header.deadline_ms
         self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
         left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
         self._prospects.saw(run_ms, left_ms, self._last_done)
         if self._one_by_one:
             # What streams may do so from the loop, and has left the thread free: nothing else shall begin there yet.
-            self._foresight.end(math.inf if self.outlet.carries(entry) else run_s)
+            self._foresight.end(math.inf if self.outlet.carries(held.place) else run_s)
             if len(self.held) > 1:
                 self._foresee_end()  # of the next, which was at hand
 

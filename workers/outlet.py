@@ -25,8 +25,11 @@ class PartsOutlet:
 
     def __init__(self, commands: Connection, claims: Claims, place_of: Callable[[Entry], bytes | None]) -> None:
         self._commands, self._claims, self._place_of = commands, claims, place_of
-        self._flows: dict[str, Outflow] = {}
-        self._heard_at: dict[str, float] = {}
+        # By place and not by the request's id: callers choose ids, so that two requests may have the same.
+        self._flows: dict[bytes, Outflow] = {}
+        self._heard_at: dict[bytes, float] = {}
+        self._places: dict[str, list[bytes]] = {}
+        """By request id, which is what signals name."""
         self._check: asyncio.TimerHandle | None = None
 
     @property
@@ -42,9 +45,10 @@ class PartsOutlet:
         if entry.caller:
             # Ahead of its first part on the same connection: nobody who takes the entry over may run it again.
             self._claims.mark_streamed(place)
-        self._flows[entry.id] = flow
+        self._flows[place] = flow
+        self._places.setdefault(entry.id, []).append(place)
         loop = asyncio.get_running_loop()
-        self._heard_at[entry.id] = loop.time()
+        self._heard_at[place] = loop.time()
         if self._check is None:
             self._check = loop.call_later(_CHECK_S, self._stop_lapsed)
 
@@ -52,13 +56,17 @@ class PartsOutlet:
         if flow.entry.caller and not flow.stopped:
             self._claims.part(flow.entry.caller, part.fields(), flow.stop)
 
-    def carries(self, entry: Entry) -> bool:
-        """Say whether the answer to ``entry`` streams, and has not been forgotten by `end`."""
-        return entry.id in self._flows
+    def carries(self, place: bytes) -> bool:
+        """Return whether the answer to the entry at ``place`` streams, and has not been forgotten by `end`."""
+        return place in self._flows
 
     def end(self, entry: Entry, place: bytes) -> None:
         """Forget an answer that streams, once its entry is settled."""
-        del self._flows[entry.id], self._heard_at[entry.id]
+        del self._flows[place], self._heard_at[place]
+        places = self._places[entry.id]
+        places.remove(place)
+        if not places:
+            del self._places[entry.id]
         if entry.caller:
             self._claims.forget_streamed(place)
 
@@ -69,9 +77,9 @@ class PartsOutlet:
         except ValueError:
             log.error("dropped a signal that cannot be read: %r", word[:100])
             return
-        if (flow := self._flows.get(request)) is not None:
-            self._heard_at[request] = asyncio.get_running_loop().time()
-            flow.taken(taken)
+        for place in self._places.get(request, ()):
+            self._heard_at[place] = asyncio.get_running_loop().time()
+            self._flows[place].taken(taken)
 
     def close(self) -> None:
         if self._check is not None:
@@ -80,10 +88,10 @@ class PartsOutlet:
     def _stop_lapsed(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for request, flow in list(self._flows.items()):
+        for place, flow in list(self._flows.items()):
             if not self._commands.connected:
-                self._heard_at[request] = now  # what they say cannot reach us
-            elif now - self._heard_at[request] > LAPSE_S:
+                self._heard_at[place] = now  # what they say cannot reach us
+            elif now - self._heard_at[place] > LAPSE_S:
                 # A copy for a shadow has no caller, who could leave it: it has as long as one that is silent.
                 flow.stop(f"its caller has said nothing for {LAPSE_S:g} s" if flow.entry.caller else "")
         self._check = loop.call_later(_CHECK_S, self._stop_lapsed) if self._flows else None

@@ -4,6 +4,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, strategies as st
@@ -209,6 +210,49 @@ async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, mo
         worker._outlet.hear = hear_every_third  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
         assert await rest_of(await begun(ask(client)[1])) == values
         assert len(heard) >= 3
+
+
+async def test_two_requests_with_one_id_are_two_streams(redis_url: str) -> None:
+    """Callers choose the ids of their requests."""
+    begun = 0
+    both = asyncio.Event()
+
+    async def give(request: object) -> AsyncIterator[bytes]:
+        nonlocal begun
+        yield b"first"
+        begun += 1
+        if begun == 2:
+            both.set()
+        await both.wait()
+        for _ in range(2 * WINDOW // CHUNK):  # more than is sent without word from a reader
+            yield bytes(CHUNK)
+
+    async with calling(redis_url) as client, serving(redis_url, give, max_concurrent_queries=2):
+        keys, redis = client.caller.keys, client.redis
+        callers = ("one", "two")
+        for caller in callers:
+            await redis.xadd(keys.replies(caller), {"begins": "here"})
+            fields = Entry("same", caller, Header(codec="none", window=WINDOW)).fields()
+            await redis.xadd(keys.requests(TAG), dict(zip(fields[::2], fields[1::2], strict=True)))
+        await asyncio.wait_for(both.wait(), 10)
+        await redis.xadd(keys.signals(TAG), {"s": b"+same %d" % (10 * WINDOW)})
+        await redis.expire(keys.signals(TAG), 60)
+        await nothing_is_left(client)
+        for caller in callers:
+            replies: list[tuple[bytes, dict[bytes, bytes]]] = cast(Any, await redis.xrange(keys.replies(caller)))
+            _, *parts, end = [flatten(fields) for _, fields in replies]
+            assert sum(len(Part.of(fields).body) for fields in parts) == len(b"first") + 2 * WINDOW
+            assert Reply.of(end).codec == "stream"
+            await redis.delete(keys.replies(caller))
+
+        async def unmarked() -> bool:
+            return await redis.keys("*:streamed:*") == []
+
+        await wait_until_async(unmarked)
+
+
+def flatten(fields: dict[bytes, bytes]) -> list[bytes]:
+    return [each for pair in fields.items() for each in pair]
 
 
 # -- the two ends, without a broker between them
