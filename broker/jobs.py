@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 _LEASE_S = 3.0
 _RENEW_S = 0.5
 _POLL_S = 0.05
+_SECRET_BYTES = 32
+
+SECRET = "secret"
+"""The member of a job's record from which the ids of its items are derived; see ``broker/call_ids.py``."""
 
 # KEYS: the job's record. ARGV: what it is to be, milliseconds. Answers what it is.
 _RECORD = Script("""#!lua flags=allow-oom
@@ -39,7 +44,7 @@ class Job:
 
     def __init__(self, connection: Connection, keys: Keys, name: str, caller: str, ttl_s: float) -> None:
         """``caller`` is the id of the one whose replies its results are."""
-        self._connection, self._name = connection, name
+        self._connection, self.name = connection, name
         self._record_key, self._owner_key = keys.job(caller), keys.job_owner(caller)
         self._ttl_ms = int(ttl_s * 1000)
         self._token = secrets.token_hex(8)
@@ -58,20 +63,30 @@ class Job:
             # A lease that is renewed has somebody who renews it.
             left_ms: int = await self._connection.send("PTTL", self._owner_key, repeat=True)
             if lowest_ms is not None and left_ms > lowest_ms:
-                raise ConfigError(f"another producer is at work on the job {self._name!r}")
+                raise ConfigError(f"another producer is at work on the job {self.name!r}")
             lowest_ms = left_ms
             await asyncio.sleep(_POLL_S)
-        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name=f"job {self._name}")
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name=f"job {self.name}")
 
     async def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write down what the job is, if it is new; return what it is."""
+        """Write down what the job is, if it is new; return what it is.
+
+        Its member ``secret`` is the job's own: 64 hexadecimal digits that only its producers can read.
+        """
+        written = {**record, SECRET: secrets.token_hex(_SECRET_BYTES)}
         raw = await self._connection.run_script(
-            _RECORD, [self._record_key], [orjson.dumps(record), self._ttl_ms], repeat=True
+            _RECORD, [self._record_key], [orjson.dumps(written), self._ttl_ms], repeat=True
         )
         found = orjson.loads(raw)
         if type(found) is not dict:
-            raise WireError(f"the record of the job {self._name!r} must be a JSON object")
-        return cast("dict[str, Any]", found)
+            raise WireError(f"the record of the job {self.name!r} must be a JSON object")
+        known = cast("dict[str, Any]", found)
+        if not _is_secret(known.get(SECRET)):  # an earlier version has begun the job
+            known[SECRET] = written[SECRET]
+            await self._connection.send(
+                "SET", self._record_key, orjson.dumps(known), "PX", self._ttl_ms, repeat=True, patient=True
+            )
+        return known
 
     async def leave(self) -> None:
         if self._keeper is not None:
@@ -97,11 +112,18 @@ class Job:
                     expiry_in = 10
                 expiry_in -= 1
             except (BrokerUnavailable, BrokerRefused) as e:
-                log.debug("cannot renew the lease of the job %s: %s", self._name, e)
+                log.debug("cannot renew the lease of the job %s: %s", self.name, e)
+
+
+def _is_secret(value: object) -> bool:
+    return type(value) is str and re.fullmatch(f"[0-9a-f]{{{2 * _SECRET_BYTES}}}", value) is not None
 
 
 class JobReplies(ReplyStream):
-    """The results of a job: read from the first on, kept for ``ttl_s`` after their reader is gone."""
+    """The results of a job: read from the first on, kept for ``ttl_s`` after their reader is gone.
+
+    Nothing is read before `resume` is called: results are recognised by the job's secret, which must be known first.
+    """
 
     def __init__(
         self,
@@ -114,7 +136,7 @@ class JobReplies(ReplyStream):
         ttl_s: float,
     ) -> None:
         super().__init__(commands, keys, caller, on_reply, on_loss, ttl_s=ttl_s)
-        self._paused = self._waiting = False
+        self._paused, self._waiting = True, False
 
     def pause(self) -> None:
         """Read no more for now."""

@@ -15,6 +15,9 @@ PREFIX = "penstock:"
 """Every key begins with it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-#]{1,128}")
+_SECRET_KEY = re.compile(r"\{(?P<tag>[^{}]*)\}:(?P<kind>replies|body)(?::.*)?", re.DOTALL)
+_CALLER = re.compile(r"[0-9a-f]{12}|.*[@:].*", re.DOTALL)
+"""The id of a caller, which no name of a backend is but by chance."""
 
 
 def check_name(kind: str, name: object) -> str:
@@ -29,6 +32,23 @@ def check_name(kind: str, name: object) -> str:
     if _NAME.fullmatch(name) is None:
         raise ConfigError(f"{kind} {name!r} must be 1 to 128 letters, digits, '_', '.', '-' or '#'")
     return name
+
+
+def shown_key(key: str) -> str:
+    """Return a key for logs and messages: without the id of a caller and the id of a call.
+
+    >>> shown_key("penstock:default:{web@1f2e}:replies"), shown_key("penstock:default:{f}:body:c0ffee")
+    ('penstock:default:{web@...}:replies', 'penstock:default:{f}:body:...')
+    """
+    return _SECRET_KEY.sub(_without_secrets, key)
+
+
+def _without_secrets(found: re.Match[str]) -> str:
+    tag, kind = found["tag"], found["kind"]
+    if kind == "replies" or _CALLER.fullmatch(tag):
+        user, at, _ = tag.partition("@")
+        tag = f"{user}@..." if at else "..."
+    return f"{{{tag}}}:{kind}" + (":..." if kind == "body" else "")
 
 
 class Keys:

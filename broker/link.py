@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 
 from .address import redis_options, shown_url
 from .errors import RULES, BrokerFull, BrokerRefused, ConfigError, NotPermitted, StringTooLong
-from .keys import PREFIX
+from .keys import PREFIX, shown_key
 
 CONNECT_S = 5.0
 
@@ -82,10 +82,10 @@ def error_of(said: str, command: Sequence[bytes], url: str) -> BrokerRefused:
 
 
 def _described(command: Sequence[bytes]) -> str:
-    """Return a command's name and its keys."""
+    """Return a command's name and its keys, without what is secret in them."""
     name = command[0].decode("ascii", "replace")
     if name in ("EVAL", "EVALSHA"):
         keys = command[3 : 3 + int(command[2])]
     else:
         keys = [arg for arg in command[1:] if arg.startswith(PREFIX.encode())][:1]
-    return " ".join([name, *(key.decode("utf-8", "replace") for key in keys)])
+    return " ".join([name, *(shown_key(key.decode("utf-8", "replace")) for key in keys)])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import orjson
 
+from .call_ids import shown_id
 from .errors import WireError
 from .path_params import PathParam, dump_params, load_params
 
@@ -127,13 +128,19 @@ class Header:
 class Entry:
     """One request as it lies in a stream."""
 
-    id: str
-    caller: str
+    id: str = field(repr=False)
+    """The id of the call, which is its secret: see ``broker/call_ids.py``."""
+    caller: str = field(repr=False)
     """Whose reply stream is waiting; empty for shadow traffic, which nobody waits for."""
     header: Header
     body: bytes = b""
     large: bool = False
     """The body is not here but in a key of its own."""
+
+    @property
+    def shown_id(self) -> str:
+        """The id for logs and messages."""
+        return shown_id(self.header.request_id, self.id)
 
     def raw(self) -> RawEntry:
         body = None if self.large else self.body
@@ -172,6 +179,9 @@ class RawEntry(NamedTuple):
     body: bytes | None
     """None for a large one."""
 
+    def __repr__(self) -> str:
+        return f"RawEntry(header={self.header!r})"  # without what is secret
+
     def fields(self) -> list[bytes]:
         fields = [VERSION_FIELD, VERSION, ID_FIELD, self.id, CALLER_FIELD, self.caller, HEADER_FIELD, self.header]
         return [*fields, *self.body_field()]
@@ -200,7 +210,7 @@ def _header_of(raw: bytes) -> Header:
 class Reply:
     """One answer as it lies in a caller's stream."""
 
-    id: str
+    id: str = field(repr=False)
     """Of the request."""
     status: int = 200
     codec: str = "none"
@@ -359,7 +369,7 @@ class Part:
     A `Reply` ends it: with codec ``stream`` or with an error.
     """
 
-    id: str
+    id: str = field(repr=False)
     """Of the request."""
     number: int
     """Counted from 0: a caller that misses one, or sees one twice, must not go on."""

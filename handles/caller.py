@@ -8,7 +8,6 @@ publish again what Redis lost.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import random
 import secrets
@@ -19,6 +18,7 @@ from functools import partial
 from typing import Any, cast
 
 from ..broker.address import shown_url
+from ..broker.call_ids import new_ids
 from ..broker.connection import Connection, FateUnknown
 from ..broker.dead import DeadQueue
 from ..broker.errors import StringTooLong
@@ -45,6 +45,7 @@ from .errors import (
     RequestCancelled,
     RequestTimeout,
 )
+from .pickle_policy import PicklePolicy
 from .receiving import Receiver
 from .reconciling import Reconciler
 from .shadows import Shadows
@@ -72,20 +73,29 @@ class Caller:
         self.id = self.keys.caller(user_of(url), secrets.token_hex(6) if job is None else self.keys.job_name(job))
         self.name = self.id.encode()
         """The id, as entries have it."""
-        self._connection = Connection(url, name=f"penstock-caller-{self.id}")
+        self._connection = Connection(url, name=f"penstock-caller-{secrets.token_hex(4)}")
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
         self._publisher = Publisher(self._connection, self.keys)
         self._bodies = Bodies(self._connection)
-        self._numbers = itertools.count(1)
+        self.next_id = new_ids().__next__
+        """Makes the id of another call."""
         # Of its own: processes that seed Python's alike would all choose alike.
         self._chance = random.Random().random
-        self.shadows = Shadows(self.watcher, self._publisher, self._bodies, self.keys, self.id, self._numbers)
+        self.shadows = Shadows(self.watcher, self._publisher, self._bodies, self.keys, self.next_id)
         self.in_flight = InFlight(self._take_back)
         # The same dictionaries, so that a request costs no look-up more.
         self._calls, self._timed, self._doomed = self.in_flight.calls, self.in_flight.timed, self.in_flight.doomed
+        self.pickles = PicklePolicy(self.watcher)
         self.receiver = Receiver(
-            self.in_flight, self._bodies, self.keys, self.id, shown_url(url), self._grant, keeps_bodies=job is not None
+            self.in_flight,
+            self._bodies,
+            self.keys,
+            self.id,
+            shown_url(url),
+            self._grant,
+            self.pickles,
+            keeps_bodies=job is not None,
         )
         self.results: JobReplies | None = None
         self.job: Job | None = None
@@ -198,7 +208,7 @@ class Caller:
                 self.in_flight.give_up(call)
             else:  # what a job has on its stream outlives us
                 del self._calls[call.id]
-            call.conclude(RequestCancelled(call.id))
+            call.conclude(RequestCancelled(call.shown_id))
         await self._shut()
 
     # -- the end of those who share it
@@ -327,9 +337,6 @@ class Caller:
         self.begin(call, backend, timeout_s)
         return call
 
-    def next_id(self) -> str:
-        return f"{self.id}-{next(self._numbers)}"
-
     def deadline_ms(self, timeout_s: float) -> int:
         """Return when, by the broker's clock, what begins now has taken ``timeout_s``."""
         return int(self._connection.now_ms() + timeout_s * 1000)
@@ -339,7 +346,8 @@ class Caller:
     ) -> None:
         """Send a call that is made, for the first time or again. With an ``entry`` it lies on its stream already."""
         limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
-        call.backend, call.limit = backend.tag, batch_limit(limit) if call.batch else limit
+        call.backend, call.record = backend.tag, backend
+        call.limit = batch_limit(limit) if call.batch else limit
         call.entry, call.unsure, call.answered = entry, False, False
         call.since_ms = self._connection.now_ms()
         self._calls[call.id] = call
@@ -358,13 +366,16 @@ class Caller:
             self._publish(call, call.limit)
 
     async def accepted_before(self, backends: Iterable[str]) -> dict[str, tuple[str, bytes]]:
-        """Return what lies on batch streams in this caller's name: backend and entry, by the request's id."""
+        """Return what lies on batch streams in the name of this job: backend and entry, by the id of the call."""
         found: dict[str, tuple[str, bytes]] = {}
         for backend in backends:
             try:
                 entries = await self._publisher.find_of(backend, self.id)
             except NotPermitted:
-                log.warning("may not look for what of %s is queued for %r: that is sent again", self.id, backend)
+                assert self.job is not None
+                log.warning(
+                    "cannot read which items of job %r are queued for %r: they are sent again", self.job.name, backend
+                )
                 continue
             for id_, entry in entries.items():
                 found[id_.decode()] = backend, entry

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Union, cast
 
-from ..broker.wire import RawEntry, Reply
+from ..broker.call_ids import shown_id
+from ..broker.registry import BackendRecord
+from ..broker.wire import Header, RawEntry, Reply
 from .errors import PenstockError
 from .incoming import Incoming
 
@@ -48,6 +50,7 @@ class Call:
         "limit",
         "outcome",
         "raw",
+        "record",
         "since_ms",
         "then",
         "timeout_s",
@@ -57,6 +60,8 @@ class Call:
     def __init__(self, in_flight: InFlight, id_: str, raw: RawEntry, then: Callable[[Outcome], None]) -> None:
         self._in_flight, self.id, self.raw, self.then = in_flight, id_, raw, then
         self.backend = ""
+        self.record: BackendRecord | None = None
+        """Of the backend, as it was when the call was made."""
         self.limit = 0
         """Of unsettled requests: with more in its way, it is refused."""
         self.batch = False
@@ -76,6 +81,11 @@ class Call:
         self.deadline = 0.0
         self.timeout_s = 0.0
         self.acceptance: asyncio.Future[None] | None = None
+
+    @property
+    def shown_id(self) -> str:
+        """The id for logs and messages."""
+        return shown_id(Header.load(self.raw.header).request_id, self.id)
 
     def accepted(self) -> Awaitable[None]:
         """Return a future that is done once the request is durably on its stream; it raises why it never will be."""
@@ -115,7 +125,7 @@ class Call:
         try:
             self.then(outcome)
         except Exception:
-            log.exception("cannot hand over the outcome of request %s", self.id)
+            log.exception("cannot hand over the outcome of request %s", self.shown_id)
 
     def _settle_acceptance(self, acceptance: asyncio.Future[None], outcome: Reply | BaseException) -> None:
         if isinstance(outcome, Reply):

@@ -198,7 +198,7 @@ class _Handle:
     async def _open_stream(self, written: _Written) -> Stream:
         """Send a request whose answer is taken as it comes."""
         caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
-        stream = Stream()
+        stream = Stream(caller.pickles)
         stream.call = self._send(caller, endpoint, written, timeout_s, stream.hear)
         return stream
 

@@ -31,11 +31,13 @@ class Incoming:
         self,
         first: Part,
         backend: str,
+        shown_id: Callable[[], str],
         window: int,
         grant: Callable[[int], None],
         give_up: Callable[[], object],
     ) -> None:
-        self.id, self.backend = first.id, backend
+        """``shown_id`` makes the id of the request for logs and messages."""
+        self._shown_id, self.backend = shown_id, backend
         self.codec, self.status, self.headers = first.codec, first.status, first.headers
         """Of the first part; status and headers are those of an HTTP response if the codec is ``response``."""
         self.granted_at = asyncio.get_running_loop().time()
@@ -45,6 +47,11 @@ class Incoming:
         self._end: BaseException | None = None
         self._ended = False
         self._reader: asyncio.Future[None] | None = None
+
+    @property
+    def shown_id(self) -> str:
+        """The id for logs and messages."""
+        return self._shown_id()
 
     def take(self, part: Part) -> None:
         """Add a part; one that has come before is dropped. Raises `StreamBroken` if one is missing.
@@ -117,10 +124,10 @@ class Incoming:
         self._pieces.clear()
         if not self._ended:
             self._give_up()
-            self.end(RequestCancelled(self.id))
+            self.end(RequestCancelled(self.shown_id))
 
     def _broken(self, reason: str) -> PenstockError:
-        return StreamBroken(self.backend, self.id, reason)
+        return StreamBroken(self.backend, self.shown_id, reason)
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

@@ -6,25 +6,30 @@ import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
 
+from ..broker.call_ids import shown_id
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 
-_working_on: ContextVar[Sequence[str]] = ContextVar("penstock_requests", default=())
+_working_on: ContextVar[Sequence[tuple[str, str]]] = ContextVar("penstock_requests", default=())
 
 
-def work_on(request_ids: Sequence[str]) -> None:
-    """Have what this context logs from now on be about these requests."""
-    _working_on.set(request_ids)
+def work_on(requests: Sequence[tuple[str, str]]) -> None:
+    """Name these requests in what this context logs from now on: each by its request id, or else by its call's.
+
+    Which is shown is decided when something is logged: see `shown_id`.
+    """
+    _working_on.set(requests)
 
 
 def request_ids() -> str:
     r"""Return what the current context works on, as it may stand in a log line: ids with commas between, or ``-``.
 
-    >>> work_on(["a", "b\n"])
+    >>> work_on([("a", "00ff"), ("b\n", ""), ("", "00ff")])
     >>> request_ids()
-    'a,b\\n'
+    'a,b\\n,call-8909cde2f411'
     >>> work_on([])
     """
-    ids = ",".join(_working_on.get()) or "-"
+    ids = ",".join(shown_id(*request) for request in _working_on.get()) or "-"
     # A publisher that writes to Redis itself can give a request any id.
     return ids if ids.isascii() and ids.isprintable() else ascii(ids)[1:-1]
 

@@ -10,10 +10,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import orjson
 
+from ..broker.call_ids import ItemIds
+from ..broker.jobs import SECRET
 from ..broker.places import order_of
 from ..broker.wire import LARGE, Header, RawEntry, Reply
 from .bodies import check_size
@@ -112,9 +115,9 @@ class Production:
         self._places: dict[int, bytes] = {}
         self._forgettable = b""
         self._paused = False
-        if caller.results is not None:
-            caller.receiver.on_stray = self._on_stray
-        else:
+        self._item_ids: ItemIds | None = None
+        """Of a job, once it is this producer's."""
+        if caller.results is None:
             caller.use()
 
     @property
@@ -147,9 +150,14 @@ class Production:
                     f"there is a job of that name already, for the endpoint {record.get('endpoint')!r} "
                     f"and not {self._endpoint!r}"
                 )
+            self._item_ids = ItemIds(bytes.fromhex(record[SECRET]))
+            self._caller.receiver.stray = self._stray
+            assert self._caller.results is not None
+            self._caller.results.resume()
             # In this order: what was settled since we looked has its result among those that we then wait for.
             accepted = await self._caller.accepted_before(self._caller.snapshot.backends)
-            self._accepted = {_index_of(id_): where for id_, where in accepted.items()}
+            indices = {id_: self._item_ids.index_of(id_) for id_ in accepted}
+            self._accepted = {index: accepted[id_] for id_, index in indices.items() if index is not None}
             await self._caller.drain()
         self._begun = True
         self._ask()
@@ -159,7 +167,7 @@ class Production:
         if self._retry is not None:
             self._retry.cancel()
         if self._caller.job is not None:
-            self._caller.receiver.on_stray = None
+            self._caller.receiver.stray = None
             self._in_flight.clear()
             await self._caller.job.leave()
             await self._caller.close()
@@ -277,7 +285,7 @@ class Production:
         caller, timeout_s = self._caller, options.timeout_s
         large = len(body) > LARGE
         check_size(body, caller.longest if large else None)
-        id_ = caller.next_id() if caller.job is None else f"{caller.id}-{index}"
+        id_ = caller.next_id() if self._item_ids is None else self._item_ids.id_of(index)
         deadline_ms = 0 if timeout_s is None else caller.deadline_ms(timeout_s)
         header = self._header(options, codec, query, deadline_ms)
         raw = RawEntry(id_.encode(), caller.name, header, None if large else body)
@@ -377,14 +385,20 @@ class Production:
             self._send(item)
         self._ask()
 
-    def _on_stray(self, request: str, outcome: Reply | BaseException) -> None:
-        """Take a result that a former producer was to have."""
-        if (index := _index_of(request)) < 0:
-            return
-        if isinstance(outcome, Reply):
-            self._deliver(index, _read(index, outcome))
-        else:
+    def _stray(self, call_id: str) -> Callable[[Reply | BaseException], None] | None:
+        """Return who takes the result of an item that a former producer sent; None if the id is no item's."""
+        assert self._item_ids is not None
+        index = self._item_ids.index_of(call_id)
+        return None if index is None else partial(self._on_stray, index)
+
+    def _on_stray(self, index: int, outcome: Reply | BaseException) -> None:
+        if not isinstance(outcome, Reply):
             log.warning("a result of the job is lost, and its item is sent again: %s", outcome)
+        elif outcome.codec == "pickle" and not self._takes_pickle():
+            # Which backend sent it is not known, so all that there are must allow it.
+            log.warning("a result of the job is pickled and was not read, and its item is sent again")
+        else:
+            self._deliver(index, _read(index, outcome))
 
     def _deliver(self, index: int, result: BatchResult) -> None:
         results = self._caller.results
@@ -422,8 +436,3 @@ def _read(index: int, reply: Reply) -> BatchResult:
 
 def _nobody(outcome: object) -> None:
     """An item concludes itself."""
-
-
-def _index_of(request: str) -> int:
-    index = request.rpartition("-")[2]
-    return int(index) if index.isdecimal() else -1

@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Union
 
+from ..broker.call_ids import shown_id
 from ..broker.flow import WINDOW
 from ..broker.keys import Keys
 from ..broker.wire import PART_VERSION, Part, Reply
@@ -14,8 +16,11 @@ from .bodies import Bodies
 from .calls import Call, InFlight
 from .errors import BrokerRefused, BrokerUnavailable, NotPermitted, StreamBroken, WireError
 from .incoming import Incoming
+from .pickle_policy import PicklePolicy
 
 log = logging.getLogger(__name__)
+
+_Then = Callable[[Union[Reply, BaseException]], None]  # noqa: UP007 - it is evaluated, also on Python 3.10
 
 
 class Receiver:
@@ -29,6 +34,7 @@ class Receiver:
         caller: str,
         shown_url: str,
         grant: Callable[[Call, int], None],
+        pickles: PicklePolicy,
         *,
         keeps_bodies: bool,
     ) -> None:
@@ -37,10 +43,12 @@ class Receiver:
         """
         self._in_flight, self._calls, self._finish = in_flight, in_flight.calls, in_flight.finish
         self._bodies, self._keys, self._caller, self._shown_url = bodies, keys, caller, shown_url
-        self._grant, self._keeps_bodies = grant, keeps_bodies
+        self._grant, self._pickles, self._keeps_bodies = grant, pickles, keeps_bodies
         self._fetches: set[asyncio.Task[None]] = set()
-        self.on_stray: Callable[[str, Reply | BaseException], None] | None = None
-        """Hears, by the request's id, what else comes: results that a job's former producer has left."""
+        self.stray: Callable[[str], _Then | None] | None = None
+        """Returns who takes the reply to a call that is not in flight, by the call's id: an item of a job, which a
+        former producer sent. None where the id is that of no item.
+        """
 
     async def drain(self) -> None:
         """Return when what has come by now has been heard, the bodies of large replies included."""
@@ -69,27 +77,28 @@ class Receiver:
 
     def _hear(self, reply: Reply) -> None:
         call = self._calls.get(reply.id)
-        if reply.large:
-            self._hear_large(reply, call)
-        elif call is not None:
-            if not call.answered:  # else a second answer, while the body of the first is on its way
-                self._finish(call, reply)
-        elif self.on_stray is not None:
-            self.on_stray(reply.id, reply)
-
-    def _hear_large(self, reply: Reply, call: Call | None) -> None:
-        then: Callable[[Reply | BaseException], None]
-        if call is not None:
-            if call.answered:
-                return
+        if call is None:
+            self._hear_stray(reply)
+        elif call.answered:
+            pass  # a second answer, while the first is completed
+        elif reply.large or (reply.codec == "pickle" and not self._pickles.allows(call)):
             call.answered = True
-            then = partial(self._finish, call)
-        elif self.on_stray is not None:
-            then = partial(self.on_stray, reply.id)
-        else:  # cancelled, too late, or a second answer after a take-over
-            self._bodies.drop(self._keys.reply_body(self._caller, reply.id))
-            return
-        task = asyncio.get_running_loop().create_task(self._fetch(reply, then))
+            self._complete(reply, call, partial(self._finish, call))
+        else:
+            self._finish(call, reply)
+
+    def _hear_stray(self, reply: Reply) -> None:
+        then = None if self.stray is None else self.stray(reply.id)
+        if then is None:  # cancelled, too late, a second answer after a take-over, or no reply to a call of ours
+            if reply.large:
+                self._bodies.drop(self._keys.reply_body(self._caller, reply.id))
+        elif reply.large:
+            self._complete(reply, None, then)
+        else:
+            then(reply)
+
+    def _complete(self, reply: Reply, call: Call | None, then: _Then) -> None:
+        task = asyncio.get_running_loop().create_task(self._check_and_fetch(reply, call, then))
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
 
@@ -107,7 +116,9 @@ class Receiver:
             return  # cancelled, or broken off
         incoming = call.incoming
         if incoming is None:
-            incoming = Incoming(part, call.backend, WINDOW, partial(self._grant, call), call.cancel)
+            incoming = Incoming(
+                part, call.backend, lambda: call.shown_id, WINDOW, partial(self._grant, call), call.cancel
+            )
         try:
             incoming.take(part)
         except StreamBroken as e:
@@ -116,8 +127,19 @@ class Receiver:
         if call.incoming is None:
             self._in_flight.stream(call, incoming)
 
-    async def _fetch(self, reply: Reply, then: Callable[[Reply | BaseException], None]) -> None:
+    async def _check_and_fetch(self, reply: Reply, call: Call | None, then: _Then) -> None:
         key = self._keys.reply_body(self._caller, reply.id)
+        if call is not None and reply.codec == "pickle":
+            try:
+                await self._pickles.check(call)
+            except WireError as e:
+                if reply.large:
+                    self._bodies.drop(key)
+                then(e)
+                return
+        if not reply.large:
+            then(reply)
+            return
         try:
             body = await self._bodies.get(key)
         except NotPermitted as e:
@@ -129,7 +151,8 @@ class Receiver:
         if not self._keeps_bodies:
             self._bodies.drop(key)
         if body is None:
-            then(WireError(f"the body of the reply to {reply.id!r} has expired"))
+            shown = shown_id("", reply.id) if call is None else call.shown_id
+            then(WireError(f"the body of the reply to request {shown!r} has expired"))
             return
         reply.body, reply.large = body, False
         then(reply)

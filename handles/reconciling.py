@@ -68,7 +68,7 @@ class Reconciler:
             for call in missing:
                 self._in_flight.doomed.pop(call.id, None)
                 if call.incoming is not None:
-                    self._in_flight.break_off(call, StreamBroken(call.backend, call.id, "the broker has lost it"))
+                    self._in_flight.break_off(call, StreamBroken(call.backend, call.shown_id, "the broker has lost it"))
                 elif call.id in self._in_flight.calls and not call.answered:
                     limit = call.limit if call.unsure else _UNLIMITED  # accepted is accepted
                     call.entry, call.unsure = None, False

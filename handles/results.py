@@ -35,8 +35,7 @@ class Response:
 def value_of(reply: Reply) -> Any:
     """Return the value that a backend returned, or raise the error that it sent instead.
 
-    Pickled values are read: a backend sends them only if it was created to, and who can write to a caller's reply
-    stream can run code on replicas already.
+    Pickled values are read: the receiver lets through only those that the `PicklePolicy` allows.
     """
     if reply.error is not None:
         raise from_wire(reply.error)
@@ -52,5 +51,5 @@ def result_of(outcome: Outcome) -> Any:
         return value_of(outcome)
     if isinstance(outcome, Incoming):
         outcome.close()
-        raise WireError(f"the answer to {outcome.id!r} came in parts, which were not asked for")
+        raise WireError(f"the answer to request {outcome.shown_id!r} came in parts, which were not asked for")
     raise outcome

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,11 +30,11 @@ class Shadows:
     """Sends the copies of one caller, and counts them."""
 
     def __init__(
-        self, watcher: Watcher, publisher: Publisher, bodies: Bodies, keys: Keys, caller: str, numbers: Iterator[int]
+        self, watcher: Watcher, publisher: Publisher, bodies: Bodies, keys: Keys, next_id: Callable[[], str]
     ) -> None:
-        """``caller`` is the id of who sends them, and ``numbers`` gives each of its requests another one."""
+        """``next_id`` makes the id of another call."""
         self._watcher, self._publisher, self._bodies, self._keys = watcher, publisher, bodies, keys
-        self._caller, self._numbers = caller, numbers
+        self._next_id = next_id
         self._chance = random.Random().random
         self.copies: dict[str, Copies] = {}
         """What became of them, by backend."""
@@ -45,7 +45,7 @@ class Shadows:
             backend = self._watcher.snapshot.backends.get(tag)
             if backend is None or self._chance() >= proportion:
                 continue
-            id_ = f"{self._caller}-s{next(self._numbers)}"
+            id_ = self._next_id()
             large = len(body) > LARGE
             raw = RawEntry(id_.encode(), b"", header.dump(), None if large else body)
             key = self._keys.body(tag, id_) if large else None

@@ -16,15 +16,17 @@ from ..broker.wire import Reply
 from . import background
 from .calls import Call, Outcome
 from .codec import decode
-from .incoming import Incoming
+from .incoming import Incoming, Piece
+from .pickle_policy import PicklePolicy
 from .results import value_of
 
 
 class Stream:
     """The values of one answer. A whole answer is a stream of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, pickles: PicklePolicy) -> None:
         self.call: Call | None = None
+        self._pickles = pickles
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[Outcome] = self._loop.create_future()
         self._unfinished: list[bytes] = []
@@ -51,6 +53,7 @@ class Stream:
                 pieces = await outcome.pieces()
                 if not pieces:
                     break
+                await self._check(pieces)
                 if values := [value for piece in pieces for value in self._join(*piece)]:
                     return values
             except asyncio.CancelledError:
@@ -60,6 +63,13 @@ class Stream:
                 raise
         self._closed = True
         return []
+
+    async def _check(self, pieces: list[Piece]) -> None:
+        """Raise `WireError` if some are pickled and the backend's record does not allow that."""
+        call = self.call
+        assert call is not None
+        if any(piece.codec == "pickle" for piece in pieces) and not self._pickles.allows(call):
+            await self._pickles.check(call)
 
     def _join(self, codec: str, body: bytes, more: bool) -> list[Any]:
         if more or self._unfinished:

@@ -36,7 +36,7 @@ class _Outermost:
             await self._app(scope, receive, send)
             return
         request_id = request_ids.request_id_of(dict(scope["headers"]))
-        work_on([request_id.decode()])
+        work_on([(request_id.decode(), "")])
         id_header = (request_ids.HEADER, request_id)
         kept = [pair for pair in scope["headers"] if pair[0] != request_ids.HEADER]
         scope["headers"] = [*kept, id_header]

@@ -40,7 +40,7 @@ def head(incoming: Incoming, *, debug: bool) -> Answer:
     if codec in ("json", "none"):
         return Answer(200, _JSON_LINES)
     # As of a whole answer, whose body is empty so far: one rule for headers, status and what is for Python only.
-    return replies.of_reply(Reply(incoming.id, incoming.status, codec, incoming.headers), debug=debug)
+    return replies.of_reply(Reply("", incoming.status, codec, incoming.headers), debug=debug)
 
 
 async def body(incoming: Incoming) -> AsyncIterator[bytes]:
@@ -84,7 +84,7 @@ async def send_on(incoming: Incoming, status: int, headers: replies.RawHeaders, 
         if watcher.done():
             raise HungUp from None
         # Its first line: of what the backend raised, the rest is a traceback.
-        logger.warning("the answer to request %s is cut off: %s", incoming.id, str(e).partition("\n")[0])
+        logger.warning("the answer to request %s is cut off: %s", incoming.shown_id, str(e).partition("\n")[0])
         raise CutOff(e) from None
     finally:
         watcher.cancel()

@@ -89,8 +89,8 @@ class Answers:
 
     def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
         """Tell the caller that an answer which streams cannot go on: it must not be run again."""
-        log.warning("the answer to request %s of %r breaks off: %s", entry.id, self._backend, reason)
-        self.tell(entry, StreamBroken(self._backend, entry.id, reason))
+        log.warning("the answer to request %s of %r breaks off: %s", entry.shown_id, self._backend, reason)
+        self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
         self.settle(place)
         self.drop_body(entry)
 

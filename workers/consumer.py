@@ -305,11 +305,11 @@ class Consumer:
             body = await self._commands.send("GET", key, repeat=True, bulky_reply=True)
         except (BrokerUnavailable, BrokerRefused) as e:
             # It stays in our name, so it is found again when the broker is back.
-            log.warning("cannot fetch the body of %r: %s", held.entry.id, e)
+            log.warning("cannot fetch the body of request %s: %s", held.entry.shown_id, e)
             self._forget(held)
             return
         if body is None:
-            error = WireError(f"the body of request {held.entry.id!r} has expired")
+            error = WireError(f"the body of request {held.entry.shown_id!r} has expired")
             self._on_done(held.entry, Reply(held.entry.id, 500, error=to_wire(error), replica=self._replica))
             return
         held.entry.body = body

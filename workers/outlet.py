@@ -75,7 +75,7 @@ class PartsOutlet:
         try:
             request, taken = read_taken(word)
         except ValueError:
-            log.error("dropped a signal that cannot be read: %r", word[:100])
+            log.error("dropped a signal of %d bytes that cannot be read", len(word))
             return
         for place in self._places.get(request, ()):
             self._heard_at[place] = asyncio.get_running_loop().time()

@@ -113,7 +113,7 @@ class Place:
         """Return the answer that ends a stream, if the user's code raised ``error`` or was stopped."""
         flow.flush()
         if flow.stopped_because:
-            return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.id, flow.stopped_because))
+            return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.shown_id, flow.stopped_because))
         if flow.stopped:
             return self.cancelled(flow.entry)
         reply = failed_reply if flow.parts else raised_reply
@@ -134,7 +134,7 @@ class Place:
         return Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
 
     def cancelled(self, entry: Entry) -> Reply:
-        return self.refusal(entry, RequestCancelled(shown_id(entry)))
+        return self.refusal(entry, RequestCancelled(entry.shown_id))
 
     def _outcome(self, entry: Entry, result: object, run_ms: float) -> Outcome:
         if type(result) not in _PLAIN:
@@ -146,11 +146,6 @@ class Place:
             return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
         except BaseException as e:  # besides what `encode` raises, what the methods of the result do
             return failed_reply(entry, e, self.replica, run_ms)
-
-
-def shown_id(entry: Entry) -> str:
-    """Return the id by which its sender knows the request: that of HTTP, or of a handle's call."""
-    return entry.header.request_id or entry.id
 
 
 def ms_since(began_at: float) -> float:

@@ -15,7 +15,7 @@ from starlette.types import Message
 from ..broker.wire import Entry, Reply
 from ..handles.log_lines import work_on
 from .failures import raised_reply
-from .place import Done, Place, ms_since, shown_id
+from .place import Done, Place, ms_since
 from .request import Request
 from .responses import Collector
 from .streams import pump, pump_soon
@@ -60,7 +60,7 @@ class StreamingOnThread(Job):
         self._stream.flow.stop()
 
     def run(self) -> None:
-        work_on([shown_id(self._entry)])
+        work_on([(self._entry.header.request_id, self._entry.id)])
         self._stream.run(perf_counter())
         work_on(())
 
@@ -87,7 +87,7 @@ class StreamingOnLoop:
 
     async def _run(self) -> None:
         place, flow = self._place, self._flow
-        work_on([shown_id(self._entry)])
+        work_on([(self._entry.header.request_id, self._entry.id)])
         began_at = perf_counter()
         self._started = True
         try:
@@ -137,7 +137,7 @@ class Responding:
 
     async def _run(self) -> None:
         place, entry = self._place, self._entry
-        work_on([shown_id(entry)])
+        work_on([(entry.header.request_id, entry.id)])
         self._started = True
         try:
             if self._given_up:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ..broker.wire import Entry, Reply
 from ..handles.errors import PenstockError
 from ..handles.log_lines import work_on
-from .place import Done, Outcome, Place, ms_since, shown_id
+from .place import Done, Outcome, Place, ms_since
 from .request import Request
 from .responding import OnThisThread, Responding, StreamingOnLoop, StreamingOnThread
 from .target import Method
@@ -113,9 +113,9 @@ class _Call:
             entry = self._entries[0]
             request = Request(entry, place.allow_pickle)
             self._requests = (request,)
-            work_on((entry.header.request_id or entry.id,))
+            work_on(((entry.header.request_id, entry.id),))
             return request
-        work_on([shown_id(entry) for entry in self._entries])
+        work_on([(entry.header.request_id, entry.id) for entry in self._entries])
         self._requests = [Request(entry, place.allow_pickle) for entry in self._entries]
         return self._requests if self._entries else None
 

@@ -154,6 +154,6 @@ class TakeOver:
         """Tell the caller that every replica which took the request died, and put it among the dead letters."""
         if (entry := await self._read(taken)) is None:
             return
-        error = DeliveryLimitExceeded(self._backend, entry.id, taken.deliveries, self._consumer.max_deliveries)
+        error = DeliveryLimitExceeded(self._backend, entry.shown_id, taken.deliveries, self._consumer.max_deliveries)
         log.error("%s", error)
         await self._claims.bury(taken, str(error), partial(self._answers.tell, entry, error))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.broker.errors import ConfigError
-from penstock.broker.keys import Keys, check_name
+from penstock.broker.keys import Keys, check_name, shown_key
 
 NAMES = st.from_regex(r"[A-Za-z0-9_.\-#]{1,20}", fullmatch=True)
 
@@ -76,3 +76,21 @@ def test_a_name_that_cannot_be_part_of_a_key_is_refused(name: str) -> None:
 def test_a_name_that_is_no_string_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="a backend must be a str, not int"):
         check_name("a backend", 7)
+
+
+@given(NAMES, NAMES, st.sampled_from(["", "alice", "a@b{}"]), st.from_regex("[0-9a-f]{12}|job:j", fullmatch=True))
+def test_what_is_shown_of_a_key_names_no_caller_and_no_call(instance: str, backend: str, user: str, name: str) -> None:
+    keys, caller, call = Keys(instance), Keys.caller(user, name), "0123456789abcdef" * 2
+    shown = [shown_key(key) for key in (keys.replies(caller), keys.reply_body(caller, call), keys.body(backend, call))]
+    for key in shown[:2]:
+        assert f"{{{caller}}}" not in key
+    for key in shown[1:]:
+        assert call not in key
+    # What an operator needs is still there: whose it is and what it is.
+    prefix = f"{{{Keys.caller(user, '...')}}}"
+    assert [key.removeprefix(f"penstock:{instance}:") for key in shown[:2]] == [
+        f"{prefix}:replies",
+        f"{prefix}:body:...",
+    ]
+    for key in keys_of_backend(keys, backend)[:-1] + keys_of_registry(keys):
+        assert shown_key(key) == key

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from redis import Redis
 
+from penstock.broker.keys import Keys
+from penstock.broker.wire import Reply
 from penstock.handles import BatchItem, BatchProducer, BatchResult
 from penstock.handles.connection import Connected
 from penstock.handles.errors import BackendError, ConfigError, EndpointNotFound, RequestTimeout
@@ -345,6 +350,23 @@ def test_a_job_belongs_to_its_endpoint(site: Site, connected: Connected) -> None
     list(connected.batch("ask", job="one").map([1]))
     with pytest.raises(ConfigError, match="'ask'"):
         list(connected.batch("other", job="one").map([1]))
+
+
+def test_a_job_begun_by_a_version_whose_items_had_guessable_ids_sends_them_again(
+    site: Site, connected: Connected
+) -> None:
+    site.serve(double)
+    keys, caller = Keys("default"), Keys.job_name("old")
+    with Redis.from_url(site.url) as redis:
+        redis.set(keys.job(caller), '{"endpoint": "ask", "kept": 1}')
+        for n in range(3):
+            redis.execute_command("XADD", keys.replies(caller), "*", *Reply(f"{caller}-{n}", codec="none").fields())
+        assert [result.value for result in connected.batch("ask", job="old").map(range(3))] == [0, 2, 4]
+        record = json.loads(cast(bytes, redis.get(keys.job(caller))))
+    assert re.fullmatch("[0-9a-f]{64}", record.pop("secret"))
+    assert record == {"endpoint": "ask", "kept": 1}
+    # From here on it is a job like any other.
+    assert [result.value for result in connected.batch("ask", job="old").map(range(3))] == [0, 2, 4]
 
 
 def test_what_was_said_to_be_safe_is_forgotten_and_skipped(site: Site, connected: Connected) -> None:

@@ -185,7 +185,7 @@ async def test_a_batch_job_that_is_continued_sends_again_what_it_cannot_look_for
             return [[result.value for result in door.batch("f", job="j").map(range(20))] for _ in range(2)]
 
     assert await asyncio.to_thread(twice) == [list(range(20))] * 2
-    assert "may not look for what of alice@job:j is queued for 'f'" in caplog.text
+    assert "cannot read which items of job 'j' are queued for 'f'" in caplog.text
     assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
 
 
@@ -242,6 +242,7 @@ READING = [
     ("MGET", OWN, BODY),
     ("SET", BODY, "", "GET"),
     ("GET", KEYS.reply_body("bob@1", "r")),
+    ("GET", KEYS.job("bob@job:j")),
     ("GET", KEYS.code("digest")),
     ("GET", KEYS.settings),
     ("HGETALL", KEYS.reports("proxies")),
@@ -303,6 +304,15 @@ def test_proxies_and_replicas_may_not_write_the_registry(user: str, broker: Guar
         for command in (command for command in WRITING if "{registry}" in str(command)):
             theirs = (KEYS.reports("proxies") if user == "replica" and part == own else part for part in command)
             assert _is_denied(redis, *theirs), command
+    assert broker.denied()
+
+
+@pytest.mark.parametrize("user", ["proxy", "replica"])
+def test_the_secret_of_a_batch_job_is_its_callers_own(user: str, broker: Guarded) -> None:
+    with Redis.from_url(broker.url(user)) as redis:
+        for command in ("GET", "GETDEL", "DUMP", "TYPE", "DEL"):
+            assert _is_denied(redis, command, KEYS.job("alice@job:j")), command
+        assert _is_denied(redis, "SET", KEYS.job("alice@job:j"), "{}")
     assert broker.denied()
 
 

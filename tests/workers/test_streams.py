@@ -305,7 +305,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
                 while wire.parts:
                     part = Part.of(wire.parts.popleft())
                     if incoming is None:
-                        incoming = Incoming(part, "b", window, flow.taken, flow.stop)
+                        incoming = Incoming(part, "b", lambda: "r", window, flow.taken, flow.stop)
                     incoming.take(part)
             if ended and incoming is not None:
                 incoming.end(Reply("id", codec="stream", body=b"%d" % flow.parts))
@@ -330,7 +330,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
 def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> None:
     async def run() -> None:
         parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(5)]
-        incoming = Incoming(parts[order[0]], "b", 1000, lambda taken: None, lambda: None)
+        incoming = Incoming(parts[order[0]], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
         good = 0
         for n in order:
             try:
@@ -349,7 +349,7 @@ def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> 
 
 async def test_parts_that_were_sent_again_are_taken_once() -> None:
     parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(4)]
-    incoming = Incoming(parts[0], "b", 1000, lambda taken: None, lambda: None)
+    incoming = Incoming(parts[0], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     for n in (0, 1, 2, 1, 2, 3):
         incoming.take(parts[n])
     incoming.end(Reply("id", codec="stream", body=b"4"))
@@ -366,7 +366,7 @@ async def test_parts_that_were_sent_again_are_taken_once() -> None:
 )
 async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> None:
     part = Part("id", 0, "text", [1], body=b"a")
-    incoming = Incoming(part, "b", 1000, lambda taken: None, lambda: None)
+    incoming = Incoming(part, "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     incoming.take(part)
     incoming.end(end)
     assert len(await incoming.pieces()) == 1

@@ -56,7 +56,7 @@ async def test_a_request_whose_body_has_expired_is_an_error_that_says_so(redis_u
         async with serving(redis_url, echo):
             error = (await answer).error
         assert error is not None
-        assert str(from_wire(error)) == f"the body of request {call.id!r} has expired"
+        assert str(from_wire(error)) == f"the body of request {call.shown_id!r} has expired"
         await wait_until_async(lambda: _is_empty(client))
 
 
