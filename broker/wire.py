@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import orjson
 
+from . import exact_json
 from .call_ids import shown_id
 from .errors import WireError
 from .path_params import PathParam, dump_params, load_params
@@ -74,27 +75,31 @@ class Header:
         return self
 
     def dump(self) -> bytes:
-        return self._sealed or orjson.dumps(
-            {
-                "endpoint": self.endpoint,
-                "method": self.method,
-                "path": self.path,
-                "params": dump_params(self.path_params) if self.path_params else {},
-                "query": self.query,
-                "headers": self.headers,
-                "codec": self.codec,
-                "deadline_ms": self.deadline_ms,
-                "call": self.call,
-                "request_id": self.request_id,
-                "client": self.client,
-                "window": self.window,
-            }
-        )
+        if self._sealed:
+            return self._sealed
+        members: dict[str, Any] = {
+            "endpoint": self.endpoint,
+            "method": self.method,
+            "path": self.path,
+            "params": dump_params(self.path_params) if self.path_params else {},
+            "query": self.query,
+            "headers": self.headers,
+            "codec": self.codec,
+            "deadline_ms": self.deadline_ms,
+            "call": self.call,
+            "request_id": self.request_id,
+            "client": self.client,
+            "window": self.window,
+        }
+        try:
+            return orjson.dumps(members)
+        except TypeError:  # of keyword arguments: long integers, lone surrogates
+            return exact_json.dumps(members)
 
     @classmethod
     def load(cls, raw: bytes) -> Header:
         """Read what `dump` wrote. Raises `WireError` for anything else."""
-        members = _loads(raw)
+        members = _load_header(raw)
         get = members.get
         endpoint, method, path = get("endpoint", ""), get("method", "GET"), get("path", "/")
         query, codec, deadline_ms = get("query", ""), get("codec", HTTP_CODEC), get("deadline_ms", 0)
@@ -108,6 +113,8 @@ class Header:
             and (type(query) is str or type(query) is dict)
         ):
             raise _wrong_member(members, _HEADER_TYPES)
+        if type(query) is dict and query and exact_json.has_long_number(raw):  # pyright: ignore[reportUnknownArgumentType]
+            query = exact_json.loads(raw)["query"]
         return cls(
             endpoint,
             method,
@@ -440,6 +447,19 @@ def _wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
     if isinstance(error, KeyError):
         return WireError(f"an entry has no field {error.args[0]!r}")
     return WireError(f"{shortened(error.object)} is not UTF-8")
+
+
+def _load_header(raw: bytes) -> dict[str, Any]:
+    try:
+        return _loads(raw)
+    except WireError as e:
+        try:
+            members = exact_json.loads(raw)  # keyword arguments may have lone surrogates
+        except ValueError:
+            raise e from None
+        if type(members) is not dict:
+            raise
+        return cast("dict[str, Any]", members)
 
 
 def _loads(raw: bytes) -> dict[str, Any]:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import pickle
 from typing import Any, cast
 
-import orjson
-
+from ..broker import exact_json
 from .errors import MalformedBody
-
-_OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 
 
 def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
     """Return the codec of ``value`` and its bytes.
 
-    None, ``str`` and bytes are themselves; anything else is JSON, with dataclasses, datetimes, UUIDs, numpy arrays,
-    tuples and pydantic models; what JSON cannot hold is pickled where that is allowed. NaN and infinities become
-    ``null``, as JSON has no word for them.
+    None, ``str`` and bytes are themselves; anything else is JSON, with dataclasses, datetimes, UUIDs, NumPy arrays,
+    tuples and pydantic models; what JSON cannot hold is pickled where that is allowed. NaN, infinities and NaT become
+    ``null``, as JSON has none of them; integers of any size are exact; a mapping must have strings as keys.
 
     Raises:
         TypeError: the value cannot travel; the message says why.
@@ -28,15 +25,18 @@ def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
         return "bytes", bytes(cast("bytes", value))
     try:
         if isinstance(value, str):
-            return "text", value.encode()
-        return "json", dump_json(value)
-    except (TypeError, UnicodeEncodeError) as e:
+            try:
+                return "text", value.encode()
+            except UnicodeEncodeError:
+                pass  # lone surrogates, which JSON escapes
+        return "json", exact_json.dumps(value)
+    except TypeError as e:
         if not allow_pickle:
-            raise TypeError(f"a {name_of(type(value))} cannot be sent ({e})") from None
+            raise TypeError(f"a {exact_json.name_of(type(value))} cannot be sent ({e})") from None
     try:
         return "pickle", pickle.dumps(value, protocol=5)
     except Exception as e:  # whatever the value's own code raises
-        raise TypeError(f"a {name_of(type(value))} cannot be pickled ({type(e).__name__}: {e})") from e
+        raise TypeError(f"a {exact_json.name_of(type(value))} cannot be pickled ({type(e).__name__}: {e})") from e
 
 
 def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
@@ -48,7 +48,7 @@ def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
     """
     try:
         if codec == "json":
-            return orjson.loads(body)
+            return exact_json.loads(body)
         if codec == "none":
             return None
         if codec == "text":
@@ -67,28 +67,17 @@ def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
         raise MalformedBody(f"the body cannot be unpickled: {e}") from e
 
 
-def dump_json(value: object) -> bytes:
-    """Return ``value`` as JSON. Raises ``TypeError`` for what JSON cannot hold."""
+def load_json(raw: bytes, what: str = "the body") -> Any:
+    """Return what ``raw`` says, as Python's ``json`` would.
+
+    Args:
+        raw: the text.
+        what: its name in the message of the error.
+
+    Raises:
+        MalformedBody: it is not JSON.
+    """
     try:
-        return orjson.dumps(value, _default, _OPTIONS)
-    except TypeError:
-        # Asked for from the start, it would make dictionaries with string keys slower too.
-        return orjson.dumps(value, _default, _OPTIONS | orjson.OPT_NON_STR_KEYS)
-
-
-def name_of(kind: type[Any]) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _default(value: Any) -> Any:
-    if isinstance(value, tuple):  # a named one
-        return list(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    # By their methods, to need none of the libraries: pydantic models; what numpy holds that orjson does not read, such
-    # as arrays that are not contiguous; the tensors and series of other libraries.
-    if not isinstance(value, type):
-        if (dump := getattr(value, "model_dump", None)) is not None:
-            return dump(mode="json")
-        if (to_list := getattr(value, "tolist", None)) is not None:
-            return to_list()
-    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
-    raise TypeError(f"JSON cannot hold a {name_of(kind)}")
+        return exact_json.loads(raw)
+    except ValueError as e:
+        raise MalformedBody(f"{what} is not JSON: {e}" if raw else f"{what} is empty, not JSON") from None

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import orjson
-
+from ..broker import exact_json
 from ..broker.flow import WINDOW
 from ..broker.keys import check_name
 from ..broker.registry import EndpointRecord
@@ -20,7 +19,7 @@ from . import background
 from .answers import Answer, SyncAnswer
 from .caller import Caller
 from .calls import Call, Outcome
-from .codec import dump_json, encode
+from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .object_refs import object_ref
 from .options import Options
@@ -140,7 +139,7 @@ class _Handle:
         if keywords:
             try:
                 # As a copy: the caller may change its own before they are sent.
-                keywords = orjson.loads(dump_json(keywords))
+                keywords = load_json(exact_json.dumps(keywords))
             except TypeError as e:
                 raise TypeError(f"the keyword arguments must be JSON values: {e}") from None
         headers = [(name.lower(), value) for name, value in options.http_headers.items()]

@@ -13,8 +13,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import orjson
-
+from ..broker import exact_json
 from ..broker.call_ids import ItemIds
 from ..broker.jobs import SECRET
 from ..broker.places import order_of
@@ -22,7 +21,7 @@ from ..broker.wire import LARGE, Header, RawEntry, Reply
 from .bodies import check_size
 from .caller import Caller
 from .calls import MAX_QUEUED, Call
-from .codec import dump_json, encode
+from .codec import encode, load_json
 from .errors import (
     BrokerUnavailable,
     ConfigError,
@@ -274,7 +273,7 @@ class Production:
             if not isinstance(cast(object, value.query), Mapping):
                 raise TypeError(f"query must be a dict of JSON values, not {type(value.query).__name__}")
             if value.query:
-                query = orjson.loads(dump_json(dict(value.query)))
+                query = load_json(exact_json.dumps(dict(value.query)))
             value = value.data
         try:
             codec, body = encode(value)

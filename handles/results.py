@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from ..broker.wire import Pairs, Reply
 from .calls import Outcome
-from .codec import decode
-from .errors import MalformedBody, WireError, from_wire
+from .codec import decode, load_json
+from .errors import WireError, from_wire
 from .incoming import Incoming
 
 
@@ -26,10 +24,7 @@ class Response:
 
     def json(self) -> Any:
         """Return what the body says. Raises `MalformedBody` if it is not JSON."""
-        try:
-            return orjson.loads(self.body)
-        except ValueError as e:
-            raise MalformedBody(f"the response is not JSON: {e}") from None
+        return load_json(self.body, "the response")
 
 
 def value_of(reply: Reply) -> Any:

@@ -9,8 +9,8 @@ from traceback import FrameSummary, StackSummary, TracebackException
 
 from starlette.exceptions import HTTPException
 
+from ..broker.exact_json import name_of
 from ..broker.wire import Entry, Pairs, Reply
-from ..handles.codec import name_of
 from ..handles.errors import BackendError, MalformedBody, PenstockError, to_wire
 
 _LONGEST_MESSAGE = 8 * 1024

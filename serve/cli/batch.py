@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ...broker import exact_json
 from ...handles import BatchItem, BatchResult
 from ...handles.batch import Batch
 from ...handles.errors import MalformedBody
 from ...handles.items import Indices
 from ...handles.results import Response
-from .common import door_to, error_of, telling_what_is_wrong, which_instance, wrong
+from .common import check_text, door_to, error_of, telling_what_is_wrong, which_instance, wrong
 from .exits import FAILED
 from .rows import Format, Rows
 
@@ -28,7 +29,6 @@ _SAFE_EVERY_S = 1.0
 _SHOW_EVERY = 64
 _LEAST_URGENT = 19
 """Replicas and proxies have 15, from Ray: only more than that stands back for them."""
-_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
 @click.command()
@@ -100,6 +100,7 @@ def batch(
       penstock batch digit images.csv -o digits.jsonl --job nightly
       zcat rows.gz | penstock batch score - -o - | jq .result
     """  # noqa: D301
+    check_text(endpoint=endpoint, job=job, method=method, shard_key=shard_key)
     _stand_back(nice)
     with ExitStack() as stack:
         try:
@@ -171,14 +172,14 @@ class _Tally:
             if isinstance(value, bytes):
                 value = value.decode(errors="replace")
             try:
-                written = orjson.dumps({**line, "result": value}, option=_LINE)
+                written = exact_json.dumps({**line, "result": value}) + b"\n"
             except TypeError as e:
                 error = e
             else:
                 self.results += 1
                 return written
         self.errors += 1
-        return orjson.dumps({**line, "row": result.index + 1, "error": error_of(error)}, option=_LINE)
+        return exact_json.dumps({**line, "row": result.index + 1, "error": error_of(error)}) + b"\n"
 
     @property
     def rate(self) -> float:

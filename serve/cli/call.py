@@ -6,11 +6,11 @@ import sys
 from typing import Any
 
 import click
-import orjson
 
-from ...handles.errors import BackendError, PenstockError
+from ...handles.codec import load_json
+from ...handles.errors import BackendError, MalformedBody, PenstockError
 from ...handles.results import Response
-from .common import as_json, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import as_json, check_text, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
 from .exits import FAILED
 
 
@@ -46,6 +46,9 @@ def call(
       penstock call greet Ada --text
       penstock call digit - < image.json
     """  # noqa: D301
+    check_text(endpoint=endpoint, data=data, method=method, shard_key=shard_key)
+    for one in query:
+        check_text(query=one)
     body = _body(data, text)
     parameters = dict(_pair(one) for one in query)
     with door_to(redis_url, instance) as door:
@@ -72,13 +75,15 @@ def call(
 def _body(data: str | None, text: bool) -> Any:
     if data is None:
         return None
-    raw = sys.stdin.read() if data == "-" else data
-    if text:
-        return raw
+    raw = sys.stdin.buffer.read() if data == "-" else data.encode()
     try:
-        return orjson.loads(raw)
-    except ValueError as e:
-        wrong(f"DATA is not JSON ({e}); --text sends it as text")
+        if text:
+            return raw.decode()
+        return load_json(raw, "DATA")
+    except UnicodeDecodeError as e:
+        wrong(f"DATA is not UTF-8: {e}")
+    except MalformedBody as e:
+        wrong(f"{e}; --text sends it as text")
 
 
 def _pair(text: str) -> tuple[str, str]:

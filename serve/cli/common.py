@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import click
-import orjson
 
+from ...broker import exact_json
 from ...broker.address import REDIS_URL
 from ...broker.errors import ConfigError
 from ...handles import connect as connect_thin
@@ -49,6 +50,16 @@ def wrong(message: object) -> NoReturn:
     raise Wrong(str(message))
 
 
+def check_text(**arguments: str | None) -> None:
+    """Refuse arguments that are not UTF-8, which Python gives as lone surrogates."""
+    for name, value in arguments.items():
+        if value is not None and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                wrong(f"{name.upper()} is not UTF-8: {os.fsencode(value)!r}")
+
+
 @contextmanager
 def telling_what_is_wrong() -> Generator[None]:
     """Turn the errors of wrong names and values into those of a wrong command line."""
@@ -67,8 +78,8 @@ def door_to(redis_url: str | None, instance: str) -> Connected:
 
 
 def write_json(value: Any) -> None:
-    """Write one line."""
-    click.echo(orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
+    """Write one line. Raises ``TypeError`` for what JSON cannot hold."""
+    click.echo(exact_json.dumps(value))
 
 
 def error_of(error: BaseException) -> dict[str, Any]:

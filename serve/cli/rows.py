@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import orjson
 
+from ...handles.codec import load_json
 from ...handles.errors import MalformedBody, PayloadTooLarge
 
 Format = Literal["jsonl", "csv", "files"]
@@ -103,9 +104,9 @@ class Rows:
                 yield line
                 continue
             try:
-                yield orjson.loads(line)
-            except ValueError as e:
-                yield MalformedBody(f"the row is not JSON: {e}" if line.strip() else "the row is empty")
+                yield load_json(line.strip(b" \t\r\n"), "the row")
+            except MalformedBody as e:
+                yield e
 
     def _line(self) -> bytes | PayloadTooLarge | None:
         assert self._file is not None

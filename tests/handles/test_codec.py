@@ -16,12 +16,11 @@ from penstock.handles.errors import MalformedBody
 JSON = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
+    | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"])),
+    | st.text(st.characters(exclude_categories=[])),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=[])), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -75,7 +74,9 @@ def test_the_codec_says_what_it_was(value: object, codec: str) -> None:
         (np.float64(0.5), 0.5),
         (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         ((1, 2), [1, 2]),
-        ({1: "a"}, {"1": "a"}),
+        ({"id": 2**64}, {"id": 2**64}),
+        ("\ud800", "\ud800"),
+        ([np.datetime64("NaT", "D")], [None]),
         (float("nan"), None),
         (memoryview(b"view"), b"view"),
     ],
@@ -85,16 +86,17 @@ def test_what_json_can_hold_arrives_as_json(value: object, arrives: object) -> N
     assert decode(*encode(value)) == arrives
 
 
-@pytest.mark.parametrize("value", [object(), {"a": object()}, 2**64, "\ud800", {1, 2}, Model], ids=repr)
+@pytest.mark.parametrize("value", [object(), {"a": object()}, {1: "a"}, {1: "a", "1": "b"}, {1, 2}, Model], ids=repr)
 def test_what_cannot_travel_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be sent"):
         encode(value)
 
 
 def test_python_values_travel_by_pickle_where_that_is_allowed() -> None:
-    codec, body = encode({1, 2}, allow_pickle=True)
-    assert codec == "pickle"
-    assert decode(codec, body, allow_pickle=True) == {1, 2}
+    for value in ({1, 2}, {1: "a", "1": "b"}):
+        codec, body = encode(value, allow_pickle=True)
+        assert codec == "pickle"
+        assert decode(codec, body, allow_pickle=True) == value
     with pytest.raises(MalformedBody, match="allow_pickle"):
         decode(codec, body)
 

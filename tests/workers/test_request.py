@@ -1,4 +1,3 @@
-import json
 import pickle
 from typing import Any
 from uuid import UUID
@@ -9,7 +8,7 @@ from starlette.datastructures import QueryParams, UploadFile
 
 from penstock.broker.wire import Entry, Header
 from penstock.handles.errors import MalformedBody
-from penstock.workers.request import Request, parse_json
+from penstock.workers.request import Request
 from tests.workers.requests import from_handle, from_http
 
 FORM = (
@@ -186,28 +185,10 @@ def test_a_header_on_the_stream_may_hold_any_text() -> None:
     assert request.headers["x-plain"] == "Zoë"
 
 
-def parsed(parse: Any, body: bytes) -> str:
-    try:
-        return repr(parse(body))
-    except (ValueError, RecursionError):
-        return "refused"
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-
-
-@given(st.one_of(json_values.map(lambda value: json.dumps(value).encode()), st.binary(), st.text().map(str.encode)))
-def test_json_is_read_as_the_standard_library_reads_it(body: bytes) -> None:
-    """Integers of any size, NaN and lone surrogates included."""
-    assert parsed(parse_json, body) == parsed(json.loads, body)
-
-
-@given(st.from_regex(rb"-?[0-9]{1,25}(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,3})?", fullmatch=True))
-def test_no_number_is_silently_another_one(body: bytes) -> None:
-    assert parsed(parse_json, body) == parsed(json.loads, body)
 
 
 paths = st.text().map(lambda path: "/" + path)

@@ -1,4 +1,5 @@
 import enum
+import json
 import pickle
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
-import orjson
 import pydantic
 import pytest
 from hypothesis import given, strategies as st
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 def as_json(value: object) -> Any:
     status, codec, headers, body = encode(value, "b")
     assert (status, codec, headers) == (200, "json", [])
-    return orjson.loads(body)
+    return json.loads(body)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,8 @@ JSON: list[tuple[Any, Any]] = [
     (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
     (Colour.RED, "red"),
     (Pair(1, [2]), [1, [2]]),
-    ({1: "a", None: "b", Colour.RED: "c"}, {"1": "a", "null": "b", "red": "c"}),
+    ({"n": 123456789012345678901}, {"n": 123456789012345678901}),
+    (np.array([["NaT", "2024-01-02"]], "M8[us]"), [[None, "2024-01-02T00:00:00"]]),
     (np.arange(6).reshape(2, 3), [[0, 1, 2], [3, 4, 5]]),
     (np.arange(6).reshape(2, 3).T, [[0, 3], [1, 4], [2, 5]]),
     (np.array(["a", "b"]), ["a", "b"]),
@@ -91,14 +92,14 @@ def test_what_json_can_hold_is_written_as_json(value: object, read: object) -> N
     assert as_json(value) == read
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), 2**64, [-(2**63) - 1], "\ud800", ["\ud800"], 1j, Point])
+@pytest.mark.parametrize("value", [{1, 2}, object(), {0: "cat"}, {1: "a", "1": "b"}, [{None: 1}], 1j, Point])
 def test_what_cannot_be_sent_is_refused_with_the_way_out(value: object) -> None:
     with pytest.raises(TypeError, match=r"'greeter' returned what cannot be sent: .*allow_pickle") as caught:
         encode(value, "greeter")
     assert type(value).__name__ in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [{1, 2}, 2**64, {"a": 1j}, "\ud800"])
+@pytest.mark.parametrize("value", [{1, 2}, {0: "cat"}, {"a": 1j}, {1: "a", "1": "b"}])
 def test_python_objects_are_pickled_only_where_that_is_allowed(value: object) -> None:
     status, codec, headers, body = encode(value, "b", allow_pickle=True)
     assert (status, codec, headers) == (200, "pickle", [])
@@ -171,7 +172,7 @@ def raised_by_user_code(error: BaseException) -> BackendError:
     try:
         raise error
     except BaseException as e:
-        found = from_wire(orjson.loads(orjson.dumps(to_wire(failure(e)))))
+        found = from_wire(json.loads(json.dumps(to_wire(failure(e)))))
         assert isinstance(found, BackendError)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -27,6 +28,39 @@ def test_an_answer_is_written_as_it_is(site: Site, penstock: Penstock) -> None:
     assert penstock("call", "ask").out == ""
     assert penstock("call", "ask", "1", "--query", "a=b").out == '[1,{"a":"b"}]\n'
     assert penstock("call", "ask", "1", "--json").lines() == [{"result": 1}]
+
+
+@pytest.mark.parametrize(
+    ("data", "answered"),
+    [
+        ('{"id":123456789012345678901}', '{"id":123456789012345678901}'),
+        ('"\\ud800"', '"\\ud800"'),
+        ("[NaN, 1e400]", "[null,null]"),
+    ],
+)
+def test_json_is_read_and_written_as_everywhere(site: Site, penstock: Penstock, data: str, answered: str) -> None:
+    site.serve(answer)
+    for ran in (penstock("call", "ask", f"[{data}]"), penstock("call", "ask", "-", stdin=f"[{data}]")):
+        assert (ran.code, ran.out) == (0, f"[{answered}]\n")
+    assert penstock("call", "ask", f"[{data}]", "--json").out == f'{{"result":[{answered}]}}\n'
+
+
+def test_an_argument_that_is_not_utf_8_is_refused(site: Site, penstock: Penstock) -> None:
+    site.serve(answer)
+    not_text = os.fsdecode(b"caf\xe9")
+    for arguments in (
+        ("call", "ask", not_text),
+        ("call", "ask", not_text, "--text"),
+        ("call", "ask", "1", "--query", f"a={not_text}"),
+        ("call", not_text, "1"),
+        ("call", "ask", "1", "--method", not_text),
+        ("call", "ask", "1", "--shard-key", not_text),
+        ("batch", "ask", "-", "-o", "-", "--job", not_text),
+    ):
+        ran = penstock(*arguments)
+        assert ran.code == 2, ran
+        assert "Traceback" not in ran.err
+        assert "is not UTF-8: b'caf\\xe9'" in ran.err or "is not UTF-8: b'a=caf\\xe9'" in ran.err
 
 
 def test_what_goes_wrong_has_an_exit_code(site: Site, penstock: Penstock) -> None:
