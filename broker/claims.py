@@ -28,6 +28,7 @@ from .connection import BLOCK_MS, Connection
 from .errors import BrokerFull, StringTooLong
 from .keys import Keys
 from .places import apart, id_of, is_batch, place_of
+from .queued_bytes import RELEASE
 from .signals import LOOK, signal
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ HISTORY = b"history"
 """The field of a dead letter that tells how it came to be one (JSON); its other fields are those of the entry."""
 
 _FULL_S = 1.0
+_SETTLED_TOGETHER = 500
+"""Lua cannot hand on any number of arguments."""
 _BURIED_FIELDS = 2_000
 """Garbage of more names and values than this is cut short: Lua cannot hand on any number of them."""
 
@@ -171,13 +174,27 @@ _PUT = Script("""#!lua flags=allow-oom
 return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 """)
 
-# KEYS: the stream, its dead letters, the entry's history. ARGV: group, entry id, the name of the field for the history,
-# then the fields. Does nothing if the entry is gone already.
-_BURY = Script("""#!lua flags=allow-oom
+# Settles entries that have a record of their size: with it, as none of the two must be left. KEYS: the stream, the
+# records. ARGV: group, how many entries, their ids, their places.
+_SETTLE_SIZED = Script(f"""#!lua flags=allow-oom
+{RELEASE}
+local ids, places, count = {{}}, {{}}, tonumber(ARGV[2])
+for i = 1, count do ids[i], places[i] = ARGV[2 + i], ARGV[2 + count + i] end
+redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
+redis.call('XDEL', KEYS[1], unpack(ids))
+release(KEYS[2], places)
+return 0
+""")
+
+# KEYS: the stream, its dead letters, the entry's history, the records of sizes. ARGV: group, entry id, its place, the
+# name of the field for the history, then the fields. Does nothing if the entry is gone already.
+_BURY = Script(f"""#!lua flags=allow-oom
+{RELEASE}
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[2], '*', ARGV[3], ARGV[4], unpack(ARGV, 5))
+redis.call('XADD', KEYS[2], '*', ARGV[4], ARGV[5], unpack(ARGV, 6))
 redis.call('DEL', KEYS[3])
+release(KEYS[4], {{ARGV[3]}})
 return 1
 """)
 
@@ -232,6 +249,9 @@ class Claims:
         self._history = keys.history(backend, "")
         self._streamed = keys.streamed(backend, "")
         self._leases = keys.alive(backend, "")
+        self._sizes = keys.sizes(backend)
+        self._sized: set[bytes] = set()
+        """Places of held entries whose size the broker has a record of."""
         self._full_until = 0.0
         """The broker was out of memory: replies go by a script until then."""
 
@@ -366,14 +386,37 @@ class Claims:
         )
         self._commands.post_script(_log_failure, _REPLY_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
 
+    def hold_sized(self, place: bytes) -> None:
+        """Note that this entry has a size on record (`Entry.size_bytes`): it is to be settled together with that."""
+        self._sized.add(place)
+
     def settle(self, places: Iterable[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""
+        if self._sized:
+            places = self._settle_sized(places)
         for stream, entries in zip(self._streams, apart(places), strict=True):
             if entries:
                 # Patient, as replies are: if one of the two gave up while the broker is away, the other must not go
                 # through.
                 self._commands.post(_log_failure, "XACK", stream, GROUP, *entries, repeat=True, patient=True)
                 self._commands.post(_log_failure, "XDEL", stream, *entries, repeat=True, patient=True)
+
+    def _settle_sized(self, places: Iterable[bytes]) -> list[bytes]:
+        """Settle those of ``places`` whose size is on record; return the others."""
+        others: list[bytes] = []
+        sized: list[bytes] = []
+        for place in places:
+            (sized if place in self._sized else others).append(place)
+        self._sized.difference_update(sized)
+        for batch, stream in enumerate(self._streams):
+            on_stream = [place for place in sized if is_batch(place) == bool(batch)]
+            for start in range(0, len(on_stream), _SETTLED_TOGETHER):
+                some = on_stream[start : start + _SETTLED_TOGETHER]
+                args: list[Arg] = [GROUP, len(some), *map(id_of, some), *some]
+                self._commands.post_script(
+                    _log_failure, _SETTLE_SIZED, [stream, self._sizes], args, repeat=True, patient=True
+                )
+        return others
 
     def forget_history(self, place: bytes) -> None:
         self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True)
@@ -421,13 +464,15 @@ class Claims:
             tell()
         await self._commands.run_script(
             _BURY,
-            [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key],
-            [GROUP, id_of(taken.entry), HISTORY, history, *taken.fields[:_BURIED_FIELDS]],
+            [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key, self._sizes],
+            [GROUP, id_of(taken.entry), taken.entry, HISTORY, history, *taken.fields[:_BURIED_FIELDS]],
             repeat=True,
         )
 
     def give_back(self, places: Iterable[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
+        places = list(places)
+        self._sized.difference_update(places)
         for stream, entries in zip(self._streams, apart(places), strict=True):
             if entries:
                 args: list[Arg] = [GROUP, self._replica, RETURNED, *entries]

@@ -17,18 +17,32 @@ from .commands import Arg, Script
 from .connection import Connection
 from .errors import PenstockError, WireError
 from .keys import Keys
-from .wire import Entry
+from .publishing import Refused, refusal
+from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
+from .wire import SIZE_FIELD, Entry
 
 _PAGE = 100
 
-# KEYS: the dead letters, the stream to append to, and every stream that counts. ARGV: the letter's id, the limit, then
-# the fields. Answers the entry's id; the depth that refused it; or nothing if the letter is gone.
-_REPLAY = Script("""#!lua
+# KEYS: the dead letters, the interactive stream, the batch stream, the records of sizes. ARGV: the letter's id, the
+# limit of requests, the limit of bytes, the request's bytes, then its fields. Answers the entry's id; what _PUBLISH of
+# broker/publishing.py answers for a refused request; or nothing if the letter is gone.
+_REPLAY = Script(f"""#!lua
+{RECOUNT}
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return false end
-local depth = 0
-for k = 3, #KEYS do depth = depth + redis.call('XLEN', KEYS[k]) end
+local depth = redis.call('XLEN', KEYS[2]) + redis.call('XLEN', KEYS[3])
 if depth >= tonumber(ARGV[2]) then return depth end
-local id = redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3))
+local bytes = math.max({SMALL}, ARGV[4])
+local used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + (redis.call('HGET', KEYS[4], 'total') or 0)
+if used + bytes > tonumber(ARGV[3]) then
+  local total = recount(KEYS[4], KEYS[2], KEYS[3])
+  if total then used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total end
+  if used + bytes > tonumber(ARGV[3]) then return -1 - used end
+end
+local id = redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+if bytes > {SMALL} then
+  redis.call('HSET', KEYS[4], 'b' .. id, bytes - {SMALL})
+  redis.call('HINCRBY', KEYS[4], 'total', bytes - {SMALL})
+end
 redis.call('XDEL', KEYS[1], ARGV[1])
 return id
 """)
@@ -94,11 +108,11 @@ class DeadQueue:
             await self._connection.send("UNLINK", self._keys.body(self._backend, letter.entry.id), repeat=True)
         return bool(await self._connection.send("XDEL", self._key, id_, repeat=True))
 
-    async def replay(self, letter: DeadLetter, limit: int) -> str | int | None:
+    async def replay(self, letter: DeadLetter, limit: int, limit_bytes: int = NO_LIMIT) -> str | Refused | None:
         """Put the request onto the batch stream again, without its deadline, and out of the dead letters.
 
-        Returns the id of the new entry; or the number of unsettled requests that refused it, as they are ``limit`` or
-        more; or None if the letter is gone.
+        Returns the id of the new entry; or what refused it, by the limits that `Publisher.publish` has; or None if the
+        letter is gone.
 
         Raises:
             WireError: it cannot be read, so no replica could.
@@ -106,13 +120,18 @@ class DeadQueue:
         """
         if letter.entry is None:
             raise WireError(f"the dead letter {letter.id} cannot be read, so no replica could serve it: {letter.error}")
-        if letter.entry.large and await self.body(letter) is None:
+        large = await self.body(letter) if letter.entry.large else b""
+        if large is None:
             raise PenstockError(f"the body of the dead letter {letter.id} has expired")
         entry = replace(letter.entry, header=replace(letter.entry.header, deadline_ms=0))
-        requests, batch = self._keys.requests(self._backend), self._keys.batch(self._backend)
-        args: list[Arg] = [letter.id, limit, *entry.fields()]
-        answer = await self._connection.run_script(_REPLAY, [self._key, batch, requests, batch], args)
-        return answer.decode() if isinstance(answer, bytes) else cast("int | None", answer)
+        raw = entry.raw()._replace(large_bytes=len(large))
+        fields = raw.fields()
+        if raw.size_bytes > SMALL:
+            fields += (SIZE_FIELD, b"%d" % raw.size_bytes)
+        keys = [self._keys.requests(self._backend), self._keys.batch(self._backend), self._keys.sizes(self._backend)]
+        args: list[Arg] = [letter.id, limit, limit_bytes, raw.size_bytes, *fields]
+        answer = await self._connection.run_script(_REPLAY, [self._key, *keys], args)
+        return refusal(answer) if isinstance(answer, int) else None if answer is None else answer.decode()
 
 
 def _read(id_: bytes, fields: list[bytes]) -> DeadLetter:

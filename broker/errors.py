@@ -103,15 +103,27 @@ class NotPermitted(BrokerRefused):
 
 
 class Overloaded(PenstockError):
-    """The backend's queue is full, or the broker is out of memory: the request was not accepted."""
+    """The backend's queue is full, or the broker is out of memory: the request was not accepted.
+
+    ``depth`` and ``limit`` are numbers of requests; where ``size_bytes`` is given, the size of the request, they are
+    bytes.
+    """
 
     status = 503
 
-    def __init__(self, backend: str, depth: int, limit: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(backend, depth, limit, retry_after_s)
+    def __init__(
+        self, backend: str, depth: int, limit: int, retry_after_s: float = 1.0, size_bytes: int | None = None
+    ) -> None:
+        super().__init__(backend, depth, limit, retry_after_s, size_bytes)
         self.backend, self.depth, self.limit, self.retry_after_s = backend, depth, limit, retry_after_s
+        self.size_bytes = size_bytes
 
     def __str__(self) -> str:
+        if self.size_bytes is not None:
+            return (
+                f"the unsettled requests of {self.backend!r} take {self.depth} bytes, and this one has "
+                f"{self.size_bytes} more (max_queued_bytes is {self.limit}); retry in {self.retry_after_s:g} s"
+            )
         if self.depth < self.limit:
             return f"the broker has no memory left for requests to {self.backend!r}; retry in {self.retry_after_s:g} s"
         return (

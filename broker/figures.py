@@ -63,6 +63,8 @@ class Figures:
 
     queued: int
     in_progress: int
+    queued_bytes: int
+    """What both take, as ``max_queued_bytes`` counts it."""
     dead_letters: int
     served: int
     failed: int
@@ -97,6 +99,7 @@ async def figures_of(connection: Connection, keys: Keys, backend: str) -> Figure
     return Figures(
         queued=load.unsettled - load.in_progress,
         in_progress=load.in_progress,
+        queued_bytes=load.queued_bytes,
         dead_letters=int(dead),
         served=done.get(_SERVED, 0),
         failed=done.get(_FAILED, 0),

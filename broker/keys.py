@@ -84,6 +84,10 @@ class Keys:
     def batch(self, backend: str) -> str:
         return f"{self._root}{{{backend}}}:requests:batch"
 
+    def sizes(self, backend: str) -> str:
+        """A hash: the bytes of the unsettled requests that are not small; see ``broker/queued_bytes.py``."""
+        return f"{self._root}{{{backend}}}:sizes"
+
     def dead(self, backend: str) -> str:
         return f"{self._root}{{{backend}}}:dead"
 

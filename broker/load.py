@@ -9,11 +9,14 @@ from .claims import GROUP
 from .commands import Script
 from .connection import Connection
 from .keys import Keys
+from .queued_bytes import SMALL
 
-# KEYS: the streams. ARGV: the group. Answers how many entries are unsettled, and how many of them replicas hold.
+# KEYS: the streams, the records of sizes. ARGV: the group. Answers how many entries are unsettled, how many of them
+# replicas hold, and the bytes that they are charged for.
 _LOAD = Script("""#!lua flags=no-writes
 local unsettled, held = 0, 0
-for _, stream in ipairs(KEYS) do
+for s = 1, 2 do
+  local stream = KEYS[s]
   unsettled = unsettled + redis.call('XLEN', stream)
   if redis.call('EXISTS', stream) == 1 then
     for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -21,7 +24,7 @@ for _, stream in ipairs(KEYS) do
     end
   end
 end
-return {unsettled, held}
+return {unsettled, held, unsettled * ARGV[2] + (redis.call('HGET', KEYS[3], 'total') or 0)}
 """)
 
 
@@ -33,11 +36,14 @@ class Load:
     """Waiting and running."""
     in_progress: int
     """Those of them that replicas hold."""
+    queued_bytes: int = 0
+    """What the unsettled ones take, as ``max_queued_bytes`` counts it."""
 
 
 async def load_of(connection: Connection, keys: Keys, backend: str) -> Load:
     """Count the requests of ``backend``. Raises `BrokerUnavailable`."""
-    streams = [keys.requests(backend), keys.batch(backend)]
-    unsettled, held = cast("list[int]", await connection.run_script(_LOAD, streams, [GROUP], repeat=True))
+    found = [keys.requests(backend), keys.batch(backend), keys.sizes(backend)]
+    reply = await connection.run_script(_LOAD, found, [GROUP, SMALL], repeat=True)
+    unsettled, held, queued_bytes = cast("list[int]", reply)
     # What a caller withdrew while it ran is still held, and no longer counted.
-    return Load(unsettled=unsettled, in_progress=min(held, unsettled))
+    return Load(unsettled=unsettled, in_progress=min(held, unsettled), queued_bytes=queued_bytes)

@@ -33,6 +33,8 @@ LARGEST = 512 * 1024 * 1024
 
 VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
 BODY_FIELD, LARGE_FIELD, _MANY = b"b", b"large", b"n"
+SIZE_FIELD = b"size"
+"""The bytes of head and body of a request that is not small, written by the script that publishes it."""
 
 Pairs = list[tuple[str, str]]
 
@@ -143,6 +145,8 @@ class Entry:
     body: bytes = b""
     large: bool = False
     """The body is not here but in a key of its own."""
+    size_bytes: int = field(default=0, compare=False)
+    """Of head and body as its publisher counted them; 0 if it is small, and need not be counted apart."""
 
     @property
     def shown_id(self) -> str:
@@ -172,6 +176,7 @@ class Entry:
                 _header_of(named[HEADER_FIELD]),
                 named.get(BODY_FIELD, b""),
                 named.get(LARGE_FIELD) == b"1",
+                _count(named[SIZE_FIELD]) if SIZE_FIELD in named else 0,
             )
         except (KeyError, UnicodeDecodeError) as e:
             raise _wrong_field(e) from None
@@ -185,6 +190,13 @@ class RawEntry(NamedTuple):
     header: bytes
     body: bytes | None
     """None for a large one."""
+    large_bytes: int = 0
+    """The length of a large one."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of head and body, wherever that lies."""
+        return len(self.header) + (self.large_bytes if self.body is None else len(self.body))
 
     def __repr__(self) -> str:
         return f"RawEntry(header={self.header!r})"  # without what is secret

@@ -28,12 +28,13 @@ from ..broker.jobs import Job, JobReplies
 from ..broker.keys import Keys
 from ..broker.link import user_of
 from ..broker.publishing import Published, Publisher, Refused
+from ..broker.queued_bytes import NO_LIMIT, SMALL, most_bytes
 from ..broker.registry import BackendRecord, EndpointRecord, Registry, Snapshot, Watcher
 from ..broker.replies import ReplyStream
 from ..broker.wire import LARGE, Header, RawEntry
 from . import traffic
 from .bodies import Bodies, check_size, too_long
-from .calls import MAX_QUEUED, Call, InFlight, Outcome, batch_limit
+from .calls import MAX_QUEUED, MAX_QUEUED_BYTES, Call, InFlight, Outcome, batch_limit
 from .errors import (
     BackendNotFound,
     BrokerFull,
@@ -41,6 +42,7 @@ from .errors import (
     BrokerUnavailable,
     NotPermitted,
     Overloaded,
+    PayloadTooLarge,
     PenstockError,
     RequestCancelled,
     RequestTimeout,
@@ -321,7 +323,7 @@ class Caller:
         places are kept for them.
 
         Raises:
-            PayloadTooLarge: the body is larger than Redis takes.
+            PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
             TypeError: the header holds what JSON cannot.
         """
         large = len(body) > LARGE
@@ -329,7 +331,7 @@ class Caller:
         id_ = self.next_id()
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)
-        raw = RawEntry(id_.encode(), self.name, header.dump(), None if large else body)
+        raw = RawEntry(id_.encode(), self.name, header.dump(), None if large else body, len(body) if large else 0)
         call = Call(self.in_flight, id_, raw, then)
         call.batch = batch
         if large:
@@ -344,10 +346,21 @@ class Caller:
     def begin(
         self, call: Call, backend: BackendRecord, timeout_s: float | None = None, entry: bytes | None = None
     ) -> None:
-        """Send a call that is made, for the first time or again. With an ``entry`` it lies on its stream already."""
-        limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
+        """Send a call that is made, for the first time or again. With an ``entry`` it lies on its stream already.
+
+        Raises:
+            PayloadTooLarge: the request alone has more bytes than may be queued.
+        """
+        config = backend.config
+        limit: int = config.get("max_queued_requests", MAX_QUEUED)
+        limit_bytes: int = config.get("max_queued_bytes", MAX_QUEUED_BYTES)
+        if call.batch:
+            limit, limit_bytes = batch_limit(limit), batch_limit(limit_bytes)
         call.backend, call.record = backend.tag, backend
-        call.limit = batch_limit(limit) if call.batch else limit
+        call.limit, call.limit_bytes = limit, limit_bytes
+        raw = call.raw
+        if (raw.body is None or len(raw.body) > SMALL) and raw.size_bytes > most_bytes(limit_bytes):
+            raise PayloadTooLarge(raw.size_bytes, limit_bytes, f"max_queued_bytes of {backend.tag!r}")
         call.entry, call.unsure, call.answered = entry, False, False
         call.since_ms = self._connection.now_ms()
         self._calls[call.id] = call
@@ -361,9 +374,7 @@ class Caller:
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
         if entry is None:
-            if call.body:
-                self._put_body(call)
-            self._publish(call, call.limit)
+            self._send(call)
 
     async def accepted_before(self, backends: Iterable[str]) -> dict[str, tuple[str, bytes]]:
         """Return what lies on batch streams in the name of this job: backend and entry, by the id of the call."""
@@ -393,16 +404,42 @@ class Caller:
         self._publisher.withdraw(call.backend, entry, batch=call.batch)
         self._drop_body(call)
 
-    def _publish(self, call: Call, limit: int) -> None:
+    def _send(self, call: Call) -> None:
+        if call.body:
+            # Its body is stored only if there is room for it.
+            then = partial(self._on_reserved, call)
+            self._publisher.reserve(
+                call.backend, call.raw, call.limit, then, batch=call.batch, limit_bytes=call.limit_bytes
+            )
+            if len(self._calls) == 1:
+                self._connection.hurry()
+        else:
+            self._publish(call, call.limit, call.limit_bytes)
+
+    def _on_reserved(self, call: Call, result: Refused | Exception | None) -> None:
+        if call.id not in self._calls:  # given up meanwhile
+            self._doomed.pop(call.id, None)
+            if result is None:
+                self._publisher.forget_reservation(call.backend, call.raw)
+        elif result is None:
+            self._put_body(call)
+            self._publish(call, call.limit, call.limit_bytes)
+        else:
+            self.in_flight.finish(call, self._refusal(call, result))
+
+    def _publish(self, call: Call, limit: int, limit_bytes: int) -> None:
         then = partial(self._on_published, call)
-        self._publisher.publish(call.backend, call.raw, limit, then, batch=call.batch)
+        self._publisher.publish(call.backend, call.raw, limit, then, batch=call.batch, limit_bytes=limit_bytes)
         if len(self._calls) == 1:
             self._connection.hurry()
 
-    def _send_again(self, call: Call, limit: int) -> None:
+    def _send_again(self, call: Call, accepted: bool) -> None:
+        if not accepted:
+            self._send(call)
+            return
         if call.body:
             self._put_body(call)
-        self._publish(call, limit)
+        self._publish(call, NO_LIMIT, NO_LIMIT)
 
     def _put_body(self, call: Call) -> None:
         ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
@@ -440,6 +477,10 @@ class Caller:
 
     def _refusal(self, call: Call, result: object) -> PenstockError:
         if isinstance(result, Refused):
+            if result.in_bytes:
+                return Overloaded(
+                    call.backend, result.depth, call.limit_bytes, result.retry_after_s, call.raw.size_bytes
+                )
             return Overloaded(call.backend, result.depth, call.limit, result.retry_after_s)
         if isinstance(result, BrokerFull):
             return Overloaded(call.backend, 0, call.limit)

@@ -25,12 +25,16 @@ MAX_QUEUED = 10_000
 """Where a backend's configuration does not say how many unsettled requests it may have."""
 
 
-def batch_limit(max_queued_requests: int) -> int:
-    """Return how many unsettled requests may stand in the way of a batch item.
+MAX_QUEUED_BYTES = 1024 * 1024 * 1024
+"""Where it does not say how many bytes they may take."""
+
+
+def batch_limit(max_queued: int) -> int:
+    """Return how many unsettled requests, or how many bytes of them, may stand in the way of a batch item.
 
     The rest is kept for interactive requests, which a batch must not have refused.
     """
-    return max(1, max_queued_requests * 4 // 5)
+    return max(1, max_queued * 4 // 5)
 
 
 class Call:
@@ -48,6 +52,7 @@ class Call:
         "id",
         "incoming",
         "limit",
+        "limit_bytes",
         "outcome",
         "raw",
         "record",
@@ -64,6 +69,8 @@ class Call:
         """Of the backend, as it was when the call was made."""
         self.limit = 0
         """Of unsettled requests: with more in its way, it is refused."""
+        self.limit_bytes = 0
+        """Of what they and it may take."""
         self.batch = False
         """It lies on the batch stream."""
         self.body = b""

@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 
 from ..broker.dead import DeadLetter, DeadQueue
 from ..broker.keys import Keys
+from ..broker.publishing import Refused
 from . import background
 from .caller import Caller
-from .calls import MAX_QUEUED, batch_limit
+from .calls import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
 from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")
@@ -80,17 +81,22 @@ class DeadLetters:
             snapshot = await caller.registry.snapshot()
             if self.tag not in snapshot.backends:
                 raise BackendNotFound(self.tag, snapshot.backends)
-            limit = batch_limit(snapshot.backends[self.tag].config.get("max_queued_requests", MAX_QUEUED))
+            config = snapshot.backends[self.tag].config
+            limit = batch_limit(config.get("max_queued_requests", MAX_QUEUED))
+            limit_bytes = batch_limit(config.get("max_queued_bytes", MAX_QUEUED_BYTES))
             queue = caller.dead_queue(self.tag)
             letter = await queue.get(id_)
             try:
-                answer = None if letter is None else await queue.replay(letter, limit)
+                answer = None if letter is None else await queue.replay(letter, limit, limit_bytes)
             except BrokerFull:
                 raise Overloaded(self.tag, 0, limit) from None
-            if answer is None:
+            if letter is None or answer is None:
                 raise self._none(id_)
-            if isinstance(answer, int):
-                raise Overloaded(self.tag, answer, limit)
+            if isinstance(answer, Refused):
+                if answer.in_bytes:
+                    size_bytes = 0 if letter.entry is None else letter.entry.size_bytes
+                    raise Overloaded(self.tag, answer.depth, limit_bytes, answer.retry_after_s, size_bytes)
+                raise Overloaded(self.tag, answer.depth, limit)
 
     async def _with_queue(self, work: Callable[[DeadQueue], Coroutine[Any, Any, T]]) -> T:
         async with Caller.using(self._url, self._keys.instance) as caller:

@@ -287,7 +287,7 @@ class Production:
         id_ = caller.next_id() if self._item_ids is None else self._item_ids.id_of(index)
         deadline_ms = 0 if timeout_s is None else caller.deadline_ms(timeout_s)
         header = self._header(options, codec, query, deadline_ms)
-        raw = RawEntry(id_.encode(), caller.name, header, None if large else body)
+        raw = RawEntry(id_.encode(), caller.name, header, None if large else body, len(body) if large else 0)
         item = _Item(self, caller, id_, raw, index, options)
         item.size = len(body)
         if large:

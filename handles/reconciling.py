@@ -11,7 +11,6 @@ from ..broker.replies import ReplyStream
 from .calls import Call, InFlight
 from .errors import NotPermitted, StreamBroken
 
-_UNLIMITED = 2**53
 _SLACK_MS = 60_000
 """The clock that numbers entries may have been another server's."""
 
@@ -25,9 +24,11 @@ class Reconciler:
         publisher: Publisher,
         replies: ReplyStream,
         on_published: Callable[[Call, Published], None],
-        send_again: Callable[[Call, int], None],
+        send_again: Callable[[Call, bool], None],
     ) -> None:
-        """``on_published`` hears of what is on its stream, ``send_again`` of what is not, and its limit there."""
+        """``on_published`` hears of what is on its stream, ``send_again`` of what is not, and whether it was
+        accepted before.
+        """
         self._in_flight, self._publisher, self._replies = in_flight, publisher, replies
         self._on_published, self._send_again = on_published, send_again
         self._running = asyncio.Lock()
@@ -70,6 +71,6 @@ class Reconciler:
                 if call.incoming is not None:
                     self._in_flight.break_off(call, StreamBroken(call.backend, call.shown_id, "the broker has lost it"))
                 elif call.id in self._in_flight.calls and not call.answered:
-                    limit = call.limit if call.unsure else _UNLIMITED  # accepted is accepted
+                    accepted = not call.unsure  # what was accepted is not refused any more
                     call.entry, call.unsure = None, False
-                    self._send_again(call, limit)
+                    self._send_again(call, accepted)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..broker.keys import Keys
-from ..broker.publishing import Published, Publisher
+from ..broker.publishing import Published, Publisher, Refused
 from ..broker.registry import EndpointRecord, Watcher
 from ..broker.wire import LARGE, Header, RawEntry
 from .bodies import Bodies
-from .calls import MAX_QUEUED, batch_limit
+from .calls import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
 
 _BODY_TTL_MS = 600_000
 
@@ -46,20 +46,45 @@ class Shadows:
             if backend is None or self._chance() >= proportion:
                 continue
             id_ = self._next_id()
-            large = len(body) > LARGE
-            raw = RawEntry(id_.encode(), b"", header.dump(), None if large else body)
-            key = self._keys.body(tag, id_) if large else None
-            if key is not None:
-                self._bodies.put(key, body, _BODY_TTL_MS)
-            then = partial(self._on_published, tag, key)
             limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
-            self._publisher.publish(tag, raw, batch_limit(limit) if batch else limit, then, batch=batch)
+            limit_bytes: int = backend.config.get("max_queued_bytes", MAX_QUEUED_BYTES)
+            if batch:
+                limit, limit_bytes = batch_limit(limit), batch_limit(limit_bytes)
+            if len(body) <= LARGE:
+                raw = RawEntry(id_.encode(), b"", header.dump(), body)
+                then = partial(self._on_published, tag, None)
+                self._publisher.publish(tag, raw, limit, then, batch=batch, limit_bytes=limit_bytes)
+                continue
+            raw = RawEntry(id_.encode(), b"", header.dump(), None, len(body))
+            on_reserved = partial(self._on_reserved, tag, raw, body, limit, limit_bytes, batch)
+            self._publisher.reserve(tag, raw, limit, on_reserved, batch=batch, limit_bytes=limit_bytes)
+
+    def _on_reserved(
+        self,
+        tag: str,
+        raw: RawEntry,
+        body: bytes,
+        limit: int,
+        limit_bytes: int,
+        batch: bool,
+        result: Refused | Exception | None,
+    ) -> None:
+        if result is not None:
+            self._count(tag).refused += 1
+            return
+        key = self._keys.body(tag, raw.id.decode())
+        self._bodies.put(key, body, _BODY_TTL_MS)
+        then = partial(self._on_published, tag, key)
+        self._publisher.publish(tag, raw, limit, then, batch=batch, limit_bytes=limit_bytes)
 
     def _on_published(self, tag: str, body: str | None, result: Published) -> None:
-        copies = self.copies.setdefault(tag, Copies())
+        copies = self._count(tag)
         if type(result) is bytes:
             copies.queued += 1
             return
         copies.refused += 1
         if body is not None:
             self._bodies.drop(body)
+
+    def _count(self, tag: str) -> Copies:
+        return self.copies.setdefault(tag, Copies())

@@ -87,6 +87,7 @@ def _lines_of_copies(copies: Mapping[str, Copies]) -> Iterator[str]:
 _OF_BACKENDS: tuple[tuple[str, str, str, Callable[[Figures], float]], ...] = (
     ("requests_queued", "gauge", "Requests that wait.", lambda of: of.queued),
     ("requests_in_progress", "gauge", "Requests that replicas hold.", lambda of: of.in_progress),
+    ("queued_bytes", "gauge", "Bytes of both, as max_queued_bytes counts them.", lambda of: of.queued_bytes),
     ("dead_letters", "gauge", "Requests that nobody could serve.", lambda of: of.dead_letters),
     ("served_total", "counter", "Requests answered without an error, copies for shadows too.", lambda of: of.served),
     ("failed_total", "counter", "Requests answered with an error.", lambda of: of.failed),

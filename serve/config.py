@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from starlette.middleware import Middleware
 
 from ..broker.errors import ConfigError
+from ..handles.calls import MAX_QUEUED, MAX_QUEUED_BYTES
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
@@ -59,6 +60,9 @@ class _Config(BaseModel):
         """Read what ``model_dump`` gave, perhaps that of a later release: fields unknown here are ignored."""
         return cls(**{field: value for field, value in fields.items() if field in cls.model_fields})
 
+
+LEAST_QUEUED_BYTES = 1024 * 1024
+"""A lower limit would leave room for hardly more than the requests that are always let through."""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -126,8 +130,14 @@ class BackendConfig(_Config):
     autoscaling_config: AutoscalingConfig | None = None
     """How many replicas, by load. Without it there are always ``num_replicas``."""
 
-    max_queued_requests: Count = 10_000
+    max_queued_requests: Count = MAX_QUEUED
     """Publishing beyond this many unsettled requests, waiting and running, raises ``Overloaded``."""
+
+    max_queued_bytes: Annotated[int, Field(ge=LEAST_QUEUED_BYTES)] = MAX_QUEUED_BYTES
+    """The most bytes of heads and bodies of unsettled requests, each counted as at least 4 KiB; at least 1 MiB.
+
+    Beyond it publishing raises ``Overloaded``; a request that is larger by itself raises ``PayloadTooLarge``.
+    """
 
     batch_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """While batch items wait, replicas take at least this share of what they take from them, whatever else there is."""

@@ -284,6 +284,7 @@ class Instance:
             "refused": explained_refusal(said.get("refused")),
             "queued": figures.queued,
             "in_progress": figures.in_progress,
+            "queued_bytes": figures.queued_bytes,
             "dead_letters": figures.dead_letters,
             "served": figures.served,
             "failed": figures.failed,

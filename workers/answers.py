@@ -91,6 +91,8 @@ class Answers:
         """Tell the caller that an answer which streams cannot go on: it must not be run again."""
         log.warning("the answer to request %s of %r breaks off: %s", entry.shown_id, self._backend, reason)
         self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
+        if entry.size_bytes:
+            self._claims.hold_sized(place)
         self.settle(place)
         self.drop_body(entry)
 

@@ -284,6 +284,8 @@ class Consumer:
 
     def hold(self, place: bytes, entry: Entry) -> Held | None:
         """Hold an entry that is to run; None, and it is settled, if nobody waits for it or will by its end."""
+        if entry.size_bytes:
+            self._claims.hold_sized(place)
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
         # Whoever set a deadline is told by a clock of its own.

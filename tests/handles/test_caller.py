@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import re
 import signal
 import threading
 import weakref
@@ -21,6 +22,7 @@ from penstock.handles.errors import (
     BackendNotFound,
     BrokerUnavailable,
     Overloaded,
+    PayloadTooLarge,
     RequestCancelled,
     RequestTimeout,
     WireError,
@@ -107,6 +109,44 @@ async def test_a_refused_large_request_leaves_no_body(site: Site, caller: Caller
     with pytest.raises(Overloaded):
         await send(caller, bytes(LARGE + 1), backend=full)[1]
     await wait_until_async(lambda: site.keys_left() == set())
+
+
+async def test_bodies_of_refused_requests_never_reach_the_broker(site: Site, caller: Caller) -> None:
+    site.declare()
+    body = bytes(2 * 1024 * 1024)
+    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 5 * len(body)})
+    with Redis.from_url(site.url) as redis:
+        redis.config_resetstat()
+        calls = [send(caller, body, backend=narrow) for _ in range(25)]
+        outcomes = await asyncio.gather(*[call.accepted() for call, _ in calls], return_exceptions=True)
+        stored = redis.info("commandstats").get("cmdstat_set", {"calls": 0})["calls"]
+    refused = [error for error in outcomes if error is not None]
+    assert len(outcomes) - len(refused) == stored == 4  # and their heads
+    assert all(isinstance(error, Overloaded) for error in refused)
+    assert re.search(r"take \d+ bytes, and this one has 20\d+ more \(max_queued_bytes is 10485760\)", str(refused[0]))
+    for call, outcome in calls:
+        call.cancel()
+        outcome.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
+
+
+async def test_a_request_that_is_given_up_before_its_body_is_stored_leaves_nothing(site: Site, caller: Caller) -> None:
+    site.declare()
+    call, outcome = send(caller, bytes(LARGE + 1))
+    assert call.cancel()
+    outcome.cancel()
+    other, answer = send(caller, bytes(LARGE + 1))
+    await other.accepted()
+    assert site.depth() == 1
+    other.cancel()
+    answer.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
+
+
+async def test_a_request_that_could_never_be_queued_is_too_large(caller: Caller) -> None:
+    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 1024 * 1024})
+    with pytest.raises(PayloadTooLarge, match=r"max_queued_bytes of 'model' is 1048576"):
+        send(caller, bytes(1024 * 1024), backend=narrow)
 
 
 async def test_an_endpoint_without_backends_is_refused(caller: Caller) -> None:

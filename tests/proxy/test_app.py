@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from penstock.broker.registry import Change, EndpointRecord
-from penstock.broker.wire import Pairs, Reply
+from penstock.broker.wire import LARGE, Pairs, Reply
 from penstock.handles.errors import (
     BackendError,
     DeliveryLimitExceeded,
@@ -270,6 +270,22 @@ class TestErrors:
         assert "max_queued_requests is 1" in response.json()["error"]["message"]
         waiting.cancel()
 
+    async def test_a_queue_whose_bytes_are_used_up_says_when_to_come_again(self, site: Site) -> None:
+        await site.endpoint("/", None, max_queued_bytes=1024 * 1024)
+        waiting = [asyncio.ensure_future(site.http.post("/", content=bytes(LARGE + 1))) for _ in range(3)]
+        await wait_until_async(lambda: _has(site, 3))
+        response = await site.http.post("/", content=bytes(LARGE + 1))
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["type"] == "Overloaded"
+        assert "max_queued_bytes is 1048576" in response.json()["error"]["message"]
+        response = await site.http.post("/", content=bytes(1024 * 1024))
+        assert response.status_code == 413
+        assert "max_queued_bytes of 'e' is 1048576" in response.json()["error"]["message"]
+        for one in waiting:
+            one.cancel()
+        await wait_until_async(site.is_empty)
+
     async def test_when_to_come_again_is_in_whole_seconds_rounded_up(self, site: Site) -> None:
         await site.endpoint("/", failing(Overloaded("e", 5, 5, 1.2)))
         assert (await site.http.get("/")).headers["retry-after"] == "2"
@@ -345,3 +361,7 @@ async def test_nothing_that_a_client_sends_makes_it_fail(
     await asyncio.wait_for(client.served, 10)
     assert client.sent[0]["status"] in (200, 307, 400, 404, 405)
     assert client.sent[-1]["type"] == "http.response.body"
+
+
+async def _has(site: Site, queued: int) -> bool:
+    return await site.queued() == queued

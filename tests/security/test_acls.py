@@ -16,7 +16,7 @@ from penstock.broker.keys import Keys
 from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
 from penstock.broker.wire import LARGE, Header
 from penstock.handles.caller import Caller
-from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded
+from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded, Overloaded
 from penstock.proxy.proxy import Proxy
 from penstock.workers.replica import Serving
 from penstock.workers.target import dump
@@ -107,6 +107,27 @@ async def test_callers_of_every_kind_are_answered(site: Site, broker: Guarded) -
         handle = door.get_handle("f", sync=False)
         assert await (await handle.remote(7)) == 7
         assert await (await handle.remote(large)) == large
+    await (await Caller.get(broker.url("alice"), "default")).close()
+
+
+async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Site, broker: Guarded) -> None:
+    await site.declare(max_queued_requests=2)
+    await site.declare("g", max_queued_bytes=1024 * 1024)
+    with handles.connect(broker.url("alice")) as door:
+        full, narrow = (door.get_handle(name, sync=False) for name in "fg")
+        calls = [await full.remote(n) for n in range(2)]
+        with pytest.raises(Overloaded, match="max_queued_requests is 2"):
+            await full.remote(2)
+        for size in (100_000, LARGE + 1):
+            sent = await asyncio.gather(
+                *[narrow.remote("x" * size) for _ in range(12)], narrow.remote("small"), return_exceptions=True
+            )
+            refused = [call for call in sent if isinstance(call, BaseException)]
+            calls += [call for call in sent if not isinstance(call, BaseException)]
+            assert {type(error) for error in refused} == {Overloaded}
+            assert "max_queued_bytes is 1048576" in str(refused[0])
+        for call in calls:
+            call.cancel()
     await (await Caller.get(broker.url("alice"), "default")).close()
 
 

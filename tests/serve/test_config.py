@@ -17,6 +17,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "user_config": None,
         "autoscaling_config": None,
         "max_queued_requests": 10_000,
+        "max_queued_bytes": 1024 * 1024 * 1024,
         "batch_share": 0.1,
         "max_deliveries": 3,
         "graceful_shutdown_timeout_s": 20.0,
