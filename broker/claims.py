@@ -41,6 +41,7 @@ HISTORY_S = 7 * 24 * 3600
 HISTORY = b"history"
 """The field of a dead letter that tells how it came to be one (JSON); its other fields are those of the entry."""
 
+_BLOCK = ("BLOCK", BLOCK_MS)
 _FULL_S = 1.0
 _SETTLED_TOGETHER = 500
 """Lua cannot hand on any number of arguments."""
@@ -259,10 +260,11 @@ class Claims:
         """Create the streams and their groups if they are not there. What was published before is delivered."""
         await self._commands.run_script(_ENSURE, self._streams, [GROUP], repeat=True)
 
-    def claim(self, up_to: int, then: Callable[[Any], None]) -> None:
+    def claim(self, up_to: int, then: Callable[[Any], None], *, block: bool = True) -> None:
         """Ask for the oldest unclaimed entries; ``then`` gets a list of ``(place, fields)``, or an exception.
 
         Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came.
+        Without ``block`` it does not wait for the first one either.
         There are at most ``up_to`` of each stream, those of the batch stream last.
         After an exception, entries may be ours that we never saw: `pending` has them.
         """
@@ -280,7 +282,7 @@ class Claims:
 
         self._reads.post(
             unwrap,
-            *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, "BLOCK", BLOCK_MS),
+            *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", up_to, *(_BLOCK if block else ())),
             *("STREAMS", interactive, batch, ">", ">"),
         )
 

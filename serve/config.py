@@ -14,7 +14,6 @@ from starlette.middleware import Middleware
 
 from ..broker.errors import ConfigError
 from ..handles.calls import MAX_QUEUED, MAX_QUEUED_BYTES
-from ..proxy.connection_limit import MAX_CONNECTIONS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
@@ -199,9 +198,6 @@ class HTTPOptions(_Config):
 
     max_body_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     """A longer body gets a 413."""
-
-    max_connections: Count = MAX_CONNECTIONS
-    """Open connections of one proxy; further ones get a 503 and are closed."""
 
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
     """Where a gateway in front of the proxies has mounted them (ASGI's ``root_path``)."""

@@ -48,11 +48,6 @@ _CONSIDERATE_S = 1.0
 """While batch items wait, and for this long after an interactive request has come, room is made for the next one, which
 waits behind all that was claimed before it: no batch is fetched ahead.
 """
-_SHARED_SLOW_S = 0.002
-_SHARED_CLAIM = 8
-"""Then batches that are over so soon are of this size: what they take is the work around them, item by item. With 8
-instead of 16 the web's 99th percentile beside no-ops was 3.7 ms and not 4.6, for two thirds of the items a second.
-"""
 _STUCK_S = 0.025
 _REMEMBER = 10_000
 _RETRY_S = 0.2
@@ -90,9 +85,11 @@ class Consumer:
         """Batch items waited when we last claimed."""
         self._considerate_until = 0.0
         self._withdrawn: dict[bytes, None] = {}
-        self._batches = Batches(commands.now_ms, self.start_unstarted)
+        self._batches = Batches(commands.now_ms, self._is_considerate, self.start_unstarted, self.ask)
         self._recall: asyncio.TimerHandle | None = None
         self._claiming = False
+        self._returning: list[bytes] = []
+        """Places of this tick to give back."""
         self.returned = False
         """There was more given back than we had room for."""
         self.nursing = False
@@ -144,7 +141,8 @@ class Consumer:
         """What one claim takes, unless there is more than that again and again."""
         self._next_claim = self.claim_size
         self._one_by_one = self._runner.blocking and self._concurrency == 1 and not self.batch_size
-        self._batches.configure(self.batch_size, self._concurrency, config.get("batch_wait_timeout", 0.0))
+        wait_s: float = config.get("batch_wait_timeout", 0.0)
+        self._batches.configure(self.batch_size, self._concurrency, wait_s, is_blocking=self._runner.blocking)
         self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
 
     async def drain(self, timeout_s: float) -> bool:
@@ -167,13 +165,8 @@ class Consumer:
     def room(self) -> int:
         """Return how many entries there is room for here; less than none if it holds more."""
         if self.batch_size:
-            size, ahead = self.batch_size, self._run_s <= _SLOW_S
-            if self._sharing and self._loop.time() < self._considerate_until:
-                ahead = False
-                if self._run_s <= _SHARED_SLOW_S and not self._batches.wait_s:
-                    size = min(size, _SHARED_CLAIM)
-            capacity = (self._concurrency + ahead) * size
-        elif self._runner.blocking and self._run_s <= _SLOW_S:
+            return self._batches.room(len(self.unstarted))
+        if self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
             capacity = self._concurrency
@@ -182,20 +175,29 @@ class Consumer:
                 capacity += 1
         return capacity - len(self.held)
 
-    def ask(self) -> None:
-        """Claim, if there is room."""
+    def ask(self, *, block: bool = True) -> None:
+        """Claim, if there is room; without ``block``, only what is there already."""
         if self._claiming or self.nursing or self.draining:
             return
-        room = self.room()
-        if room > 0:
-            self._claiming = True
-            if self._sharing:
-                up_to = min(room, self.claim_size)
-                owed = self._fairness.owed(up_to)
-                self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
-            else:
-                up_to = min(room, self._next_claim)
-                self._claims.claim(up_to, partial(self._on_claimed, up_to))
+        if (room := self.room()) <= 0:
+            return
+        if self.returned:
+            self.wake.set()  # what was given back is older
+            return
+        self._claiming = True
+        up_to = min(room, self.claim_size if self._sharing else self._next_claim)
+        if self.batch_size:
+            block = block and self._batches.may_block
+            if self._sharing or not block:
+                self._batches.fetch_began(up_to)
+        if self._sharing:
+            owed = self._fairness.owed(up_to)
+            self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
+        else:
+            self._claims.claim(up_to, partial(self._on_claimed, up_to), block=block)
+
+    def _is_considerate(self) -> bool:
+        return self._sharing and self._loop.time() < self._considerate_until
 
     def _on_claimed_shared(self, up_to: int, owed: int, result: Any) -> None:
         if isinstance(result, Exception):
@@ -228,6 +230,8 @@ class Consumer:
                 return
             self._claiming = True  # until the retry
             self._task(self._retry_claim(result))
+            self._batches.fetch_ended(0)
+            self.start_unstarted()
             return
         if self.draining:  # it was asked for before
             if result:
@@ -240,6 +244,7 @@ class Consumer:
             result = result[room:]
         for place, fields in result:
             self.take(place, fields)
+        self._batches.fetch_ended(len(result))
         self.start_unstarted()
         if len(result) == 1:
             # Behind what quick code answers at once: its caller waits for that, and the broker is woken once for both.
@@ -278,7 +283,8 @@ class Consumer:
         if (held := self.hold(place, entry)) is None:
             return
         if entry.large:
-            self._task(self.load_body(held))
+            self._batches.loading.add(held)
+            self._task(self._load_claimed(held))
         else:
             self.offer(held)
 
@@ -316,6 +322,12 @@ class Consumer:
             return
         held.entry.body = body
         self.offer(held)
+
+    async def _load_claimed(self, held: Held) -> None:
+        try:
+            await self.load_body(held)
+        finally:
+            self._batches.loaded(held)
         self.start_unstarted()
 
     # -- running
@@ -349,36 +361,55 @@ class Consumer:
                 self._crowded = False
             return
         while batch := self._batches.next(waiting):
-            self._start(batch)
-        if waiting and not self._batches.lingering:
+            self._start_batch(batch)
+        if self._batches.holds_up(len(waiting)):
             self._watch_for_slowness()
 
-    def _start(self, batch: list[Held]) -> None:
+    def _start(self, claims: list[Held]) -> None:
         if self.batch_size:
-            self._batches.running += 1
-            left = len(batch)
-
-            def on_done(entry: Entry, reply: Reply) -> None:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    self._batches.running -= 1
-                self._finish(entry, reply)
-                # Asked for as each of a batch ends, the next would come in crumbs.
-                if left == 0:
-                    self.start_unstarted()
-                    self.ask()
-
-            self.tally.count_batch(len(batch))
-            running = self._runner.run([held.entry for held in batch], on_done)
-        else:
-            running = self._runner.run([batch[0].entry], self._on_done)
-        for held in batch:
-            held.running = running
+            self._start_batch(claims)
+            return
+        held = claims[0]
+        held.running = self._runner.run([held.entry], self._on_done)
         if self._runner.blocking and len(self.held) > self._concurrency:
             self._watch_for_slowness()
         elif self._one_by_one:
             self._foresee_end()
+
+    def _start_batch(self, batch: list[Held]) -> None:
+        run, left = self._batches.start(len(batch)), len(batch)
+        done: list[tuple[Entry, Reply]] = []
+
+        def finish_done() -> None:
+            finished = done.copy()
+            done.clear()
+            try:
+                for entry, reply in finished:
+                    self._finish(entry, reply)
+            finally:
+                if left == 0:
+                    self.ask()
+
+        def on_done(entry: Entry, reply: Reply) -> None:
+            nonlocal left
+            left -= 1
+            done.append((entry, reply))
+            run.took_s = max(run.took_s, reply.run_ms / 1000)
+            if left > 0:
+                if len(done) == 1:
+                    self._loop.call_soon(finish_done)
+                return
+            # First the next batch, then the replies of this one: they take longer to write than a claim.
+            self._batches.end(run)
+            if self._batches.needs_more(len(self.unstarted)):
+                self.ask(block=False)
+            self.start_unstarted()
+            finish_done()
+
+        self.tally.count_batch(len(batch))
+        running = self._runner.run([held.entry for held in batch], on_done)
+        for held in batch:
+            held.running = running
 
     def _foresee_end(self) -> None:
         """A call begins: ask for the next request shortly before its end, if that can be told."""
@@ -403,7 +434,7 @@ class Consumer:
         was_cancelled = reply.error is not None and reply.error["kind"] == "RequestCancelled"
         if was_cancelled and held.recalled:
             self._forget(held)
-            self._claims.give_back([held.place])
+            self._give_back(held.place)
         else:
             if not was_cancelled:
                 self._learn(held, reply.run_ms)
@@ -472,19 +503,33 @@ class Consumer:
     def _watch_for_slowness(self) -> None:
         """Nobody shall wait behind a slow call while another replica may be idle."""
         if self._recall is None:
-            patience_s = self._foresight.patience_s(monotonic(), unforeseen=_STUCK_S)
-            self._recall = self._loop.call_later(patience_s, self._on_stuck)
+            self._recall = self._loop.call_later(self._patience_s(_STUCK_S), self._on_stuck)
+
+    def _patience_s(self, unforeseen_s: float) -> float:
+        if self.batch_size:
+            return self._batches.patience_s(unforeseen_s)
+        return self._foresight.patience_s(monotonic(), unforeseen=unforeseen_s)
 
     def _on_stuck(self) -> None:
         self._recall = None
-        if len(self.held) <= self.capacity and not self.nursing:
+        any_wait = self._batches.holds_up(len(self.unstarted)) if self.batch_size else len(self.held) > self.capacity
+        if not any_wait and not self.nursing:
             return
-        unforeseen_s = self._last_done + _STUCK_S - self._loop.time()
-        if self._foresight.patience_s(monotonic(), unforeseen=unforeseen_s) > 0:
+        if self._patience_s(self._last_done + _STUCK_S - self._loop.time()) > 0:
             self._watch_for_slowness()
             return
         self._run_s = max(self._run_s, 2 * _SLOW_S)
+        self._batches.overran(self._run_s)
         self._recall_unstarted()
+
+    def _give_back(self, place: bytes) -> None:
+        if not self._returning:
+            self._loop.call_soon(self._give_back_together)
+        self._returning.append(place)
+
+    def _give_back_together(self) -> None:
+        places, self._returning = self._returning, []
+        self._claims.give_back(places)
 
     def _recall_unstarted(self) -> None:
         places = [held.place for held in self.unstarted]

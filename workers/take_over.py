@@ -50,6 +50,7 @@ class TakeOver:
                     self._consumer.start_unstarted()
                     returned = len(retaken)
                 self._consumer.returned = returned > 0
+                self._consumer.ask()
             except (BrokerUnavailable, BrokerRefused) as e:
                 log.debug("cannot look for orphans of %r: %s", self._backend, e)
             # Apart from each other, so that replicas do not all look in the same moment.

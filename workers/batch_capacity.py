@@ -1,0 +1,137 @@
+"""Capacity for batches in one replica: the slots that batches occupy, and when one of them is about to become free.
+
+A batch occupies its slot from its start until all of its requests are answered, however few they are. So the room for
+the next batch appears once, when the whole slot is free. (Room counted request by request is filled behind the running
+batch: calls of 20 ms then alternate between 1 and 63 requests, and those behind them wait although another replica may
+be idle.)
+
+The exception is the last moment of a running batch. Its slot counts as nearly free before the end that the previous
+ones predict, as early as a claim took lately, large bodies included. So the next batch is at hand when this one ends.
+
+Pure: the caller passes the clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+_SAMPLE_SIZE = 6
+"""Number of recent batches whose durations are compared; the shortest and the longest of them are left out."""
+_FEWEST = 4
+_SHORT_S = 0.010
+"""Where batches are this short, the next one may wait for all of the running one."""
+_MIN_EARLY_S, _EARLY, _MAX_EARLY_S = 0.002, 0.15, 0.020
+"""Behind longer ones it may be at hand this share of their duration too early, within these limits: where durations
+differ by more, it is claimed for the end of the longest.
+"""
+_MIN_FETCH_S, _MAX_FETCH_S = 0.0005, 0.1
+"""Limits of the time that a claim is expected to take."""
+_TIMER_S = 0.0015
+"""A timer fires this much too early or too late: those of uvloop have a resolution of a millisecond."""
+_MAX_OVERRUN_S = 0.005
+"""A batch that exceeds the longest of the sample by this much is overdue: nobody knows when it will end."""
+_SMOOTHING = 0.3
+"""Weight of the newest claim in the average, unless it took longer: slowness counts at once."""
+
+
+class BatchRun:
+    """One batch that was handed to the user's code: it runs, or waits on a thread's queue for the end of another."""
+
+    __slots__ = ("size", "started_s", "took_s")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.started_s = 0.0
+        self.took_s = 0.0
+        """How long the user's code took; 0 if it was never called."""
+
+
+class BatchCapacity:
+    """The slots of one replica."""
+
+    def __init__(self) -> None:
+        self._slots = 1
+        self._running: list[BatchRun] = []
+        self._queued: deque[BatchRun] = deque()
+        self._durations_s: deque[float] = deque(maxlen=_SAMPLE_SIZE)
+        self._end_s = self._longest_s = 0.0
+        """When a batch is expected to end at the earliest, and at the latest; 0 while too few are known."""
+        self._fetch_s = _MIN_FETCH_S
+
+    def resize(self, slots: int, now_s: float) -> None:
+        """Let ``slots`` batches run at a time from now on."""
+        self._slots = slots
+        self._start_queued(now_s)
+
+    @property
+    def free(self) -> int:
+        """Number of slots in which nothing runs; less than zero after their number was reduced."""
+        return self._slots - len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Number of batches that were handed over while no slot was free."""
+        return len(self._queued)
+
+    def start(self, size: int, now_s: float) -> BatchRun:
+        """Let a batch of ``size`` requests occupy a slot, or the next one to become free."""
+        run = BatchRun(size)
+        self._queued.append(run)
+        self._start_queued(now_s)
+        return run
+
+    def end(self, run: BatchRun, now_s: float) -> None:
+        """Free the slot of a batch; the oldest queued one occupies it. One that was queued itself never started."""
+        if run in self._queued:
+            self._queued.remove(run)
+            return
+        self._running.remove(run)
+        self._record(now_s - run.started_s)
+        self._start_queued(now_s)
+
+    def record_fetch(self, fetch_s: float) -> None:
+        """Record how long it took to claim about a batch of requests and to fetch their bodies."""
+        average_s = (1 - _SMOOTHING) * self._fetch_s + _SMOOTHING * fetch_s
+        self._fetch_s = min(max(fetch_s, average_s, _MIN_FETCH_S), _MAX_FETCH_S)
+
+    def nearly_free(self, now_s: float) -> int:
+        """Return how many slots are about to become free for which no batch is queued yet."""
+        return max(0, sum(self._is_ending(run, now_s) for run in self._running) - len(self._queued))
+
+    def next_nearly_free_s(self, now_s: float) -> float | None:
+        """Return when the next slot will be nearly free; None if none will, as far as can be predicted."""
+        if not self._longest_s:
+            return None
+        coming = [at_s for run in self._running if (at_s := self._nearly_free_at_s(run)) > now_s]
+        return min(coming, default=None)
+
+    def patience_s(self, now_s: float) -> float | None:
+        """Return how long requests may still wait for a slot; None if the ends of batches cannot be predicted."""
+        if not self._longest_s:
+            return None
+        ending = [self._overdue_at_s(run) - now_s for run in self._running if self._is_ending(run, now_s)]
+        return max(ending, default=0.0)
+
+    def _record(self, duration_s: float) -> None:
+        self._durations_s.append(duration_s)
+        if len(self._durations_s) < _FEWEST:
+            return
+        typical_s = sorted(self._durations_s)[1:-1]
+        self._longest_s = longest_s = typical_s[-1]
+        early_s = _SHORT_S if longest_s <= _SHORT_S else min(max(_MIN_EARLY_S, _EARLY * longest_s), _MAX_EARLY_S)
+        self._end_s = max(typical_s[0], longest_s - early_s)
+
+    def _start_queued(self, now_s: float) -> None:
+        while self._queued and self.free > 0:
+            run = self._queued.popleft()
+            run.started_s = now_s
+            self._running.append(run)
+
+    def _nearly_free_at_s(self, run: BatchRun) -> float:
+        return run.started_s + max(0.0, self._end_s - self._fetch_s - _TIMER_S)
+
+    def _overdue_at_s(self, run: BatchRun) -> float:
+        return run.started_s + self._longest_s + _MAX_OVERRUN_S
+
+    def _is_ending(self, run: BatchRun, now_s: float) -> bool:
+        return self._longest_s > 0 and self._nearly_free_at_s(run) - _TIMER_S <= now_s < self._overdue_at_s(run)
