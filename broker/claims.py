@@ -27,6 +27,7 @@ from .commands import COPIED_BYTES, Arg, Script
 from .connection import BLOCK_MS, Connection
 from .errors import BrokerFull, StringTooLong
 from .keys import Keys
+from .lease import TAKE_OVER
 from .places import apart, id_of, is_batch, place_of
 from .queued_bytes import RELEASE
 from .signals import LOOK, signal
@@ -74,20 +75,22 @@ return 0
 # What there is to take over. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
 # entries the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way:
 # only those, as deleting a consumer loses what it holds.
-_LOOK = Script("""#!lua flags=allow-oom
+_LOOK = Script(f"""#!lua flags=allow-oom
+{TAKE_OVER}
+local is_gone = judge(ARGV[3], ARGV[2])
 local orphans, returned = 0, 0
 for _, stream in ipairs(KEYS) do
   for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
     local name, pending = c[2], c[4]
     if name == ARGV[4] then
       returned = returned + pending
-    elseif name ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+    elseif name ~= ARGV[2] and is_gone(name) then
       orphans = orphans + pending
       if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name) end
     end
   end
 end
-return {orphans, returned}
+return {{orphans, returned}}
 """)
 
 # Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the
@@ -95,12 +98,14 @@ return {orphans, returned}
 # history, then for each stream what its history keys begin with, what marks of streamed answers begin with, and 1 for
 # only those that have such a mark. Answers the entry's id, its deliveries so far, its fields, the number of its stream
 # and whether it has the mark; or nothing.
-_ADOPT = Script("""#!lua flags=allow-oom
+_ADOPT = Script(f"""#!lua flags=allow-oom
+{TAKE_OVER}
 local group, me = ARGV[1], ARGV[2]
+local is_gone = judge(ARGV[3], me)
 for s, stream in ipairs(KEYS) do
   for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
     local name = c[2]
-    if c[4] > 0 and name ~= me and name ~= ARGV[4] and redis.call('EXISTS', ARGV[3] .. name) == 0 then
+    if c[4] > 0 and name ~= me and name ~= ARGV[4] and is_gone(name) then
       for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
         local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
         local wanted = streamed == 1 or ARGV[9] == '0'
@@ -112,7 +117,7 @@ for s, stream in ipairs(KEYS) do
           local history = ARGV[5 + s] .. p[1]
           redis.call('RPUSH', history, name, now[1] .. string.sub('000000' .. now[2], -6, -4))
           redis.call('EXPIRE', history, ARGV[5])
-          return {p[1], p[4], claimed[1][2], s, streamed}
+          return {{p[1], p[4], claimed[1][2], s, streamed}}
         else
           redis.call('XACK', stream, group, p[1])
         end
@@ -120,7 +125,7 @@ for s, stream in ipairs(KEYS) do
     end
   end
 end
-return {}
+return {{}}
 """)
 
 # Takes what was given back. KEYS: the streams. ARGV: group, me, RETURNED, how many at most. Answers for each stream as
@@ -165,9 +170,9 @@ _REPLY = Script("""#!lua flags=allow-oom
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
 """)
 
-# Appends a reply if its body is there. KEYS: the stream, the body. ARGV: the fields.
+# Appends a reply if its body is there. KEYS: the stream, the body. ARGV: the fields. Returns 0 if there is no body.
 _REPLY_IF_STORED = Script("""#!lua flags=allow-oom
-if redis.call('EXISTS', KEYS[2]) == 0 then return false end
+if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
 """)
 
@@ -329,7 +334,16 @@ class Claims:
 
         bulky = len(fields[-1]) > COPIED_BYTES  # the body comes last
         self._commands.post(
-            retry_without_memory, "XADD", key, "NOMKSTREAM", "*", *fields, repeat=True, patient=True, bulky=bulky
+            retry_without_memory,
+            "XADD",
+            key,
+            "NOMKSTREAM",
+            "*",
+            *fields,
+            repeat=True,
+            patient=True,
+            needs_memory=True,
+            bulky=bulky,
         )
 
     def mark_streamed(self, place: bytes) -> None:
@@ -367,26 +381,41 @@ class Claims:
         Where the broker takes no string that long, what ``too_long`` returns is appended in its place.
         """
         stored, stream = self._keys.reply_body(caller, request), self._keys.replies(caller)
+        is_stored = is_due = False
+        """The broker has taken the body; the reply was not appended, as it had not yet."""
 
-        def retry_without_memory(result: Any) -> None:
-            if not isinstance(result, Exception):
-                return
-            if isinstance(result, StringTooLong):
-                self.reply(caller, too_long())
-                return
-            if isinstance(result, BrokerFull):
-                self._commands.post_script(
-                    _log_failure, _PUT, [stored], [body, ttl_ms], repeat=True, patient=True, bulky=True
-                )
-            else:
-                _log_failure(result)
+        def append() -> None:
             self._commands.post_script(_log_failure, _REPLY, [stream], fields, repeat=True, patient=True)
 
+        def after_body(result: Any) -> None:
+            nonlocal is_stored
+            if isinstance(result, StringTooLong):
+                self.reply(caller, too_long())
+            elif isinstance(result, BrokerFull):
+                put: list[Arg] = [body, ttl_ms]
+                self._commands.post_script(_log_failure, _PUT, [stored], put, repeat=True, patient=True, bulky=True)
+                append()
+            elif isinstance(result, Exception):
+                _log_failure(result)
+                append()
+            else:
+                is_stored = True
+                if is_due:
+                    append()
+
+        def after_reply(result: Any) -> None:
+            nonlocal is_due
+            if isinstance(result, Exception):
+                _log_failure(result)
+            elif result == 0:
+                if is_stored:
+                    log.error("the body of the reply to request %s has expired before the reply was sent", request)
+                is_due = True  # the body was refused, and is sent again
+
         # A script that stores it makes a Lua string of it first, which copies and hashes it: of 10 MiB that was 8 ms.
-        self._commands.post(
-            retry_without_memory, "SET", stored, body, "PX", ttl_ms, repeat=True, patient=True, bulky=True
-        )
-        self._commands.post_script(_log_failure, _REPLY_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
+        wait = {"repeat": True, "patient": True, "needs_memory": True}
+        self._commands.post(after_body, "SET", stored, body, "PX", ttl_ms, bulky=True, **wait)
+        self._commands.post_script(after_reply, _REPLY_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
 
     def hold_sized(self, place: bytes) -> None:
         """Note that this entry has a size on record (`Entry.size_bytes`): it is to be settled together with that."""
@@ -421,12 +450,12 @@ class Claims:
         return others
 
     def forget_history(self, place: bytes) -> None:
-        self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True)
+        self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True, patient=True)
 
     async def look(self) -> tuple[int, int]:
         """Return how many entries are held by replicas that are gone, and how many were given back."""
         orphans, returned = await self._commands.run_script(
-            _LOOK, self._streams, [GROUP, self._replica, self._leases, RETURNED], repeat=True
+            _LOOK, self._streams, [GROUP, self._replica, self._leases, RETURNED], repeat=True, prompt=True
         )
         return orphans, returned
 
@@ -438,7 +467,8 @@ class Claims:
         histories = (self._history, self._history + place_of(b"", batch=True).decode())
         args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, HISTORY_S, *histories]
         args += [self._streamed, int(streamed)]
-        reply = await self._commands.run_script(_ADOPT, self._streams, args)
+        # Prompt: sent again after an outage, it would come before others could renew their leases.
+        reply = await self._commands.run_script(_ADOPT, self._streams, args, prompt=True)
         if not reply:
             return None
         entry, deliveries, fields, stream, had_begun = reply
@@ -456,7 +486,7 @@ class Claims:
         ``tell`` posts what its caller is told, in the same write and before it: who has been told finds the letter.
         """
         key = self._history + taken.entry.decode()
-        flat = cast("list[bytes]", await self._commands.send("LRANGE", key, 0, -1, repeat=True))
+        flat = cast("list[bytes]", await self._commands.send("LRANGE", key, 0, -1, repeat=True, patient=True))
         deliveries = [
             {"replica": replica.decode(errors="replace"), "died_ms": int(died)}
             for replica, died in zip(flat[::2], flat[1::2], strict=True)
@@ -469,6 +499,7 @@ class Claims:
             [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key, self._sizes],
             [GROUP, id_of(taken.entry), taken.entry, HISTORY, history, *taken.fields[:_BURIED_FIELDS]],
             repeat=True,
+            patient=True,
         )
 
     def give_back(self, places: Iterable[bytes]) -> None:
@@ -483,7 +514,7 @@ class Claims:
 
     async def leave(self) -> None:
         """Forget this replica as a consumer, if it holds nothing."""
-        await self._commands.run_script(_LEAVE, self._streams, [GROUP, self._replica], repeat=True)
+        await self._commands.run_script(_LEAVE, self._streams, [GROUP, self._replica], repeat=True, prompt=True)
 
 
 _FieldsT = TypeVar("_FieldsT", list[bytes], "list[bytes] | None")

@@ -32,7 +32,7 @@ class Script:
 class Command:
     """A command from its packing to its reply."""
 
-    __slots__ = ("bulky_reply", "packed", "repeat", "retry", "since", "then")
+    __slots__ = ("bulky_reply", "needs_memory", "packed", "patient", "prompt", "repeat", "retry", "then")
 
     def __init__(
         self,
@@ -40,16 +40,22 @@ class Command:
         then: Then,
         repeat: bool,
         retry: Callable[[], Packed] | None,
-        since: float = 0.0,
+        patient: bool = False,
+        prompt: bool = False,
         bulky_reply: bool = False,
+        needs_memory: bool = False,
     ) -> None:
         self.packed, self.then = packed, then
         self.repeat = repeat
         """It does no harm if it is carried out twice."""
         self.retry = retry
         """Packs it anew for a server that does not have its script."""
-        self.since = since
-        """When it began to wait for a connection; infinity if it may wait for ever."""
+        self.patient = patient
+        """It waits for as long as the broker is away or refuses it, and keeps its place among others that do."""
+        self.prompt = prompt
+        """It fails when the broker refuses it, even if that will pass."""
+        self.needs_memory = needs_memory
+        """It fails when the broker is out of memory, even if it is patient: its sender has another way then."""
         self.bulky_reply = bulky_reply
         """Its reply may be a string that is worth to be read straight to where it stays."""
 

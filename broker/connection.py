@@ -24,12 +24,15 @@ from typing import Any, TypeVar, cast
 import hiredis
 from redis import exceptions as redis_errors
 
+from . import outages
 from .address import shown_url
 from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
 from .errors import BrokerUnavailable, StringTooLong
 from .intake import Intake
 from .link import CONNECT_S, Refusal, error_of, link_to, reason_of, turned_away
+from .refusals import MEMORY, NOT_PRIMARY, TEMPORARY, WRITE_PROBE, code_of
+from .waiting import WaitingCommands
 from .wire import LARGEST
 
 T = TypeVar("T")
@@ -39,13 +42,17 @@ log = logging.getLogger(__name__)
 BLOCK_MS = 2_000
 """How long a blocking read waits at the server. Shorter than `_STALL_S`, so that silence means a dead server."""
 _STALL_S = 6.0
-_IDLE_S = 2.0
 _BEAT_S = 1.0
+"""How often the server is probed for whether it takes writes, which also shows whether it answers."""
 _BACKOFF_S = (0.02, 1.0)
+_REFUSED_BACKOFF_S = (0.05, 0.5)
+_SETTLED_S = 1.0
+"""A refusal sooner than this after the last one belongs to the same outage: the pauses go on growing."""
+_HOOK_RETRY_S = 0.5
 _REMEMBERED_S = 60.0
 _chance = random.Random()
 """Of its own: processes that seed Python's alike would all come back at once."""
-assert _STALL_S > BLOCK_MS / 1000 + _IDLE_S, "a quiet blocking read must not look like a dead server"
+assert _STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not look like a dead server"
 
 
 class FateUnknown(BrokerUnavailable):
@@ -56,9 +63,14 @@ class Connection:
     """One multiplexed connection of one event loop.
 
     It reconnects by itself, with backoff, for as long as it is open. A command that was sent and not answered when the
-    connection broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise. What waits
-    for the connection waits for at most ``patience_s`` seconds and then fails with `BrokerUnavailable`; with
-    ``patient=True`` it waits until `close`.
+    connection broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise. A command
+    that the server refuses for a reason that passes (`refusals`) is sent again with backoff. A server that turns out to
+    be no primary is left: the address is resolved anew.
+
+    In the first ``patience_s`` seconds of an outage, whether the server is away or refuses writes, commands wait. After
+    that those that wait fail with `BrokerUnavailable`, and so does at once what comes later, until the outage is over.
+    With ``patient=True`` a command waits until `close`, and keeps its order among others that do. With ``prompt=True``
+    it does not wait for a server that refuses it.
 
     Every method must be called from the loop that called ``open``. When that loop ends, so does the connection.
     """
@@ -81,13 +93,19 @@ class Connection:
         self._fills: list[Callable[[], None]] = []
         self._flush_due = False
         self._sent: deque[Command] = deque()
-        self._waiting: deque[Command] = deque()
-        self._patience: asyncio.TimerHandle | None = None
+        self._waiting = WaitingCommands(self._fail)
+        self._refusal = ""
+        """What the server says against writes at present."""
+        self._accepted_at = -math.inf
+        self._refused_backoff_s = _REFUSED_BACKOFF_S[0]
+        self._is_probing = False
+        self._probe_timer: asyncio.TimerHandle | None = None
         self._hooks: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._hook_tasks: set[asyncio.Task[None]] = set()
         self._pulse: asyncio.TimerHandle | None = None
         self._pulse_due = 0.0
-        self._silent = False
+        self._left_for = ""
+        """Why this side ended the link that it has, or had last; empty if the server did."""
         self._heard = 0.0
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
@@ -99,6 +117,16 @@ class Connection:
     @property
     def connected(self) -> bool:
         return self._writer is not None
+
+    @property
+    def refuses_writes(self) -> bool:
+        """Whether the server answers and takes no writes."""
+        return bool(self._refusal)
+
+    @property
+    def keeps_commands(self) -> bool:
+        """Whether commands wait: refused, lost with the connection, or not sent for want of one."""
+        return self._waiting.any
 
     @property
     def longest(self) -> int:
@@ -124,6 +152,7 @@ class Connection:
         """
         self._loop = asyncio.get_running_loop()
         self._first = self._loop.create_future()
+        self._waiting.begin_outage(self.patience_s)
         self._task = self._loop.create_task(self._run(), name=f"broker connection {self._name}")
         try:
             await _within(self.patience_s, self._first)
@@ -152,28 +181,39 @@ class Connection:
         if hooks:
             await asyncio.wait(hooks)
 
+    async def wait_for_patient(self, timeout_s: float) -> None:
+        """Return when the server has taken the patient commands that wait, or after ``timeout_s`` seconds."""
+        if self._waiting.any and not self._closed:
+            last = self.run_script(WRITE_PROBE, [], [], repeat=True, patient=True)
+            await asyncio.wait([last], timeout=max(0.0, timeout_s))
+            if not last.cancel() and not last.cancelled():
+                last.exception()  # the connection was closed
+
     def post(
         self,
         then: Then,
         *args: Arg,
         repeat: bool = False,
         patient: bool = False,
+        prompt: bool = False,
         bulky: bool = False,
         bulky_reply: bool = False,
+        needs_memory: bool = False,
     ) -> None:
         """Send a command in this tick's write; ``then`` gets its reply, or the exception, as soon as it is read.
 
         A ``bulky`` one has an argument of more than ``COPIED_BYTES``, which is not copied then; a ``bulky_reply`` may
-        be such a string.
+        be such a string. One that ``needs_memory`` fails with `BrokerFull` where a patient one would wait for memory.
         """
         packed = pack_in_pieces(args) if bulky else pack(args)
-        self._enqueue(Command(packed, then, repeat, None, math.inf if patient else 0.0, bulky_reply))
+        self._enqueue(Command(packed, then, repeat, None, patient, prompt, bulky_reply, needs_memory))
 
     def send(
         self,
         *args: Arg,
         repeat: bool = False,
         patient: bool = False,
+        prompt: bool = False,
         bulky: bool = False,
         bulky_reply: bool = False,
     ) -> asyncio.Future[Any]:
@@ -185,7 +225,7 @@ class Connection:
         """
         future: asyncio.Future[Any] = self._loop.create_future()
         then = partial(_resolve, future)
-        self.post(then, *args, repeat=repeat, patient=patient, bulky=bulky, bulky_reply=bulky_reply)
+        self.post(then, *args, repeat=repeat, patient=patient, prompt=prompt, bulky=bulky, bulky_reply=bulky_reply)
         return future
 
     def post_script(
@@ -197,6 +237,7 @@ class Connection:
         *,
         repeat: bool = False,
         patient: bool = False,
+        prompt: bool = False,
         bulky: bool = False,
     ) -> None:
         """Run ``script``, as `post` sends a command."""
@@ -212,7 +253,7 @@ class Connection:
             packed = whole()
             if self._writer is not None:
                 self._known.add(script.digest)
-        self._enqueue(Command(packed, then, repeat, whole, math.inf if patient else 0.0))
+        self._enqueue(Command(packed, then, repeat, whole, patient, prompt))
 
     def run_script(
         self,
@@ -222,21 +263,24 @@ class Connection:
         *,
         repeat: bool = False,
         patient: bool = False,
+        prompt: bool = False,
     ) -> asyncio.Future[Any]:
         """Run ``script``, as `send` sends a command."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.post_script(partial(_resolve, future), script, keys, args, repeat=repeat, patient=patient)
+        then = partial(_resolve, future)
+        self.post_script(then, script, keys, args, repeat=repeat, patient=patient, prompt=prompt)
         return future
 
     # -- writing
 
     def _enqueue(self, command: Command) -> None:
-        if self._writer is None:
+        if self._writer is None or self._waiting:
             if self._closed:
                 command.then(self._unavailable())
-            else:
-                self._wait_for_connection([command])
-            return
+                return
+            if self._writer is None or command.patient:
+                self._waiting.add_unsent(command)
+                return
         self._sent.append(command)
         self._outgoing.append(command.packed)
         if type(command.packed) is not bytes:
@@ -301,6 +345,7 @@ class Connection:
     async def _end(self) -> None:
         self._closed = True
         self._lose(final=True)
+        outages.report_ended(self._shown_url, self, closing=True)
         if self._first is not None and not self._first.done():
             self._first.set_exception(self._unavailable())
         await self._disconnect(wait=True)
@@ -308,23 +353,23 @@ class Connection:
     async def _stay_connected(self) -> None:
         backoff_s = _BACKOFF_S[0]
         while not self._closed:
+            self._left_for = ""
             try:
                 intake = await self._connect()
                 backoff_s = _BACKOFF_S[0]
                 await intake.ended
-                if not self._silent:
-                    self._reason = "the server closed the connection"
+                self._reason = self._left_for or "the server closed the connection"
             except hiredis.ProtocolError as e:
                 self._reason = f"it does not speak Redis's protocol: {e}"
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
-                self._reason = reason_of(e)
+                self._reason = self._left_for or reason_of(e)
                 if turned_away(e) and self._first is not None and not self._first.done():
                     return  # waiting does not mend a password or a certificate
             except Exception as e:
                 log.exception("the connection to the broker failed in a way of its own")
                 self._reason = f"{type(e).__name__}: {e}"
             if self._writer is not None:
-                log.warning("lost the broker at %s: %s", self._shown_url, self._reason)
+                outages.report_began(self._shown_url, self, f"lost the broker at {self._shown_url}: {self._reason}")
             self._lose()
             await self._disconnect()
             await asyncio.sleep(backoff_s * _chance.uniform(0.5, 1.0))  # apart, when a thousand clients come back
@@ -334,37 +379,57 @@ class Connection:
         await _within(CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
         # While it loads its append-only file a server answers TIME, but not PING.
         await self._ask("PING")
+        refusal = await self._refusal_of_writes()
         await self._clock.read(partial(self._ask, "TIME"))
         writer = self._redis._writer  # pyright: ignore[reportPrivateUsage]
         assert writer is not None
         self._writer = writer
         transport = cast(asyncio.Transport, writer.transport)
         self._intake = Intake(transport, self._on_data, self._on_reply, self._is_bulky_next, Refusal)
-        self._heard = self._pulse_due = self._loop.time()
-        self._beat()
-        self._stop_patience()
+        self._heard = self._loop.time()
         self._known.clear()
-        waiting, self._waiting = self._waiting, deque()
-        for command in waiting:
-            if command.retry is not None:
-                command.packed = command.retry()  # a server that was restarted has no scripts
-            self._enqueue(command)
+        if refusal:
+            self._begin_refusal(refusal)
+        else:
+            self._accept_writes()
+        self._send_waiting()
+        self._schedule_beat()
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
         else:
-            log.info("the broker at %s is back", self._shown_url)
             for hook in self._hooks:
-                task = self._loop.create_task(hook(), name=f"after reconnecting {self._name}")
-                self._hook_tasks.add(task)
-                task.add_done_callback(self._hook_done)
+                self._run_hook(hook)
         return self._intake
 
-    def _hook_done(self, task: asyncio.Task[None]) -> None:
+    async def _refusal_of_writes(self) -> str:
+        """Return what the server says against writes, if that passes. Raises what it says if it is no primary."""
+        try:
+            await self._ask("EVAL", WRITE_PROBE.text, "0")
+        except redis_errors.ResponseError as e:
+            code = code_of(e)
+            if code in NOT_PRIMARY:
+                raise
+            if code in TEMPORARY:
+                return str(e)
+        return ""  # whoever may not run scripts meets that where one is needed
+
+    def _run_hook(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._closed or self._writer is None:
+            return  # it is run after the next connecting
+        task = self._loop.create_task(hook(), name=f"after reconnecting {self._name}")
+        self._hook_tasks.add(task)
+        task.add_done_callback(partial(self._hook_done, hook))
+
+    def _hook_done(self, hook: Callable[[], Coroutine[Any, Any, None]], task: asyncio.Task[None]) -> None:
         self._hook_tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # A hook that fails because the broker went away again is run again when it is back.
-            level = logging.DEBUG if isinstance(error, BrokerUnavailable) else logging.ERROR
-            log.log(level, "after reconnecting: %s", error, exc_info=error)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, BrokerUnavailable):
+            # The server went away again, or refuses what the hook needs.
+            log.debug("after reconnecting: %s", error)
+            self._loop.call_later(_HOOK_RETRY_S, self._run_hook, hook)
+        else:
+            log.error("after reconnecting: %s", error, exc_info=error)
 
     async def _ask(self, *args: str) -> Any:
         await _within(CONNECT_S, self._redis.send_command(*args))
@@ -382,19 +447,43 @@ class Connection:
             assert self._intake is not None
             self._intake.bulky -= 1
         if type(reply) is Refusal:
-            if reply.lacks_script and command.retry is not None:
-                # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
-                command.packed, command.retry = command.retry(), None
-                self._enqueue(command)
+            reply = self._judge(command, reply)
+            if reply is None:
                 return
-            reply = error_of(reply.said, head_of(command.packed), self.url)
-            if type(reply) is StringTooLong:
-                self._found_too_long = max(map(len, pieces_of(command.packed)))
-                self._found_at = self._loop.time()
         try:
             command.then(reply)
         except Exception:
             log.exception("a reply's continuation failed")
+
+    def _judge(self, command: Command, refusal: Refusal) -> Exception | None:
+        """Return the error that a refused command ends with; None for a command that is sent again."""
+        if refusal.lacks_script and command.retry is not None:
+            # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
+            command.packed = command.retry()
+            self._enqueue(command)
+            return None
+        code = refusal.code
+        if code in NOT_PRIMARY:
+            self._leave(refusal.said)
+            self._waiting.add_sent([command])
+            return None
+        if code in TEMPORARY and (code != MEMORY or (command.patient and not command.needs_memory)):
+            self._begin_refusal(refusal.said)
+            if command.prompt:
+                return self._unavailable()
+            self._waiting.add_sent([command])
+            return None
+        error = error_of(refusal.said, head_of(command.packed), self.url)
+        if type(error) is StringTooLong:
+            self._found_too_long = max(map(len, pieces_of(command.packed)))
+            self._found_at = self._loop.time()
+        return error
+
+    def _leave(self, reason: str) -> None:
+        """End the link from this side."""
+        if self._writer is not None and not self._left_for:
+            self._left_for = reason
+            self._writer.transport.abort()  # ends the read, and with it this link
 
     async def _disconnect(self, *, wait: bool = False) -> None:
         self._writer = None
@@ -412,71 +501,98 @@ class Connection:
         unsent = len(self._outgoing)
         self._outgoing.clear()
         self._writer = None
+        self._stop_probing()
         lost, self._sent = self._sent, deque()
         again: list[Command] = []
         unknown: list[Command] = []
         for left, command in zip(range(len(lost), 0, -1), lost, strict=True):
             (again if command.repeat or left <= unsent else unknown).append(command)
         if final:
-            again += self._waiting
-            self._waiting.clear()
-            self._stop_patience()
-            for command in again:
-                _tell(command, self._unavailable())
-        elif again:
-            assert not self._waiting, "nothing waits while there is a connection"
-            self._wait_for_connection(again)
+            self._waiting.end_outage()
+            for command in (*self._waiting.take(), *again):
+                self._fail(command)
+        else:
+            self._waiting.begin_outage(self.patience_s)
+            self._waiting.add_sent(again)  # behind what was refused before them
         for command in unknown:
             _tell(command, FateUnknown(self._shown_url, self._reason))
 
-    # -- waiting for a connection
+    # -- commands that wait for a connection, or for a server that takes writes
 
-    def _wait_for_connection(self, commands: list[Command]) -> None:
-        now = self._loop.time()
-        for command in commands:
-            if command.since != math.inf:
-                command.since = now
-        self._waiting.extend(commands)
-        if self._patience is None:
-            self._patience = self._loop.call_later(self.patience_s, self._give_up_waiting)
+    def _send_waiting(self) -> None:
+        for command in self._waiting.take():
+            if command.retry is not None:
+                command.packed = command.retry()  # this server may not have its script
+            self._enqueue(command)
 
-    def _give_up_waiting(self) -> None:
-        oldest = self._loop.time() - self.patience_s
-        failed = [command for command in self._waiting if command.since <= oldest]
-        self._waiting = deque(command for command in self._waiting if command.since > oldest)
-        self._patience = None
-        since = min((command.since for command in self._waiting), default=math.inf)
-        if since != math.inf:
-            self._patience = self._loop.call_at(since + self.patience_s, self._give_up_waiting)
-        for command in failed:
-            _tell(command, self._unavailable())
-
-    def _stop_patience(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _fail(self, command: Command) -> None:
+        _tell(command, self._unavailable())
 
     def _unavailable(self) -> BrokerUnavailable:
         return BrokerUnavailable(self._shown_url, self._reason)
 
-    # -- noticing silence
+    def _begin_refusal(self, said: str) -> None:
+        """Keep what is refused until the server takes a write again, which a probe finds out."""
+        now = self._loop.time()
+        if not self._refusal:
+            lately = now - self._accepted_at < _SETTLED_S
+            self._refused_backoff_s = self._refused_backoff_s if lately else _REFUSED_BACKOFF_S[0]
+            problem = (
+                f"the broker at {self._shown_url} refuses writes: {said} (what was accepted is kept and sent again)"
+            )
+            outages.report_began(self._shown_url, self, problem)
+            self._waiting.begin_outage(self.patience_s)
+        self._refusal = said
+        self._reason = f"it refuses writes: {said}"
+        if self._probe_timer is None and not self._is_probing:
+            self._probe_timer = self._loop.call_later(self._refused_backoff_s, self._probe)
+            self._refused_backoff_s = min(2 * self._refused_backoff_s, _REFUSED_BACKOFF_S[1])
+
+    def _accept_writes(self) -> None:
+        self._refusal = ""
+        self._accepted_at = self._loop.time()
+        self._waiting.end_outage()
+        outages.report_ended(self._shown_url, self)
+
+    def _probe(self) -> None:
+        self._probe_timer = None
+        self._is_probing = True
+        packed = pack(("EVAL", WRITE_PROBE.text, 0))
+        self._enqueue(Command(packed, self._on_probed, repeat=False, retry=None, prompt=True))
+
+    def _on_probed(self, result: Any) -> None:
+        self._is_probing = False
+        if self._writer is None or self._left_for:
+            return
+        if isinstance(result, BrokerUnavailable):
+            self._begin_refusal(self._refusal)  # the next probe
+        elif self._refusal:
+            self._accept_writes()
+            self._send_waiting()
+
+    def _stop_probing(self) -> None:
+        self._is_probing = False
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
+    # -- noticing silence, and a server that was demoted
 
     def _beat(self) -> None:
         now = self._loop.time()
         if now - self._pulse_due > _BEAT_S:
             self._heard = now  # the loop was held up: the silence was ours
         if self._sent and now - self._heard > _STALL_S:
-            self._silent = True
-            self._reason = f"no answer for {_STALL_S:g} s"
-            if self._writer is not None:
-                self._writer.transport.abort()  # ends the read, and with it this link
+            self._leave(f"no answer for {_STALL_S:g} s")
             return
-        self._silent = False
         if self._clock.is_stale():
             self.post(partial(self._clock.take, monotonic()), "TIME", repeat=True)
-        elif not self._sent and now - self._heard > _IDLE_S:
-            self.post(_ignore, "PING", repeat=True)
-        self._pulse_due = now + _BEAT_S
+        if self._probe_timer is None and not self._is_probing:
+            self._probe()
+        self._schedule_beat()
+
+    def _schedule_beat(self) -> None:
+        self._pulse_due = self._loop.time() + _BEAT_S
         self._pulse = self._loop.call_at(self._pulse_due, self._beat)
 
 
@@ -511,7 +627,3 @@ def _resolve(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_exception(reply)
     else:
         future.set_result(reply)
-
-
-def _ignore(reply: Any) -> None:
-    """What is asked only to hear whether the server answers."""

@@ -65,6 +65,10 @@ class Refusal(Exception):
         return str(self.args[0])
 
     @property
+    def code(self) -> str:
+        return self.said.partition(" ")[0]
+
+    @property
     def lacks_script(self) -> bool:
         return self.said.startswith("NOSCRIPT ")
 

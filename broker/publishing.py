@@ -243,7 +243,8 @@ class Publisher:
         """Append an entry unless the backend has ``limit`` unsettled ones, or they and it take over ``limit_bytes``.
 
         ``then`` hears what became of it, in the reader of the connection.
-        Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells.
+        Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells. While the
+        broker refuses writes it is `BrokerUnavailable`, at once.
         """
         if not self._tick:
             self._connection.join_write(self._flush)
@@ -252,6 +253,9 @@ class Publisher:
     def _flush(self) -> None:
         tick, self._tick = self._tick, {}
         for (backend, limit, limit_bytes, batch), entries in tick.items():
+            # Without a limit: it was accepted before, and the broker has lost it. It waits while the broker refuses it.
+            was_accepted = limit == NO_LIMIT
+            wait = {"patient": was_accepted, "prompt": not was_accepted}
             requests, batches = self._keys.requests(backend), self._keys.batch(backend)
             keys = [batches if batch else requests, requests, batches, self._keys.sizes(backend)]
             args: list[Any] = [limit, limit_bytes]
@@ -278,10 +282,10 @@ class Publisher:
                             bulky = True
                 thens.append(then)
                 if size >= _BATCH_BYTES or len(thens) >= _BATCH:
-                    self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky)
+                    self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky, **wait)
                     args, thens, size, bulky, script = [limit, limit_bytes], [], 0, False, _PUBLISH
             if thens:
-                self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky)
+                self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky, **wait)
 
     def reserve(
         self,
@@ -308,12 +312,12 @@ class Publisher:
 
         keys = [self._keys.requests(backend), self._keys.batch(backend), self._keys.sizes(backend)]
         args: list[Arg] = [limit, limit_bytes, entry.id, max(SMALL, entry.size_bytes)]
-        self._connection.post_script(read, RESERVE, keys, args, repeat=True)
+        self._connection.post_script(read, RESERVE, keys, args, repeat=True, prompt=True)
 
     def forget_reservation(self, backend: str, entry: RawEntry) -> None:
         """Release what was reserved for an entry that will not be published."""
         self._connection.post_script(
-            _ignore, FORGET, [self._keys.sizes(backend)], [reservation_of(entry.id)], repeat=True
+            _ignore, FORGET, [self._keys.sizes(backend)], [reservation_of(entry.id)], repeat=True, patient=True
         )
 
     async def find(
@@ -351,7 +355,7 @@ class Publisher:
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         place = place_of(entry, batch=batch)
         keys = [stream, self._keys.sizes(backend)]
-        self._connection.post_script(_ignore, WITHDRAW, keys, [entry, place], repeat=True)
+        self._connection.post_script(_ignore, WITHDRAW, keys, [entry, place], repeat=True, patient=True)
         signal(self._connection, self._keys, backend, place)
 
 

@@ -25,9 +25,13 @@ from .commands import Arg, Script
 from .connection import BLOCK_MS, Connection
 from .errors import BrokerFull, BrokerUnavailable, ConfigError, PenstockError, StringTooLong, WireError
 from .keys import Keys
+from .lease import DROPPED
 from .wire import LARGEST
 
 log = logging.getLogger(__name__)
+
+_DROPPED_MS = 60_000
+"""How long it is known that a replica is dead. Its lease has expired long before."""
 
 ReportKind = Literal["replicas", "proxies", "backends", "controllers"]
 
@@ -230,8 +234,8 @@ class Registry:
         await owning.disown(self._connection, self._keys.owner, owner)
 
     async def drop_lease(self, backend: str, replica: str) -> None:
-        """Let the requests of a replica that is known to be dead be taken over now, not only when its lease lapses."""
-        await self._connection.send("DEL", self._keys.alive(backend, replica), repeat=True)
+        """Let the requests of a replica that is known to be dead be taken over now, not only when its lease expires."""
+        await self._connection.send("SET", self._keys.alive(backend, replica), DROPPED, "PX", _DROPPED_MS, repeat=True)
 
     async def erase(self) -> None:
         """Delete every key of the instance, after telling all watchers that nothing is left."""
@@ -324,7 +328,7 @@ class Watcher:
                 place = await self._place()
                 await self.refresh()
             except BrokerUnavailable:
-                await asyncio.sleep(0.05)  # the connection comes back by itself
+                await asyncio.sleep(0.2)  # the connection comes back by itself
             except Exception:  # or nobody would follow any more
                 log.exception("cannot read the registry")
                 await asyncio.sleep(1.0)

@@ -33,9 +33,15 @@ class Bodies:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def put(self, key: str, body: bytes, ttl_ms: int, then: Callable[[Any], None] = _ignore) -> None:
-        """Write one. Put before its entry is published, it is there before any replica can look for it."""
-        self._connection.post(then, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True)
+    def put(
+        self, key: str, body: bytes, ttl_ms: int, then: Callable[[Any], None] = _ignore, *, patient: bool = False
+    ) -> None:
+        """Write one. Put before its entry is published, it is there before any replica can look for it.
+
+        A broker that refuses writes is `BrokerUnavailable`, at once, unless ``patient``.
+        """
+        wait = {"patient": patient, "prompt": not patient}
+        self._connection.post(then, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True, **wait)
 
     async def get(self, key: str) -> bytes | None:
         """Return one, or None if it is gone. Raises `BrokerUnavailable` or `BrokerRefused`."""

@@ -164,6 +164,11 @@ class Caller:
         return self._connection.connected
 
     @property
+    def takes_writes(self) -> bool:
+        """Whether new requests can be accepted, as far as the broker is concerned."""
+        return self._connection.connected and not self._connection.refuses_writes
+
+    @property
     def longest(self) -> int:
         """How many bytes a body may have, as far as is known of this broker."""
         return self._connection.longest
@@ -438,12 +443,13 @@ class Caller:
             self._send(call)
             return
         if call.body:
-            self._put_body(call)
+            self._put_body(call, patient=True)
         self._publish(call, NO_LIMIT, NO_LIMIT)
 
-    def _put_body(self, call: Call) -> None:
+    def _put_body(self, call: Call, *, patient: bool = False) -> None:
         ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
-        self._bodies.put(self.keys.body(call.backend, call.id), call.body, ttl_ms, partial(self._on_body_put, call))
+        key, then = self.keys.body(call.backend, call.id), partial(self._on_body_put, call)
+        self._bodies.put(key, call.body, ttl_ms, then, patient=patient)
 
     def _on_body_put(self, call: Call, result: Any) -> None:
         if isinstance(result, Exception):
@@ -487,7 +493,7 @@ class Caller:
         if isinstance(result, StringTooLong):
             return too_long(call.body, len(call.body) - 1)
         if isinstance(result, BrokerRefused) and not isinstance(result, NotPermitted):
-            # Of a server that loads its data, or was demoted: it may take the request in a moment.
+            # By a script of the request stream that something else than a lack of memory has ended.
             return self._unavailable(f"it refused the request: {result.said}")
         assert isinstance(result, PenstockError)
         return result
@@ -531,7 +537,10 @@ class Caller:
                 return
             except BrokerRefused as e:
                 log.error("cannot look for what was in flight: %s", e)
-                await asyncio.sleep(_RETRY_S)
+            except BrokerUnavailable as e:
+                # Of a server that has come back and refuses writes. If the connection broke again, the loop ends.
+                log.debug("cannot look for what was in flight: %s", e)
+            await asyncio.sleep(_RETRY_S)
 
     async def _reconcile(self) -> None:
         await self._reconciler.reconcile()

@@ -311,6 +311,8 @@ class App:
             return replies.of_text("draining", 503)
         if not self._caller.connected:
             return replies.of_text("no broker", 503)
+        if not self._caller.takes_writes:
+            return replies.of_text("the broker refuses writes", 503)
         return replies.of_text("ok")
 
     async def _scraped(self) -> Answer:

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp
 
+from ..broker import outages
+from ..broker.address import shown_url
 from ..broker.errors import BrokerUnavailable, ConfigError
 from ..broker.keys import Keys
 from ..broker.lease import Lease
@@ -123,19 +125,23 @@ class Proxy:
             try:
                 await caller.open()
             except BrokerUnavailable as e:
-                log.warning("proxy %s waits for its broker: %s", self._name, e)
+                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for its broker: {e}")
                 await asyncio.sleep(_RETRY_S)
             else:
+                outages.report_ended(shown_url(self._url), self)
                 return caller
 
     async def _take_lease(self) -> None:
         while True:
             try:
                 # In a thread, as it blocks.
-                return await asyncio.to_thread(self._lease.start)
+                await asyncio.to_thread(self._lease.start)
             except BrokerUnavailable as e:
-                log.warning("proxy %s waits for its broker: %s", self._name, e)
+                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for its broker: {e}")
                 await asyncio.sleep(_RETRY_S)
+            else:
+                outages.report_ended(shown_url(self._url), self)
+                return
 
     async def _listen(self, app: ASGIApp) -> Server:
         host, port = self._options.get("host", "127.0.0.1"), self._options.get("port", 8000)

@@ -20,6 +20,8 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..broker import outages
+from ..broker.address import shown_url
 from ..broker.connection import Connection
 from ..broker.errors import BrokerUnavailable, PenstockError
 from ..broker.keys import Keys
@@ -95,8 +97,9 @@ class Controller:
                     await self._end_actors()
                     return
                 await self._bring_about(settings, snapshot)
+                outages.report_ended(shown_url(self._url), self)
             except BrokerUnavailable as e:
-                log.warning("the controller waits for its broker: %s", e)
+                outages.report_began(shown_url(self._url), self, f"the controller waits for its broker: {e}")
             except Exception as e:
                 if repr(e) != complaint:
                     log.exception("a pass of the controller failed; it tries again")

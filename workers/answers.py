@@ -85,7 +85,9 @@ class Answers:
 
     def drop_body(self, entry: Entry) -> None:
         if entry.large:
-            self._commands.post(_log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True)
+            self._commands.post(
+                _log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True, patient=True
+            )
 
     def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
         """Tell the caller that an answer which streams cannot go on: it must not be run again."""

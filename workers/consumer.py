@@ -310,7 +310,7 @@ class Consumer:
         """Fetch the large body of an entry that is held, and offer it."""
         key = self._keys.body(self._backend, held.entry.id)
         try:
-            body = await self._commands.send("GET", key, repeat=True, bulky_reply=True)
+            body = await self._commands.send("GET", key, repeat=True, patient=True, bulky_reply=True)
         except (BrokerUnavailable, BrokerRefused) as e:
             # It stays in our name, so it is found again when the broker is back.
             log.warning("cannot fetch the body of request %s: %s", held.entry.shown_id, e)

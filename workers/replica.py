@@ -15,8 +15,8 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from ..broker import figures
-from ..broker.address import REDIS_URL
+from ..broker import figures, outages
+from ..broker.address import REDIS_URL, shown_url
 from ..broker.connection import Connection, FateUnknown
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.keys import Keys
@@ -146,11 +146,12 @@ class Serving:
                 await connection.open()
                 await self._watcher.start()
             except BrokerUnavailable as e:
-                log.warning("replica %s waits for its broker: %s", self._replica, e)
+                outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
                 await self._watcher.close()
                 await connection.close()
                 await asyncio.sleep(_RETRY_S)
             else:
+                outages.report_ended(shown_url(self._url), self)
                 connection.on_reconnect(self._tell)  # a broker that lost its data has lost what we said too
                 self._connection = connection
                 return
@@ -168,10 +169,11 @@ class Serving:
             try:
                 await worker.start()
             except BrokerUnavailable as e:
-                log.warning("replica %s waits for its broker: %s", self._replica, e)
+                outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
                 await worker.stop()
                 await asyncio.sleep(_RETRY_S)
             else:
+                outages.report_ended(shown_url(self._url), self)
                 return worker
 
     # -- following the registry

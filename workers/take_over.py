@@ -90,19 +90,23 @@ class TakeOver:
     async def _run_some(self) -> bool:
         """Run some of those that have deaths to spare together, or one that has none alone; False: there are none."""
         together: list[Taken] = []
-        while len(together) < min(_TOGETHER, self._consumer.capacity) and not self._consumer.draining:
-            taken = await self._claims.adopt()
-            if taken is None:
-                break
-            if taken.streamed:
-                await self._end_orphan(taken)
-            elif taken.deliveries >= self._consumer.max_deliveries:
-                await self._convict(taken)
-            elif taken.deliveries == self._consumer.max_deliveries - 1:
-                # Those that wait here in our name can spare the death that it may be.
-                await self._run([taken])
-            else:
-                together.append(taken)
+        try:
+            while len(together) < min(_TOGETHER, self._consumer.capacity) and not self._consumer.draining:
+                taken = await self._claims.adopt()
+                if taken is None:
+                    break
+                if taken.streamed:
+                    await self._end_orphan(taken)
+                elif taken.deliveries >= self._consumer.max_deliveries:
+                    await self._convict(taken)
+                elif taken.deliveries == self._consumer.max_deliveries - 1:
+                    # Those that wait here in our name can spare the death that it may be.
+                    await self._run([taken])
+                else:
+                    together.append(taken)
+        except (BrokerUnavailable, BrokerRefused) as e:
+            # What is in our name by now is run all the same: nobody else would look for it.
+            log.debug("cannot take over more of %r: %s", self._backend, e)
         if self._consumer.draining:
             self._claims.give_back([taken.entry for taken in together])
             return False

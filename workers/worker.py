@@ -94,7 +94,12 @@ class Worker:
 
         Returns False if some of it was still running after ``timeout_s`` seconds.
         """
-        return await self._consumer.drain(timeout_s)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + timeout_s
+        finished = await self._consumer.drain(timeout_s)
+        # A reply that the broker refuses is lost with the connection, and another replica would run its request again.
+        await self._commands.wait_for_patient(ends_at - loop.time())
+        return finished
 
     async def stop(self) -> None:
         """Drop the lease and disconnect. What is still held is taken over by other replicas, so `drain` first."""
@@ -126,12 +131,16 @@ class Worker:
         """After a reconnect: what is in our name and not in our hands was lost on its way to us."""
         await self._claims.ensure_group()
         async with self._recovering:
-            # What we let go of while the answer is on its way was in our hands when we asked.
-            let_go = self._consumer.let_go = set[bytes]()
-            try:
-                pending = await self._claims.pending()
-            finally:
-                self._consumer.let_go = None
+            while True:
+                # What we let go of while the answer is on its way was in our hands when we asked.
+                let_go = self._consumer.let_go = set[bytes]()
+                try:
+                    pending = await self._claims.pending()
+                finally:
+                    self._consumer.let_go = None
+                if not self._commands.keeps_commands:
+                    break
+                # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
         for place, fields in pending:
             if place not in let_go:
                 self._consumer.take(place, fields)

@@ -90,3 +90,10 @@ def start(cluster: str, broker: EmbeddedServer) -> Iterator[StartClient]:
             return client
 
         yield start
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddedServer]:
+    """A server of the test's own that keeps nothing, to be hurt."""
+    with EmbeddedServer.start() as server:
+        yield server

@@ -1,20 +1,23 @@
-"""A TCP proxy in front of a broker, whose connections can be cut."""
+"""A TCP proxy in front of a broker, whose connections can be cut, and which can lead new ones to another broker."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
+
+ProxyT = TypeVar("ProxyT", bound="TcpProxy")
 
 
 class TcpProxy:
     """Hands everything on to a Unix socket, in a thread of its own. ``url`` is where brokers' clients find it."""
 
     def __init__(self, target_url: str) -> None:
-        self._path = unquote(target_url.removeprefix("unix://"))
+        self._path = _path_of(target_url)
         self._loop = asyncio.new_event_loop()
         self._links: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[Any]] = set()
@@ -22,7 +25,7 @@ class TcpProxy:
         self.cuts = 0
         self.url = ""
 
-    def __enter__(self) -> TcpProxy:
+    def __enter__(self: ProxyT) -> ProxyT:
         self._thread.start()
         self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
         self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
@@ -35,6 +38,10 @@ class TcpProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def lead_to(self, target_url: str) -> None:
+        """Lead connections that are made from now on to another Unix socket. Those that there are stay as they are."""
+        self._path = _path_of(target_url)
 
     def cut(self, share: float) -> None:
         """Break this share of the connections that there are, and at least one, without a farewell."""
@@ -75,7 +82,7 @@ class TcpProxy:
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_unix_connection(self._path)
         self._links.add(writer)
-        ways = [asyncio.ensure_future(_pump(reader, far_writer)), asyncio.ensure_future(_pump(far_reader, writer))]
+        ways = [asyncio.ensure_future(way) for way in self._ways(reader, far_writer, far_reader, writer)]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -83,6 +90,20 @@ class TcpProxy:
             far_writer.transport.abort()
             for way in ways:
                 way.cancel()
+
+    def _ways(
+        self,
+        reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> list[Coroutine[Any, Any, None]]:
+        """Return what hands on between a client (``reader``, ``writer``) and the broker, until one of them ends."""
+        return [_pump(reader, far_writer), _pump(far_reader, writer)]
+
+
+def _path_of(url: str) -> str:
+    return unquote(url.removeprefix("unix://"))
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,39 @@
+"""Log lines about outages of a broker: one warning as an outage begins and one line as it ends, for the whole process.
+
+A process has several connections to one broker, in several loops and threads. Each notices the same outage.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_affected: defaultdict[str, set[int]] = defaultdict(set)
+"""By the broker's URL as it is shown, the ids of the connections that are without it."""
+
+
+def report_began(shown_url: str, connection: object, problem: str) -> None:
+    """Log a connection's ``problem`` with its broker: as a warning unless another connection has one already."""
+    with _lock:
+        affected = _affected[shown_url]
+        level = logging.DEBUG if affected else logging.WARNING
+        affected.add(id(connection))
+    log.log(level, "%s", problem)
+
+
+def report_ended(shown_url: str, connection: object, *, closing: bool = False) -> None:
+    """Log that the broker is usable again once that holds for every connection. One that closes logs nothing."""
+    with _lock:
+        if shown_url not in _affected or id(connection) not in _affected[shown_url]:
+            return
+        affected = _affected[shown_url]
+        affected.discard(id(connection))
+        if affected:
+            return
+        del _affected[shown_url]
+    if not closing:
+        log.info("the broker at %s is back", shown_url)

@@ -1,0 +1,286 @@
+"""A broker that refuses writes for a while: nothing accepted is lost, and no living replica counts as dead."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from redis.asyncio import Redis
+
+from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.keys import Keys
+from penstock.broker.lease import TTL_S
+from penstock.broker.wire import LARGE
+from penstock.handles import ServeHandle, connect
+from penstock.handles.caller import Caller
+from penstock.handles.errors import BrokerUnavailable, Overloaded
+from tests.faults.refusing_proxy import ERRORS, RefusingProxy
+from tests.handles.site import INSTANCE, Site
+from tests.waiting import wait_until, wait_until_async
+from tests.workers.serving import TAG, Client, calling, serving, start_killable
+
+KEYS = Keys("default")
+
+
+@pytest.fixture
+def between(redis_url: str) -> Iterator[RefusingProxy]:
+    with RefusingProxy(redis_url) as between:
+        yield between
+
+
+class Work:
+    """User code that answers with what it got, once it is released."""
+
+    def __init__(self) -> None:
+        self.runs: Counter[bytes] = Counter()
+        self.release = asyncio.Event()
+
+    async def __call__(self, request: Any) -> Any:
+        self.runs[bytes(request.data[:20])] += 1
+        await self.release.wait()
+        return request.data
+
+
+@asynccontextmanager
+async def served(redis_url: str, url: str, work: Work) -> AsyncGenerator[Client]:
+    """A caller that reaches the broker by ``url``, and a replica that reaches it as it is."""
+    async with calling(redis_url) as other, serving(redis_url, work.__call__, max_concurrent_queries=1):
+        caller = Caller(url, "default")
+        await caller.open()
+        try:
+            yield Client(caller, other.redis)
+        finally:
+            await caller.close()
+
+
+async def is_settled(client: Client) -> bool:
+    return await client.depth() == 0 and await client.claimed() == 0
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS))
+async def test_what_was_accepted_is_answered_once_after_the_refusal(
+    redis_url: str, between: RefusingProxy, code: str
+) -> None:
+    work = Work()
+    bodies = [b"%d" % n for n in range(30)] + [b"m" * 5_000, b"l" * (LARGE + 1)]
+    async with calling(redis_url) as client, serving(between.url, work.__call__, max_concurrent_queries=40) as worker:
+        answers = [client.call(body)[1] for body in bodies]
+        await wait_until_async(lambda: work.runs.total() == len(bodies))
+        between.error = ERRORS[code]
+        work.release.set()
+        await wait_until_async(lambda: worker.in_progress == 0)
+        await wait_until_async(lambda: len(between.refused) > 3)
+        assert not any(answer.done() for answer in answers)
+        between.error = ""
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.body for reply in replies] == bodies
+        await wait_until_async(lambda: is_settled(client))
+    assert set(work.runs.values()) == {1}
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"READONLY"}))
+async def test_new_work_is_refused_at_once_by_name(redis_url: str, between: RefusingProxy, code: str) -> None:
+    work = Work()
+    work.release.set()
+    async with served(redis_url, between.url, work) as client:
+        between.error = ERRORS[code]
+        for body in (b"small", b"l" * (LARGE + 1)):
+            with pytest.raises(Overloaded if code == "OOM" else BrokerUnavailable) as caught:
+                await asyncio.wait_for(client.ask(body), 4)
+            assert isinstance(caught.value, (BrokerUnavailable, Overloaded))
+            assert caught.value.retry_after_s > 0
+        between.error = ""
+        assert (await asyncio.wait_for(client.ask(b"later"), 20)).body == b"later"
+    assert work.runs == {b"later": 1}
+
+
+async def test_what_is_given_up_during_a_refusal_does_not_run(redis_url: str, between: RefusingProxy) -> None:
+    work = Work()
+    async with served(redis_url, between.url, work) as client:
+        first, _ = client.call(b"first")
+        await wait_until_async(lambda: work.runs.total() == 1)
+        second, _ = client.call(b"second")
+        await second.accepted()
+        between.error = ERRORS["NOREPLICAS"]
+        assert second.cancel()
+        await wait_until_async(lambda: len(between.refused) > 2)
+        between.error = ""
+        await wait_until_async(lambda: _depth_is(client, 1))
+        work.release.set()
+        await wait_until_async(lambda: is_settled(client))
+        assert first.entry is not None
+    assert work.runs == {b"first": 1}
+
+
+async def _depth_is(client: Client, count: int) -> bool:
+    return await client.depth() == count
+
+
+def test_the_parts_of_a_streamed_answer_keep_their_order(redis_url: str, between: RefusingProxy) -> None:
+    site = Site(between.url)
+    go_on, go_on_again = threading.Event(), threading.Event()
+
+    def count(request: Any) -> Iterator[int]:
+        yield from range(5)
+        go_on.wait(20)
+        yield from range(5, 200)
+        go_on_again.wait(20)
+        yield from range(200, 210)
+
+    site.serve(count)
+    handle = ServeHandle(redis_url, INSTANCE, "ask")
+    answer: Iterator[Any] = iter(cast("Any", handle.options(stream=True).remote()))
+    seen = [next(answer) for _ in range(5)]
+    between.error = ERRORS["NOREPLICAS"]
+    go_on.set()
+    wait_until(lambda: len(between.refused) > 5)
+    go_on_again.set()
+    between.error = ""
+    seen += list(answer)
+    assert seen == list(range(210))
+    connect(redis_url).close()
+    wait_until(lambda: site.depth() == 0)
+    site.close()
+
+
+# -- leases
+
+
+async def leases(redis: Redis) -> list[bytes]:
+    keys = [cast("bytes", key) async for key in cast("Any", redis).scan_iter(KEYS.alive(TAG, "*"))]
+    return [cast("bytes", lease) for key in keys if (lease := await redis.get(key))]
+
+
+async def are_trusted(redis: Redis, count: int) -> bool:
+    """Whether so many replicas have renewed their leases for so long that they may take over from others."""
+    times = [list(map(int, lease.split())) for lease in await leases(redis)]
+    return len(times) == count and all(last - since > 2_500 for since, last in times)
+
+
+@asynccontextmanager
+async def three_replicas(url: str, work: Work) -> AsyncGenerator[None]:
+    async with AsyncExitStack() as replicas:
+        for _ in range(3):
+            await replicas.enter_async_context(serving(url, work.__call__, max_concurrent_queries=4, max_deliveries=1))
+        yield
+
+
+async def test_leases_that_could_not_be_renewed_convict_nobody(redis_url: str, between: RefusingProxy) -> None:
+    work = Work()
+    async with calling(redis_url) as client, three_replicas(between.url, work):
+        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        answers = [client.call(b"%d" % n)[1] for n in range(12)]
+        await wait_until_async(lambda: work.runs.total() == 12)
+        between.error = ERRORS["NOREPLICAS"]
+
+        async def has_no_lease() -> bool:
+            return not await leases(client.redis)
+
+        await wait_until_async(has_no_lease)
+        between.error = ""
+        # By then each of them has looked several times for what it could take over.
+        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        work.release.set()
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.error for reply in replies] == [None] * 12
+        await wait_until_async(lambda: is_settled(client))
+        assert await client.dead() == 0
+    assert set(work.runs.values()) == {1}
+
+
+async def test_a_broker_that_hangs_for_longer_than_a_lease_convicts_nobody(server: EmbeddedServer) -> None:
+    work = Work()
+    async with calling(server.url) as client, three_replicas(server.url, work):
+        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        answers = [client.call(b"%d" % n)[1] for n in range(12)]
+        await wait_until_async(lambda: work.runs.total() == 12)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(1.5 * TTL_S)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        work.release.set()
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.error for reply in replies] == [None] * 12
+    assert set(work.runs.values()) == {1}
+
+
+async def test_a_replica_that_dies_during_a_refusal_is_replaced_after_it(
+    redis_url: str, between: RefusingProxy
+) -> None:
+    work = Work()
+    async with calling(redis_url) as client:
+        dying = await start_killable(between.url, "never")
+        _, answer = client.call(b"x")
+        await wait_until_async(lambda: _claimed_is(client, 1))
+        async with serving(between.url, work.__call__):
+            between.error = ERRORS["NOREPLICAS"]
+            await dying.kill()
+            work.release.set()
+            await wait_until_async(lambda: len(between.refused) > 10)
+            assert not work.runs
+            between.error = ""
+            assert (await asyncio.wait_for(answer, 20)).body == b"x"
+
+
+async def _claimed_is(client: Client, count: int) -> bool:
+    return await client.claimed() == count
+
+
+# -- brokers that refuse for real
+
+
+async def test_a_broker_without_its_replicas_answers_when_they_are_back(server: EmbeddedServer) -> None:
+    work = Work()
+    async with (
+        calling(server.url) as client,
+        serving(server.url, work.__call__, max_concurrent_queries=10) as worker,
+        Redis.from_url(server.url) as admin,
+    ):
+        answers = [client.call(b"%d" % n)[1] for n in range(10)]
+        await wait_until_async(lambda: work.runs.total() == 10)
+        await admin.config_set("min-replicas-to-write", 1)
+        work.release.set()
+        await wait_until_async(lambda: worker.in_progress == 0)
+        with pytest.raises(BrokerUnavailable, match="NOREPLICAS"):
+            await asyncio.wait_for(client.ask(b"new"), 4)
+        await wait_until_async(lambda: not client.caller.takes_writes)
+        await admin.config_set("min-replicas-to-write", 0)
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(10)]
+        await wait_until_async(lambda: client.caller.takes_writes)
+        assert (await asyncio.wait_for(client.ask(b"new"), 20)).body == b"new"
+    assert set(work.runs.values()) == {1}
+
+
+async def test_a_broker_that_is_busy_with_a_script_answers_when_it_ends(server: EmbeddedServer) -> None:
+    work = Work()
+    async with (
+        calling(server.url) as client,
+        serving(server.url, work.__call__, max_concurrent_queries=10),
+        Redis.from_url(server.url) as admin,
+        Redis.from_url(server.url) as killer,
+    ):
+        await admin.config_set("busy-reply-threshold", 10)
+        answers = [client.call(b"%d" % n)[1] for n in range(10)]
+        await wait_until_async(lambda: work.runs.total() == 10)
+        busy = asyncio.ensure_future(admin.eval("while true do end", 0))
+        await wait_until_async(lambda: not client.caller.takes_writes)
+        with pytest.raises(BrokerUnavailable, match="BUSY"):
+            await asyncio.wait_for(client.ask(b"new"), 4)
+        work.release.set()
+        await killer.script_kill()
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(10)]
+        await asyncio.wait([busy])
+        assert busy.exception() is not None
+    assert set(work.runs.values()) == {1}
