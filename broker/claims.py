@@ -25,6 +25,7 @@ import orjson
 
 from .commands import COPIED_BYTES, Arg, Script
 from .connection import BLOCK_MS, Connection
+from .dead_limits import DROP, DROP_OLDEST, MAX_DEAD_LETTERS
 from .errors import BrokerFull, StringTooLong
 from .keys import Keys
 from .lease import TAKE_OVER
@@ -48,6 +49,8 @@ _SETTLED_TOGETHER = 500
 """Lua cannot hand on any number of arguments."""
 _BURIED_FIELDS = 2_000
 """Garbage of more names and values than this is cut short: Lua cannot hand on any number of them."""
+_BURIED_BYTES = 1024 * 1024
+"""So are names and values beyond as many bytes. What our callers publish has fewer, but for a very long query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +195,16 @@ release(KEYS[2], places)
 return 0
 """)
 
-# KEYS: the stream, its dead letters, the entry's history, the records of sizes. ARGV: group, entry id, its place, the
-# name of the field for the history, then the fields. Does nothing if the entry is gone already.
+# KEYS: the stream, its dead letters, the entry's history, the records of sizes, the backend's sums. ARGV: group, entry
+# id, its place, how many dead letters are kept, what the keys of bodies begin with, the name of the field for the
+# history, then the fields. Does nothing if the entry is gone already.
 _BURY = Script(f"""#!lua flags=allow-oom
 {RELEASE}
+{DROP_OLDEST}
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[2], '*', ARGV[4], ARGV[5], unpack(ARGV, 6))
+redis.call('XADD', KEYS[2], '*', ARGV[6], ARGV[7], unpack(ARGV, 8))
+drop_oldest(KEYS[2], KEYS[5], tonumber(ARGV[4]), ARGV[5])
 redis.call('DEL', KEYS[3])
 release(KEYS[4], {{ARGV[3]}})
 return 1
@@ -256,6 +262,8 @@ class Claims:
         self._streamed = keys.streamed(backend, "")
         self._leases = keys.alive(backend, "")
         self._sizes = keys.sizes(backend)
+        self._dead, self._sums = keys.dead(backend), keys.done(backend)
+        self._bodies = keys.body(backend, "")
         self._sized: set[bytes] = set()
         """Places of held entries whose size the broker has a record of."""
         self._full_until = 0.0
@@ -480,8 +488,17 @@ class Claims:
         interactive, batch = await self._commands.run_script(_RETAKE, self._streams, args)
         return cast("list[tuple[bytes, list[bytes]]]", interactive) + _on_batch(batch)
 
-    async def bury(self, taken: Taken, error: str, tell: Callable[[], None] | None = None) -> None:
+    async def bury(
+        self,
+        taken: Taken,
+        error: str,
+        tell: Callable[[], None] | None = None,
+        *,
+        max_dead_letters: int = MAX_DEAD_LETTERS,
+    ) -> None:
         """Move an entry to the dead letters, with the history of its deliveries and the ``error`` that ended it.
+
+        Of more than ``max_dead_letters`` the oldest are dropped and counted.
 
         ``tell`` posts what its caller is told, in the same write and before it: who has been told finds the letter.
         """
@@ -496,11 +513,15 @@ class Claims:
             tell()
         await self._commands.run_script(
             _BURY,
-            [self._streams[is_batch(taken.entry)], self._keys.dead(self._backend), key, self._sizes],
-            [GROUP, id_of(taken.entry), taken.entry, HISTORY, history, *taken.fields[:_BURIED_FIELDS]],
+            [self._streams[is_batch(taken.entry)], self._dead, key, self._sizes, self._sums],
+            [GROUP, id_of(taken.entry), taken.entry, max_dead_letters, self._bodies, HISTORY, history, *_cut(taken)],
             repeat=True,
             patient=True,
         )
+
+    async def drop_old_letters(self, max_dead_letters: int) -> None:
+        """Drop dead letters that are too many or too old."""
+        await self._commands.run_script(DROP, [self._dead, self._sums], [max_dead_letters, self._bodies], repeat=True)
 
     def give_back(self, places: Iterable[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
@@ -522,6 +543,19 @@ _FieldsT = TypeVar("_FieldsT", list[bytes], "list[bytes] | None")
 
 def _on_batch(entries: list[tuple[bytes, _FieldsT]]) -> list[tuple[bytes, _FieldsT]]:
     return [(place_of(entry, batch=True), fields) for entry, fields in entries]
+
+
+def _cut(taken: Taken) -> list[bytes]:
+    """Return the fields of an entry as its dead letter keeps them."""
+    fields = taken.fields[:_BURIED_FIELDS]
+    if sum(map(len, fields)) <= _BURIED_BYTES:
+        return fields
+    kept: list[bytes] = []
+    left = _BURIED_BYTES
+    for field in fields:
+        kept.append(field[:left])
+        left -= len(kept[-1])
+    return kept
 
 
 def _log_failure(result: Any) -> None:

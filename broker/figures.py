@@ -12,6 +12,7 @@ from typing import cast
 
 from .commands import Arg, Script
 from .connection import Connection
+from .dead_limits import DROPPED
 from .keys import Keys
 from .load import load_of
 
@@ -66,6 +67,8 @@ class Figures:
     queued_bytes: int
     """What both take, as ``max_queued_bytes`` counts it."""
     dead_letters: int
+    dead_letters_dropped: int
+    """As there were too many, or they were too old."""
     served: int
     failed: int
     run_s: float
@@ -101,6 +104,7 @@ async def figures_of(connection: Connection, keys: Keys, backend: str) -> Figure
         in_progress=load.in_progress,
         queued_bytes=load.queued_bytes,
         dead_letters=int(dead),
+        dead_letters_dropped=done.get(DROPPED, 0),
         served=done.get(_SERVED, 0),
         failed=done.get(_FAILED, 0),
         run_s=done.get(_RUN_US, 0) / 1e6,

@@ -89,6 +89,12 @@ _OF_BACKENDS: tuple[tuple[str, str, str, Callable[[Figures], float]], ...] = (
     ("requests_in_progress", "gauge", "Requests that replicas hold.", lambda of: of.in_progress),
     ("queued_bytes", "gauge", "Bytes of both, as max_queued_bytes counts them.", lambda of: of.queued_bytes),
     ("dead_letters", "gauge", "Requests that nobody could serve.", lambda of: of.dead_letters),
+    (
+        "dead_letters_dropped_total",
+        "counter",
+        "Dead letters dropped: too many or too old.",
+        lambda of: of.dead_letters_dropped,
+    ),
     ("served_total", "counter", "Requests answered without an error, copies for shadows too.", lambda of: of.served),
     ("failed_total", "counter", "Requests answered with an error.", lambda of: of.failed),
     ("run_seconds_total", "counter", "How long requests ran; each of a batch counts all of it.", lambda of: of.run_s),

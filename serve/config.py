@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 from starlette.middleware import Middleware
 
+from ..broker.dead_limits import MAX_DEAD_LETTERS
 from ..broker.errors import ConfigError
 from ..handles.calls import MAX_QUEUED, MAX_QUEUED_BYTES
 
@@ -144,6 +145,9 @@ class BackendConfig(_Config):
 
     max_deliveries: Count = 3
     """A request whose replica died this many times is a dead letter."""
+
+    max_dead_letters: Count = MAX_DEAD_LETTERS
+    """So many dead letters are kept, for at most 14 days; the oldest are dropped, and counted."""
 
     graceful_shutdown_timeout_s: NotNegative = 20.0
     """A replica that has to go may take this long to finish what it has begun."""

@@ -286,6 +286,7 @@ class Instance:
             "in_progress": figures.in_progress,
             "queued_bytes": figures.queued_bytes,
             "dead_letters": figures.dead_letters,
+            "dead_letters_dropped": figures.dead_letters_dropped,
             "served": figures.served,
             "failed": figures.failed,
             "mean_run_ms": round(1000 * figures.run_s / answered, 3) if answered else 0.0,

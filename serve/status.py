@@ -17,11 +17,12 @@ class Status(dict[str, Any]):
 
     Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
     error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
-    ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``;
-    how many are ``dead_letters``; how many its replicas have ``served`` since it was created, up to a second ago, and
-    ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one ran. Of an endpoint: what
-    ``list_endpoints`` has. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While the controller is ``"away"``
-    or ``"waiting for Ray's head"``, what runs serves on, and no change comes about.
+    ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``,
+    and the ``queued_bytes`` of both; how many are ``dead_letters``, and how many of these were dropped as there were
+    too many or they were too old (``dead_letters_dropped``); how many its replicas have ``served`` since it was
+    created, up to a second ago, and ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one
+    ran. Of an endpoint: what ``list_endpoints`` has. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While
+    the controller is ``"away"`` or ``"waiting for Ray's head"``, what runs serves on, and no change comes about.
     """
 
     def __str__(self) -> str:

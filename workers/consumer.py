@@ -17,6 +17,7 @@ from typing import Any
 
 from ..broker.claims import Claims, Taken
 from ..broker.connection import Connection
+from ..broker.dead_limits import MAX_DEAD_LETTERS
 from ..broker.errors import BrokerRefused, BrokerUnavailable, WireError
 from ..broker.figures import Tally
 from ..broker.keys import Keys
@@ -135,6 +136,7 @@ class Consumer:
         config = self._runner.config
         self._concurrency = self._runner.concurrency()
         self.max_deliveries: int = config.get("max_deliveries", 3)
+        self.max_dead_letters: int = config.get("max_dead_letters", MAX_DEAD_LETTERS)
         self.batch_size: int = config.get("max_batch_size") or 1 if self._runner.accepts_batch else 0
         """0 where the user's code takes one request at a time."""
         self.claim_size = max(_CLAIM, self.batch_size)
@@ -278,7 +280,7 @@ class Consumer:
         except WireError as e:
             shown = place.decode()
             log.error("entry %s of %r cannot be read and goes to the dead letters: %s", shown, self._backend, e)
-            self._task(self._claims.bury(Taken(place, 0, fields), str(e)))
+            self._task(self._claims.bury(Taken(place, 0, fields), str(e), max_dead_letters=self.max_dead_letters))
             return
         if (held := self.hold(place, entry)) is None:
             return

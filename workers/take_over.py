@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from functools import partial
+from time import monotonic
 
 from ..broker.claims import Claims, Taken
 from ..broker.errors import BrokerRefused, BrokerUnavailable, WireError
@@ -22,6 +23,7 @@ from .held import Held
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
+_DROP_LETTERS_S = 60.0
 _TOGETHER = 25
 """So many suspects run at once while they have deaths to spare. One by one, the hundred that async code has in progress
 would keep their replica from all else for a hundred times as long as one takes.
@@ -36,9 +38,13 @@ class TakeOver:
 
     async def keep_looking(self) -> None:
         """Look for them until the replica drains, at short intervals and when it is woken."""
+        drop_at_s = 0.0
         while not self._consumer.draining:
             self._consumer.wake.clear()
             try:
+                if monotonic() >= drop_at_s:
+                    await self._claims.drop_old_letters(self._consumer.max_dead_letters)
+                    drop_at_s = monotonic() + _DROP_LETTERS_S
                 orphans, returned = await self._claims.look()
                 if orphans:
                     await self._break_off_orphans()
@@ -152,7 +158,7 @@ class TakeOver:
         try:
             return Entry.of(taken.fields)
         except WireError as e:
-            await self._claims.bury(taken, str(e))
+            await self._claims.bury(taken, str(e), max_dead_letters=self._consumer.max_dead_letters)
             return None
 
     async def _convict(self, taken: Taken) -> None:
@@ -161,4 +167,5 @@ class TakeOver:
             return
         error = DeliveryLimitExceeded(self._backend, entry.shown_id, taken.deliveries, self._consumer.max_deliveries)
         log.error("%s", error)
-        await self._claims.bury(taken, str(error), partial(self._answers.tell, entry, error))
+        tell = partial(self._answers.tell, entry, error)
+        await self._claims.bury(taken, str(error), tell, max_dead_letters=self._consumer.max_dead_letters)

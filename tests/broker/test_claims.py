@@ -9,6 +9,7 @@ from penstock.broker.claims import RETURNED, Claims, Taken
 from penstock.broker.connection import Connection
 from penstock.broker.embedded import EmbeddedServer
 from penstock.broker.errors import BrokerRefused
+from penstock.broker.figures import figures_of
 from penstock.broker.keys import Keys
 from penstock.broker.wire import Entry, Header, Reply
 from tests.broker.conftest import Connect
@@ -34,6 +35,12 @@ class Replica:
         if isinstance(result, Exception):
             raise result
         return {place: Entry.of(fields).id for place, fields in result}
+
+    async def take(self) -> None:
+        """Claim one entry, readable or not."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.claims.claim(1, future.set_result)
+        assert len(await future) == 1
 
     async def pending(self) -> dict[bytes, str | None]:
         return {place: None if fields is None else Entry.of(fields).id for place, fields in await self.claims.pending()}
@@ -393,3 +400,67 @@ async def test_a_reply_and_its_settling_wait_together_for_the_broker(
     replica.claims.settle([b"1-1"])
     await wait_until_async(lambda: commands.connected)
     assert await other.send("XLEN", keys.replies("me")) == 2
+
+
+async def dead_ids(commands: Connection, keys: Keys) -> list[bytes]:
+    return [id_ for id_, _ in await commands.send("XRANGE", keys.dead(TAG), "-", "+")]
+
+
+async def dropped(commands: Connection, keys: Keys) -> int:
+    return (await figures_of(commands, keys, TAG)).dead_letters_dropped
+
+
+async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
+    join: Joining, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    for n in range(12):
+        place = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
+        await replica.take()
+        await replica.claims.bury(Taken(place, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5)
+        assert len(await dead_ids(commands, keys)) == min(n + 1, 5)
+    letters = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    assert [fields[-1] for _, fields in letters] == [b"7", b"8", b"9", b"10", b"11"]
+    assert await dropped(commands, keys) == 7
+
+
+async def test_a_dropped_dead_letter_takes_its_large_body_along(
+    join: Joining, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    for id_ in ("first", "second"):
+        fields = Entry(id_, "me", Header(), large=True).fields()
+        await commands.send("SET", keys.body(TAG, id_), b"body", "PX", 60_000)
+        place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+        await replica.take()
+        await replica.claims.bury(Taken(place, 0, fields), "it died", max_dead_letters=1)
+    assert await commands.send("EXISTS", keys.body(TAG, "first")) == 0
+    assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
+
+
+async def test_dead_letters_are_dropped_after_fourteen_days_and_when_fewer_are_kept(
+    join: Joining, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    seconds, _ = await commands.send("TIME")
+    ages_s = [20 * 86_400, 14 * 86_400 + 60, 14 * 86_400 - 60, 3600, 60]
+    ids = [
+        await commands.send("XADD", keys.dead(TAG), f"{(int(seconds) - age_s) * 1000}-0", "v", "1") for age_s in ages_s
+    ]
+    await replica.claims.drop_old_letters(100)
+    assert await dead_ids(commands, keys) == ids[2:]
+    await replica.claims.drop_old_letters(2)
+    assert await dead_ids(commands, keys) == ids[3:]
+    assert await dropped(commands, keys) == 3
+
+
+async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
+    join: Joining, commands: Connection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
+    place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+    await replica.take()
+    await replica.claims.bury(Taken(place, 0, fields), "cannot be read")
+    [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024

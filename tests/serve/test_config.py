@@ -20,6 +20,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "max_queued_bytes": 1024 * 1024 * 1024,
         "batch_share": 0.1,
         "max_deliveries": 3,
+        "max_dead_letters": 10_000,
         "graceful_shutdown_timeout_s": 20.0,
         "health_check_period_s": 10.0,
         "health_check_timeout_s": 30.0,

@@ -333,6 +333,21 @@ async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_ur
         await wait_until_async(lambda: _is_empty(client))
 
 
+async def test_garbage_beyond_the_limit_of_dead_letters_leaves_as_many_as_that(redis_url: str) -> None:
+    limits: dict[str, Any] = {"max_queued_requests": 100, "max_dead_letters": 50}
+    async with calling(redis_url) as client, serving(redis_url, echo, **limits):
+        keys = client.caller.keys
+        async with client.redis.pipeline(transaction=False) as pipe:
+            for n in range(3_000):
+                pipe.xadd(keys.requests(TAG), {"garbage": str(n)})
+            await pipe.execute()
+        await wait_until_async(lambda: _is_empty(client))
+        assert await client.dead() == 50
+        assert await client.redis.hget(keys.done(TAG), "dead_dropped") == b"2950"
+        await client.redis.delete(keys.done(TAG))
+        assert (await client.ask(b"x")).body == b"x"
+
+
 async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, echo):
         assert (await client.ask(b"before")).body == b"before"
