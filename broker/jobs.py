@@ -46,6 +46,7 @@ class Job:
         """``caller`` is the id of the one whose replies its results are."""
         self._connection, self.name = connection, name
         self._record_key, self._owner_key = keys.job(caller), keys.job_owner(caller)
+        self._input_key, self._replies_key = keys.job_input(caller), keys.replies(caller)
         self._ttl_ms = int(ttl_s * 1000)
         self._token = secrets.token_hex(8)
         self._keeper: asyncio.Task[None] | None = None
@@ -88,6 +89,22 @@ class Job:
             )
         return known
 
+    async def read_input(self) -> list[dict[bytes, bytes]]:
+        """Return what `note_input` has noted, in order."""
+        found = await self._connection.send("XREAD", "STREAMS", self._input_key, "0", repeat=True)
+        entries: list[tuple[bytes, list[bytes]]] = found[0][1] if found else []
+        return [dict(zip(fields[::2], fields[1::2], strict=True)) for _, fields in entries]
+
+    def note_input(self, then: Callable[[Any], None], fields: Mapping[str, bytes]) -> None:
+        """Keep ``fields`` of the input as long as the job. Written before what is sent after this call."""
+        members = [member for field in fields.items() for member in field]
+        self._connection.post(then, "XADD", self._input_key, "*", *members, repeat=True)
+
+    async def forget(self) -> None:
+        """Delete the job's record, input and results: the next `describe` begins a new job."""
+        await self._connection.send("UNLINK", self._record_key, self._input_key, repeat=True)
+        await self._connection.send("XTRIM", self._replies_key, "MAXLEN", 0, repeat=True)
+
     async def leave(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
@@ -109,6 +126,7 @@ class Job:
                 self.lost = not await self._own()
                 if expiry_in == 0:
                     await self._connection.send("PEXPIRE", self._record_key, self._ttl_ms, repeat=True)
+                    await self._connection.send("PEXPIRE", self._input_key, self._ttl_ms, repeat=True)
                     expiry_in = 10
                 expiry_in -= 1
             except (BrokerUnavailable, BrokerRefused) as e:
@@ -152,6 +170,10 @@ class JobReplies(ReplyStream):
         """Delete what lies on the stream up to ``place``."""
         self._delete_up_to(place)
 
+    def drop(self, place: bytes) -> None:
+        """Delete one result."""
+        self._commands.post(_ignore, "XDEL", self._key, place, repeat=True)
+
     async def close(self) -> None:
         """Stop reading."""
         await self._end()
@@ -164,3 +186,7 @@ class JobReplies(ReplyStream):
 
     def trim(self) -> None:
         """Who reads does not decide what may go."""
+
+
+def _ignore(reply: Any) -> None:
+    """Another result of the item is the later one."""

@@ -122,6 +122,10 @@ class Keys:
         """What is known of a named batch job, by whose replies its results are."""
         return f"{self._root}{{{caller}}}:job"
 
+    def job_input(self, caller: str) -> str:
+        """The stream of hashes over the rows of a named batch job's input."""
+        return f"{self._root}{{{caller}}}:job:input"
+
     def job_owner(self, caller: str) -> str:
         """The lease of the producer that works on a named batch job."""
         return f"{self._root}{{{caller}}}:owner"

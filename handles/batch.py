@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Container, Generator, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from .caller import Caller
 from .errors import ConfigError
 from .items import BatchResult
 from .options import Options
-from .producing import Production
+from .producing import JobSource, Production
 
 _PULL_S = 0.005
 """Items are sent that are there, rather than waited for in company."""
@@ -39,7 +40,8 @@ class BatchProducer:
 
     With a ``job``, results lie in a stream of their own until they expire. A producer that was killed and is started
     again with the same items, in the same order, under the same name sends only what was not accepted, and gives the
-    results of all, each once.
+    results of all, each once. The name belongs to that input: other items, fewer or more, or another method are refused
+    with a ``ConfigError``.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class BatchProducer:
         shard_key: str | None = None,
         job: str | None = None,
         job_ttl_s: float = JOB_TTL_S,
+        restart_job: bool = False,
+        retry_errors: bool = False,
     ) -> None:
         """Say where, and how; nothing is sent yet.
 
@@ -69,6 +73,8 @@ class BatchProducer:
             job: a name, for a job that outlives this producer.
             job_ttl_s: how long the results of a job lie there once its producer is gone. Those over 256 KiB lie there
                 for two minutes, and are computed anew after that.
+            restart_job: forget what a former producer of the job has done, and begin anew.
+            retry_errors: run again the items whose result was an error when the job ran before.
 
         An item can have options of its own: see `BatchItem`.
 
@@ -86,6 +92,16 @@ class BatchProducer:
         if not 1 <= job_ttl_s <= 1e9:
             raise ConfigError(f"job_ttl_s must be 1 to 1e9 seconds, not {job_ttl_s}")
         self._job_ttl_s = float(job_ttl_s)
+        for name, value in (("restart_job", restart_job), ("retry_errors", retry_errors)):
+            if type(value) is not bool:
+                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+            if value and job is None:
+                raise ConfigError(f"{name} is for a job: give its name")
+        self._source = JobSource(restart_job=restart_job, retry_errors=retry_errors)
+
+    def describe_source(self, name: str, *, may_grow: bool = False) -> None:
+        """Say which file or directory the items come from, so that the job is refused with another one."""
+        self._source = replace(self._source, name=name, may_grow=may_grow)
 
     def __repr__(self) -> str:
         job = "" if self._job is None else f", job={self._job!r}"
@@ -119,6 +135,7 @@ class BatchProducer:
             self._window,
             skip=batch.skip,
             in_order=batch.in_order,
+            source=self._source,
             **callbacks,
         )
         if self._job is not None:

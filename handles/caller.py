@@ -397,6 +397,10 @@ class Caller:
                 found[id_.decode()] = backend, entry
         return found
 
+    def withdraw(self, backend: str, entry: bytes) -> None:
+        """Take an item of the job back from a batch stream."""
+        self._publisher.withdraw(backend, entry, batch=True)
+
     def dead_queue(self, backend: str) -> DeadQueue:
         return DeadQueue(self._connection, self.keys, backend)
 

@@ -110,6 +110,8 @@ class Connected:
         shard_key: str | None = None,
         job: str | None = None,
         job_ttl_s: float = JOB_TTL_S,
+        restart_job: bool = False,
+        retry_errors: bool = False,
     ) -> BatchProducer:
         """Return what sends any number of items through ``endpoint``, behind its interactive requests.
 
@@ -131,6 +133,8 @@ class Connected:
             shard_key=shard_key,
             job=job,
             job_ttl_s=job_ttl_s,
+            restart_job=restart_job,
+            retry_errors=retry_errors,
         )
         if endpoint not in (known := self.list_endpoints()):
             raise EndpointNotFound(endpoint, known)

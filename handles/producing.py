@@ -10,8 +10,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ..broker import exact_json
 from ..broker.call_ids import ItemIds
@@ -24,7 +25,6 @@ from .calls import MAX_QUEUED, Call
 from .codec import encode, load_json
 from .errors import (
     BrokerUnavailable,
-    ConfigError,
     EndpointNotFound,
     NotPermitted,
     Overloaded,
@@ -32,11 +32,13 @@ from .errors import (
     RequestTimeout,
 )
 from .items import BatchItem, BatchResult, Indices
+from .job_input import Block, InputChain, other_input
 from .options import Options
 from .results import value_of
 
 log = logging.getLogger(__name__)
 
+_ROWS, _DIGEST, _LAST = b"rows", b"digest", b"last"
 _LEAST_WINDOW = 1_000
 _MOST_BYTES = 64 * 1024 * 1024
 """Of bodies in flight: the window is smaller where items are large."""
@@ -70,6 +72,42 @@ class _Item(Call):
             self.production.fail(e)
 
 
+@dataclass(frozen=True, slots=True)
+class JobSource:
+    """Which input a job is to have, apart from its rows."""
+
+    name: str = ""
+    """Of the file or directory; none for a Python iterable."""
+    may_grow: bool = False
+    """Rows may follow where the input ended before."""
+    restart_job: bool = False
+    """Forget what the job had, and begin anew."""
+    retry_errors: bool = False
+    """Run again what failed when the job ran before."""
+
+
+class _Encoded(NamedTuple):
+    """An item as it is sent, or why it cannot be."""
+
+    options: Options
+    query: str | dict[str, Any]
+    codec: str
+    body: bytes
+    error: Exception | None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What is hashed of it."""
+        if self.error is not None:
+            return f"{type(self.error).__name__}: {self.error}".encode(errors="surrogatepass")
+        # Pickling the same set twice may give other bytes.
+        body = b"" if self.codec == "pickle" else self.body
+        if not self.query and self.options.method_name == "__call__":
+            return b"%b:%b" % (self.codec.encode(), body)
+        about = exact_json.dumps([self.query, self.options.method_name, self.codec])
+        return b"%b:%b" % (about, body)
+
+
 class Production:
     """One batch, from `open` to `close`.
 
@@ -88,7 +126,13 @@ class Production:
         in_order: bool,
         on_results: Callable[[], None],
         on_want: Callable[[int], None],
+        source: JobSource = JobSource(),
     ) -> None:
+        self._source = source
+        self._input: InputChain | None = None
+        """Of a job, once it is this producer's."""
+        self._held: dict[int, BatchResult] = {}
+        """Of a job: results of rows that are not known yet to be those of this input."""
         self._caller, self._endpoint, self._options = caller, endpoint, options
         self._window = window or 0
         self._skip, self._in_order = skip, in_order
@@ -114,6 +158,7 @@ class Production:
         self._places: dict[int, bytes] = {}
         self._forgettable = b""
         self._paused = False
+        self._record: dict[str, Any] = {}
         self._item_ids: ItemIds | None = None
         """Of a job, once it is this producer's."""
         if caller.results is None:
@@ -122,7 +167,7 @@ class Production:
     @property
     def over(self) -> bool:
         """Whether there is nothing to come any more."""
-        return self._exhausted and not self._in_flight
+        return self._exhausted and not self._in_flight and not self._held
 
     async def open(self) -> None:
         """Find the endpoint, and what a former producer of the job has left; then ask for items.
@@ -143,12 +188,10 @@ class Production:
             self._window = await self._default_window(endpoint.traffic)
         if self._caller.job is not None:
             await self._caller.job.take()
-            record = await self._caller.job.describe({"endpoint": self._endpoint})
-            if record.get("endpoint") != self._endpoint:
-                raise ConfigError(
-                    f"there is a job of that name already, for the endpoint {record.get('endpoint')!r} "
-                    f"and not {self._endpoint!r}"
-                )
+            if self._source.restart_job:
+                await self._forget_job()
+            await self._open_input()
+            record = self._record
             self._item_ids = ItemIds(bytes.fromhex(record[SECRET]))
             self._caller.receiver.stray = self._stray
             assert self._caller.results is not None
@@ -160,6 +203,40 @@ class Production:
             await self._caller.drain()
         self._begun = True
         self._ask()
+
+    async def _forget_job(self) -> None:
+        job = self._caller.job
+        assert job is not None
+        for backend, entry in (await self._caller.accepted_before(self._caller.snapshot.backends)).values():
+            self._caller.withdraw(backend, entry)
+        await job.forget()
+
+    async def _open_input(self) -> None:
+        """Find out which input the job belongs to. Raises ``ConfigError``: it is another one's."""
+        job, source = self._caller.job, self._source
+        assert job is not None
+        described = {"endpoint": self._endpoint, "method": self._options.method_name, "source": source.name}
+        self._record = record = await job.describe(described)
+        for what, value in described.items():
+            if what in record and record[what] != value:
+                raise other_input(job.name, f"it began with the {what} {record[what]!r}, and this is {value!r}")
+        noted = [fields for fields in await job.read_input() if _ROWS in fields]
+        blocks = [Block(int(fields[_ROWS]), fields[_DIGEST], _LAST in fields) for fields in noted]
+        self._input = InputChain(job.name, blocks, may_grow=source.may_grow)
+
+    def _note_input(self, *, is_last: bool = False) -> None:
+        """Keep what the job's input is up to here, before any of these rows is sent."""
+        assert self._input is not None
+        assert self._caller.job is not None
+        if (block := self._input.block(is_last=is_last)) is not None:
+            fields = {"rows": b"%d" % block.rows, "digest": block.digest}
+            self._caller.job.note_input(self._on_noted, {**fields, "last": b"1"} if block.is_last else fields)
+
+    def _on_noted(self, reply: Any) -> None:
+        if isinstance(reply, NotPermitted):
+            self.fail(reply)
+        elif isinstance(reply, Exception):
+            log.warning("cannot keep which input the job has: %s", reply)
 
     async def close(self) -> None:
         """Give up what is in flight. What a job has on its streams stays there."""
@@ -197,17 +274,35 @@ class Production:
     def feed(self, items: Iterable[Any], *, last: bool = False) -> None:
         """Take what was asked for, or less; ``last`` if there are no more."""
         self._wanting = False
-        for value in items:
-            index = self._next
-            self._next += 1
-            if index in self._skip or index in self._seen:
-                continue
-            self._submit(index, value)
+        if self._input is None:
+            for value in items:
+                index = self._next
+                self._next += 1
+                if index not in self._skip:
+                    self._submit(index, self._encoded(value))
+        else:
+            self._feed_job(self._input, items, last=last)
         if last:
             self._exhausted = True
             self._on_results()
         else:
             self._ask()
+
+    def _feed_job(self, chain: InputChain, items: Iterable[Any], *, last: bool) -> None:
+        rows = [self._encoded(value) for value in items]
+        for row in rows:
+            chain.add(row.fingerprint)
+        if last:
+            chain.end()
+        self._note_input(is_last=last)
+        for row in rows:
+            index = self._next
+            self._next += 1
+            if index not in self._skip and index not in self._seen and index not in self._held:
+                self._submit(index, row)
+        if self._held:
+            for index in [index for index in self._held if index < chain.verified]:
+                self._deliver_known(index, self._held.pop(index))
 
     def took(self, results: Sequence[BatchResult]) -> None:
         """Hear that these are somebody else's now."""
@@ -245,42 +340,53 @@ class Production:
         if self._wanting or self._exhausted or not self._begun or self._refused or self.failure is not None:
             return
         room = self._window - len(self._in_flight) - self._unyielded
-        if self._bytes > _MOST_BYTES:
+        if self._held:  # until their rows come, nobody takes them
+            room = max(room, _CHUNK)
+        elif self._bytes > _MOST_BYTES:
             return
         # A few at a time cost as much as many.
         if room >= min(_CHUNK, max(1, self._window // 4)):
             self._wanting = True
             self._on_want(min(room, _CHUNK))
 
-    def _submit(self, index: int, value: Any) -> None:
+    def _submit(self, index: int, row: _Encoded) -> None:
         try:
-            item = self._written(index, value)
-        except Exception as e:  # whatever the value's own methods raise
+            item = self._written(index, row)
+        except Exception as e:
             self._deliver(index, BatchResult(index, error=e))
             return
         self._in_flight[index] = item
         self._bytes += item.size
         self._send(item)
 
-    def _written(self, index: int, value: Any) -> _Item:
+    def _encoded(self, value: Any) -> _Encoded:
         options, query = self._options, ""
-        if isinstance(value, Exception):
-            raise value
-        if isinstance(value, BatchItem):
-            own = {"method_name": value.method_name, "shard_key": value.shard_key, "timeout_s": value.timeout_s}
-            if changes := {name: value for name, value in own.items() if value is not None}:
-                options = options.with_(changes)
-            if not isinstance(cast(object, value.query), Mapping):
-                raise TypeError(f"query must be a dict of JSON values, not {type(value.query).__name__}")
-            if value.query:
-                query = load_json(exact_json.dumps(dict(value.query)))
-            value = value.data
         try:
-            codec, body = encode(value)
-        except TypeError:
-            if not self._takes_pickle():
-                raise
-            codec, body = encode(value, allow_pickle=True)
+            if isinstance(value, Exception):
+                raise value
+            if isinstance(value, BatchItem):
+                own = {"method_name": value.method_name, "shard_key": value.shard_key, "timeout_s": value.timeout_s}
+                if changes := {name: value for name, value in own.items() if value is not None}:
+                    options = options.with_(changes)
+                if not isinstance(cast(object, value.query), Mapping):
+                    raise TypeError(f"query must be a dict of JSON values, not {type(value.query).__name__}")
+                if value.query:
+                    query = load_json(exact_json.dumps(dict(value.query)))
+                value = value.data
+            try:
+                codec, body = encode(value)
+            except TypeError:
+                if not self._takes_pickle():
+                    raise
+                codec, body = encode(value, allow_pickle=True)
+        except Exception as e:  # whatever the value's own methods raise
+            return _Encoded(options, query, "", b"", e)
+        return _Encoded(options, query, codec, body, None)
+
+    def _written(self, index: int, row: _Encoded) -> _Item:
+        if row.error is not None:
+            raise row.error
+        options, query, codec, body = row.options, row.query, row.codec, row.body
         caller, timeout_s = self._caller, options.timeout_s
         large = len(body) > LARGE
         check_size(body, caller.longest if large else None)
@@ -397,21 +503,38 @@ class Production:
             # Which backend sent it is not known, so all that there are must allow it.
             log.warning("a result of the job is pickled and was not read, and its item is sent again")
         else:
-            self._deliver(index, _read(index, outcome))
+            result = _read(index, outcome)
+            if result.error is not None and self._source.retry_errors:
+                assert self._caller.results is not None
+                self._caller.results.drop(self._caller.results.place)  # the item's next result takes its place
+                return
+            self._deliver(index, result)
 
     def _deliver(self, index: int, result: BatchResult) -> None:
         results = self._caller.results
         if results is not None:
             self._accepted.pop(index, None)
-            if index in self._skip or index in self._seen:
+            if index in self._skip or index in self._seen or index in self._held:
                 return
-            self._seen.add(index)
             self._places[index] = self._forgettable = results.place
+            if self._input is not None and index >= self._input.verified:
+                self._held[index] = result
+                self._land(index)
+                return
+        self._deliver_known(index, result)
+
+    def _land(self, index: int) -> None:
+        if (item := self._in_flight.pop(index, None)) is not None:
+            self._bytes -= item.size
+
+    def _deliver_known(self, index: int, result: BatchResult) -> None:
+        results = self._caller.results
+        if results is not None:
+            self._seen.add(index)
         self._unyielded += 1
         # In this order, as another thread may look on: what is no longer in flight is among the results.
         self.results.append(result)
-        if (item := self._in_flight.pop(index, None)) is not None:
-            self._bytes -= item.size
+        self._land(index)
         if not self._announcing:
             # Once for all that come in one read.
             self._announcing = True

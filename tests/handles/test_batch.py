@@ -386,7 +386,7 @@ def test_what_was_said_to_be_safe_is_forgotten_and_skipped(site: Site, connected
         done.add(result.index)
         if count == 250:
             batch.checkpoint()
-    assert [result.index for result in connected.batch("ask", job="safe2").map(range(501), skip=done)] == [500]
+    assert list(connected.batch("ask", job="safe2").map(range(500), skip=done)) == []
 
 
 def test_large_results_of_a_job_are_there_for_the_next_producer(site: Site, connected: Connected) -> None:
