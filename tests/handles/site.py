@@ -58,10 +58,10 @@ class Site:
         self._keys = Keys(INSTANCE)
         self._registry = Registry(self._connection, self._keys)
 
-    def declare(self, name: str = "ask", *, tag: str = "model", **config: Any) -> None:
+    def declare(self, name: str = "ask", *, tag: str = "model", route: str | None = None, **config: Any) -> None:
         """Make an endpoint and its backend, without anybody to serve it."""
         backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})
-        endpoint = EndpointRecord(name=name, traffic={tag: 1.0})
+        endpoint = EndpointRecord(name=name, route=route, traffic={tag: 1.0})
         self._run(self._registry.change(lambda seen: Change({tag: backend}, {name: endpoint})))
 
     def send_traffic(self, name: str, traffic: dict[str, float], shadows: dict[str, float] | None = None) -> None:

@@ -1,0 +1,232 @@
+"""Pickled replies: read only from backends whose record allows it, and never by a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from penstock import handles
+from penstock.broker.keys import Keys
+from penstock.broker.wire import LARGE, Part, Reply
+from penstock.handles.connection import Connected
+from penstock.handles.errors import WireError
+from penstock.proxy.proxy import Proxy
+from tests.handles.site import INSTANCE, Site
+from tests.waiting import wait_until, wait_until_async
+
+KEYS = Keys(INSTANCE)
+REFUSED = r"of backend 'model' to request 'call-[0-9a-f]{12}' is pickled, and was not read.*allow_pickle"
+
+
+class Evil:
+    """What does something where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A directory that is there once an evil pickle was read."""
+    return tmp_path / "trace"
+
+
+def was_read(trace: Path) -> bool:
+    return trace.exists()
+
+
+@pytest.fixture
+def evil(trace: Path) -> bytes:
+    return pickle.dumps(Evil(trace))
+
+
+class Replica:
+    """Answers the requests on a stream by hand, as a replica could that somebody has taken over."""
+
+    def __init__(self, url: str) -> None:
+        self.redis: Any = Redis.from_url(url)
+
+    def requests(self, *, batch: bool = False) -> list[tuple[str, str]]:
+        """Return the caller and the id of each call."""
+        stream = KEYS.batch("model") if batch else KEYS.requests("model")
+        entries = self.redis.xrange(stream)
+        return [(fields[b"by"].decode(), fields[b"id"].decode()) for _, fields in entries]
+
+    def answer(self, make: Any, *, batch: bool = False) -> None:
+        """Answer what waits by what ``make`` returns for the id of a call, and forget it."""
+        wait_until(lambda: self.requests(batch=batch))
+        for caller, id_ in self.requests(batch=batch):
+            for reply in make(id_):
+                self.redis.execute_command("XADD", KEYS.replies(caller), "*", *reply.fields())
+        self.redis.delete(KEYS.batch("model") if batch else KEYS.requests("model"))
+
+
+@pytest.fixture
+def replica(redis_url: str) -> Iterator[Replica]:
+    replica = Replica(redis_url)
+    yield replica
+    replica.redis.close()
+
+
+def whole(body: bytes) -> Any:
+    return lambda id_: [Reply(id_, codec="pickle", body=body)]
+
+
+def in_parts(body: bytes) -> Any:
+    return lambda id_: [Part(id_, 0, "pickle", [len(body)], body=body), Reply(id_, codec="stream", body=b"1")]
+
+
+@pytest.mark.parametrize("allow_pickle", [False, None, 1, "yes"])
+def test_a_handle_does_not_read_a_pickle_that_the_backend_may_not_send(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path, allow_pickle: Any
+) -> None:
+    site.declare(allow_pickle=allow_pickle)
+    future = connected.get_handle("ask").remote(1)
+    replica.answer(whole(evil))
+    with pytest.raises(WireError, match=REFUSED):
+        future.result(timeout=20)
+    assert not was_read(trace)
+
+
+async def test_an_asyncio_handle_does_not_either(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare()
+    future = await connected.get_handle("ask", sync=False).remote(1)
+    await asyncio.to_thread(replica.answer, whole(evil))
+    with pytest.raises(WireError, match=REFUSED):
+        await future
+    assert not was_read(trace)
+
+
+def test_a_large_one_is_not_even_fetched(site: Site, connected: Connected, replica: Replica, trace: Path) -> None:
+    site.declare()
+    future = connected.get_handle("ask").remote(1)
+    wait_until(replica.requests)
+    ((caller, id_),) = replica.requests()
+    body = KEYS.reply_body(caller, id_)
+    replica.redis.set(body, pickle.dumps((bytes(LARGE), Evil(trace))))
+    replica.answer(lambda id_: [Reply(id_, codec="pickle", large=True)])
+    with pytest.raises(WireError, match=REFUSED):
+        future.result(timeout=20)
+    assert not was_read(trace)
+    wait_until(lambda: not replica.redis.exists(body))
+
+
+def test_a_stream_does_not_read_one_either(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare()
+    stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
+    replica.answer(in_parts(evil))
+    with pytest.raises(WireError, match=REFUSED):
+        next(iter(stream))
+    assert not was_read(trace)
+
+
+def test_nor_does_one_whose_answer_came_whole(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare()
+    stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
+    replica.answer(whole(evil))
+    with pytest.raises(WireError, match=REFUSED):
+        next(iter(stream))
+    assert not was_read(trace)
+
+
+def test_a_batch_item_has_the_error_as_its_result(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare()
+    results = iter(connected.batch("ask").map([1]))
+    with ThreadPoolExecutor(1) as thread:
+        answering = thread.submit(replica.answer, whole(evil), batch=True)
+        (result,) = results
+        answering.result(timeout=20)
+    with pytest.raises(WireError, match=REFUSED):
+        result.get()
+    assert not was_read(trace)
+
+
+def test_a_result_that_a_former_producer_of_a_job_should_have_had_is_not_read_and_runs_again(
+    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare()
+    producer = connected.batch("ask", job="j", window=10)
+    leave_queued(producer, site, 3)
+    replica.answer(whole(evil), batch=True)
+    site.serve(lambda request: request.data)
+    assert [result.get() for result in producer.map(range(3))] == [0, 1, 2]
+    assert not was_read(trace)
+
+
+def leave_queued(producer: handles.BatchProducer, site: Site, items: int) -> None:
+    """Have the items of a job queued, and leave it."""
+
+    async def collect_all() -> None:
+        async for _ in producer.as_completed(range(items)):
+            pass
+
+    async def begin() -> None:
+        task = asyncio.create_task(collect_all())
+        await wait_until_async(lambda: site.batch_depth() == items)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(begin())
+
+
+async def test_http_never_reads_one(site: Site, replica: Replica, evil: bytes, trace: Path) -> None:
+    for allow_pickle in (True, False):
+        site.declare(allow_pickle=allow_pickle, route="/ask")
+        proxy = Proxy(site.url, INSTANCE, "p", {"port": 0})
+        url = str((await proxy.ready())["url"])
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            for make in (whole(evil), in_parts(evil)):
+                asked = asyncio.ensure_future(http.get("/ask"))
+                await asyncio.to_thread(replica.answer, make)
+                assert (await asked).status_code == 500
+                assert "pickle" in (await asked).json()["error"]["message"]
+        await proxy.drain(0.2)
+    assert not was_read(trace)
+
+
+def test_where_the_record_allows_it_values_come_as_they_were(
+    site: Site, connected: Connected, replica: Replica
+) -> None:
+    site.declare(allow_pickle=True)
+    body = pickle.dumps({1, 2})
+    future = connected.get_handle("ask").remote(1)
+    replica.answer(whole(body))
+    assert future.result(timeout=20) == {1, 2}
+    stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
+    replica.answer(in_parts(body))
+    assert list(stream) == [{1, 2}]
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_a_backend_that_begins_or_ceases_to_allow_it_while_calls_run_is_read(
+    site: Site, connected: Connected, replica: Replica, then: bool
+) -> None:
+    site.declare(allow_pickle=not then)
+    future = connected.get_handle("ask").remote(1)
+    stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
+    wait_until(lambda: len(replica.requests()) == 2)
+    site.declare(allow_pickle=then)
+    # At once: before this process has heard of the change.
+    replica.answer(whole(pickle.dumps({1, 2})))
+    assert future.result(timeout=20) == {1, 2}
+    assert list(stream) == [{1, 2}]
