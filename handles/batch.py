@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
 
+from ..broker.defaults import default_instance
 from ..broker.keys import check_name
 from . import background
 from .caller import Caller
@@ -49,7 +50,7 @@ class BatchProducer:
         redis_url: str,
         endpoint: str,
         *,
-        instance: str = "default",
+        instance: str | None = None,
         window: int | None = None,
         timeout_s: float | None = None,
         method_name: str = "__call__",
@@ -64,7 +65,7 @@ class BatchProducer:
         Args:
             redis_url: ``redis://``, ``rediss://`` or ``unix://``.
             endpoint: its name.
-            instance: as given to ``serve.start``.
+            instance: as given to ``serve.start``; see `handles.connect` for the default.
             window: how many items may be in flight at a time. By default four times as many as the replicas can hold,
                 at least 1000, and at most half of ``max_queued_requests``.
             timeout_s: seconds until an item expires, counted from when it is first sent; None is never.
@@ -82,7 +83,10 @@ class BatchProducer:
             TypeError: an argument is of the wrong type.
             ConfigError: a value cannot be.
         """
-        self._url, self._instance = redis_url, check_name("an instance", instance)
+        self._url, self._instance = (
+            redis_url,
+            check_name("an instance", default_instance() if instance is None else instance),
+        )
         self._endpoint = check_name("an endpoint", endpoint)
         self._options = Options(method_name=method_name, shard_key=shard_key, timeout_s=timeout_s)
         self._window = None if window is None else _count("window", window)

@@ -7,6 +7,7 @@ import logging
 from typing import Any, Literal, overload
 
 from ..broker.address import shown_url
+from ..broker.defaults import default_instance, needed_url
 from ..broker.keys import check_name
 from . import background
 from .batch import JOB_TTL_S, BatchProducer
@@ -22,22 +23,28 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 10.0
 
 
-def connect(redis_url: str, instance: str = "default", *, close_timeout_s: float = CLOSE_TIMEOUT_S) -> Connected:
+def connect(
+    redis_url: str | None = None, instance: str | None = None, *, close_timeout_s: float = CLOSE_TIMEOUT_S
+) -> Connected:
     """Return the instance of that name on that Redis. Needs no Ray, and runs nothing of it.
 
     Args:
-        redis_url: ``redis://``, ``rediss://`` or ``unix://``.
-        instance: as given to ``serve.start``.
+        redis_url: ``redis://``, ``rediss://`` or ``unix://``. Without it, inside a backend that of the backend's
+            instance, elsewhere ``PENSTOCK_REDIS_URL``.
+        instance: as given to ``serve.start``. Without it, inside a backend that of the backend, elsewhere
+            ``PENSTOCK_INSTANCE``, or ``"default"``.
         close_timeout_s: the longest time, in seconds, that `Connected.close` and the end of a ``with`` block wait until
             what was called is durably queued.
 
     Raises:
         TypeError: ``close_timeout_s`` is not a number.
-        ConfigError: that is no Redis URL, no name of an instance, or ``close_timeout_s`` is negative.
+        ConfigError: there is no URL, or it is no Redis URL; ``instance`` is no name of one; ``close_timeout_s`` is
+            negative.
         BrokerUnavailable: Redis cannot be reached, or does not let us in.
         NotPermitted: its rules do not let the user of the URL do what callers do.
     """
-    connected = Connected(redis_url, instance, close_timeout_s)
+    url = needed_url(redis_url)
+    connected = Connected(url, default_instance() if instance is None else instance, close_timeout_s)
     connected.open()
     return connected
 
@@ -198,7 +205,7 @@ class Connected:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self._close()
+            self.close()  # a `Client` closes more
         except PenstockError as e:
             if error is None:
                 raise

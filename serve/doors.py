@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..broker.address import REDIS_URL, shown_url
+from ..broker.defaults import default_instance, default_url, needed_url
 from ..broker.embedded import EmbeddedServer, EmbeddedServerError
 from ..broker.errors import ConfigError
 from ..broker.keys import Keys
@@ -38,7 +39,7 @@ _CONCURRENCY = 10_000
 def start(
     *,
     redis_url: str | None = None,
-    instance: str = "default",
+    instance: str | None = None,
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -55,7 +56,8 @@ def start(
     Args:
         redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Without it, ``PENSTOCK_REDIS_URL``;
             without that, a server of its own, which only this machine reaches.
-        instance: its name. Instances of different names share a Redis and a Ray without touching each other.
+        instance: its name. Without it, ``PENSTOCK_INSTANCE``; without that, ``"default"``. Instances of different
+            names share a Redis and a Ray without touching each other.
         detached: True for one that outlives the script. ``serve.connect`` finds it, and its ``shutdown`` ends it.
         http_options: `HTTPOptions`, or a dict of its fields. By default HTTP is served on ``127.0.0.1:8000``.
         data_dir: a directory for the embedded server to keep its data in. On one that holds an instance, that is
@@ -75,6 +77,7 @@ def start(
         BrokerUnavailable: Redis cannot be reached, or does not let us in.
         NotPermitted: its rules do not let the user of one of the URLs do what that takes.
     """
+    instance = default_instance() if instance is None else instance
     Keys(instance)
     options = HTTPOptions.of(http_options, "http_options")
     url = _redis_url(redis_url)
@@ -111,12 +114,14 @@ def start(
         return Client(opened, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
 
 
-def connect(redis_url: str | None = None, instance: str = "default") -> Client:
+def connect(redis_url: str | None = None, instance: str | None = None) -> Client:
     """Find an instance that runs: a detached one, or, from inside a backend, one's own. Needs no Ray.
 
     Args:
-        redis_url: its broker. Without it, ``PENSTOCK_REDIS_URL``, which replicas have set to that of their instance.
-        instance: its name.
+        redis_url: its broker. Without it, inside a backend that of the backend's instance, elsewhere
+            ``PENSTOCK_REDIS_URL``.
+        instance: its name. Without it, inside a backend that of the backend's instance, elsewhere
+            ``PENSTOCK_INSTANCE``, or ``"default"``.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -124,10 +129,9 @@ def connect(redis_url: str | None = None, instance: str = "default") -> Client:
         BrokerUnavailable: Redis cannot be reached, or does not let us in.
         NotPermitted: its rules do not let the user of the URL do what that takes.
     """
+    instance = default_instance() if instance is None else instance
     Keys(instance)
-    url = _redis_url(redis_url)
-    if url is None:
-        raise ConfigError(f"connect needs a redis_url, or {REDIS_URL} in the environment")
+    url = needed_url(_redis_url(redis_url))
     opened = background.run(Instance(url, instance).open())
     with ExitStack() as undo:
         undo.callback(lambda: background.run(opened.close()))
@@ -211,7 +215,7 @@ def _end_for_good(controller: Any) -> None:
 def _redis_url(given: object) -> str | None:
     if not isinstance(given, str | None):
         raise TypeError(f"redis_url must be a str, not {type(given).__name__}")
-    return given or os.environ.get(REDIS_URL) or None
+    return given or default_url()
 
 
 def _check_broker(url: str | None, detached: bool, data_dir: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import ray
 
+from ..broker.defaults import belong_to
 from ..handles.log_lines import name_requests
 from ..proxy.proxy import Proxy
 from ..workers.replica import outlast
@@ -20,6 +21,7 @@ class HTTPProxy(DrainsOnSigterm):
 
     def __init__(self, redis_url: str, instance: str, name: str, options: Mapping[str, Any]) -> None:
         name_requests()
+        belong_to(redis_url, instance)  # for what middlewares start or connect to
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)

@@ -16,8 +16,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from ..broker import figures, outages
-from ..broker.address import REDIS_URL, shown_url
+from ..broker.address import shown_url
 from ..broker.connection import Connection, FateUnknown
+from ..broker.defaults import belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.keys import Keys
 from ..broker.memory import Memory
@@ -276,8 +277,7 @@ class ReplicaActor(DrainsOnSigterm):
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
         name_requests()
-        # For `serve.connect()` in the user's code.
-        os.environ[REDIS_URL] = redis_url
+        belong_to(redis_url, instance)  # for `serve.connect()` in the user's code
         where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
         self._serving = Serving(redis_url, instance, backend, replica, where)
         self.on_sigterm(self._serving.drain_gracefully)

@@ -11,6 +11,7 @@ import click
 
 from ...broker import exact_json
 from ...broker.address import REDIS_URL
+from ...broker.defaults import DEFAULT_INSTANCE, INSTANCE
 from ...broker.errors import ConfigError
 from ...handles import connect as connect_thin
 from ...handles.connection import Connected
@@ -23,7 +24,13 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 def which_instance(command: FunctionT) -> FunctionT:
     """Give a command the options that say which instance it is about."""
     command = click.option(
-        "--instance", default="default", show_default=True, help="The name of the instance.", metavar="NAME"
+        "--instance",
+        envvar=INSTANCE,
+        show_envvar=True,
+        default=DEFAULT_INSTANCE,
+        show_default=True,
+        help="The name of the instance.",
+        metavar="NAME",
     )(command)
     return click.option(
         "--redis-url",

@@ -11,6 +11,7 @@ import click
 import ray
 
 from ...broker.address import REDIS_URL
+from ...broker.defaults import PROXY_REDIS_URL, REPLICA_REDIS_URL
 from ..doors import join_lasting_ray, start as start_instance
 from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 from .connecting import client_of
@@ -29,14 +30,14 @@ from .connecting import client_of
 )
 @click.option(
     "--replica-redis-url",
-    envvar="PENSTOCK_REPLICA_REDIS_URL",
+    envvar=REPLICA_REDIS_URL,
     show_envvar=True,
     metavar="URL",
     help="The broker as replicas reach it, with a user of their own.",
 )
 @click.option(
     "--proxy-redis-url",
-    envvar="PENSTOCK_PROXY_REDIS_URL",
+    envvar=PROXY_REDIS_URL,
     show_envvar=True,
     metavar="URL",
     help="The broker as proxies reach it.",

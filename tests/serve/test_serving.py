@@ -13,9 +13,10 @@ import pytest
 from httpx import Client as HTTPClient
 from redis import Redis
 
-from penstock import serve
+from penstock import handles, serve
 from penstock.broker.keys import Keys
 from tests.serve.backends import SMALL
+from tests.serve.conftest import StartClient
 from tests.waiting import wait_until
 
 
@@ -106,6 +107,24 @@ def test_a_backend_finds_its_own_instance_and_its_name(web: serve.Client, http: 
     web.create_backend("outer", doubled)
     web.create_endpoint("outer", backend="outer", route="/double", methods=["POST"])
     assert http.post("/double", json=21).json() == [42, "outer"]
+
+
+def test_a_backend_of_an_instance_of_another_name_finds_its_own(start: StartClient) -> None:
+    def where(request: serve.Request) -> Any:
+        with handles.connect() as own:
+            return [
+                serve.connect().instance,
+                own.instance,
+                sorted(own.list_endpoints()),
+                os.environ["PENSTOCK_INSTANCE"],
+            ]
+
+    for name in ("default", "blue"):
+        client = start(instance=name)
+        client.create_backend("where", where, ray_actor_options=SMALL)
+        client.create_endpoint(f"where-{name}", backend="where")
+        said = client.get_handle(f"where-{name}").remote().result(timeout=20)
+        assert said == [name, name, [f"where-{name}"], name]
 
 
 def test_a_backend_asks_others_in_parallel(client: serve.Client, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from penstock import handles, serve
+from penstock.broker.defaults import default_url
 from penstock.handles.errors import ConfigError, NotPermitted
 from tests.guarded import Guarded
 from tests.security.test_refusals import NOTHING, limited
@@ -19,8 +20,10 @@ from tests.serve.conftest import StartClient
 
 
 def user_of_replica(request: serve.Request) -> Any:
-    """Return whom the process of the replica would connect as."""
-    return {"url": os.environ["PENSTOCK_REDIS_URL"].partition("?")[0], "data": request.data}
+    """Return whom the process of the replica would connect as, and which passwords its children would inherit."""
+    child = subprocess.run(["env"], capture_output=True, text=True, check=True)
+    inherited = [line for line in child.stdout.splitlines() if ":secret@" in line]
+    return {"url": (default_url() or "").partition("?")[0], "data": request.data, "inherited": inherited}
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def penstock(url: str, *arguments: str) -> str:
 def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_users: Guarded) -> None:
     client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1}, config={"num_replicas": 2})
     client.create_endpoint("e", backend="f", route="/e", methods=["POST"])
-    replica = {"url": guarded_by_users.url("replica").partition("?")[0], "data": 1}
+    replica = {"url": guarded_by_users.url("replica").partition("?")[0], "data": 1, "inherited": []}
 
     assert client.http_url is not None
     assert httpx.post(f"{client.http_url}/e", json=1, timeout=20).json() == replica

@@ -1,0 +1,53 @@
+"""Defaults of ``redis_url`` and ``instance``: those of the process's own instance, else those of its environment.
+
+Replicas and proxies belong to an instance. Their URL may hold a password, so it is kept in the memory of the process
+and taken out of its environment, which the processes that user code starts inherit.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .address import REDIS_URL
+from .errors import ConfigError
+
+INSTANCE = "PENSTOCK_INSTANCE"
+"""The environment variable with the name of the instance where no ``instance`` is given."""
+REPLICA_REDIS_URL = "PENSTOCK_REPLICA_REDIS_URL"
+PROXY_REDIS_URL = "PENSTOCK_PROXY_REDIS_URL"
+DEFAULT_INSTANCE = "default"
+
+
+class _Own(NamedTuple):
+    url: str
+    instance: str
+
+
+_own: _Own | None = None
+
+
+def belong_to(url: str, instance: str) -> None:
+    """Make these the defaults of this process, and take the URLs of brokers out of its environment."""
+    global _own
+    _own = _Own(url, instance)
+    for name in (REDIS_URL, REPLICA_REDIS_URL, PROXY_REDIS_URL):
+        os.environ.pop(name, None)
+    os.environ[INSTANCE] = instance  # no secret, and of use to commands that user code starts
+
+
+def default_url() -> str | None:
+    """Return the URL of the process's own instance, or ``PENSTOCK_REDIS_URL``; None if there is neither."""
+    return _own.url if _own is not None else os.environ.get(REDIS_URL) or None
+
+
+def default_instance() -> str:
+    """Return the name of the process's own instance, or ``PENSTOCK_INSTANCE``, or ``"default"``."""
+    return _own.instance if _own is not None else os.environ.get(INSTANCE) or DEFAULT_INSTANCE
+
+
+def needed_url(url: str | None) -> str:
+    """Return ``url`` or the default. Raises `ConfigError` if there is neither."""
+    if not (found := url or default_url()):
+        raise ConfigError(f"connect needs a redis_url, or {REDIS_URL} in the environment")
+    return found
