@@ -7,7 +7,7 @@ are is for a person to say. Replayed, they go onto the batch stream, behind ever
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import orjson
@@ -60,7 +60,7 @@ class DeadLetter:
     """``{"replica", "died_ms"}`` of each replica that died with it."""
     entry: Entry | None
     """The request, or None if it cannot be read. Its body is not here if it is large."""
-    fields: tuple[bytes, ...]
+    fields: tuple[bytes, ...] = field(repr=False)
     """All that lay on the stream: names and values in turn."""
 
     @property
