@@ -22,7 +22,7 @@ class TcpProxy:
         self._links: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp proxy")
-        self.cuts = 0
+        self.cuts = self.visits = 0
         self.url = ""
 
     def __enter__(self: ProxyT) -> ProxyT:
@@ -80,6 +80,7 @@ class TcpProxy:
             writer.transport.abort()
 
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.visits += 1
         far_reader, far_writer = await asyncio.open_unix_connection(self._path)
         self._links.add(writer)
         ways = [asyncio.ensure_future(way) for way in self._ways(reader, far_writer, far_reader, writer)]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
+import httpx
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from penstock.broker.embedded import EmbeddedServer
@@ -21,10 +25,16 @@ from penstock.broker.wire import LARGE
 from penstock.handles import ServeHandle, connect
 from penstock.handles.caller import Caller
 from penstock.handles.errors import BrokerUnavailable, Overloaded
+from penstock.proxy.proxy import Proxy
+from tests.faults.backends import Journal
+from tests.faults.conftest import Scale, StartClient
 from tests.faults.refusing_proxy import ERRORS, RefusingProxy
+from tests.faults.table import Row, Table
+from tests.faults.test_deaths import check, every, serve_work
+from tests.faults.traffic import traffic
 from tests.handles.site import INSTANCE, Site
 from tests.waiting import wait_until, wait_until_async
-from tests.workers.serving import TAG, Client, calling, serving, start_killable
+from tests.workers.serving import TAG, Client, calling, declared, serving, start_killable
 
 KEYS = Keys("default")
 
@@ -148,6 +158,32 @@ def test_the_parts_of_a_streamed_answer_keep_their_order(redis_url: str, between
     connect(redis_url).close()
     wait_until(lambda: site.depth() == 0)
     site.close()
+
+
+async def test_a_proxy_is_unhealthy_and_refuses_requests_meanwhile(redis_url: str, between: RefusingProxy) -> None:
+    work = Work()
+    work.release.set()
+    proxy = Proxy(between.url, "default", "p", {"port": 0})
+    async with (
+        declared(redis_url),
+        serving(redis_url, work.__call__),
+        httpx.AsyncClient(base_url=(await proxy.ready())["url"]) as http,
+    ):
+        assert (await http.post("/echo", content=b"x")).content == b"x"
+
+        async def health_is(status: int) -> bool:
+            return (await http.get("/-/healthz")).status_code == status
+
+        between.error = ERRORS["MISCONF"]
+        await wait_until_async(lambda: health_is(503))  # also where nobody asks for anything
+        response = await http.post("/echo", content=b"x")
+        assert response.status_code == 503
+        assert response.json()["error"]["type"] == "BrokerUnavailable"
+        assert int(response.headers["retry-after"]) >= 1
+        between.error = ""
+        await wait_until_async(lambda: health_is(200))
+        assert (await http.post("/echo", content=b"x")).content == b"x"
+        await proxy.drain(1.0)
 
 
 # -- leases
@@ -284,3 +320,34 @@ async def test_a_broker_that_is_busy_with_a_script_answers_when_it_ends(server: 
         await asyncio.wait([busy])
         assert busy.exception() is not None
     assert set(work.runs.values()) == {1}
+
+
+# -- whole instances
+
+
+def test_refusals_of_writes_lose_nothing_and_convict_nobody(
+    start: StartClient, broker: EmbeddedServer, journal: Journal, scale: Scale, table: Table
+) -> None:
+    client = start()
+    serve_work(client, journal)
+    refused_s = 0.0
+
+    def refuse_writes() -> None:
+        nonlocal refused_s
+        for_s = random.uniform(0.1, TTL_S) if refused_s else 1.5 * TTL_S  # once, longer than any lease holds
+        refused_s += for_s
+        with SyncRedis.from_url(broker.url) as admin:
+            admin.config_set("min-replicas-to-write", 1)
+            time.sleep(for_s)
+            admin.config_set("min-replicas-to-write", 0)
+
+    with traffic(client, rate=scale.rate, for_s=scale.for_s) as load:
+        count = every(load, scale.every_s, refuse_writes)
+    seen = load.outcomes
+    twice = check(seen, journal)
+    notes = f"{count} times, {refused_s:.0f} s in all"
+    table.add(Row.of("Redis refuses writes", scale.for_s, seen, twice=twice, notes=notes))
+    assert count > 0
+    assert set(seen.refused) <= {"BrokerUnavailable"}
+    assert len(seen.cut) == twice == 0
+    assert len(client.dead_letters("work")) == 0

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, cast
 
 from redis.asyncio import Redis
 
-from penstock.broker.registry import BackendRecord
+from penstock.broker.connection import Connection
+from penstock.broker.keys import Keys
+from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
 from penstock.broker.wire import Header, Reply
 from penstock.handles.caller import Caller
 from penstock.handles.calls import Call, Outcome
@@ -41,6 +43,20 @@ async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **c
         await worker.drain(5.0)
         await worker.stop()
         await runner.stop()
+
+
+@asynccontextmanager
+async def declared(url: str) -> AsyncGenerator[None]:
+    """Declare the backend `TAG` and the endpoint ``echo`` (``POST /echo``) in the registry."""
+    connection = await Connection(url).open()
+    backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+    endpoint = EndpointRecord(name="echo", route="/echo", methods=("POST",), traffic={TAG: 1.0})
+    await Registry(connection, Keys("default")).change(lambda seen: Change({TAG: backend}, {"echo": endpoint}))
+    try:
+        yield
+    finally:
+        await Registry(connection, Keys("default")).erase()
+        await connection.close()
 
 
 class ByReference:
