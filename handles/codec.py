@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from ..broker import exact_json
 from .errors import MalformedBody
+from .json_bounds import read_uncollected
 
 
 def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
@@ -48,7 +49,7 @@ def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
     """
     try:
         if codec == "json":
-            return exact_json.loads(body)
+            return read_uncollected(exact_json.loads, body)
         if codec == "none":
             return None
         if codec == "text":

@@ -16,6 +16,8 @@ from ..broker.path_params import PathParam
 from ..broker.wire import HTTP_CODEC, Entry
 from ..handles.codec import decode, load_json
 from ..handles.errors import MalformedBody
+from ..handles.json_bounds import read_bounded
+from .forms import check_fields, parse_form
 
 _NOT_READ: Any = object()
 
@@ -119,16 +121,19 @@ class Request(requests.Request):
             MalformedBody: it is not JSON.
         """
         if not hasattr(self, "_json"):
-            self._json = load_json(self._body) if self._body else None
+            self._json = read_bounded(load_json, self._body) if self._body else None
         return self._json
 
     async def is_disconnected(self) -> bool:
         """Return False. A caller who leaves cancels ``async def`` code and does not tell other code."""
         return False
 
-    async def _get_form(self, **limits: Any) -> FormData:
+    async def _get_form(self, *, max_fields: float = 1000, **limits: Any) -> FormData:
+        if self._form is not None:
+            return self._form
+        check_fields(self.headers.get("content-type", ""), self._body, max_fields)
         try:
-            return await super()._get_form(**limits)
+            return await parse_form(super()._get_form(max_fields=max_fields, **limits), len(self._body))
         # What python-multipart raises is a ValueError, and a missing boundary or an unknown charset a LookupError.
         except (MultiPartException, ValueError, LookupError) as e:
             raise MalformedBody(f"the body is not a form: {e}") from e
@@ -147,7 +152,7 @@ class Request(requests.Request):
             return decode(codec, self._body, allow_pickle=self._allow_pickle)
         if not self._is_json():
             return self._body
-        return load_json(self._body) if self._body else None
+        return read_bounded(load_json, self._body) if self._body else None
 
     def _is_json(self) -> bool:
         for name, value in self._entry.header.headers:

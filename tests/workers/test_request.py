@@ -1,3 +1,4 @@
+import asyncio
 import pickle
 from typing import Any
 from uuid import UUID
@@ -171,6 +172,41 @@ async def test_forms_and_files_are_read() -> None:
 async def test_a_malformed_form_is_a_malformed_body(content_type: str, body: bytes) -> None:
     with pytest.raises(MalformedBody, match="form"):
         await Request(from_http(body, content_type=content_type)).form()
+
+
+@pytest.mark.parametrize(("separators", "max_fields"), [(4_000_000, 1000), (1001, 1000), (6, 5)])
+async def test_a_form_of_separators_alone_is_refused_before_it_is_parsed(separators: int, max_fields: int) -> None:
+    request = Request(from_http(b"&" * separators, content_type="application/x-www-form-urlencoded; charset=utf-8"))
+    with pytest.raises(MalformedBody, match=f"a form with {separators} separators, for at most {max_fields} fields"):
+        await request.form(max_fields=max_fields)
+
+
+async def test_a_form_may_have_as_many_fields_as_are_allowed() -> None:
+    body = b"&".join(b"a=%d" % n for n in range(1000))
+    request = Request(from_http(body + b"&", content_type="application/x-www-form-urlencoded"))
+    assert (await request.form()).getlist("a") == [str(n) for n in range(1000)]
+    more = Request(from_http(body * 3, content_type="application/x-www-form-urlencoded"))
+    assert len((await more.form(max_fields=float("inf"))).multi_items()) == 2998
+
+
+async def test_a_large_form_is_parsed_off_the_loop() -> None:
+    file = b"x" * 3_000_000  # more than is kept in memory
+    request = Request(from_http(FORM.replace(b"hello", file), content_type="multipart/form-data; boundary=xyz"))
+    parsing = asyncio.ensure_future(request.form())
+    await asyncio.sleep(0)
+    assert not parsing.done()  # what runs on the loop does so from beginning to end, as the body is here
+    form = await parsing
+    upload = form["file"]
+    assert isinstance(upload, UploadFile)
+    assert await upload.read() == file
+    assert form["who"] == "Ada"
+    assert await request.form() is form
+    await request.close()
+    malformed = Request(
+        from_http(FORM.replace(b"xyz", b"abc") + file, content_type="multipart/form-data; boundary=xyz")
+    )
+    with pytest.raises(MalformedBody, match="form"):
+        await malformed.form()
 
 
 async def test_the_body_can_be_received_as_an_asgi_application_does() -> None:
