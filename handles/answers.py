@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from . import background
 from .calls import Call, Outcome
 from .results import result_of
 
@@ -46,11 +47,48 @@ class Answer(asyncio.Future[Any]):
             self.exception()
 
 
-class SyncAnswer(concurrent.futures.Future[Any]):
-    """The future of an answer for threads."""
+class _Waiters(list[Any]):
+    """What `concurrent.futures.wait` and ``as_completed`` of other threads add themselves to."""
 
+    __slots__ = ("is_done",)
+    is_done: bool
+    """There is nothing to wait for any more."""
+
+    def append(self, waiter: Any) -> None:
+        if background.is_current() and not self.is_done:
+            raise background.would_wait_for_itself()
+        super().append(waiter)
+
+
+class SyncAnswer(concurrent.futures.Future[Any]):
+    """The future of an answer for threads.
+
+    To wait for it on the background loop, where its callbacks run, would block the loop for ever: that raises
+    RuntimeError instead.
+    """
+
+    _waiters: _Waiters
     _give_up: Callable[[], object] | None = None
     """Until it is done, as it leads back here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiters = _Waiters()  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._waiters.is_done = False
+
+    def result(self, timeout: float | None = None) -> Any:
+        if asyncio._get_running_loop() is not None:  # in threads of sync code, that is all it costs
+            self._check_wait(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        if asyncio._get_running_loop() is not None:
+            self._check_wait(timeout)
+        return super().exception(timeout)
+
+    def _check_wait(self, timeout: float | None) -> None:
+        if background.is_current() and (timeout is None or timeout > 0) and not self.done():
+            raise background.would_wait_for_itself()
 
     def on_cancel(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]) -> None:
         """Run ``give_up`` in ``loop`` if this is cancelled or has been."""
@@ -75,10 +113,16 @@ class SyncAnswer(concurrent.futures.Future[Any]):
             self.fail(e)
         else:
             self._give_up = None
+            self._waiters.is_done = True
             try:
                 self.set_result(value)
             except concurrent.futures.InvalidStateError:
                 self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
+
+    def set_running_or_notify_cancel(self) -> bool:
+        # Called only where it ends. One that is cancelled, and of which nobody was notified yet, is still waited for.
+        self._waiters.is_done = True
+        return super().set_running_or_notify_cancel()
 
     def fail(self, error: BaseException) -> None:
         self._give_up = None

@@ -102,9 +102,9 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     Raises:
         RuntimeError: called on the background loop itself, which would wait for itself.
     """
-    if _running_here():
+    if is_current():
         coroutine.close()
-        raise RuntimeError("a sync call of Penstock cannot be made from its own event loop")
+        raise would_wait_for_itself()
     future = submit(coroutine)
     try:
         return future.result()
@@ -121,8 +121,16 @@ async def _end_of(coroutine: Coroutine[Any, Any, Any]) -> None:
         await asyncio.wait(tasks)
 
 
-def _running_here() -> bool:
-    try:
-        return asyncio.get_running_loop() is _loop
-    except RuntimeError:
-        return False
+def is_current() -> bool:
+    """Return whether this code runs on the background loop, as callbacks of a sync handle's futures do."""
+    # Unlike `asyncio.get_running_loop`, it raises nothing where no loop runs: 20 ns instead of 300.
+    running = asyncio._get_running_loop()
+    return running is not None and running is _loop
+
+
+def would_wait_for_itself() -> RuntimeError:
+    """Return the error of a blocking call that is made on the background loop, which would have to end it."""
+    return RuntimeError(
+        "a sync call of Penstock cannot be waited for on its own event loop, such as in a callback of a future: "
+        "wait on another thread, or add a callback to this future too"
+    )

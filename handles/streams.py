@@ -168,6 +168,8 @@ class ResponseStream:
         if not self._values:
             if self._opening.cancelled():
                 raise StopIteration
+            if background.is_current():
+                raise background.would_wait_for_itself()
             self._values.extend(background.run(self._opening.result().values()))
             if not self._values:
                 raise StopIteration

@@ -1,0 +1,95 @@
+"""Waiting on the loop that answers sync handles, where callbacks of their futures run."""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from penstock import handles
+from penstock.handles import ServeHandle
+from penstock.handles.connection import Connected
+from tests.handles.site import INSTANCE, Site, echo
+
+Attempt = Callable[[ServeHandle, Connected], object]
+
+WAITS: dict[str, Attempt] = {
+    "result": lambda handle, connected: handle.remote(2).result(),
+    "result with a timeout": lambda handle, connected: handle.remote(2).result(60),
+    "exception": lambda handle, connected: handle.remote(2).exception(),
+    "wait": lambda handle, connected: concurrent.futures.wait([handle.remote(2)]),
+    "as_completed": lambda handle, connected: list(concurrent.futures.as_completed([handle.remote(2)])),
+    "stream": lambda handle, connected: list(cast(Any, handle.options(stream=True).remote(2))),
+    "batch": lambda handle, connected: list(connected.batch("ask").map([2])),
+    "get_handle": lambda handle, connected: connected.get_handle("ask"),
+    "list_endpoints": lambda handle, connected: connected.list_endpoints(),
+    "dead letters": lambda handle, connected: len(connected.dead_letters("model")),
+    "connect": lambda handle, connected: handles.connect(connected.redis_url, INSTANCE),
+}
+
+
+def in_a_callback(connected: Connected, attempt: Attempt) -> Any:
+    """Return what ``attempt`` returns in the callback of a future. Raises what it raises."""
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    handle = connected.get_handle("ask")
+
+    def call_back(first: "concurrent.futures.Future[Any]") -> None:
+        try:
+            outcome.set_result(attempt(handle, connected))
+        except BaseException as e:
+            outcome.set_exception(e)
+
+    handle.remote(1).add_done_callback(call_back)
+    return outcome.result(20)
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_what_would_block_the_loop_that_answers_raises_at_once(site: Site, connected: Connected, how: str) -> None:
+    site.serve(echo)
+    with pytest.raises(RuntimeError, match="cannot be waited for on its own event loop, such as in a callback"):
+        in_a_callback(connected, WAITS[how])
+    assert connected.get_handle("ask").remote("the loop still answers").result(20) == "the loop still answers"
+
+
+def test_what_is_done_can_be_read_there(site: Site, connected: Connected) -> None:
+    site.serve(echo)
+    done = connected.get_handle("ask").remote("there")
+    assert done.result(20) == "there"
+    assert in_a_callback(connected, lambda _, __: done.result()) == "there"
+    assert in_a_callback(connected, lambda _, __: done.exception()) is None
+    assert in_a_callback(connected, lambda _, __: list(concurrent.futures.as_completed([done]))) == [done]
+    assert in_a_callback(connected, lambda _, __: concurrent.futures.wait([done]).done) == {done}
+
+
+def test_a_look_that_does_not_wait_is_allowed_there(site: Site, connected: Connected) -> None:
+    site.serve(echo)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        in_a_callback(connected, lambda handle, connected: handle.remote(2).result(0))
+
+
+def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: Site, connected: Connected) -> None:
+    site.serve(echo)
+    cancelled: list[concurrent.futures.Future[Any]] = []
+
+    def cancel_and_wait(handle: ServeHandle, connected: Connected) -> None:
+        future = handle.remote(2)
+        assert future.cancel()
+        cancelled.append(future)
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result()
+        concurrent.futures.wait([future])
+
+    with pytest.raises(RuntimeError, match="its own event loop"):
+        in_a_callback(connected, cancel_and_wait)
+    done, _ = concurrent.futures.wait(cancelled, 20)
+    assert done == set(cancelled)
+    assert in_a_callback(connected, lambda _, __: concurrent.futures.wait(cancelled).done) == done
+
+
+def test_other_threads_wait_as_ever(site: Site, connected: Connected) -> None:
+    site.serve(echo)
+    handle = connected.get_handle("ask")
+    futures = [handle.remote(n) for n in range(20)]
+    assert sorted(future.result() for future in concurrent.futures.as_completed(futures, 20)) == list(range(20))
+    done, late = concurrent.futures.wait([handle.remote(n) for n in range(20)], 20)
+    assert (len(done), len(late)) == (20, 0)
