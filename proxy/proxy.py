@@ -42,8 +42,9 @@ class Proxy:
         instance: whose endpoints are served.
         name: of the proxy, in the registry.
         options: the fields of ``serve.HTTPOptions``; what is not named has its default.
-        node: of the cluster, as the registry shall have it. Proxies of one node share its port.
-        address: where the node is reached, for the URL of a proxy that listens on all addresses.
+        node: of the cluster, as the registry shall have it.
+        address: where the node is reached, for the URL of a proxy that listens on all addresses. Proxies of one node
+            share its port, and so do those of nodes with one address, as in a test cluster on one machine.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Proxy:
     ) -> None:
         self._url, self._instance, self._name, self._options = redis_url, instance, name, options
         self._address = address
-        self._said: dict[str, Any] = {"node": node, "pid": os.getpid(), "state": "starting"}
+        self._said: dict[str, Any] = {"node": node, "address": address, "pid": os.getpid(), "state": "starting"}
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._caller: Caller | None = None
         self._app: App | None = None
@@ -157,22 +158,25 @@ class Proxy:
                     server = Server(app, host, port, shared=True)
                     await server.start()
                     return server
-                starting = any(sibling.get("state") == "starting" for sibling in siblings)
-                if not starting or asyncio.get_running_loop().time() > ends_at:
+                is_starting = any(sibling.get("state") == "starting" for sibling in siblings)
+                if not is_starting or asyncio.get_running_loop().time() > ends_at:
                     raise ConfigError(str(e)) from None
             await asyncio.sleep(0.1)
 
     async def _siblings(self) -> list[dict[str, Any]]:
+        """Return the reports of other proxies that may listen on this machine."""
         assert self._caller is not None
         try:
             reports = await self._caller.registry.reports("proxies")
         except BrokerUnavailable:
             return [{"state": "starting"}]  # for all we know
-        return [
-            report
-            for name, report in reports.items()
-            if name != self._name and report.get("node") == self._said["node"]
-        ]
+        return [report for name, report in reports.items() if name != self._name and self._may_be_here(report)]
+
+    def _may_be_here(self, report: Mapping[str, Any]) -> bool:
+        if report.get("node") == self._said["node"] or report.get("address") == self._said["address"]:
+            return True
+        # One that is starting is reported by the controller first, which does not know its address.
+        return report.get("state") == "starting" and "address" not in report
 
     # -- following the registry
 

@@ -104,13 +104,35 @@ async def test_proxies_of_a_node_take_the_same_port_however_they_start(site: Sit
         assert (await late.ready())["url"] == f"http://127.0.0.1:{port}"
 
 
+async def test_proxies_of_two_nodes_with_one_address_share_its_port(site: Site, redis_url: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    await site.endpoint("/", text("hello"))
+    async with AsyncExitStack() as stack:
+        proxies = [
+            await stack.enter_async_context(proxy(redis_url, f"p{n}", node=f"n{n}", port=port)) for n in range(2)
+        ]
+        for n in range(2):
+            await site.caller.registry.report("proxies", f"p{n}", {"node": f"n{n}", "state": "starting"})
+        where = await asyncio.gather(*(one.ready() for one in proxies))
+        assert [told["node"] for told in where] == ["n0", "n1"]
+        assert {told["url"] for told in where} == {f"http://127.0.0.1:{port}"}
+        late = await stack.enter_async_context(proxy(redis_url, "p2", node="n2", port=port))
+        assert (await late.ready())["url"] == f"http://127.0.0.1:{port}"
+        for _ in range(20):  # by a new connection each, whichever takes it
+            async with httpx.AsyncClient() as http:
+                assert (await http.get(f"http://127.0.0.1:{port}/")).text == "hello"
+
+
 async def test_a_port_of_another_process_is_refused_by_name(site: Site, redis_url: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         # The proxy of another node has nothing to do with it.
-        await site.caller.registry.report("proxies", "far", {"node": "n2", "url": f"http://127.0.0.1:{port}"})
+        far = {"node": "n2", "address": "192.0.2.2", "state": "ready", "url": f"http://127.0.0.1:{port}"}
+        await site.caller.registry.report("proxies", "far", far)
         async with proxy(redis_url, port=port) as one:
             for ask in (one.ready, one.ready, one.check):
                 with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
