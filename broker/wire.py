@@ -36,6 +36,9 @@ BODY_FIELD, LARGE_FIELD, _MANY = b"b", b"large", b"n"
 SIZE_FIELD = b"size"
 """The bytes of head and body of a request that is not small, written by the script that publishes it."""
 
+RAW_PATH_SAFE = "!\"$&'()*+,-./:;<=>@[\\]^_`{|}~"
+"""Besides letters and digits, what a client may have sent in a path as it is; other raw paths are in the header."""
+
 Pairs = list[tuple[str, str]]
 
 HTTP_CODEC = ""
@@ -69,6 +72,8 @@ class Header:
 
     In bytes, each value counted as `VALUE_COST` more.
     """
+    scope: dict[str, Any] | None = None
+    """What else of the ASGI scope the proxy saw that does not follow from the rest: see ``proxy/scopes.py``."""
     _sealed: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def seal(self) -> Header:
@@ -93,6 +98,8 @@ class Header:
             "client": self.client,
             "window": self.window,
         }
+        if self.scope:
+            members["scope"] = self.scope
         try:
             return orjson.dumps(members)
         except TypeError:  # of keyword arguments: long integers, lone surrogates
@@ -106,13 +113,14 @@ class Header:
         endpoint, method, path = get("endpoint", ""), get("method", "GET"), get("path", "/")
         query, codec, deadline_ms = get("query", ""), get("codec", HTTP_CODEC), get("deadline_ms", 0)
         call, request_id, client = get("call", "__call__"), get("request_id", ""), get("client", "")
-        params, headers, window = get("params"), get("headers"), get("window", 0)
+        params, headers, window, scope = get("params"), get("headers"), get("window", 0), get("scope")
         # Checked here and not by a function for each: this runs for every request.
         if not (
             type(endpoint) is type(method) is type(path) is type(codec) is str
             and type(call) is type(request_id) is type(client) is str
             and type(deadline_ms) is type(window) is int
             and (type(query) is str or type(query) is dict)
+            and (scope is None or type(scope) is dict)
         ):
             raise _wrong_member(members, _HEADER_TYPES)
         if type(query) is dict and query and exact_json.has_long_number(raw):  # pyright: ignore[reportUnknownArgumentType]
@@ -130,6 +138,7 @@ class Header:
             request_id,
             client,
             window,
+            scope,  # pyright: ignore[reportUnknownArgumentType]
         )
 
 
@@ -364,6 +373,7 @@ _HEADER_TYPES: Mapping[str, tuple[type, ...]] = {
     "query": (str, dict),
     "deadline_ms": (int,),
     "window": (int,),
+    "scope": (dict, type(None)),
 }
 _REPLY_TYPES: Mapping[str, tuple[type, ...]] = {
     "status": (int,),

@@ -23,7 +23,7 @@ from ..handles.caller import Caller
 from ..handles.calls import Call, Outcome
 from ..handles.errors import ConfigError, PenstockError
 from ..handles.incoming import Incoming
-from . import metrics, replies, request_ids, streaming
+from . import metrics, replies, request_ids, scopes, streaming
 from .bodies import has_body, read_body
 from .hangups import HangUps, HungUp
 from .replies import Answer, RawHeaders
@@ -184,13 +184,14 @@ class App:
         method_name = named.get(b"x-serve-call-method")
         client = scope["client"]
         shard_key = named.get(b"x-serve-shard-key")
+        path = self._root_path + self._route_path(scope["path"])
         asked.call = self._caller.dispatch(
             endpoint,
             # The codec stays as it is for HTTP, so that nothing a client sends is ever unpickled.
             Header(
                 endpoint=endpoint.name,
                 method=scope["method"],
-                path=self._root_path + self._route_path(scope["path"]),
+                path=path,
                 path_params=asked.params,
                 query=scope["query_string"].decode("latin-1"),
                 headers=_request_headers(scope, named),
@@ -198,6 +199,7 @@ class App:
                 request_id=asked.request_id.decode(),
                 client=f"{client[0]}:{client[1]}" if client else "",
                 window=WINDOW,
+                scope=scopes.carried(scope, named.get(b"host"), path, self._root_path),
             ),
             body,
             then,

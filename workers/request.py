@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
@@ -13,7 +14,7 @@ from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
 from ..broker.path_params import PathParam
-from ..broker.wire import HTTP_CODEC, Entry
+from ..broker.wire import HTTP_CODEC, RAW_PATH_SAFE, Entry
 from ..handles.codec import decode, load_json
 from ..handles.errors import MalformedBody
 from ..handles.json_bounds import read_bounded
@@ -24,8 +25,7 @@ _NOT_READ: Any = object()
 # The version from which on Starlette's responses need nobody to listen for a disconnect.
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 
-# RFC 3986, section 3.3: what may stand in a path as it is.
-_PATH_SAFE = "/:@!$&'()*+,;=~"
+_SCOPE_TEXTS = ("scheme", "http_version", "root_path")
 
 
 class Request(requests.Request):
@@ -89,7 +89,10 @@ class Request(requests.Request):
 
     @property
     def client(self) -> Address | None:
-        host, _, port = self._entry.header.client.rpartition(":")
+        header = self._entry.header
+        if header.scope is not None and (address := _address(header.scope.get("client"))) is not None:
+            return Address(address[0], cast("int", address[1]))  # without a port where the proxy knew none
+        host, _, port = header.client.rpartition(":")
         return Address(host, int(port)) if host and port.isdecimal() else None
 
     @property
@@ -165,14 +168,14 @@ class Request(requests.Request):
         header = self._entry.header
         query = header.query if isinstance(header.query, str) else _urlencode(header.query)
         headers = self.headers
-        return {
+        scope: Scope = {
             "type": "http",
             "asgi": _ASGI,
             "http_version": "1.1",
             "method": header.method,
             "scheme": "http",
             "path": header.path,
-            "raw_path": quote(header.path, safe=_PATH_SAFE, errors="surrogatepass").encode(),
+            "raw_path": quote(header.path, safe=RAW_PATH_SAFE, errors="surrogatepass").encode(),
             "query_string": _latin(query),
             "root_path": "",
             "headers": headers.raw,
@@ -182,6 +185,9 @@ class Request(requests.Request):
             "state": {},
             "extensions": {},
         }
+        if header.scope is not None:
+            scope.update(_carried(header.scope))
+        return scope
 
 
 class _Keywords(QueryParams):
@@ -208,6 +214,28 @@ def _latin(text: str) -> bytes:
         return text.encode("latin-1")
     except UnicodeEncodeError:  # from a handle; HTTP has only what latin-1 has
         return text.encode("utf-8", "surrogatepass")
+
+
+def _carried(members: dict[str, Any]) -> Scope:
+    """Return what `proxy.scopes` sent of a scope. What another release means by other members is ignored."""
+    scope: Scope = {name: members[name] for name in _SCOPE_TEXTS if isinstance(members.get(name), str)}
+    if isinstance(raw_path := members.get("raw_path"), str):
+        scope["raw_path"] = _latin(raw_path)
+    if (server := _address(members.get("server"))) is not None:
+        scope["server"] = server
+    if isinstance(state := members.get("state"), dict):
+        scope["state"] = copy.deepcopy(state)  # its own: requests that follow each other can share a header
+    return scope
+
+
+def _address(value: Any) -> tuple[str, int | None] | None:
+    try:
+        host, port = value
+    except (TypeError, ValueError):
+        return None
+    if not isinstance(host, str) or not isinstance(port, int | None):
+        return None
+    return host, port
 
 
 def _server(host: str | None) -> tuple[str, int | None] | None:

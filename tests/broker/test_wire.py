@@ -36,6 +36,7 @@ headers = st.builds(
     request_id=TEXT,
     client=TEXT,
     window=st.integers(0, 2**31),
+    scope=st.none() | st.dictionaries(TEXT, JSON, min_size=1, max_size=3),
 )
 MILLISECONDS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -62,7 +63,7 @@ replies = st.builds(
 )
 
 MEMBERS = st.sampled_from(
-    [*json.loads(Header().dump()), "status", "error", "replica", "queue_ms", "run_ms", "unheard-of"]
+    [*json.loads(Header().dump()), "scope", "status", "error", "replica", "queue_ms", "run_ms", "unheard-of"]
 )
 FIELDS = st.sampled_from([b"v", b"id", b"by", b"h", b"b", b"large", b"n", b"unheard-of"])
 
@@ -281,6 +282,7 @@ def test_every_member_of_a_header_travels() -> None:
         "headers": [("a", "b")],
         "deadline_ms": 17,
         "window": 18,
+        "scope": {"scheme": "https"},
     }
     names = [member.name for member in dataclasses.fields(Header) if member.init]
     header = Header(**{name: sentinels.get(name, f"<{name}>") for name in names})
