@@ -212,6 +212,32 @@ async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, mo
         assert len(heard) >= 3
 
 
+async def test_grants_with_ids_that_were_guessed_open_no_window(redis_url: str) -> None:
+    value, sent = bytes(1_000), 0
+    cost = len(value) + VALUE_COST
+
+    def give(request: object) -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            yield value
+            sent += 1
+
+    async with calling(redis_url) as client, serving(redis_url, give):
+        call, outcome = ask(client)
+        incoming = await begun(outcome)
+        full = -(-WINDOW // cost)
+        await wait_until_async(lambda: sent >= full - 1)
+        caller, signals = client.caller.id, client.caller.keys.signals(TAG)
+        for id_ in ("", "1", caller, f"{caller}-1", call.shown_id, call.id[:-1], call.id.upper() + "0"):
+            await client.redis.xadd(signals, {"s": f"+{id_} {2**40}"})
+        # The right one comes behind them, so that they have been heard when it is seen to work.
+        before = sent
+        await client.redis.xadd(signals, {"s": f"+{call.id} {3 * cost}"})
+        await wait_until_async(lambda: sent >= before + 3)
+        assert sent <= full + 4
+        incoming.close()
+
+
 async def test_two_requests_with_one_id_are_two_streams(redis_url: str) -> None:
     """Callers choose the ids of their requests."""
     begun = 0

@@ -30,6 +30,16 @@ def test_an_answer_is_written_as_it_is(site: Site, penstock: Penstock) -> None:
     assert penstock("call", "ask", "1", "--json").lines() == [{"result": 1}]
 
 
+def test_the_environment_names_the_instance(site: Site, penstock: Penstock, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.serve(answer)
+    monkeypatch.setenv("PENSTOCK_INSTANCE", "blue")
+    ran = penstock("call", "ask", "1")
+    assert ran.code != 0
+    assert "'ask'" in ran.err
+    assert penstock("call", "ask", "1", "--instance", "default").out == "1\n"
+    assert "PENSTOCK_INSTANCE" in penstock("call", "--help").out
+
+
 @pytest.mark.parametrize(
     ("data", "answered"),
     [
