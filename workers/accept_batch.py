@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from .methods import CALL, has_method
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "_penstock_accepts_batch"
@@ -57,8 +59,8 @@ def marks(target: object) -> tuple[str, ...]:
     """
     if not isinstance(target, type):
         return ("__call__",) if accepts_batch(target) else ()
-    methods = {name: _method(target, name) for name in dir(target)}
-    return tuple(name for name, method in methods.items() if not isinstance(method, type) and accepts_batch(method))
+    names = (name for name in dir(target) if name == CALL or has_method(target, name))
+    return tuple(name for name in names if accepts_batch(_method(target, name)))
 
 
 def put_marks(target: object, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from ..broker.exact_json import name_of
 from ..broker.wire import Entry, Pairs, Reply
 from ..handles.errors import BackendError, MalformedBody, PenstockError, to_wire
 
+log = logging.getLogger(__name__)
+
 _LONGEST_MESSAGE = 8 * 1024
 _LONGEST_TRACEBACK = 32 * 1024
 
@@ -20,53 +23,75 @@ _OURS = os.path.dirname(__file__) + os.sep
 
 
 def failure(error: BaseException) -> PenstockError:
-    """Return what the caller of a request gets to see when the user's code raised ``error`` during it.
+    """Return what the caller of a request gets to see when the user's code raised ``error`` during it. Never raises.
 
     A `MalformedBody` stays one: it is the caller's fault. A Starlette ``HTTPException`` keeps its status and detail
     (the reply has its headers: see `failed_reply`); what a call to another backend raised because that was busy or late
     stays a 503 or 504. All else is a 500.
     """
-    return MalformedBody(_message(error)) if isinstance(error, MalformedBody) else backend_error(error)
+    # An exception is the user's code too: its class, its attributes and its text can raise.
+    try:
+        if isinstance(error, MalformedBody):
+            return MalformedBody(_message(error))
+    except BaseException:
+        pass
+    return backend_error(error)
 
 
 def backend_error(error: BaseException) -> BackendError:
-    if isinstance(error, HTTPException) and 400 <= error.status_code <= 599:
-        message, status = _printable(str(error.detail)), int(error.status_code)
-    else:
-        message, status = _message(error), 500
+    """Return ``error`` with its type, text and traceback. Never raises."""
+    try:
+        if isinstance(error, HTTPException) and 400 <= error.status_code <= 599:
+            return _described(error, _printable(str(error.detail)), int(error.status_code))
         if isinstance(error, PenstockError) and error.status in (503, 504):
-            status = error.status
-    return BackendError(_printable(name_of(type(error))), message, user_traceback(error), status)
+            return _described(error, _message(error), error.status)
+    except BaseException:  # such as an ``HTTPException`` whose status is no number
+        pass
+    return _described(error, _message(error), 500)
+
+
+def _described(error: BaseException, message: str, status: int) -> BackendError:
+    return BackendError(_name_of_type(error), message, user_traceback(error), status)
 
 
 def failed_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
-    """Return the reply to a request during which the user's code raised ``error``."""
+    """Return the reply to a request during which the user's code raised ``error``. Never raises."""
     told = failure(error)
     return Reply(entry.id, told.status, "none", _headers(error), to_wire(told), replica, 0.0, run_ms)
 
 
 def raised_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
-    """Return the whole reply to a request that ended with ``error``.
+    """Return the whole reply to a request that ended with ``error``. Never raises.
 
     As in Starlette, an ``HTTPException`` with a status below 400, such as a redirect, is a response and no error.
     """
-    if not isinstance(error, HTTPException) or not 200 <= error.status_code < 400:
-        return failed_reply(entry, error, replica, run_ms)
-    headers, body = _headers(error), b""
-    if error.status_code not in (204, 304):  # RFC 9110, section 6.4.1: these have no content
-        body = _printable(str(error.detail)).encode()
+    try:
+        if isinstance(error, HTTPException) and 200 <= error.status_code < 400:
+            return _response(entry, error, replica, run_ms)
+    except BaseException:
+        pass
+    return failed_reply(entry, error, replica, run_ms)
+
+
+def _response(entry: Entry, raised: HTTPException, replica: str, run_ms: float) -> Reply:
+    headers, body = _headers(raised), b""
+    if raised.status_code not in (204, 304):  # RFC 9110, section 6.4.1: these have no content
+        body = _printable(str(raised.detail)).encode()
         if all(name != "content-type" for name, _ in headers):
             headers.append(("content-type", "text/plain; charset=utf-8"))
-    return Reply(entry.id, int(error.status_code), "response", headers, None, replica, 0.0, run_ms, body)
+    return Reply(entry.id, int(raised.status_code), "response", headers, None, replica, 0.0, run_ms, body)
 
 
 def _headers(error: BaseException) -> Pairs:
-    """Return the headers that belong to ``error``, such as www-authenticate and location."""
-    if isinstance(error, HTTPException):
-        items = (error.headers or {}).items()
-        return [(_printable(str(name)).lower(), _printable(str(value))) for name, value in items]
-    if isinstance(error, PenstockError) and (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
-        return [("retry-after", str(max(1, math.ceil(retry_after_s))))]
+    """Return the headers that belong to ``error``, such as www-authenticate and location; none if they are no dict."""
+    try:
+        if isinstance(error, HTTPException):
+            items = (error.headers or {}).items()
+            return [(_printable(str(name)).lower(), _printable(str(value))) for name, value in items]
+        if isinstance(error, PenstockError) and (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+            return [("retry-after", str(max(1, math.ceil(retry_after_s))))]
+    except BaseException:
+        log.warning("a %s has headers that cannot be read; its answer goes without them", _name_of_type(error))
     return []
 
 
@@ -80,8 +105,8 @@ def user_traceback(error: BaseException) -> str:
         if not _keep_user_frames(report):
             return ""
         text = "".join(report.format())
-    except Exception:  # an exception class can make even this fail
-        text = f"{name_of(type(error))}: <its traceback cannot be printed>"
+    except BaseException:  # an exception class can make even this fail
+        text = f"{_name_of_type(error)}: <its traceback cannot be printed>"
     return _printable(text, _LONGEST_TRACEBACK)
 
 
@@ -109,8 +134,15 @@ def _is_ours(frame: FrameSummary) -> bool:
 def _message(error: BaseException) -> str:
     try:
         return _printable(str(error))
-    except Exception:
+    except BaseException:
         return "<its message cannot be printed>"
+
+
+def _name_of_type(error: BaseException) -> str:
+    try:
+        return _printable(name_of(type(error)))
+    except BaseException:
+        return "BaseException"
 
 
 def _printable(text: str, longest: int = _LONGEST_MESSAGE) -> str:

@@ -91,7 +91,7 @@ class Place:
             return [self._outcome(entries[0], result, run_ms)]
         try:
             results = _one_each(result, len(entries), self.backend)
-        except (TypeError, ValueError) as e:
+        except BaseException as e:  # what it returned may iterate by code of its own
             return self.failures(entries, e, run_ms)
         return [self._outcome(entry, one, run_ms) for entry, one in zip(entries, results, strict=True)]
 
@@ -137,12 +137,12 @@ class Place:
         return self.refusal(entry, RequestCancelled(entry.shown_id))
 
     def _outcome(self, entry: Entry, result: object, run_ms: float) -> Outcome:
-        if type(result) not in _PLAIN:
-            if isinstance(result, BaseException):
-                return raised_reply(entry, result, self.replica, run_ms)
-            if isinstance(result, Response) and not is_at_hand(result):
-                return result
         try:
+            if type(result) not in _PLAIN:
+                if isinstance(result, BaseException):
+                    return raised_reply(entry, result, self.replica, run_ms)
+                if isinstance(result, Response) and not is_at_hand(result):
+                    return result
             return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
         except BaseException as e:  # besides what `encode` raises, what the methods of the result do
             return failed_reply(entry, e, self.replica, run_ms)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Generator
 from time import perf_counter
 from types import AsyncGeneratorType
-from typing import Any
+from typing import Any, cast
 
 from starlette.responses import Response
 from starlette.types import Message
@@ -158,9 +158,15 @@ class Responding:
                 self._done(entry, raised_reply(entry, e, place.replica, ms_since(self._began_at)))
         finally:
             # Starlette leaves it to the garbage collector to close what a response was still to read from.
-            values = getattr(self._response, "body_iterator", None)
+            values: Any = getattr(self._response, "body_iterator", None)
             if isinstance(values, AsyncGeneratorType):
-                await values.aclose()
+                await self._close(cast("AsyncGenerator[Any, Any]", values))
+
+    async def _close(self, values: AsyncGenerator[Any, Any]) -> None:
+        try:
+            await values.aclose()
+        except (Exception, SystemExit, KeyboardInterrupt):  # the last two would stop the loop, and with it the replica
+            log.exception("a response of backend %s cannot be closed", self._place.backend)
 
     async def _send(self, message: Message) -> None:
         place, entry, collector, flow = self._place, self._entry, self._collector, self._flow

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..broker.wire import Entry
-from ..handles.errors import BackendError, ConfigError, PenstockError
+from ..handles.errors import BackendError, ConfigError
 from .context import context_of
-from .failures import backend_error
+from .failures import backend_error, failure
+from .methods import CHECK_HEALTH, RECONFIGURE
 from .place import Done, Place
 from .running import OnLoop, OnThread, Refused, Running, Several
 from .streams import Outlet
-from .target import CHECK_HEALTH, RECONFIGURE, Code, Method, Target
+from .target import Code, Method, NotCallable, Target
 from .threads import Threads
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _ASYNC_CONCURRENCY = 100
 _HEALTH_CHECK_TIMEOUT_S = 30.0
@@ -158,14 +162,23 @@ class Runner:
     def _run(self, call: str, entries: Sequence[Entry], done: Done) -> Running:
         try:
             method = self._target.method(call)
-        except PenstockError as e:
-            return Refused(self._place, entries, e, done)
+        except NotCallable as e:
+            return Refused(self._place, entries, BackendError("AttributeError", str(e), status=e.status), done)
+        except BaseException as e:  # a descriptor is the user's code, and may raise anything
+            return self._fail(entries, e, done)
         if len(entries) > 1 and not method.accepts_batch:
             return Several([self._start(method, [entry], done) for entry in entries])
         return self._start(method, entries, done)
 
     def _start(self, method: Method, entries: Sequence[Entry], done: Done) -> Running:
-        return (OnLoop if method.is_async else OnThread)(self._place, method, entries, done)
+        try:
+            return (OnLoop if method.is_async else OnThread)(self._place, method, entries, done)
+        except Exception as e:  # such as a thread that the system does not start
+            log.exception("cannot start a call of backend %r", self.backend)
+            return self._fail(entries, e, done)
+
+    def _fail(self, entries: Sequence[Entry], error: BaseException, done: Done) -> Running:
+        return Refused(self._place, entries, failure(error), done)
 
     def _allow_pickle(self) -> bool:
         return bool(self.config.get("allow_pickle", False))

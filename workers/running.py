@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Generator, Sequence
 from time import perf_counter
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, Protocol
+from typing import Any, Protocol, Union
 
 from starlette.responses import Response
 
 from ..broker.wire import Entry, Reply
 from ..handles.errors import PenstockError
 from ..handles.log_lines import work_on
+from .failures import failed_reply
 from .place import Done, Outcome, Place, ms_since
 from .request import Request
 from .responding import OnThisThread, Responding, StreamingOnLoop, StreamingOnThread
+from .streams import Values
 from .target import Method
 from .threads import Job
+
+log = logging.getLogger(__name__)
+
+_Further = Union[StreamingOnThread, StreamingOnLoop, Responding]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""What goes on after a call."""
 
 
 class Running(Protocol):
@@ -74,7 +82,7 @@ class _Call:
         self._requests: Sequence[Request] = ()
         self._late: list[Entry] = []
         """Their deadlines had passed when the call began, which they are not part of."""
-        self._further: list[StreamingOnThread | StreamingOnLoop | Responding] = []
+        self._further: list[_Further] = []
         """What goes on after the call."""
 
     def cancel(self, entry_id: str) -> None:
@@ -122,18 +130,28 @@ class _Call:
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         for entry in self._late:
             self._done(entry, self._place.cancelled(entry))
-        for request, entry, outcome in zip(
-            self._requests, self._entries, outcomes, strict=False
-        ):  # none if all were dropped
+        # There is no outcome if all entries were dropped.
+        for index, (entry, outcome) in enumerate(zip(self._entries, outcomes, strict=False)):
             if isinstance(outcome, Reply):
                 self._done(entry, outcome)
-            elif isinstance(outcome, Response):
-                streams = not self._method.accepts_batch and self._place.streams(entry)
-                self._further.append(Responding(self._place, entry, request, outcome, self._done, streams))
-            elif isinstance(outcome, GeneratorType):
-                self._further.append(StreamingOnThread(self._place, entry, outcome, self._done))
-            elif isinstance(outcome, AsyncGeneratorType):
-                self._further.append(StreamingOnLoop(self._place, entry, outcome, self._done))
+                continue
+            try:
+                self._further.append(self._go_on(index, entry, outcome))
+            except Exception as e:  # such as a thread that the system does not start
+                log.exception("cannot go on with an answer of backend %r", self._place.backend)
+                self._done(entry, failed_reply(entry, e, self._place.replica))
+        for entry in self._entries[len(outcomes) :] if len(outcomes) < len(self._entries) else ():
+            error = RuntimeError(f"backend {self._place.backend!r} has made no answer to this request")
+            self._done(entry, failed_reply(entry, error, self._place.replica))
+
+    def _go_on(self, index: int, entry: Entry, outcome: Response | Values) -> _Further:
+        if isinstance(outcome, Response):
+            streams = not self._method.accepts_batch and self._place.streams(entry)
+            return Responding(self._place, entry, self._requests[index], outcome, self._done, streams)
+        if isinstance(outcome, GeneratorType):
+            return StreamingOnThread(self._place, entry, outcome, self._done)
+        assert isinstance(outcome, AsyncGeneratorType)
+        return StreamingOnLoop(self._place, entry, outcome, self._done)
 
 
 class OnThread(_Call, Job):
@@ -154,11 +172,11 @@ class OnThread(_Call, Job):
             stream.flow.stop()
 
     def run(self) -> None:
-        argument = self._start()
-        if not self._entries:
-            return
         began_at = perf_counter()
         try:
+            argument = self._start()
+            if not self._entries:
+                return
             result = self._method.function(argument)
         except BaseException as e:
             self._outcomes = self._place.failures(self._entries, e, ms_since(began_at))
@@ -198,14 +216,14 @@ class OnLoop(_Call):
             self._task.cancel()
 
     async def _run(self) -> None:
-        place, argument = self._place, self._start()
-        if not self._entries:
-            place.tasks.discard(self._task)
-            self._deliver(())
-            return
-        began_at = perf_counter()
+        place, began_at = self._place, perf_counter()
         outcomes: Sequence[Outcome]
         try:
+            argument = self._start()
+            if not self._entries:
+                place.tasks.discard(self._task)
+                self._deliver(())
+                return
             result = await self._method.function(argument)
         except BaseException as e:
             place.tasks.discard(self._task)

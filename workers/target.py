@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, cast
 
 from ray import cloudpickle
 
-from ..handles.errors import BackendError
 from .accept_batch import accepts_batch, marks, put_marks
+from .methods import CALL, has_method, is_callable_from_outside, is_public, methods_callable_from_outside
 
-CALL = "__call__"
 
-# Penstock calls these itself. Whoever can send a request must not be able to.
-RECONFIGURE, CHECK_HEALTH = "reconfigure", "check_health"
+class NotCallable(Exception):
+    """The name of a method that callers may not use, or that the backend does not have."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Method(NamedTuple):
@@ -82,22 +85,25 @@ class Target:
         """Return the method that callers know as ``name``.
 
         Raises:
-            BackendError: there is none (404), or it is not for callers (400).
+            NotCallable: there is none (404), or it is not for callers (400).
+            BaseException: whatever a descriptor of the user's class raises.
         """
         method = self._methods.get(name)
         if method is None:
-            # Only those that exist are remembered: anybody can make up a name.
+            # Only those that exist are remembered: a caller can make up any name.
             method = self._methods[name] = self._find(name)
         return method
 
     @property
     def accepts_batch(self) -> bool:
         """Whether any of its methods does."""
-        return any(self.method(name).accepts_batch for name in self._names())
+        return any(self._accepts_batch(name) for name in self._names())
 
     def hook(self, name: str) -> Method | None:
         """Return one of the methods that Penstock calls itself, if there is one."""
-        return _method(getattr(self._target, name)) if self._has_methods and self._is_method(name) else None
+        if not self._has_methods or not has_method(type(self._target), name):
+            return None
+        return _method(getattr(self._target, name))
 
     def __repr__(self) -> str:
         return _name(type(self._target) if self._has_methods else self._target)
@@ -105,28 +111,23 @@ class Target:
     def _find(self, name: str) -> Method:
         if name == CALL:
             return _method(getattr(self._target, CALL) if self._has_methods else self._target)
-        if name.startswith("_") or name in (RECONFIGURE, CHECK_HEALTH):
-            raise BackendError("AttributeError", f"the method {name!r} is not for callers", status=400)
+        if not is_public(name):
+            raise NotCallable(f"the method {name!r} is not for callers", 400)
         if not self._has_methods:
-            raise BackendError("AttributeError", f"{self} is a function and has no method {name!r}", status=404)
-        if not self._is_method(name):
+            raise NotCallable(f"{self} is a function and has no method {name!r}", 404)
+        if not is_callable_from_outside(type(self._target), name):
             known = ", ".join(map(repr, self._names()))
-            raise BackendError("AttributeError", f"{self} has no method {name!r}; it has {known}", status=404)
+            raise NotCallable(f"{self} has no method {name!r} that callers may use; it has {known}", 404)
         return _method(getattr(self._target, name))
 
     def _names(self) -> list[str]:
-        if not self._has_methods:
-            return [CALL]
-        public = (name for name in dir(type(self._target)) if not name.startswith("_"))
-        return [CALL, *(n for n in public if n not in (RECONFIGURE, CHECK_HEALTH) and self._is_method(n))]
+        return methods_callable_from_outside(type(self._target)) if self._has_methods else [CALL]
 
-    def _is_method(self, name: str) -> bool:
-        # As the class has it: what an instance holds, such as a model that can be called, is not for callers; and a
-        # property is not asked for its value.
-        found = inspect.getattr_static(type(self._target), name, None)
-        if isinstance(found, (staticmethod, classmethod)):
-            return True
-        return callable(found) and not isinstance(found, type)
+    def _accepts_batch(self, name: str) -> bool:
+        try:
+            return self.method(name).accepts_batch
+        except Exception:  # a descriptor raises: so does every call of it, and each is answered with that
+            return False
 
 
 def _method(function: Callable[..., Any]) -> Method:

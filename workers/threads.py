@@ -8,6 +8,7 @@ two futures and a wake-up for each job: twice the processor time of a small requ
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,6 +18,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Job(ABC):
@@ -50,9 +53,14 @@ class Threads:
         self._stopped = False
 
     def submit(self, job: Job) -> None:
-        self._unfinished += 1
-        if len(self._threads) < min(self._unfinished, self.limit):
+        """Run ``job`` when a thread is free.
+
+        Raises:
+            RuntimeError: there is no thread, and the system starts none. The job is not run.
+        """
+        if len(self._threads) <= self._unfinished and len(self._threads) < self.limit:
             self._start_one()
+        self._unfinished += 1
         self._jobs.put(job)
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
@@ -91,13 +99,22 @@ class Threads:
     def _start_one(self) -> None:
         name = f"{self._name}:{len(self._threads)}"
         thread = threading.Thread(target=self._context.copy().run, args=(self._work,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+            log.warning("the system starts no more threads: %d work where %d may", len(self._threads), self.limit)
+            return
         self._threads.append(thread)
-        thread.start()
 
     def _work(self) -> None:
         take, ready = self._jobs.get, self._ready
         while (job := take()) is not None:
-            job.run()
+            try:
+                job.run()
+            except BaseException:  # a thread that ended would leave all jobs behind this one unrun
+                log.exception("a job of %s failed", self._name)
             # Appended first, looked at second; `_finish_ready` does both the other way round. So either it sees this
             # job, or we see that it must be woken.
             ready.append(job)
@@ -115,8 +132,12 @@ class Threads:
         while ready:
             job = ready.popleft()
             self._unfinished -= 1
-            if not self._stopped:
+            if self._stopped:
+                continue
+            try:
                 job.finish()
+            except Exception:
+                log.exception("a job of %s cannot be finished", self._name)
         if not self._unfinished and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 

@@ -1,10 +1,14 @@
 import asyncio
 import gc
 import threading
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
+from penstock import serve
 from penstock.broker.wire import Entry, Reply
 from penstock.handles.errors import MalformedBody
 from penstock.workers import Request
@@ -143,3 +147,102 @@ async def test_nothing_is_kept_of_what_was_answered(start: Start) -> None:
     await asyncio.sleep(0.01)
     gc.collect()
     assert not [one for one in kept() if not any(one is other for other in others)]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit("even this")
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+# Made by a call, as no type checker takes it for a class of exceptions.
+Pretending: Any = type(
+    "Pretending", (Exception,), {"__class__": property(lambda self: _raise(RuntimeError("not telling")))}
+)
+any_exception: Any = HTTPException
+
+
+class Endless:
+    def tolist(self) -> list[int]:
+        return []
+
+    def __iter__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def raise_oddly(request: Request) -> str:
+    if request.data == "ok":
+        return "ok"
+    raise {
+        "unprintable": Unprintable(),
+        "pretending": Pretending("x"),
+        "status": any_exception("404", "a status that is text"),
+        "headers": any_exception(401, "headers that are no dict", headers=["x"]),
+    }[request.data]
+
+
+async def raise_oddly_async(request: Request) -> str:
+    return raise_oddly(request)
+
+
+@pytest.mark.parametrize("function", [raise_oddly, raise_oddly_async])
+@pytest.mark.parametrize(
+    ("name", "status"), [("unprintable", 500), ("pretending", 500), ("status", 500), ("headers", 401)]
+)
+async def test_an_exception_that_cannot_be_described_is_an_answer_too(
+    start: Start, function: object, name: str, status: int
+) -> None:
+    replica = await start(function)
+    reply = await replica.call(from_handle(name))
+    assert (reply.status, reply.error is None) == (status, False)
+    assert await replica.ask("ok") == "ok"
+
+
+@serve.accept_batch
+def return_endless(requests: list[Request]) -> Any:
+    return Endless() if requests[0].data == "endless" else ["ok"] * len(requests)
+
+
+async def test_a_batch_of_results_that_cannot_be_read_fails_its_requests_alone(start: Start) -> None:
+    replica = await start(return_endless)
+    entries = [from_handle("endless"), from_handle("behind")]
+    replica.run(*entries)
+    for entry in entries:
+        assert backend_error_of(await replica.reply_to(entry)).type_name == "KeyboardInterrupt"
+    assert await replica.ask("ok") == "ok"
+
+
+async def test_a_request_for_which_no_thread_starts_is_run_by_another(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    replica = await start(double, config={"max_concurrent_queries": 4})
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert await asyncio.gather(*(replica.ask(n) for n in range(4))) == [0, 2, 4, 6]
+
+
+class Leaving(StreamingResponse):
+    def __init__(self) -> None:
+        super().__init__(self.values())
+
+    async def values(self) -> AsyncGenerator[bytes]:
+        try:
+            yield b"x"
+            raise RuntimeError("broken")
+        finally:
+            raise SystemExit
+
+
+async def respond_and_leave(request: Request) -> Any:
+    return Leaving() if request.data == "leave" else "ok"
+
+
+async def test_a_response_that_leaves_the_process_leaves_it_running(start: Start) -> None:
+    replica = await start(respond_and_leave)
+    assert (await replica.call(from_handle("leave"))).error is not None
+    assert await replica.ask("ok") == "ok"

@@ -1,0 +1,106 @@
+"""Methods of a backend's class that callers may name.
+
+The name comes from outside, from a header or from a handle, so only what the author of the class wrote as a method
+counts:
+
+- It is found in the MRO, where the first class that has the name decides, as for Python itself. Nothing is looked up
+  on the metaclass (``mro``), on the instance or through ``__getattr__``.
+- It is a function, a static or class method, a ``functools.partialmethod`` or ``singledispatchmethod``, or the result
+  of a decorator that binds as a function does (``functools.lru_cache``, ``wrapt``, ``jax.jit``). A property, a class,
+  an object that merely can be called, such as a model, a function that was defined beside the class and the default
+  of a dataclass's field are not methods.
+- The class that has it is the author's: not a builtin, not of the standard library, and not of an installed library,
+  unless the backend's own class is of the same top-level package.
+- Its name is public, and is not one of the hooks that Penstock calls itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import FunctionType
+from typing import Any, cast
+
+CALL = "__call__"
+
+RECONFIGURE, CHECK_HEALTH = "reconfigure", "check_health"
+"""The hooks. A caller who could name them could configure the backend."""
+
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+"""Folders into which package managers put libraries."""
+
+_EXPLICIT = (staticmethod, classmethod, functools.partialmethod, functools.singledispatchmethod)
+"""What nobody writes in a class but to make a method."""
+
+
+def is_public(name: str) -> bool:
+    """Return whether a caller may name it, if there is a method of that name."""
+    return name == CALL or not (name.startswith("_") or name in (RECONFIGURE, CHECK_HEALTH))
+
+
+def has_method(cls: type, name: str) -> bool:
+    """Return whether ``cls`` or a base of it has a method of that name, whoever wrote it. Runs no code of the class."""
+    base = _owner(cls, name)
+    return base is not None and _is_method(base.__dict__[name])
+
+
+def is_callable_from_outside(cls: type, name: str) -> bool:
+    """Return whether ``name`` is public and a method that the author of ``cls`` wrote. Runs no code of the class."""
+    base = _owner(cls, name) if is_public(name) else None
+    return base is not None and _is_method(base.__dict__[name]) and _is_written_in(base, name, cls)
+
+
+def methods_callable_from_outside(cls: type) -> list[str]:
+    """Return the names that callers may use: ``__call__`` first, the others in alphabetical order."""
+    names = {name for base in cls.__mro__ for name in base.__dict__ if name != CALL}
+    return [CALL, *sorted(name for name in names if is_callable_from_outside(cls, name))]
+
+
+def _owner(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in base.__dict__), None)
+
+
+def _is_method(found: object) -> bool:
+    if isinstance(found, staticmethod | classmethod):
+        return _is_function(cast(Any, found).__func__)
+    return isinstance(found, _EXPLICIT) or _is_function(found)
+
+
+def _is_function(found: object) -> bool:
+    """Return whether it can be called and binds to an instance, as a function does and a model does not."""
+    kind = type(found)
+    if kind is FunctionType:
+        return True
+    # The types of builtin functions, of their descriptors and of bound methods are in `builtins`.
+    if isinstance(found, type) or kind.__module__ == "builtins":
+        return False
+    return _owner(kind, "__get__") is not None and _owner(kind, "__call__") is not None
+
+
+def _is_written_in(base: type, name: str, cls: type) -> bool:
+    if name in base.__dict__.get("__dataclass_fields__", ()) or not _is_of_same_author(base, cls):
+        return False
+    found = base.__dict__[name]
+    if isinstance(found, _EXPLICIT):
+        return True
+    # `getattr` on anything but a function could run code of its class.
+    qualname: Any = cast(Any, found).__qualname__ if type(found) is FunctionType else _static_qualname(found)
+    if not isinstance(qualname, str):
+        return True
+    scope = qualname.rpartition(".")[0]
+    return scope not in ("", base.__qualname__.rpartition(".")[0])
+
+
+def _static_qualname(found: object) -> object:
+    return inspect.getattr_static(found, "__qualname__", None)
+
+
+def _is_of_same_author(base: type, cls: type) -> bool:
+    package = base.__module__.partition(".")[0]
+    if package == cls.__module__.partition(".")[0]:
+        return True
+    if package in sys.stdlib_module_names:
+        return False
+    path = getattr(sys.modules.get(base.__module__), "__file__", None) or ""
+    return _INSTALLED.isdisjoint(path.replace("\\", "/").split("/"))
