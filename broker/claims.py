@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import orjson
 
@@ -66,6 +66,36 @@ class Taken:
     """Its answer had begun to stream."""
 
 
+class Look(NamedTuple):
+    """What the pending lists of a backend hold, in numbers of entries."""
+
+    orphans: int
+    """Of replicas that are gone."""
+    returned: int
+    """Given back by their replicas."""
+    own: int
+    """Of the replica that looks."""
+
+
+class Reclaimed(NamedTuple):
+    """An entry that is pending in this replica's name, read again."""
+
+    place: bytes
+    deaths: int
+    """How many replicas have held it and died."""
+    fields: list[bytes] | None
+    """None where the caller has withdrawn it."""
+    streamed: bool
+
+    @property
+    def is_fresh(self) -> bool:
+        """It was not redelivered to this replica, and its answer has not begun: it can run as any claim does."""
+        return self.fields is None or not (self.deaths or self.streamed)
+
+    def taken(self) -> Taken:
+        return Taken(self.place, self.deaths, self.fields or [], self.streamed)
+
+
 # Makes the streams and their groups where they are not there. KEYS: the streams. ARGV: group.
 _ENSURE = Script("""#!lua flags=allow-oom
 for _, stream in ipairs(KEYS) do
@@ -76,24 +106,66 @@ return 0
 """)
 
 # What there is to take over. KEYS: the streams. ARGV: group, me, what lease keys begin with, RETURNED. Answers how many
-# entries the dead hold and how many were given back. Consumers that are dead and hold nothing are forgotten on the way:
-# only those, as deleting a consumer loses what it holds.
+# entries the dead hold, how many were given back and how many are mine. Consumers that are dead and hold nothing are
+# forgotten on the way: only those, as deleting a consumer loses what it holds.
 _LOOK = Script(f"""#!lua flags=allow-oom
 {TAKE_OVER}
 local is_gone = judge(ARGV[3], ARGV[2])
-local orphans, returned = 0, 0
+local orphans, returned, own = 0, 0, 0
 for _, stream in ipairs(KEYS) do
   for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
     local name, pending = c[2], c[4]
     if name == ARGV[4] then
       returned = returned + pending
-    elseif name ~= ARGV[2] and is_gone(name) then
+    elseif name == ARGV[2] then
+      own = own + pending
+    elseif is_gone(name) then
       orphans = orphans + pending
       if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name) end
     end
   end
 end
-return {{orphans, returned}}
+return {{orphans, returned, own}}
+""")
+
+# Tells whether an entry waits that no replica has claimed. KEYS: the streams. ARGV: group. The lag that a group reports
+# does not tell: it is unknown once entries were deleted.
+_IS_WAITING = Script("""#!lua flags=no-writes
+for _, stream in ipairs(KEYS) do
+  for _, g in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    if g[2] == ARGV[1] and redis.call('XRANGE', stream, '(' .. g[8], '+', 'COUNT', 1)[1] then return 1 end
+  end
+end
+return 0
+""")
+
+# Lists what is pending in my name. KEYS: the streams. ARGV: group, me, how many milliseconds ago it was claimed at
+# least. Answers the ids of each stream.
+_PENDING_IDS = Script("""#!lua flags=no-writes
+local out = {}
+for s, stream in ipairs(KEYS) do
+  out[s] = {}
+  for i, p in ipairs(redis.call('XPENDING', stream, ARGV[1], 'IDLE', ARGV[3], '-', '+', 1000, ARGV[2])) do
+    out[s][i] = p[1]
+  end
+end
+return out
+""")
+
+# Reads what is pending in my name. KEYS: a stream. ARGV: group, me, what marks of streamed answers begin with, then the
+# ids. Answers of each that is still mine its id, how often it was delivered, its fields (false where it was withdrawn),
+# and whether its answer has begun to stream.
+_RECLAIM = Script("""#!lua flags=allow-oom
+local out = {}
+for i = 4, #ARGV do
+  local id = ARGV[i]
+  local p = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])[1]
+  if p then
+    local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id, 'RETRYCOUNT', p[4])[1]
+    out[#out + 1] = {id, p[4], claimed and claimed[2] or false, redis.call('EXISTS', ARGV[3] .. id)}
+  end
+end
+return out
 """)
 
 # Adopts the oldest entry of a consumer whose lease has lapsed. There is no lock that a death could leave behind: the
@@ -210,19 +282,6 @@ release(KEYS[4], {{ARGV[3]}})
 return 1
 """)
 
-# Reads what a consumer holds. KEYS: a stream. ARGV: group, me, the entry id to read from, how many at most. Returns ids
-# and fields (none where the caller has withdrawn the entry), and the id to go on from, or '' at the end. Reading the
-# pending list by XREADGROUP instead would count as one more delivery of each entry, and deliveries stand for deaths.
-_PENDING = Script("""#!lua flags=allow-oom
-local out = {}
-local page = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], '+', ARGV[4], ARGV[2])
-for i, p in ipairs(page) do
-  out[i] = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, p[1], 'RETRYCOUNT', p[4])[1] or {p[1], false}
-end
-return {out, #page == tonumber(ARGV[4]) and '(' .. page[#page][1] or ''}
-""")
-_PENDING_PAGE = 100
-
 # Undoes claims. KEYS: a stream. ARGV: group, me, RETURNED, then entry ids. Only what is still ours goes back, and its
 # delivery is not counted: it was never started.
 _GIVE_BACK = Script("""#!lua flags=allow-oom
@@ -279,7 +338,7 @@ class Claims:
         Waits at most `BLOCK_MS` for the first entry and not at all for the rest; the list is empty if nothing came.
         Without ``block`` it does not wait for the first one either.
         There are at most ``up_to`` of each stream, those of the batch stream last.
-        After an exception, entries may be ours that we never saw: `pending` has them.
+        After an exception, entries may be ours that we never saw: `pending_places` has them.
         """
         interactive, batch = self._streams
         batch_name = batch.encode()
@@ -309,20 +368,6 @@ class Claims:
             then(reply if isinstance(reply, Exception) else reply[0] + _on_batch(reply[1]))
 
         self._reads.post_script(unwrap, _SHARE, self._streams, [GROUP, self._replica, up_to, owed])
-
-    async def pending(self) -> list[tuple[bytes, list[bytes] | None]]:
-        """Return all that this replica has claimed and not settled; no fields (None) where the caller withdrew it.
-
-        Replies and settlements that the broker has refused are sent again first, so none of theirs is among it.
-        """
-        held: list[tuple[bytes, list[bytes] | None]] = []
-        for batch, stream in enumerate(self._streams):
-            after: bytes | str = "-"
-            while after:
-                args: list[Arg] = [GROUP, self._replica, after, _PENDING_PAGE]
-                page, after = await self._commands.run_script(_PENDING, [stream], args, repeat=True, patient=True)
-                held += _on_batch(page) if batch else page
-        return held
 
     def reply(self, caller: str, fields: Sequence[bytes]) -> None:
         """Append a reply to a caller's stream, if the caller still keeps one."""
@@ -460,12 +505,47 @@ class Claims:
     def forget_history(self, place: bytes) -> None:
         self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True, patient=True)
 
-    async def look(self) -> tuple[int, int]:
-        """Return how many entries are held by replicas that are gone, and how many were given back."""
-        orphans, returned = await self._commands.run_script(
-            _LOOK, self._streams, [GROUP, self._replica, self._leases, RETURNED], repeat=True, prompt=True
+    async def look(self) -> Look:
+        """Return what there is to take over, and how much is pending in this replica's own name."""
+        args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED]
+        return Look(*await self._commands.run_script(_LOOK, self._streams, args, repeat=True, prompt=True))
+
+    async def is_work_waiting(self) -> bool:
+        """Return whether there is an entry that no replica has claimed."""
+        return bool(await self._commands.run_script(_IS_WAITING, self._streams, [GROUP], repeat=True))
+
+    @property
+    def keeps_commands(self) -> bool:
+        """Whether settlements may wait to be sent again: their entries are still pending."""
+        return self._commands.keeps_commands
+
+    async def pending_places(self, idle_ms: int = 0) -> list[bytes]:
+        """Return what was claimed in this replica's name at least ``idle_ms`` ago and is not settled.
+
+        That is at most the oldest 1,000 entries of each stream.
+        """
+        args: list[Arg] = [GROUP, self._replica, idle_ms]
+        interactive, batch = await self._commands.run_script(
+            _PENDING_IDS, self._streams, args, repeat=True, patient=True
         )
-        return orphans, returned
+        return [*interactive, *(place_of(entry, batch=True) for entry in batch)]
+
+    async def reclaim(self, places: Iterable[bytes]) -> list[Reclaimed]:
+        """Read entries again that are pending in this replica's name, leaving out those that are not any more.
+
+        Replies and settlements that the broker has refused are sent again first, so none of theirs is read. It does not
+        count as a delivery, unlike reading them by XREADGROUP: deliveries stand for deaths.
+        """
+        found: list[Reclaimed] = []
+        for batch, (stream, entries) in enumerate(zip(self._streams, apart(places), strict=True)):
+            if not entries:
+                continue
+            args: list[Arg] = [GROUP, self._replica, self._streamed, *entries]
+            reply = await self._commands.run_script(_RECLAIM, [stream], args, repeat=True, patient=True)
+            for entry, deliveries, fields, streamed in reply:
+                place = place_of(entry, batch=True) if batch else entry
+                found.append(Reclaimed(place, max(0, deliveries - 1), fields, bool(streamed) and not batch))
+        return found
 
     async def adopt(self, *, streamed: bool = False) -> Taken | None:
         """Claim the oldest entry of a replica that is gone, and write that death into the entry's history.

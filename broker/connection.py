@@ -40,8 +40,9 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 BLOCK_MS = 2_000
-"""How long a blocking read waits at the server. Shorter than `_STALL_S`, so that silence means a dead server."""
-_STALL_S = 6.0
+"""How long a blocking read waits at the server. Shorter than `STALL_S`, so that silence means a dead server."""
+STALL_S = 6.0
+"""A server that owes an answer and says nothing for this long counts as dead."""
 _BEAT_S = 1.0
 """How often the server is probed for whether it takes writes, which also shows whether it answers."""
 _BACKOFF_S = (0.02, 1.0)
@@ -52,7 +53,7 @@ _HOOK_RETRY_S = 0.5
 _REMEMBERED_S = 60.0
 _chance = random.Random()
 """Of its own: processes that seed Python's alike would all come back at once."""
-assert _STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not look like a dead server"
+assert STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not look like a dead server"
 
 
 class FateUnknown(BrokerUnavailable):
@@ -582,8 +583,8 @@ class Connection:
         now = self._loop.time()
         if now - self._pulse_due > _BEAT_S:
             self._heard = now  # the loop was held up: the silence was ours
-        if self._sent and now - self._heard > _STALL_S:
-            self._leave(f"no answer for {_STALL_S:g} s")
+        if self._sent and now - self._heard > STALL_S:
+            self._leave(f"no answer for {STALL_S:g} s")
             return
         if self._clock.is_stale():
             self.post(partial(self._clock.take, monotonic()), "TIME", repeat=True)

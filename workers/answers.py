@@ -58,14 +58,14 @@ class Answers:
     def _reply_together(self) -> None:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
         now_ms = self._commands.now_ms()
-        for place, caller, reply in self._replies:
+        written, self._replies = self._replies, []
+        for place, caller, reply in written:
             reply.queue_ms = _queue_ms(place, reply, now_ms)
             key = caller, reply.codec, reply.status
             if (together := alike.get(key)) is None:
                 alike[key] = [reply]
             else:
                 together.append(reply)
-        self._replies = []
         for (caller, _, _), replies in alike.items():
             for start in range(0, len(replies), _ALIKE):
                 self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
@@ -78,10 +78,10 @@ class Answers:
         self._settled.append(place)
 
     def _flush_settled(self) -> None:
+        settled, self._settled = self._settled, []
         if self._replies:
             self._reply_together()
-        self._claims.settle(self._settled)
-        self._settled = []
+        self._claims.settle(settled)
 
     def drop_body(self, entry: Entry) -> None:
         if entry.large:

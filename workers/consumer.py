@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 from collections import deque
+from collections.abc import Iterable
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -26,6 +27,7 @@ from ..broker.wire import Entry, Reply
 from ..handles.errors import to_wire
 from .answers import Answers
 from .batches import Batches
+from .failures import failed_reply
 from .fairness import BATCH_SHARE, Fairness
 from .foresight import Foresight
 from .held import Held
@@ -76,7 +78,7 @@ class Consumer:
         """By their place: all that is claimed and not settled, started or not."""
         self._by_entry: dict[int, Held] = {}
         self.let_go: set[bytes] | None = None
-        """Where whoever asks what is in our name collects what is no longer held by the time of the answer."""
+        """Entries released while a search for stray claims is in flight; its result must ignore them."""
         self.unstarted: deque[Held] = deque()
         """Parked: for a batch to fill up, while suspects run, or until there is room."""
         self._crowded = False
@@ -91,6 +93,8 @@ class Consumer:
         self._claiming = False
         self._returning: list[bytes] = []
         """Places of this tick to give back."""
+        self.claims_answered = 0
+        """How many claims the broker has answered, if only with nothing or with an error."""
         self.returned = False
         """There was more given back than we had room for."""
         self.nursing = False
@@ -111,6 +115,13 @@ class Consumer:
     def capacity(self) -> int:
         """How many requests run here at a time when all of it is busy."""
         return self._concurrency * max(1, self.batch_size)
+
+    @property
+    def could_claim(self) -> bool:
+        """Whether it has room and nothing forbids to claim: then a claim is under way."""
+        if self.nursing or self.draining or (self.batch_size and self._batches.is_busy):
+            return False
+        return self.room() > 0
 
     def open(self) -> None:
         """Belong to the running loop from now on."""
@@ -202,31 +213,36 @@ class Consumer:
         return self._sharing and self._loop.time() < self._considerate_until
 
     def _on_claimed_shared(self, up_to: int, owed: int, result: Any) -> None:
-        if isinstance(result, Exception):
-            self._sharing = False
-        else:
-            batch = sum(is_batch(place) for place, _ in result)
-            self._sharing = len(result) == up_to and batch >= owed
-            if batch < len(result):
-                self._considerate_until = self._loop.time() + _CONSIDERATE_S
-            self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
-        self._take_claimed(result)
+        try:
+            if isinstance(result, Exception):
+                self._sharing = False
+            else:
+                batch = sum(is_batch(place) for place, _ in result)
+                self._sharing = len(result) == up_to and batch >= owed
+                if batch < len(result):
+                    self._considerate_until = self._loop.time() + _CONSIDERATE_S
+                self._fairness = self._fairness.after(len(result) - batch, batch, waiting=self._sharing)
+        finally:
+            self._take_claimed(result)
 
     def _on_claimed(self, up_to: int, result: Any) -> None:
         room = None
-        self._next_claim = self.claim_size
-        if not self.batch_size and not isinstance(result, Exception) and len(result) >= up_to:
-            self._next_claim = min(max(2 * up_to, _CLAIM), _CLAIM_MOST)
-        if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
-            # From both streams at once there can be more than there is room for. Interactive requests come first.
-            self._sharing = True
-            if not self.batch_size:
-                room = max(0, self.room())
-        self._take_claimed(result, room)
+        try:
+            self._next_claim = self.claim_size
+            if not self.batch_size and not isinstance(result, Exception) and len(result) >= up_to:
+                self._next_claim = min(max(2 * up_to, _CLAIM), _CLAIM_MOST)
+            if result and not isinstance(result, Exception) and is_batch(result[-1][0]):
+                # From both streams at once there can be more than there is room for. Interactive requests come first.
+                self._sharing = True
+                if not self.batch_size:
+                    room = max(0, self.room())
+        finally:
+            self._take_claimed(result, room)
 
     def _take_claimed(self, result: Any, room: int | None = None) -> None:
         """Take all of a claim, and start what there is ``room`` for: all of it unless that is said."""
         self._claiming = False
+        self.claims_answered += 1
         if isinstance(result, Exception):
             if self.draining:
                 return
@@ -239,33 +255,54 @@ class Consumer:
             if result:
                 self._claims.give_back([place for place, _ in result])
             return
-        if room is not None and room < len(result):
-            for place, fields in result[:room]:
-                self.take(place, fields)
-            self._crowded = True
-            result = result[room:]
-        for place, fields in result:
-            self.take(place, fields)
-        self._batches.fetch_ended(len(result))
-        self.start_unstarted()
-        if len(result) == 1:
-            # Behind what quick code answers at once: its caller waits for that, and the broker is woken once for both.
-            self._loop.call_soon(self.ask)
-        else:
-            self.ask()
+        try:
+            if room is not None and room < len(result):
+                self._take_each(result[:room])
+                self._crowded = True
+                result = result[room:]
+            self._take_each(result)
+            self._batches.fetch_ended(len(result))
+            self.start_unstarted()
+        finally:
+            if len(result) == 1:
+                # Behind what quick code answers at once: its caller waits for that, and the broker is woken once for
+                # both.
+                self._loop.call_soon(self.ask)
+            else:
+                self.ask()
 
     async def _retry_claim(self, error: Exception) -> None:
         if isinstance(error, BrokerRefused) and error.said.startswith("NOGROUP"):
             log.warning("the broker has lost the group of %r: making it anew", self._backend)
         elif not isinstance(error, BrokerUnavailable):
             log.error("cannot claim from %r: %s", self._backend, error)
-        await asyncio.sleep(_RETRY_S)
         try:
+            await asyncio.sleep(_RETRY_S)
             await self._claims.ensure_group()
         except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("cannot make the group of %r: %s", self._backend, e)
-        self._claiming = False
-        self.ask()
+        finally:
+            self._claiming = False
+            self.ask()
+
+    def take_all(self, entries: Iterable[tuple[bytes, list[bytes] | None]]) -> None:
+        """`take` each entry, and start what may start."""
+        self._take_each(entries)
+        self.start_unstarted()
+
+    def _take_each(self, entries: Iterable[tuple[bytes, list[bytes] | None]]) -> None:
+        """`take` each entry, whatever becomes of those before it."""
+        for place, fields in entries:
+            try:
+                self.take(place, fields)
+            except Exception as e:
+                self._fail(place, e)
+
+    def _fail(self, place: bytes, error: Exception) -> None:
+        """Answer an entry whose handling failed by a fault of this module or of what it calls."""
+        log.error("cannot handle entry %s of %r", place.decode(), self._backend, exc_info=error)
+        if (held := self.held.get(place)) is not None:
+            self._on_done(held.entry, failed_reply(held.entry, error, self._replica))
 
     def take(self, place: bytes, fields: list[bytes] | None) -> None:
         """Hold an entry and start it as soon as may be, if there is anything to run and it is not held already."""
@@ -277,7 +314,7 @@ class Consumer:
             return
         try:
             entry = Entry.of(fields)
-        except WireError as e:
+        except Exception as e:  # a `WireError`; garbage can bring about others
             shown = place.decode()
             log.error("entry %s of %r cannot be read and goes to the dead letters: %s", shown, self._backend, e)
             self._task(self._claims.bury(Taken(place, 0, fields), str(e), max_dead_letters=self.max_dead_letters))
@@ -314,7 +351,7 @@ class Consumer:
         try:
             body = await self._commands.send("GET", key, repeat=True, patient=True, bulky_reply=True)
         except (BrokerUnavailable, BrokerRefused) as e:
-            # It stays in our name, so it is found again when the broker is back.
+            # It stays pending in this replica's name, where `StrayClaims` finds it.
             log.warning("cannot fetch the body of request %s: %s", held.entry.shown_id, e)
             self._forget(held)
             return
@@ -323,14 +360,18 @@ class Consumer:
             self._on_done(held.entry, Reply(held.entry.id, 500, error=to_wire(error), replica=self._replica))
             return
         held.entry.body = body
-        self.offer(held)
+        try:
+            self.offer(held)
+        except Exception as e:
+            self._fail(held.place, e)
 
     async def _load_claimed(self, held: Held) -> None:
         try:
             await self.load_body(held)
         finally:
             self._batches.loaded(held)
-        self.start_unstarted()
+            self.start_unstarted()
+            self.ask()  # it may be held no more
 
     # -- running
 
@@ -403,10 +444,12 @@ class Consumer:
                 return
             # First the next batch, then the replies of this one: they take longer to write than a claim.
             self._batches.end(run)
-            if self._batches.needs_more(len(self.unstarted)):
-                self.ask(block=False)
-            self.start_unstarted()
-            finish_done()
+            try:
+                if self._batches.needs_more(len(self.unstarted)):
+                    self.ask(block=False)
+                self.start_unstarted()
+            finally:
+                finish_done()
 
         self.tally.count_batch(len(batch))
         running = self._runner.run([held.entry for held in batch], on_done)
@@ -424,14 +467,34 @@ class Consumer:
 
     def _on_done(self, entry: Entry, reply: Reply) -> None:
         self._finish(entry, reply)
-        if self._crowded:
-            self.start_unstarted()
-        self.ask()
+        try:
+            if self._crowded:
+                self.start_unstarted()
+        finally:
+            self.ask()
 
     def _finish(self, entry: Entry, reply: Reply) -> None:
+        """Reply, settle and forget. Never raises."""
         held = self._by_entry.get(id(entry))
         if held is None:
             return
+        try:
+            self._conclude(held, reply)
+        except Exception as e:
+            log.exception("cannot send the answer to request %s of %r", entry.shown_id, self._backend)
+            # In place of an answer that cannot be sent, one that can.
+            if entry.caller:
+                self._reply(held.place, entry.caller, failed_reply(entry, e, self._replica))
+            self._settle(held.place)
+            self._forget(held)
+        finally:
+            if held.suspect is not None:
+                held.suspect.set()
+            if self.returned:
+                self.wake.set()
+
+    def _conclude(self, held: Held, reply: Reply) -> None:
+        entry = held.entry
         self._last_done = self._loop.time()
         was_cancelled = reply.error is not None and reply.error["kind"] == "RequestCancelled"
         if was_cancelled and held.recalled:
@@ -455,10 +518,6 @@ class Consumer:
                 self._commands.join_write(partial(self.outlet.end, entry, held.place))
             if not self.held:
                 self._commands.hurry()
-        if held.suspect is not None:
-            held.suspect.set()
-        if self.returned:
-            self.wake.set()
 
     def _learn(self, held: Held, run_ms: float) -> None:
         run_s, deadline_ms = run_ms / 1000, held.entry.header.deadline_ms

@@ -80,13 +80,14 @@ class Serving:
         and what it says is said by the next call.
 
         Raises:
-            PenstockError: it could not start.
+            PenstockError: it could not start, or it has stopped claiming though requests wait.
             BackendError: the user's ``check_health`` raised, or took too long.
         """
         if self._starting is not None and self._starting.done():
             await self._starting
         if self._runner is None or self._worker is None:
             return
+        await self._worker.check()
         if self._checking is None:
             self._checking = asyncio.ensure_future(self._runner.check_health())
         checking = self._checking

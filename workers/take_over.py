@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from functools import partial
 from time import monotonic
 
@@ -19,6 +20,7 @@ from ..handles.errors import DeliveryLimitExceeded
 from .answers import Answers
 from .consumer import Consumer
 from .held import Held
+from .stray_claims import StrayClaims
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,11 @@ would keep their replica from all else for a hundred times as long as one takes.
 class TakeOver:
     """Finds what a consumer can take over, and has it run there."""
 
-    def __init__(self, consumer: Consumer, claims: Claims, answers: Answers, backend: str) -> None:
+    def __init__(self, consumer: Consumer, claims: Claims, answers: Answers, strays: StrayClaims, backend: str) -> None:
         self._consumer, self._claims, self._answers, self._backend = consumer, claims, answers, backend
+        self._strays = strays
+        self._own_suspects: list[Taken] = []
+        """Redelivered entries that were adopted and then lost: still to be run."""
 
     async def keep_looking(self) -> None:
         """Look for them until the replica drains, at short intervals and when it is woken."""
@@ -45,10 +50,13 @@ class TakeOver:
                 if monotonic() >= drop_at_s:
                     await self._claims.drop_old_letters(self._consumer.max_dead_letters)
                     drop_at_s = monotonic() + _DROP_LETTERS_S
-                orphans, returned = await self._claims.look()
+                held = len(self._consumer.held)
+                orphans, returned, own = await self._claims.look()
                 if orphans:
                     await self._break_off_orphans()
                     await self._nurse()
+                if self._strays.may_exist(own, held) and (redelivered := await self._strays.take_all()):
+                    await self._nurse(redelivered)
                 while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
                     retaken = await self._claims.retake(min(room, self._consumer.claim_size))
                     for place, fields in retaken:
@@ -59,6 +67,8 @@ class TakeOver:
                 self._consumer.ask()
             except (BrokerUnavailable, BrokerRefused) as e:
                 log.debug("cannot look for orphans of %r: %s", self._backend, e)
+            except Exception:  # or this replica would take over nothing any more
+                log.exception("cannot take over entries of backend %r", self._backend)
             # Apart from each other, so that replicas do not all look in the same moment.
             pause_s = _LOOK_S * random.uniform(0.6, 1.0)
             waking = asyncio.ensure_future(self._consumer.wake.wait())
@@ -79,8 +89,9 @@ class TakeOver:
         self._claims.forget_history(taken.entry)
         self._claims.forget_streamed(taken.entry)
 
-    async def _nurse(self) -> None:
-        """Run all suspects that there are, and claim nothing meanwhile."""
+    async def _nurse(self, own: Sequence[Taken] = ()) -> None:
+        """Run all suspects that there are, those among its ``own`` first, and claim nothing meanwhile."""
+        self._own_suspects = list(own)
         self._consumer.nursing = True
         try:
             while not self._consumer.draining:
@@ -98,7 +109,7 @@ class TakeOver:
         together: list[Taken] = []
         try:
             while len(together) < min(_TOGETHER, self._consumer.capacity) and not self._consumer.draining:
-                taken = await self._claims.adopt()
+                taken = self._own_suspects.pop() if self._own_suspects else await self._claims.adopt()
                 if taken is None:
                     break
                 if taken.streamed:
@@ -126,8 +137,8 @@ class TakeOver:
             try:
                 await asyncio.wait_for(self._consumer.idle.wait(), _LOOK_S)
             except asyncio.TimeoutError:
-                orphans, _ = await self._claims.look()
-                if not orphans or self._consumer.draining:
+                found_another_home = not self._own_suspects and not (await self._claims.look()).orphans
+                if found_another_home or self._consumer.draining:
                     return False
         return True
 

@@ -9,18 +9,22 @@ from typing import Any
 
 from ..broker.claims import Claims
 from ..broker.connection import Connection
-from ..broker.errors import BrokerRefused, BrokerUnavailable
+from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.figures import Tally
 from ..broker.flow import TAKEN
 from ..broker.keys import Keys
 from ..broker.lease import Lease
 from ..broker.signals import LOOK, Signals
 from .answers import Answers
+from .claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from .consumer import Consumer
 from .runner import Runner
+from .stray_claims import StrayClaims
 from .take_over import TakeOver
 
 log = logging.getLogger(__name__)
+
+_IS_WAITING_S = 5.0
 
 
 class Worker:
@@ -36,11 +40,13 @@ class Worker:
         answers = Answers(commands, claims, keys, backend, replica)
         self._consumer = Consumer(runner, commands, claims, answers, keys, backend, replica)
         self._outlet = self._consumer.outlet
-        self._take_over = TakeOver(self._consumer, claims, answers, backend)
+        self._strays = StrayClaims(self._consumer, claims)
+        self._take_over = TakeOver(self._consumer, claims, answers, self._strays, backend)
         self._lease = Lease(url, keys.alive(backend, replica))
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._look: asyncio.Task[None] | None = None
-        self._recovering = asyncio.Lock()
+        self._claim_watch = ClaimWatch()
+        self._observing: asyncio.TimerHandle | None = None
 
     @property
     def capacity(self) -> int:
@@ -81,7 +87,27 @@ class Worker:
         await self._signals.open()
         self._consumer.configure()
         self._look = loop.create_task(self._take_over.keep_looking(), name="take-over")
+        self._observe_claims()
         self._consumer.ask()
+
+    async def check(self) -> None:
+        """Return if it claims, has no room, or nothing waits for it.
+
+        Raises:
+            PenstockError: it has had room for a while and has not claimed, though requests wait.
+        """
+        if not self._claim_watch.has_stopped:
+            return
+        try:
+            is_work_waiting = await asyncio.wait_for(self._claims.is_work_waiting(), _IS_WAITING_S)
+        except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
+            log.warning("cannot see whether requests wait for backend %r: %s", self.backend, str(e) or type(e).__name__)
+            return
+        if is_work_waiting:
+            raise PenstockError(
+                f"replica {self.replica!r} has had room for {STOPPED_AFTER_S:g} s and has not claimed, "
+                f"though requests wait for backend {self.backend!r}"
+            )
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Use another configuration from now on. Raises `BackendError` if the user's code does not take it."""
@@ -107,6 +133,8 @@ class Worker:
         if self._look is not None:
             self._look.cancel()
             await asyncio.wait([self._look])
+        if self._observing is not None:
+            self._observing.cancel()
         self._consumer.close()
         await self._signals.close()
         # Its outstanding claim ends with its connection; what that claimed in the last moment is taken over.
@@ -127,21 +155,12 @@ class Worker:
         else:
             self._consumer.withdraw(signal)
 
+    def _observe_claims(self) -> None:
+        loop, consumer = asyncio.get_running_loop(), self._consumer
+        self._observing = loop.call_later(OBSERVE_S, self._observe_claims)
+        could_claim = self._commands.connected and self._reads.connected and consumer.could_claim
+        self._claim_watch.observe(consumer.claims_answered, could_claim, loop.time())
+
     async def _recover(self) -> None:
-        """After a reconnect: what is in our name and not in our hands was lost on its way to us."""
         await self._claims.ensure_group()
-        async with self._recovering:
-            while True:
-                # What we let go of while the answer is on its way was in our hands when we asked.
-                let_go = self._consumer.let_go = set[bytes]()
-                try:
-                    pending = await self._claims.pending()
-                finally:
-                    self._consumer.let_go = None
-                if not self._commands.keeps_commands:
-                    break
-                # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
-        for place, fields in pending:
-            if place not in let_go:
-                self._consumer.take(place, fields)
-        self._consumer.start_unstarted()
+        await self._strays.take_fresh()

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from penstock import serve
+from penstock.broker.claims import Claims
 from penstock.serve.fleet import actor_name
 from penstock.workers.replica import NAMESPACE
 from tests.serve.backends import SMALL, Slow, answering, replicas
@@ -87,6 +88,24 @@ def test_a_replica_that_is_not_well_is_replaced(client: serve.Client) -> None:
     handle = client.get_handle("e")
     ill = handle.remote(True).result(timeout=10)
     wait_until(lambda: handle.remote().result(timeout=10) != ill)
+
+
+def test_one_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None:
+    class Stopping:
+        def __call__(self, request: serve.Request) -> int:
+            if request.data:
+                # What a fault of Penstock's would do: claims are never answered any more.
+                def drop(*args: Any, **options: Any) -> None: ...
+
+                setattr(Claims, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
+            return os.getpid()
+
+    client.create_backend("f", Stopping, config={"health_check_period_s": 0.2}, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    stopped = handle.remote(True).result(timeout=10)
+    # A claim that was under way may serve one more.
+    wait_until(lambda: handle.remote().result(timeout=60) != stopped, timeout_s=120)
 
 
 def test_one_that_hangs_is_replaced(client: serve.Client) -> None:

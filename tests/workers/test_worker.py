@@ -348,6 +348,21 @@ async def test_garbage_beyond_the_limit_of_dead_letters_leaves_as_many_as_that(r
         assert (await client.ask(b"x")).body == b"x"
 
 
+class Greeter:
+    def __call__(self, request: Any) -> bytes:
+        return b"hello " + bytes(request.data)
+
+
+async def test_calling_mro_costs_the_replica_nothing(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, Greeter):
+        refused = [client.call(b"x", call="mro")[1] for _ in range(2)]
+        behind = [client.call(b"%d" % n)[1] for n in range(10)]
+        assert [reply.body for reply in await asyncio.gather(*behind)] == [b"hello %d" % n for n in range(10)]
+        assert [(await reply).status for reply in refused] == [404, 404]
+        assert (await client.ask(b"again")).body == b"hello again"
+        await wait_until_async(lambda: _is_empty(client))
+
+
 async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, echo):
         assert (await client.ask(b"before")).body == b"before"
