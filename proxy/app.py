@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from ..handles.errors import ConfigError, PenstockError
 from ..handles.incoming import Incoming
 from . import metrics, replies, request_ids, scopes, streaming
 from .bodies import has_body, read_body
+from .buffers import Buffers, default_bytes
 from .hangups import HangUps, HungUp
 from .replies import Answer, RawHeaders
 from .routing import RESERVED, Found, MethodNotAllowed, Routes
@@ -37,6 +39,8 @@ CLIENT_CLOSED_REQUEST = 499
 SCRAPED = Answer(200, [])
 """In place of the metrics, which are read from the broker while their client waits."""
 _SCRAPE_S = 2.0
+_COUNTED_BYTES = 64 * 1024
+"""A shorter reply is not counted as one that its client may not read: the kernel takes it, or the sweep will see it."""
 
 _HOP_BY_HOP = frozenset(name.encode() for name in replies.HOP_BY_HOP)
 _USUAL_CONNECTION = (None, b"keep-alive", b"close")
@@ -48,7 +52,18 @@ RawNamed = dict[bytes, bytes]
 class Asked:
     """One request, from its head to its answer."""
 
-    __slots__ = ("call", "endpoint", "is_counted", "named", "params", "request_id", "scope", "started", "status")
+    __slots__ = (
+        "call",
+        "endpoint",
+        "held_bytes",
+        "is_counted",
+        "named",
+        "params",
+        "request_id",
+        "scope",
+        "started",
+        "status",
+    )
 
     def __init__(self, scope: Scope) -> None:
         self.started = time.perf_counter()
@@ -61,6 +76,8 @@ class Asked:
         self.status = CLIENT_CLOSED_REQUEST
         """Of its answer, once there is one."""
         self.is_counted = False
+        self.held_bytes = 0
+        """Of its body, in the proxy's budget."""
 
 
 class App:
@@ -71,12 +88,14 @@ class App:
         caller: Caller,
         *,
         max_body_bytes: int = 64 * 1024 * 1024,
+        max_buffered_bytes: int | None = None,
         request_timeout_s: float = 60.0,
         root_path: str = "",
         debug: bool = False,
     ) -> None:
         self._caller = caller
         self.max_body_bytes = max_body_bytes
+        self.buffers = Buffers(default_bytes(max_body_bytes) if max_buffered_bytes is None else max_buffered_bytes)
         self.request_timeout_s = request_timeout_s
         self._root_path = root_path.rstrip("/")
         self._debug = debug
@@ -181,6 +200,7 @@ class App:
         """
         scope, named, endpoint = asked.scope, asked.named, asked.endpoint
         assert endpoint is not None
+        self._hold(asked, len(body) - asked.held_bytes)  # what `read_body` has counted is held already
         method_name = named.get(b"x-serve-call-method")
         client = scope["client"]
         shard_key = named.get(b"x-serve-shard-key")
@@ -206,6 +226,10 @@ class App:
             shard_key=None if shard_key is None else _text(shard_key),
             timeout_s=timeout_s,
         )
+
+    def _hold(self, asked: Asked, size: int) -> None:
+        self.buffers.hold(size)
+        asked.held_bytes += size
 
     def withdraw(self, asked: Asked) -> None:
         """Nobody waits for the outcome any more."""
@@ -237,6 +261,8 @@ class App:
             if asked.scope["method"] == "HEAD":
                 length, body = head_length or length, b""
             headers.append((b"content-length", b"%d" % length))
+            if length > _COUNTED_BYTES:
+                self.buffers.replies_bytes += len(body)
         if self.draining or close:
             headers.append(_CLOSE)
         return status, headers, body
@@ -253,6 +279,9 @@ class App:
 
     def done(self, asked: Asked) -> None:
         """Count it. To be called once for everything that was routed, whatever became of it."""
+        if asked.held_bytes:
+            self.buffers.release(asked.held_bytes)
+            asked.held_bytes = 0
         asked.call = None  # it may lead back to us, and what leads in circles waits for the garbage collector
         if asked.is_counted:
             self.metrics.in_flight -= 1
@@ -275,7 +304,14 @@ class App:
         if has_body(asked.named):
             began = time.perf_counter()
             try:
-                body = await read_body(receive, asked.named, limit=self.max_body_bytes, timeout_s=timeout_s)
+                body = await read_body(
+                    receive,
+                    asked.named,
+                    limit=self.max_body_bytes,
+                    timeout_s=timeout_s,
+                    hold=partial(self._hold, asked),
+                    check=self.buffers.check,
+                )
             except PenstockError as e:
                 return self.answer(asked, e)._replace(close=True)
             timeout_s -= time.perf_counter() - began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import Receive
@@ -34,8 +34,22 @@ def has_body(headers: Mapping[bytes, bytes]) -> bool:
     return b"content-length" in headers or b"transfer-encoding" in headers
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], *, limit: int, timeout_s: float) -> bytes:
+def _no_budget(size: int) -> None:
+    """Count nothing."""
+
+
+async def read_body(
+    receive: Receive,
+    headers: Mapping[bytes, bytes],
+    *,
+    limit: int,
+    timeout_s: float,
+    hold: Callable[[int], None] = _no_budget,
+    check: Callable[[int], None] = _no_budget,
+) -> bytes:
     """Return the whole body.
+
+    ``hold`` gets the size of each piece as it comes, ``check`` the declared length before; what they raise ends it.
 
     Raises:
         PayloadTooLarge: it is longer than ``limit``; by its declared length before anything of it is read.
@@ -49,6 +63,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], *, limit: 
             raise MalformedBody(f"the content-length {declared.decode('latin-1')!r} is not a number")
         if len(declared) > 18 or int(declared) > limit:
             raise PayloadTooLarge(int(declared[:19]), limit)
+        check(int(declared))
     deadline = _Deadline(timeout_s)
     chunks: list[bytes] = []
     size = 0
@@ -61,6 +76,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], *, limit: 
             size += len(chunk)
             if size > limit:
                 raise PayloadTooLarge(size, limit)
+            hold(len(chunk))
             chunks.append(chunk)
             if not message.get("more_body", False):
                 return chunk if len(chunks) == 1 else b"".join(chunks)

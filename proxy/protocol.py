@@ -148,6 +148,11 @@ class Protocol(HttpToolsProtocol):
     def give_up(self) -> None:
         """Answer at once what is still waited for. Here nothing is: the tasks of requests have been cancelled."""
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of replies that the kernel has not taken yet."""
+        return self._tcp.get_write_buffer_size()
+
     def cut_off_if_stalled(self, now: float) -> None:
         if self._lingering_since:
             if now - self._heard_at > _LINGER_IDLE_S or now - self._lingering_since > _LINGER_S:

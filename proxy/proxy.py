@@ -24,6 +24,7 @@ from ..broker.memory import Memory
 from ..broker.registry import Snapshot
 from ..handles.caller import Caller
 from .app import App
+from .buffers import default_bytes
 from .middlewares import wrap
 from .server import PortInUse, Server, is_wildcard
 
@@ -105,14 +106,19 @@ class Proxy:
         # Held before it routes anything: whoever changes a route waits for those that hold one.
         await self._take_lease()
         options = self._options
+        max_body_bytes: int = options.get("max_body_bytes", 64 * 1024 * 1024)
         self._app = App(
             self._caller,
-            max_body_bytes=options.get("max_body_bytes", 64 * 1024 * 1024),
+            max_body_bytes=max_body_bytes,
+            max_buffered_bytes=default_bytes(max_body_bytes, options.get("proxies_per_node", 1))
+            if options.get("max_buffered_bytes") is None
+            else options["max_buffered_bytes"],
             request_timeout_s=options.get("request_timeout_s", 60.0),
             root_path=options.get("root_path", ""),
             debug=options.get("debug", False),
         )
         self._server = await self._listen(wrap(self._app, options.get("middlewares", ())))
+        self._app.buffers.measure = self._server.unsent_bytes
         host = self._address if is_wildcard(self._server.host) else self._server.host
         url = f"http://[{host}]:{self._server.port}" if ":" in host else f"http://{host}:{self._server.port}"
         self._caller.watcher.add_listener(self._on_change)

@@ -118,6 +118,11 @@ class Server:
         while self._uvicorn.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.02)
 
+    def unsent_bytes(self) -> int:
+        """Return how many bytes of replies the kernel has not taken yet, over all connections."""
+        connections = self._uvicorn.server_state.connections
+        return sum(connection.unsent_bytes for connection in connections if isinstance(connection, Protocol))
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)

@@ -203,11 +203,27 @@ class HTTPOptions(_Config):
     max_body_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     """A longer body gets a 413."""
 
+    max_buffered_bytes: int | None = None
+    """The most bytes of bodies that a proxy holds, of requests that are not answered and of replies that are not sent.
+
+    Beyond it requests get a 503. By default an eighth of the node's memory, shared by its proxies, and never less than
+    ``max_body_bytes``.
+    """
+
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
     """Where a gateway in front of the proxies has mounted them (ASGI's ``root_path``)."""
 
     debug: bool = False
     """Let HTTP callers see tracebacks."""
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> HTTPOptions:
+        if self.max_buffered_bytes is not None and self.max_buffered_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"HTTPOptions.max_buffered_bytes must be at least max_body_bytes ({self.max_body_bytes}), "
+                f"not {self.max_buffered_bytes}"
+            )
+        return self
 
 
 def _fields(kind: type[_Config], value: Any, name: str) -> dict[str, Any]:

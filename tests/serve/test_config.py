@@ -34,6 +34,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "proxies_per_node": 1,
         "request_timeout_s": 60.0,
         "max_body_bytes": 64 * 1024 * 1024,
+        "max_buffered_bytes": None,
         "root_path": "",
         "debug": False,
     }
@@ -161,3 +162,9 @@ def test_with_autoscaling_num_replicas_is_where_it_begins(num_replicas: int, beg
     bounds = AutoscalingConfig(min_replicas=2, max_replicas=4)
     assert BackendConfig(num_replicas=num_replicas, autoscaling_config=bounds).initial_replicas == begins_with
     assert BackendConfig(num_replicas=num_replicas).initial_replicas == num_replicas
+
+
+def test_a_budget_for_bodies_that_holds_not_even_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_buffered_bytes must be at least max_body_bytes \(67108864\), not 1000"):
+        HTTPOptions(max_buffered_bytes=1000)
+    assert HTTPOptions(max_buffered_bytes=1000, max_body_bytes=1000).max_buffered_bytes == 1000
