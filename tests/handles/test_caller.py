@@ -149,6 +149,25 @@ async def test_a_request_that_could_never_be_queued_is_too_large(caller: Caller)
         send(caller, bytes(1024 * 1024), backend=narrow)
 
 
+async def test_a_stream_without_ids_left_is_repaired_by_deleting_it_and_cutting_the_connections(
+    site: Site, caller: Caller
+) -> None:
+    """As ``docs/operations.md`` says: what callers wait for is published again."""
+    site.declare()
+    first, answer = send(caller, b"first")
+    await first.accepted()
+    requests = caller.keys.requests("model")
+    with Redis.from_url(site.url) as redis:
+        redis.xadd(requests, {"x": ""}, id="18446744073709551615-18446744073709551615")
+        with pytest.raises(BrokerUnavailable, match="exhausted the last possible ID"):
+            await send(caller, b"second")[1]
+        redis.delete(requests)
+    cut(site.url)
+    site.serve(echo)
+    assert (await answer).body == b"first"
+    assert (await send(caller, b"third")[1]).body == b"third"
+
+
 async def test_an_endpoint_without_backends_is_refused(caller: Caller) -> None:
     for traffic in ({}, {"gone": 1.0}):
         with pytest.raises(BackendNotFound):
