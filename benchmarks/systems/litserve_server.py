@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import litserve
-from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, SleepingModel, parse
 
 
 class Noop(litserve.LitAPI):
@@ -46,13 +46,34 @@ class Digits(litserve.LitAPI):
         return output
 
 
+class SleepBatch(litserve.LitAPI):
+    def __init__(self, call_s: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._call_s = call_s
+
+    def setup(self, device: str) -> None:
+        self._sleeping = SleepingModel(self._call_s)
+
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        return inputs
+
+    def predict(self, x: list[Any]) -> list[Any]:
+        return self._sleeping.answers(len(x))
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+
 APIS: dict[str, type[litserve.LitAPI]] = {"noop": Noop, "sleep": Sleep, "echo": Echo, "digits": Digits}
 
 
 def main(job: Job) -> None:
     """Serve at LitServe's own route, ``/predict``; it has no GET."""
-    batching = {"max_batch_size": MAX_BATCH_SIZE, "batch_timeout": BATCH_WAIT_S} if job.workload == "digits" else {}
-    server = litserve.LitServer(APIS[job.workload](**batching), accelerator="cpu", workers_per_device=job.replicas)
+    batching: dict[str, Any] = (
+        {"max_batch_size": MAX_BATCH_SIZE, "batch_timeout": BATCH_WAIT_S} if job.takes_batches else {}
+    )
+    api = SleepBatch(job.batch_call_s, **batching) if job.batch_call_s else APIS[job.workload](**batching)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=job.replicas)
     server.run(
         host="127.0.0.1",
         port=job.port,

@@ -6,9 +6,13 @@ import os
 import time
 from typing import Any
 
-from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, SleepingModel, parse
 
 JOB = parse() if __name__ == "__main__" else Job(0, "noop", 1)
+
+CALL_S = "MOSEC_BENCH_CALL_S"
+"""Tells the workers, which Mosec starts as processes of their own, how long to sleep for a batch."""
+os.environ.setdefault(CALL_S, str(JOB.batch_call_s))
 
 # Mosec reads these when it is imported.
 os.environ.update(
@@ -59,6 +63,14 @@ class Digits(Worker):
         return self._model.answers(data)
 
 
+class SleepBatch(Worker):
+    def __init__(self) -> None:
+        self._model = SleepingModel(float(os.environ[CALL_S]))
+
+    def forward(self, data: list[Any]) -> list[Any]:
+        return self._model.answers(len(data))
+
+
 WORKERS: dict[str, type[Worker]] = {"noop": Noop, "sleep": Sleep, "echo": Echo, "digits": Digits}
 
 
@@ -66,11 +78,9 @@ def main(job: Job) -> None:
     """Serve at Mosec's own route, ``/inference``."""
     server = Server()
     batching = (
-        {"max_batch_size": MAX_BATCH_SIZE, "max_wait_time": round(BATCH_WAIT_S * 1000)}
-        if job.workload == "digits"
-        else {}
+        {"max_batch_size": MAX_BATCH_SIZE, "max_wait_time": round(BATCH_WAIT_S * 1000)} if job.takes_batches else {}
     )
-    server.append_worker(WORKERS[job.workload], num=job.replicas, **batching)
+    server.append_worker(SleepBatch if job.batch_call_s else WORKERS[job.workload], num=job.replicas, **batching)
     server.run()
 
 

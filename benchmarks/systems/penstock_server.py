@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from program import MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
+from program import MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, SleepingModel, parse, run_until_ended
 
 from penstock import serve
 
@@ -41,6 +41,15 @@ class Digits:
         return self.model.answers([request.data for request in requests])
 
 
+def sleep_for_each_batch(call_s: float) -> Any:
+    model = SleepingModel(call_s)
+
+    def answer(requests: list[Any]) -> list[Any]:
+        return model.answers(len(requests))
+
+    return serve.accept_batch(answer)
+
+
 def main(job: Job) -> None:
     """Serve at ``/``. ``PENSTOCK_BENCH_ASYNC=1`` makes the no-op an ``async def``.
 
@@ -49,6 +58,7 @@ def main(job: Job) -> None:
     code: dict[str, Any] = {"noop": noop, "echo": echo, "sleep": sleep, "digits": Digits}
     if os.environ.get("PENSTOCK_BENCH_ASYNC") == "1":
         code["noop"] = async_noop
+    code[job.workload] = sleep_for_each_batch(job.batch_call_s) if job.batch_call_s else code[job.workload]
     proxies = int(os.environ.get("PENSTOCK_BENCH_PROXIES", "1"))
     with serve.start(http_options={"port": job.port, "proxies_per_node": proxies}) as client:
         (Path(tempfile.gettempdir()) / "redis-url").write_text(client.redis_url)
@@ -57,7 +67,7 @@ def main(job: Job) -> None:
             code[job.workload],
             config={
                 "num_replicas": job.replicas,
-                "max_batch_size": MAX_BATCH_SIZE if job.workload == "digits" else None,
+                "max_batch_size": MAX_BATCH_SIZE if job.takes_batches else None,
             },
             ray_actor_options={"num_cpus": 0},  # more replicas than cores: these ones sleep
         )

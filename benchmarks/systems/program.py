@@ -9,12 +9,17 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 NOOP_ANSWER = {"ok": True}
 SLEEP_S = 0.010
-WORKLOADS = ("noop", "echo", "sleep", "digits")
+BATCH_CALLS_MS = (3, 10, 20, 50)
+WORKLOADS = ("noop", "echo", "sleep", "digits", *(f"batch-{ms}" for ms in BATCH_CALLS_MS))
 MAX_BATCH_SIZE = 64
 BATCH_WAIT_S = 0.001
 """How long the peers let a batch of digits fill up: the least that Mosec can. Penstock's default is not to wait."""
@@ -25,12 +30,36 @@ class Job:
     """``noop`` answers a tiny JSON object, ``echo`` its body, ``sleep`` blocks for ``SLEEP_S`` and is a no-op then.
 
     ``digits`` is given an image as a JSON list of 64 numbers and answers ``{"digit": n}``, in batches of up to
-    ``MAX_BATCH_SIZE``.
+    ``MAX_BATCH_SIZE``. ``batch-20`` takes such batches too, and sleeps for 20 ms for each.
     """
 
     port: int
     workload: str
     replicas: int
+
+    @property
+    def takes_batches(self) -> bool:
+        return self.workload == "digits" or self.workload.startswith("batch-")
+
+    @property
+    def batch_call_s(self) -> float:
+        """How long a call of ``batch-…`` sleeps; 0 for other workloads."""
+        kind, _, milliseconds = self.workload.partition("-")
+        return int(milliseconds) / 1000 if kind == "batch" else 0.0
+
+
+class SleepingModel:
+    """Sleeps for each batch, and appends its size to a file in the scratch folder, a line for each."""
+
+    def __init__(self, call_s: float) -> None:
+        self._call_s = call_s
+        self._sizes = Path(tempfile.gettempdir()) / "batch-sizes"
+
+    def answers(self, count: int) -> list[Any]:
+        time.sleep(self._call_s)
+        with self._sizes.open("a") as sizes:
+            sizes.write(f"{count}\n")
+        return [NOOP_ANSWER] * count
 
 
 def parse() -> Job:

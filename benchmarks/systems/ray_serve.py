@@ -6,6 +6,7 @@ them. Logging is as shipped. ``RAY_BENCH_DEF=1`` makes the no-op a ``def``, whic
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import tempfile
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, parse, run_until_ended
+from program import BATCH_WAIT_S, MAX_BATCH_SIZE, NOOP_ANSWER, SLEEP_S, Job, SleepingModel, parse, run_until_ended
 
 # With the default of 5, Ray's own proxy answers 20 requests/s at 100 connections and lets others time out:
 # it backs off while the replica is full. Its best is what we compare with.
@@ -92,6 +93,18 @@ def main(job: Job) -> None:
         async def __call__(self, request: Request) -> Any:
             return await self.answers(await request.json())
 
+    class SleepBatch:
+        def __init__(self, call_s: float) -> None:
+            self.model = SleepingModel(call_s)
+
+        @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
+        async def answers(self, bodies: list[Any]) -> list[Any]:
+            # On a thread, so that the replica goes on collecting requests meanwhile.
+            return await asyncio.to_thread(self.model.answers, len(bodies))
+
+        async def __call__(self, request: Request) -> Any:
+            return await self.answers(None)
+
     plain = blocking_noop if os.environ.get("RAY_BENCH_DEF") == "1" else noop
     code: dict[str, Any] = {"noop": plain, "echo": echo, "sleep": sleep, "digits": Digits}
     ray.init(include_dashboard=False, num_cpus=job.replicas + 2, _node_ip_address="127.0.0.1")
@@ -100,8 +113,8 @@ def main(job: Job) -> None:
         num_replicas=job.replicas,
         max_ongoing_requests=1 if job.workload == "sleep" else MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1},
-    )(code[job.workload])
-    serve.run(deployment.bind(), route_prefix="/")
+    )(SleepBatch if job.batch_call_s else code[job.workload])
+    serve.run(deployment.bind(job.batch_call_s) if job.batch_call_s else deployment.bind(), route_prefix="/")
     run_until_ended()
 
 
