@@ -136,7 +136,7 @@ class Batches:
         is_full = len(waiting) >= self._size
         if self._capacity.free <= 0:
             # A thread goes on with what is on its queue without a switch to the loop.
-            if not (is_full and self._is_blocking and self._slots_ahead() > 0):
+            if not (is_full and self._is_blocking and not self.is_quick and self._slots_ahead() > 0):
                 return []
         elif not is_full and (self._is_fetching or self._awaits_bodies() or self._lingers(waiting[0])):
             return []

@@ -209,6 +209,11 @@ class Consumer:
         else:
             self._claims.claim(up_to, partial(self._on_claimed, up_to), block=block)
 
+    def fill_up(self) -> None:
+        """Claim what is there already for an incomplete batch that is about to start."""
+        if self.batch_size and self._batches.needs_more(len(self.unstarted)):
+            self.ask(block=False)
+
     def _is_considerate(self) -> bool:
         return self._sharing and self._loop.time() < self._considerate_until
 
@@ -431,6 +436,7 @@ class Consumer:
                     self._finish(entry, reply)
             finally:
                 if left == 0:
+                    self.start_unstarted()
                     self.ask()
 
         def on_done(entry: Entry, reply: Reply) -> None:
@@ -442,12 +448,13 @@ class Consumer:
                 if len(done) == 1:
                     self._loop.call_soon(finish_done)
                 return
-            # First the next batch, then the replies of this one: they take longer to write than a claim.
             self._batches.end(run)
             try:
-                if self._batches.needs_more(len(self.unstarted)):
-                    self.ask(block=False)
-                self.start_unstarted()
+                self.fill_up()
+                # The replies of this batch take longer to write than the next one to start. Code as quick as that would
+                # only compete with them for the interpreter lock.
+                if not self._batches.is_quick:
+                    self.start_unstarted()
             finally:
                 finish_done()
 
@@ -591,6 +598,7 @@ class Consumer:
     def _give_back_together(self) -> None:
         places, self._returning = self._returning, []
         self._claims.give_back(places)
+        self.returned = True
 
     def _recall_unstarted(self) -> None:
         places = [held.place for held in self.unstarted]
@@ -600,6 +608,7 @@ class Consumer:
         self._crowded = False
         if places:
             self._claims.give_back(places)
+            self.returned = True
         if self._runner.blocking:
             for held in list(self.held.values()):
                 if held.running is not None and held.suspect is None:

@@ -58,11 +58,14 @@ class TakeOver:
                 if self._strays.may_exist(own, held) and (redelivered := await self._strays.take_all()):
                     await self._nurse(redelivered)
                 while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
-                    retaken = await self._claims.retake(min(room, self._consumer.claim_size))
+                    wanted = min(room, self._consumer.claim_size)
+                    retaken = await self._claims.retake(wanted)
                     for place, fields in retaken:
                         self._consumer.take(place, fields)
+                    returned = len(retaken) if len(retaken) == wanted else 0
+                    self._consumer.returned = returned > 0
+                    self._consumer.fill_up()
                     self._consumer.start_unstarted()
-                    returned = len(retaken)
                 self._consumer.returned = returned > 0
                 self._consumer.ask()
             except (BrokerUnavailable, BrokerRefused) as e:
