@@ -8,11 +8,14 @@ import pytest
 from penstock.broker.claims import RETURNED, Claims, Taken
 from penstock.broker.connection import Connection
 from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.errors import BrokerRefused
+from penstock.broker.errors import BrokerRefused, BrokerUnavailable
 from penstock.broker.figures import figures_of
 from penstock.broker.keys import Keys
+from penstock.broker.lease import Lease
+from penstock.broker.registry import Registry
 from penstock.broker.wire import Entry, Header, Reply
 from tests.broker.conftest import Connect
+from tests.faults.refusing_proxy import ERRORS, RefusingProxy
 from tests.waiting import wait_until_async
 
 TAG = "model"
@@ -188,6 +191,102 @@ async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publi
     await busy.claim()
     assert (await idle.claims.look())[:2] == (0, 0)
     assert await idle.claims.adopt() is None
+
+
+@pytest.mark.parametrize(
+    ("renewed_since_s", "renewed_s", "may"),
+    [(5.0, 0.0, True), (2.1, 0.9, True), (1.5, 0.0, False), (5.0, 1.5, False), (0.0, 0.0, False)],
+)
+async def test_only_who_could_renew_its_own_lease_lately_adopts(
+    join: Joining,
+    publish: Publish,
+    commands: Connection,
+    keys: Keys,
+    renewed_since_s: float,
+    renewed_s: float,
+    may: bool,
+) -> None:
+    silent, heir = await join("silent"), await join("heir")
+    await publish("1")
+    await silent.claim()
+    await silent.die()
+    now_ms = commands.now_ms()
+    times = f"{now_ms - 1000 * renewed_since_s:.0f} {now_ms - 1000 * renewed_s:.0f}"
+    await commands.send("SET", keys.alive(TAG, "heir"), times, "PX", 60_000)
+    assert (await heir.claims.look())[0] == int(may)
+    assert (await heir.claims.adopt() is not None) == may
+
+
+async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) -> None:
+    silent, heir = await join("silent"), await join("heir")
+    await publish("1")
+    await silent.claim()
+    await silent.die()
+    await heir.die()
+    assert await heir.claims.adopt() is None
+    await heir.live()
+    assert await heir.claims.adopt() is not None
+
+
+async def test_a_lease_that_was_dropped_is_proof_for_anybody(
+    join: Joining, publish: Publish, commands: Connection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    await heir.die()
+    await Registry(commands, keys).drop_lease(TAG, "dead")
+    assert await heir.claims.look() == (1, 0)
+    assert await heir.claims.adopt() is not None
+
+
+async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
+    redis_url: str, connect: Connect, keys: Keys
+) -> None:
+    commands = await connect(redis_url)
+    key = keys.alive(TAG, "a")
+
+    async def times() -> list[int]:
+        return [int(time) for time in ((await commands.send("GET", key)) or b"0 0").split()]
+
+    with RefusingProxy(redis_url) as between:
+        lease = Lease(between.url, key)
+        await asyncio.to_thread(lease.start)
+        try:
+            first = await times()
+            assert first[0] == first[1]
+
+            async def is_renewed() -> bool:
+                return (await times())[1] > first[1]
+
+            await wait_until_async(is_renewed)
+            between.error = ERRORS["NOREPLICAS"]
+
+            async def is_gone() -> bool:
+                return await times() == [0, 0]
+
+            await wait_until_async(is_gone)
+            between.error = ""
+
+            async def is_back() -> bool:
+                return (await times())[0] > first[0]
+
+            await wait_until_async(is_back)
+        finally:
+            await asyncio.to_thread(lease.stop)
+    assert await commands.send("EXISTS", key) == 0
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"OOM"}))
+async def test_a_lease_that_cannot_be_taken_for_now_is_an_unavailable_broker(
+    redis_url: str, keys: Keys, code: str
+) -> None:
+    with RefusingProxy(redis_url) as between:
+        between.error = ERRORS[code]
+        lease = Lease(between.url, keys.alive(TAG, "a"))
+        with pytest.raises(BrokerUnavailable):
+            await asyncio.to_thread(lease.start)
+        await asyncio.to_thread(lease.stop)
 
 
 async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join: Joining, publish: Publish) -> None:
@@ -498,3 +597,32 @@ async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
     await replica.claims.bury(Taken(place, 0, fields), "cannot be read")
     [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
+
+
+async def test_what_is_refused_of_dead_letters_and_of_what_is_given_back_is_sent_again(
+    redis_url: str, connect: Connect, keys: Keys
+) -> None:
+    straight = await connect(redis_url)
+    with RefusingProxy(redis_url) as between:
+        commands = await connect(between.url)
+        claims = Claims(commands, await connect(redis_url), keys, TAG, "a")
+        await claims.ensure_group()
+        for n in range(3):
+            await straight.send("XADD", keys.requests(TAG), f"1-{n + 1}", "n", n)
+        claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        claims.claim(3, claimed.set_result)
+        (first, fields), (second, _), (third, _) = await claimed
+        between.error = ERRORS["NOREPLICAS"]
+        burying = asyncio.ensure_future(claims.bury(Taken(first, 3, fields), "it died"))
+        claims.give_back([second])
+        claims.settle([third])
+        claims.forget_history(third)
+        await wait_until_async(lambda: len(between.refused) > 4)
+        assert await straight.send("XLEN", keys.requests(TAG)) == 3
+        between.error = ""
+        await asyncio.wait_for(burying, 20)
+        await commands.wait_for_patient(20)
+        assert await straight.send("XLEN", keys.dead(TAG)) == 1
+        assert [place for place, _ in await claims.retake(5)] == [second]
+        assert await straight.send("XLEN", keys.requests(TAG)) == 1
+        await Registry(straight, keys).erase()

@@ -31,6 +31,8 @@ class RefusingProxy(TcpProxy):
     def __init__(self, target_url: str) -> None:
         super().__init__(target_url)
         self.error = ""
+        self.only: frozenset[bytes] | None = None
+        """The names of the commands that are refused; None for all that write."""
         self.refused: list[bytes] = []
         """The names of the commands that were refused."""
 
@@ -53,7 +55,7 @@ class RefusingProxy(TcpProxy):
         try:
             while True:
                 name, command = await _read_command(reader)
-                if self.error and name not in READS:
+                if self.error and (name not in READS if self.only is None else name in self.only):
                     self.refused.append(name)
                     writer.write(f"-{self.error}\r\n".encode())
                 else:

@@ -95,6 +95,27 @@ async def test_what_was_accepted_is_answered_once_after_the_refusal(
     assert set(work.runs.values()) == {1}
 
 
+@pytest.mark.parametrize("command", [b"XADD", b"XACK", b"XDEL", b"SET"])
+async def test_what_is_refused_alone_is_sent_again_alone(
+    redis_url: str, between: RefusingProxy, command: bytes
+) -> None:
+    """As where the refusal begins or ends between two commands of one write."""
+    work = Work()
+    bodies = [b"small", b"m" * 5_000, b"l" * (LARGE + 1)]
+    async with calling(redis_url) as client, serving(between.url, work.__call__, max_concurrent_queries=4):
+        answers = [client.call(body)[1] for body in bodies]
+        await wait_until_async(lambda: work.runs.total() == len(bodies))
+        between.only = frozenset({command})
+        between.error = ERRORS["TRYAGAIN"]
+        work.release.set()
+        await wait_until_async(lambda: len(between.refused) > 1)
+        between.error = ""
+        replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
+        assert [reply.body for reply in replies] == bodies
+        await wait_until_async(lambda: is_settled(client))
+    assert set(work.runs.values()) == {1}
+
+
 @pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"READONLY"}))
 async def test_new_work_is_refused_at_once_by_name(redis_url: str, between: RefusingProxy, code: str) -> None:
     work = Work()
