@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+from weakref import WeakSet
 
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-_affected: defaultdict[str, set[int]] = defaultdict(set)
-"""By the broker's URL as it is shown, the ids of the connections that are without it."""
+_affected: dict[str, WeakSet[object]] = {}
+"""By the broker's URL as it is shown, the connections that are without it. Weak: their loop may end without them."""
 
 
 def report_began(shown_url: str, connection: object, problem: str) -> None:
     """Log a connection's ``problem`` with its broker: as a warning unless another connection has one already."""
     with _lock:
-        affected = _affected[shown_url]
+        affected = _affected.setdefault(shown_url, WeakSet())
         level = logging.DEBUG if affected else logging.WARNING
-        affected.add(id(connection))
+        affected.add(connection)
     log.log(level, "%s", problem)
 
 
 def report_ended(shown_url: str, connection: object, *, closing: bool = False) -> None:
     """Log that the broker is usable again once that holds for every connection. One that closes logs nothing."""
     with _lock:
-        if shown_url not in _affected or id(connection) not in _affected[shown_url]:
+        affected = _affected.get(shown_url)
+        if affected is None or connection not in affected:
             return
-        affected = _affected[shown_url]
-        affected.discard(id(connection))
+        affected.discard(connection)
         if affected:
             return
         del _affected[shown_url]

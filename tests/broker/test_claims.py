@@ -236,7 +236,7 @@ async def test_a_lease_that_was_dropped_is_proof_for_anybody(
     await dead.claim()
     await heir.die()
     await Registry(commands, keys).drop_lease(TAG, "dead")
-    assert await heir.claims.look() == (1, 0)
+    assert (await heir.claims.look())[:2] == (1, 0)
     assert await heir.claims.adopt() is not None
 
 
