@@ -71,6 +71,11 @@ class EndpointRecord:
     """Backend tag to weight; the weights sum to 1."""
     shadows: dict[str, float] = field(default_factory=dict[str, float])
     """Backend tag to the proportion of requests that are copied to it, 0 to 1."""
+    call_methods: tuple[str, ...] | None = None
+    """The methods of a backend's class that may be called through it; None: every public one."""
+
+    def allows(self, call_method: str) -> bool:
+        return self.call_methods is None or call_method in self.call_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +390,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "methods": (list,),
     "traffic": (dict,),
     "shadows": (dict,),
+    "call_methods": (list, type(None)),
 }
 
 
@@ -398,6 +404,7 @@ def _read(kind: type[RecordT], name: str, raw: Mapping[str, Any]) -> RecordT:
                 raise WireError(f"the registry's {name!r} has a {type(value).__name__} as its {member.name!r}")
         elif member.default is MISSING and member.default_factory is MISSING:
             raise WireError(f"the registry's {name!r} has no {member.name!r}")
-    if "methods" in given:
-        given["methods"] = tuple(given["methods"])
+    for name_of_list in ("methods", "call_methods"):
+        if given.get(name_of_list) is not None:
+            given[name_of_list] = tuple(given[name_of_list])
     return kind(**given)

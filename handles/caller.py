@@ -47,6 +47,7 @@ from .errors import (
     RequestCancelled,
     RequestTimeout,
 )
+from .options import check_call_method
 from .pickle_policy import PicklePolicy
 from .receiving import Receiver
 from .reconciling import Reconciler
@@ -291,8 +292,11 @@ class Caller:
 
         Raises:
             BackendNotFound: the endpoint sends to nobody.
+            CallMethodRefused: the endpoint does not offer the method.
             PayloadTooLarge: the body is larger than Redis takes.
         """
+        if endpoint.call_methods is not None:
+            check_call_method(endpoint, header.call)
         backend = self.choose(endpoint, shard_key)
         call = self.submit(backend, header, body, then, timeout_s=timeout_s)
         if endpoint.shadows:

@@ -156,7 +156,10 @@ class Connected:
         return DeadLetters(self.redis_url, self.instance, check_name("a backend", tag))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """Return ``{name: {"route", "methods", "traffic", "shadows"}}``. Raises `BrokerUnavailable`."""
+        """Return ``{name: {"route", "methods", "traffic", "shadows"}}``. Raises `BrokerUnavailable`.
+
+        An endpoint that was created with ``call_methods`` has these too.
+        """
         return background.run(self._list_endpoints())
 
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
@@ -169,6 +172,7 @@ class Connected:
                 "methods": list(endpoint.methods),
                 "traffic": dict(endpoint.traffic),
                 "shadows": dict(endpoint.shadows),
+                **({} if endpoint.call_methods is None else {"call_methods": list(endpoint.call_methods)}),
             }
             for name, endpoint in endpoints.items()
         }

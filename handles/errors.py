@@ -9,6 +9,7 @@
     │   ├── BrokerFull
     │   └── NotPermitted        its rules do not let our user do that
     ├── BrokerUnavailable
+    ├── CallMethodRefused       the endpoint does not offer that method
     ├── ConfigError             (a ValueError)
     ├── DeliveryLimitExceeded   every replica that took the request died
     ├── EndpointNotFound        (a KeyError)
@@ -43,6 +44,7 @@ __all__ = [
     "BrokerFull",
     "BrokerRefused",
     "BrokerUnavailable",
+    "CallMethodRefused",
     "ConfigError",
     "DeliveryLimitExceeded",
     "EndpointNotFound",
@@ -85,6 +87,19 @@ class BackendNotFound(PenstockError, KeyError):
 
     def __str__(self) -> str:
         return f"there is no backend {self.name!r}; there is {_listed(self.known)}"
+
+
+class CallMethodRefused(PenstockError):
+    """The endpoint was created with ``call_methods``, and the method is not one of them."""
+
+    status = 403
+
+    def __init__(self, endpoint: str, method: str, allowed: Iterable[str] = ()) -> None:
+        self.endpoint, self.method, self.allowed = endpoint, method, list(allowed)
+        super().__init__(endpoint, method, self.allowed)
+
+    def __str__(self) -> str:
+        return f"endpoint {self.endpoint!r} offers the methods {_listed(self.allowed)}, not {self.method!r}"
 
 
 class EndpointNotFound(PenstockError, KeyError):
@@ -181,6 +196,7 @@ _KINDS: dict[str, type[PenstockError]] = {
         BrokerFull,
         BrokerRefused,
         BrokerUnavailable,
+        CallMethodRefused,
         ConfigError,
         DeliveryLimitExceeded,
         EndpointNotFound,

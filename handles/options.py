@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
-from .errors import ConfigError
+from ..broker.registry import EndpointRecord
+from .errors import CallMethodRefused, ConfigError
 
 _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """A token of RFC 9110, section 5.6.2."""
@@ -52,15 +53,26 @@ class Options:
         return replace(self, **changes)
 
 
-def _check(
-    method_name: object, shard_key: object, http_method: object, http_headers: object, timeout_s: object
-) -> None:
+def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:
+    """Raise `CallMethodRefused` if the endpoint does not offer the method."""
+    if not endpoint.allows(method_name):
+        raise CallMethodRefused(endpoint.name, method_name, endpoint.call_methods or ())
+
+
+def check_method_name(method_name: object) -> None:
+    """Refuse what cannot be the name of a public method: ``TypeError`` or `ConfigError`."""
     if not isinstance(method_name, str):
         raise TypeError(f"method_name must be a str, not {type(method_name).__name__}")
     if not method_name.isidentifier():
         raise ConfigError(f"method_name {method_name!r} is not the name of a method")
     if method_name.startswith("_") and method_name != "__call__":
         raise ConfigError(f"method_name {method_name!r} is private: names starting with '_' cannot be called")
+
+
+def _check(
+    method_name: object, shard_key: object, http_method: object, http_headers: object, timeout_s: object
+) -> None:
+    check_method_name(method_name)
     if not isinstance(http_method, str):
         raise TypeError(f"http_method must be a str, not {type(http_method).__name__}")
     if _HTTP_METHOD.fullmatch(http_method) is None:

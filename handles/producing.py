@@ -33,7 +33,7 @@ from .errors import (
 )
 from .items import BatchItem, BatchResult, Indices
 from .job_input import Block, InputChain, other_input
-from .options import Options
+from .options import Options, check_call_method
 from .results import value_of
 
 log = logging.getLogger(__name__)
@@ -440,6 +440,7 @@ class Production:
                 endpoint = snapshot.endpoints.get(self._endpoint)
                 if endpoint is None:
                     raise EndpointNotFound(self._endpoint, snapshot.endpoints)
+                check_call_method(endpoint, item.options.method_name)
                 backend, entry = caller.choose(endpoint, item.options.shard_key), None
                 if endpoint.shadows:
                     header, body = Header.load(item.raw.header), item.body or item.raw.body or b""

@@ -45,7 +45,7 @@ Members = dict[str, tuple[yaml.Node, yaml.Node]]
 
 _TOP = ("backends", "endpoints")
 _BACKEND = ("import", "args", "kwargs", "config", "ray_actor_options", "runtime_env")
-_ENDPOINT = ("route", "methods", "backend", "traffic", "shadows")
+_ENDPOINT = ("route", "methods", "call_methods", "backend", "traffic", "shadows")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -161,7 +161,7 @@ def plan(application: Application, seen: Snapshot, codes: Mapping[str, bytes], *
         elif old != endpoint:
             said = tuple(
                 f"{what} {_shown(getattr(old, what))} -> {_shown(getattr(endpoint, what))}"
-                for what in ("route", "methods", "traffic", "shadows")
+                for what in ("route", "methods", "call_methods", "traffic", "shadows")
                 if getattr(old, what) != getattr(endpoint, what)
             )
             steps.append(Step("update", "endpoint", name, said))
@@ -299,6 +299,10 @@ class _Reading:
             methods = self.check(
                 members["methods"][1], lambda: validation.check_methods(self.value(members["methods"][1]))
             )
+        call_methods: tuple[str, ...] | None = None
+        if "call_methods" in members:
+            names = self.value(members["call_methods"][1])
+            call_methods = self.check(members["call_methods"][1], lambda: validation.check_call_methods(names))
         if "backend" in members and "traffic" in members:
             self.note(members["traffic"][0], f"{what} has a 'backend' and 'traffic': it needs one of them")
         elif "backend" in members:
@@ -319,7 +323,12 @@ class _Reading:
         if len(self.mistakes) > before:
             return None
         return EndpointRecord(
-            name=name, route=route, methods=methods or ("GET",), traffic=traffic or {}, shadows=shadows
+            name=name,
+            route=route,
+            methods=methods or ("GET",),
+            traffic=traffic or {},
+            shadows=shadows,
+            call_methods=call_methods,
         )
 
     def value(self, node: yaml.Node) -> Any:

@@ -227,7 +227,13 @@ class Client(Connected):
     # -- endpoints
 
     def create_endpoint(
-        self, name: str, *, backend: str, route: str | None = None, methods: Iterable[str] = ("GET",)
+        self,
+        name: str,
+        *,
+        backend: str,
+        route: str | None = None,
+        methods: Iterable[str] = ("GET",),
+        call_methods: Iterable[str] | None = None,
     ) -> None:
         """Let a backend be called, by handles and over HTTP; return when every proxy serves the route.
 
@@ -237,6 +243,8 @@ class Client(Connected):
             route: a path with Starlette's parameters, such as ``"/users/{id:int}"`` (``str``, ``int``, ``float``,
                 ``uuid``, ``path``); None for handles alone.
             methods: HTTP's, in any case. GET brings HEAD along.
+            call_methods: the methods of the backend's class that can be called through this endpoint, such as
+                ``["__call__", "predict"]``; others are refused with `CallMethodRefused` (403). None: every public one.
 
         Raises:
             BackendNotFound: there is no such backend.
@@ -251,6 +259,7 @@ class Client(Connected):
             route=None if route is None else check_route(route),
             methods=validation.check_methods(methods),
             traffic={backend: 1.0},
+            call_methods=validation.check_call_methods(call_methods),
         )
         self._run(self._core.change(lambda seen: changes.add_endpoint(seen, new)))
 

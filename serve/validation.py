@@ -20,7 +20,9 @@ from ..broker.embedded import LEAST_MEMORY_BYTES
 from ..broker.errors import ConfigError
 from ..broker.keys import check_name
 from ..handles.errors import BackendNotFound
+from ..handles.options import check_method_name
 from ..workers.directories import EXCLUDES, PY_MODULES, WORKING_DIR
+from ..workers.methods import HOOKS
 from .config import BackendConfig
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
@@ -55,6 +57,23 @@ def check_methods(methods: object) -> tuple[str, ...]:
         checked[method.upper()] = None
     if not checked:
         raise ConfigError(f"methods must name at least one of {', '.join(METHODS)}; there are none")
+    return tuple(checked)
+
+
+def check_call_methods(call_methods: object) -> tuple[str, ...] | None:
+    """Return the names of the methods that an endpoint offers, each once, in the order they came; None for all."""
+    if call_methods is None:
+        return None
+    if isinstance(call_methods, str) or not isinstance(call_methods, Iterable):
+        raise TypeError(f"call_methods must be a list of str or None, not {type(call_methods).__name__}")
+    checked: dict[str, None] = {}
+    for name in cast("Iterable[object]", call_methods):
+        check_method_name(name)
+        if name in HOOKS:
+            raise ConfigError(f"call_methods cannot name {name!r}, which Penstock calls itself")
+        checked[cast("str", name)] = None
+    if not checked:
+        raise ConfigError("call_methods must name at least one method; there are none")
     return tuple(checked)
 
 

@@ -25,7 +25,8 @@ from typing import Any, cast
 CALL = "__call__"
 
 RECONFIGURE, CHECK_HEALTH = "reconfigure", "check_health"
-"""The hooks. A caller who could name them could configure the backend."""
+HOOKS = (RECONFIGURE, CHECK_HEALTH)
+"""A caller who could name them could configure the backend."""
 
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Folders into which package managers put libraries."""
@@ -36,7 +37,7 @@ _EXPLICIT = (staticmethod, classmethod, functools.partialmethod, functools.singl
 
 def is_public(name: str) -> bool:
     """Return whether a caller may name it, if there is a method of that name."""
-    return name == CALL or not (name.startswith("_") or name in (RECONFIGURE, CHECK_HEALTH))
+    return name == CALL or not (name.startswith("_") or name in HOOKS)
 
 
 def has_method(cls: type, name: str) -> bool:

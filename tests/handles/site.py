@@ -58,6 +58,11 @@ class Site:
         self._keys = Keys(INSTANCE)
         self._registry = Registry(self._connection, self._keys)
 
+    def offer(self, name: str, tag: str, call_methods: tuple[str, ...]) -> None:
+        """Restrict an endpoint to some methods of its backend's class."""
+        endpoint = EndpointRecord(name=name, traffic={tag: 1.0}, call_methods=call_methods)
+        self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
+
     def declare(self, name: str = "ask", *, tag: str = "model", route: str | None = None, **config: Any) -> None:
         """Make an endpoint and its backend, without anybody to serve it."""
         backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})

@@ -13,6 +13,7 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (errors.BackendError("ValueError", "bad", "Traceback …"), 500, "ValueError: bad"),
     (errors.BackendError("HTTPException", "teapot", status=418), 418, "HTTPException: teapot"),
     (errors.BackendNotFound("b", ["a", "c"]), 404, "there is no backend 'b'; there is 'a', 'c'"),
+    (errors.CallMethodRefused("e", "f", ["g", "h"]), 403, "endpoint 'e' offers the methods 'g', 'h', not 'f'"),
     (errors.EndpointNotFound("e"), 404, "there is no endpoint 'e'; there is none"),
     (errors.BrokerUnavailable("redis://h", "gone"), 503, "the broker at redis://h is unavailable: gone"),
     (errors.DeliveryLimitExceeded("b", "id", 3, 3), 500, "3"),

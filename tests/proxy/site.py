@@ -78,13 +78,16 @@ class Site:
         *,
         name: str = "e",
         methods: tuple[str, ...] = ("GET", "POST"),
+        call_methods: tuple[str, ...] | None = None,
         max_queued_requests: int = 10_000,
         max_queued_bytes: int = 1024 * 1024 * 1024,
     ) -> None:
         """Create an endpoint with a backend of the same name; without an ``answer`` nobody claims from it."""
         config = {"max_queued_requests": max_queued_requests, "max_queued_bytes": max_queued_bytes}
         backend = BackendRecord(tag=name, version="1", code="", config=config)
-        endpoint = EndpointRecord(name=name, route=route, methods=methods, traffic={name: 1.0})
+        endpoint = EndpointRecord(
+            name=name, route=route, methods=methods, traffic={name: 1.0}, call_methods=call_methods
+        )
         await self.change(Change({name: backend}, {name: endpoint}))
         if answer is not None:
             task = asyncio.create_task(self._serve(name, answer))

@@ -87,6 +87,17 @@ class TestTheRequestThatABackendGets:
         assert repr(name) in response.json()["error"]["message"]
         assert not site.started
 
+    @pytest.mark.parametrize("headers", [{}, {"x-serve-call-method": "reset"}, {"x-serve-call-method": "__call__"}])
+    async def test_only_one_that_the_endpoint_offers(self, site: Site, headers: dict[str, str]) -> None:
+        await site.endpoint("/", call_methods=("predict", "explain"))
+        response = await site.http.get("/", headers=headers)
+        assert response.status_code == 403
+        name = headers.get("x-serve-call-method", "__call__")
+        said = f"endpoint 'e' offers the methods 'predict', 'explain', not {name!r}"
+        assert response.json()["error"]["message"] == said
+        assert not site.started
+        assert (await site.http.get("/", headers={"x-serve-call-method": "explain"})).json()["call"] == "explain"
+
     async def test_a_shard_key_picks_the_backend(self, site: Site) -> None:
         for name in ("a", "b"):
             await site.endpoint(None, text(name), name=name)

@@ -40,6 +40,7 @@ WHOLE = """\
       digit:
         route: /digit/{n:int}
         methods: [post]
+        call_methods: [predict, __call__]
         traffic: {digits: 0.9, next: 0.1}
         shadows: {next: 0.5}
       plain:
@@ -60,6 +61,7 @@ def test_what_is_declared_is_read() -> None:
             methods=("POST",),
             traffic={"digits": 0.9, "next": 0.1},
             shadows={"next": 0.5},
+            call_methods=("predict", "__call__"),
         ),
         "plain": EndpointRecord(name="plain", traffic={"next": 1.0}),
     }

@@ -12,6 +12,7 @@ from penstock.serve.config import BackendConfig
 from penstock.serve.validation import (
     METHODS,
     check_actor_options,
+    check_call_methods,
     check_callable,
     check_fits,
     check_memory,
@@ -83,6 +84,23 @@ def test_methods_of_a_wrong_type(methods: Any) -> None:
 def test_methods_that_are_none(methods: list[str]) -> None:
     with pytest.raises(ConfigError, match=", ".join(METHODS)):
         check_methods(methods)
+
+
+def test_call_methods_are_kept_in_order_and_each_counts_once() -> None:
+    assert check_call_methods(None) is None
+    assert check_call_methods(["predict", "__call__", "predict"]) == ("predict", "__call__")
+
+
+@pytest.mark.parametrize("names", ["predict", 3, [3], [b"predict"], [None]])
+def test_call_methods_of_a_wrong_type(names: Any) -> None:
+    with pytest.raises(TypeError, match="must be a"):
+        check_call_methods(names)
+
+
+@pytest.mark.parametrize("names", [[], ["_private"], ["__init__"], ["a b"], [""], ["reconfigure"], ["check_health"]])
+def test_call_methods_that_cannot_be_called(names: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        check_call_methods(names)
 
 
 @given(st.lists(st.floats(0, 1e9, allow_subnormal=False), min_size=1, max_size=8).filter(any))
