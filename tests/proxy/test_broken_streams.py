@@ -1,6 +1,7 @@
 """Bodies that break off behind middlewares never look complete, and clients that hang up are no errors."""
 
 import asyncio
+import os
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -233,9 +234,15 @@ async def test_a_body_that_a_middleware_breaks_off_has_no_end_either(
     assert len([one for one in caplog.records if one.levelname == "ERROR"]) == errors
 
 
-@pytest.mark.parametrize(
-    "stack", [(PASSES,), (GZIP, PASSES), (Middleware(ReadsBodies),)], ids=["base", "gzip", "reads"]
-)
+HANG_UPS: dict[str, tuple[Middleware, ...]] = {
+    "plain": (),
+    "base": (PASSES,),
+    "gzip": (GZIP, PASSES),
+    "reads": (Middleware(ReadsBodies),),
+}
+
+
+@pytest.mark.parametrize("stack", HANG_UPS.values(), ids=HANG_UPS)
 @pytest.mark.parametrize("body", [b"x", b"x" * 10], ids=["in its body", "before the head"])
 async def test_a_client_that_hangs_up_is_no_error(
     redis_url: str, stack: tuple[Middleware, ...], body: bytes, caplog: pytest.LogCaptureFixture
@@ -256,4 +263,30 @@ async def test_a_client_that_hangs_up_is_no_error(
             await wait_until_async(site.is_empty)
         finally:
             await server.stop(0.1)
+    assert [one.getMessage() for one in caplog.records if one.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize("stack", [(), *STACKS.values()], ids=["bare", *STACKS])
+async def test_nor_is_one_that_hangs_up_in_the_middle_of_a_stream(
+    redis_url: str, stack: tuple[Middleware, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = asyncio.Event()
+
+    async def go_on(request: Any) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield os.urandom(4096)  # which no compression holds back
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async with serve(redis_url, "direct", go_on, middlewares=stack) as serving:
+        reader, writer = await asyncio.open_connection("127.0.0.1", serving.server.port)
+        writer.write(GET)
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        await asyncio.wait_for(reader.read(100), 20)
+        writer.close()
+        await asyncio.wait_for(ended.wait(), 20)
+        await wait_until_async(serving.is_idle)
+        await wait_until_async(lambda: serving.site.app.metrics.in_flight == 0)
     assert [one.getMessage() for one in caplog.records if one.levelname in ("WARNING", "ERROR")] == []
