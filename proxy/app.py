@@ -24,7 +24,7 @@ from ..handles.caller import Caller
 from ..handles.calls import Call, Outcome
 from ..handles.errors import ConfigError, PenstockError
 from ..handles.incoming import Incoming
-from . import metrics, replies, request_ids, scopes, streaming
+from . import framing, metrics, replies, request_ids, scopes, streaming
 from .bodies import has_body, read_body
 from .buffers import Buffers, default_bytes
 from .hangups import HangUps, HungUp
@@ -175,9 +175,13 @@ class App:
         scope, named = asked.scope, asked.named
         path = self._route_path(scope["path"])
         # Usual requests pass by this at the cost of three look-ups.
-        is_odd = len(named) != len(scope["headers"]) or b"host" not in named or b"transfer-encoding" in named
-        if is_odd and (refusal := _refusal(scope)) is not None:
-            return refusal
+        is_odd = (
+            len(named) != len(scope["headers"])
+            or named.get(b"host") not in framing.valid_hosts
+            or b"transfer-encoding" in named
+        )
+        if is_odd and (refusal := framing.refusal(scope["headers"], scope.get("http_version", ""))) is not None:
+            return replies.of_status(*refusal)._replace(close=True)
         if path.startswith(RESERVED):
             return self._about_itself(scope["method"], path)
         self.metrics.in_flight += 1
@@ -375,18 +379,6 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1000, "reason": "websockets are not served"})
     else:
         raise ValueError(f"cannot serve the ASGI scope {scope['type']!r}")
-
-
-def _refusal(scope: Scope) -> Answer | None:
-    """Refuse what others may read differently: whose it is, or where it ends (RFC 9112, sections 3.2 and 6.1)."""
-    pairs: list[tuple[bytes, bytes]] = scope["headers"]
-    hosts = sum(name == b"host" for name, _ in pairs)
-    if hosts > 1 or (hosts == 0 and scope.get("http_version") == "1.1"):
-        return replies.of_status(400, f"a request has one host header, not {hosts}")._replace(close=True)
-    codings = b", ".join(value for name, value in pairs if name == b"transfer-encoding").decode("latin-1")
-    if codings and codings.lower() != "chunked":
-        return replies.of_status(501, f"the transfer coding must be 'chunked', not {codings!r}")._replace(close=True)
-    return None
 
 
 def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> Answer:

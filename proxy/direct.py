@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from ..handles.calls import Outcome
 from ..handles.incoming import Incoming
 from .app import SCRAPED, App, Asked
-from .protocol import JOINED_BYTES, Protocol
+from .protocol import Protocol
 from .replies import Answer
 
 _WHOLE_BYTES = 256 * 1024
@@ -44,6 +44,7 @@ def protocol_for(app: ASGIApp) -> type[Protocol]:
 class Direct(Protocol):
     """A connection whose application is an `App` without middlewares."""
 
+    _app_checks_framing = True
     _undecided: RequestResponseCycle | None = None
     """Its head has been read, and its body may soon be complete."""
     _pieces: list[bytes]
@@ -59,25 +60,16 @@ class Direct(Protocol):
     # -- uvicorn's protocol
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if self.transport.is_closing():
-            return  # it came behind what was answered with the end of the connection
-        if (
-            app is not self.app
-            or self.flow.write_paused
-            or cycle.waiting_for_100_continue
-            or cycle.scope["method"] == "HEAD"
-            or (cycle.more_body and not self._parsed)  # it has waited behind another one, and no read may follow
-        ):
+        if cycle.waiting_for_100_continue or cycle.scope["method"] == "HEAD":
             super()._start_asgi_task(cycle, app)
-        elif cycle.more_body:
-            self._undecided, self._pieces = cycle, []
         else:
-            self._begin(cycle, bytes(cycle.body))  # it has waited behind another one of its connection
+            self._undecided, self._pieces = cycle, []
 
     def on_body(self, body: bytes) -> None:
         if self._undecided is None:
             super().on_body(body)
         else:
+            self._has_progressed = True
             self._pieces.append(body)
 
     def on_message_complete(self) -> None:
@@ -87,6 +79,15 @@ class Direct(Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._undecided is not None:
+            self._decide_soon()
+
+    def _read(self) -> None:
+        super()._read()
+        if self._undecided is not None:
+            self._decide_soon()
+
+    def _decide_soon(self) -> None:
         if (cycle := self._undecided) is not None and self._patience is None:
             if self.transport.is_closing():
                 self._decide()
@@ -178,12 +179,7 @@ class Direct(Protocol):
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
         lines.append(b"\r\n")
-        if len(body) > JOINED_BYTES:
-            self._tcp.write(b"".join(lines))
-            self._tcp.write(body)
-        else:
-            lines.append(body)
-            self._tcp.write(b"".join(lines))
+        self._writer.write_response(b"".join(lines), body)
         cycle.response_started = cycle.response_complete = True
         self._penstock.done(asked)
         if not cycle.keep_alive:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
+import socket
 import time
 
 from starlette.types import Receive
@@ -102,3 +104,19 @@ async def hung_up(receive: Receive) -> bool:
         logger.debug("cannot watch a client", exc_info=True)
         return False
     return True
+
+
+def is_reset(sock: socket.socket) -> bool:
+    """Return whether the peer of a connection has reset it, also where nothing is read from it any more."""
+    return _has_event(sock, 0)  # errors are always reported
+
+
+def is_at_eof(sock: socket.socket) -> bool:
+    """Return whether the peer sends no more, also while what it sent is not read. Only Linux can tell."""
+    return _has_event(sock, getattr(select, "POLLRDHUP", 0))
+
+
+def _has_event(sock: socket.socket, event: int) -> bool:
+    poll = select.poll()
+    poll.register(sock.fileno(), event)
+    return bool(poll.poll(0))

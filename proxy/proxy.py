@@ -25,6 +25,7 @@ from ..broker.registry import Snapshot
 from ..handles.caller import Caller
 from .app import App
 from .buffers import default_bytes
+from .connection_limit import MAX_CONNECTIONS, allowed_connections
 from .middlewares import wrap
 from .server import PortInUse, Server, is_wildcard
 
@@ -152,16 +153,17 @@ class Proxy:
 
     async def _listen(self, app: ASGIApp) -> Server:
         host, port = self._options.get("host", "127.0.0.1"), self._options.get("port", 8000)
+        limit = allowed_connections(self._options.get("max_connections", MAX_CONNECTIONS))
         ends_at = asyncio.get_running_loop().time() + _SIBLINGS_S
         while True:
             try:
-                server = Server(app, host, port)
+                server = Server(app, host, port, max_connections=limit)
                 await server.start()
                 return server
             except PortInUse as e:
                 siblings = await self._siblings()
                 if any(urlsplit(sibling.get("url") or "").port == port for sibling in siblings):
-                    server = Server(app, host, port, shared=True)
+                    server = Server(app, host, port, shared=True, max_connections=limit)
                     await server.start()
                     return server
                 is_starting = any(sibling.get("state") == "starting" for sibling in siblings)

@@ -9,17 +9,18 @@ import ipaddress
 import math
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from ..broker.errors import ConfigError, PenstockError
+from .connection_limit import MAX_CONNECTIONS, ConnectionLimit
 from .direct import protocol_for
 from .protocol import Protocol
 
-_KEEP_ALIVE_S = 65  # above the 60 s of common load balancers, so that they end idle connections and not we
 _SWEEP_S = 1.0
 _FLUSH_S = 0.5
 _BACKLOG = 2048
@@ -38,15 +39,25 @@ class Server:
         port: 0 picks a free one, which `port` has after `start`.
         shared: other proxies of this instance listen on the same port and share its connections. If not, a port that
             anybody listens on is refused; otherwise SO_REUSEPORT would let us take half of a stranger's connections.
+        max_connections: open connections beyond this many are refused with 503 and closed.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        shared: bool = False,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         self.host, self.port = host, port
         self._shared = shared
+        protocol = partial(protocol_for(app), limit=ConnectionLimit(max_connections))
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=protocol_for(app),
+                http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="off",
                 loop="none",
@@ -56,7 +67,6 @@ class Server:
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
                 backlog=_BACKLOG,
             )
         )
@@ -105,12 +115,11 @@ class Server:
         self._serving = None
         if self._sweeping is not None:
             self._sweeping.cancel()
-        for connection in list(self._uvicorn.server_state.connections):
-            if isinstance(connection, Protocol):
-                connection.give_up()
+        for connection in self.connections:
+            connection.give_up()
         # Those that were told that there is no time left may still have to hear it.
         await self._connections_end(_FLUSH_S)
-        for connection in list(self._uvicorn.server_state.connections):
+        for connection in self.connections:
             connection.transport.abort()
 
     async def _connections_end(self, timeout_s: float) -> None:
@@ -120,16 +129,19 @@ class Server:
 
     def unsent_bytes(self) -> int:
         """Return how many bytes of replies the kernel has not taken yet, over all connections."""
-        connections = self._uvicorn.server_state.connections
-        return sum(connection.unsent_bytes for connection in connections if isinstance(connection, Protocol))
+        return sum(connection.unsent_bytes for connection in self.connections)
+
+    @property
+    def connections(self) -> list[Protocol]:
+        """The open connections."""
+        return [one for one in self._uvicorn.server_state.connections if isinstance(one, Protocol)]
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            for connection in list(self._uvicorn.server_state.connections):
-                if isinstance(connection, Protocol):
-                    connection.cut_off_if_stalled(now)
+            for connection in self.connections:
+                connection.end_if_overdue(now)
 
 
 def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
@@ -226,5 +238,5 @@ class _Uvicorn(uvicorn.Server):
             await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
-        kind = cast("type[Protocol]", self.config.http_protocol_class)
+        kind = cast("Callable[..., Protocol]", self.config.http_protocol_class)
         return kind(self.config, self.server_state, {}, asyncio.get_running_loop())

@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from ..broker.dead_limits import MAX_DEAD_LETTERS
 from ..broker.errors import ConfigError
 from ..handles.calls import MAX_QUEUED, MAX_QUEUED_BYTES
+from ..proxy.connection_limit import MAX_CONNECTIONS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
@@ -209,6 +210,9 @@ class HTTPOptions(_Config):
     Beyond it requests get a 503. By default an eighth of the node's memory, shared by its proxies, and never less than
     ``max_body_bytes``.
     """
+
+    max_connections: Count = MAX_CONNECTIONS
+    """Open connections of one proxy; further ones get a 503 and are closed."""
 
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
     """Where a gateway in front of the proxies has mounted them (ASGI's ``root_path``)."""

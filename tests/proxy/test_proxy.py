@@ -80,6 +80,7 @@ async def test_its_options_are_those_of_http_options(site: Site, redis_url: str)
         "middlewares": [Middleware(Adds, mark="a")],
         "location": "HeadOnly",
         "proxies_per_node": 1,
+        "max_connections": 1,
     }
     async with proxy(redis_url, **options) as one, httpx.AsyncClient() as http:
         url = (await one.ready())["url"]
@@ -87,6 +88,9 @@ async def test_its_options_are_those_of_http_options(site: Site, redis_url: str)
         response = await http.get(f"{url}/base/")
         assert response.status_code == 504
         assert response.headers["x-mark"] == "a"
+        async with httpx.AsyncClient() as another:
+            refused = await another.get(f"{url}/base/")
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
 
 
 async def test_proxies_of_a_node_take_the_same_port_however_they_start(site: Site, redis_url: str) -> None:

@@ -162,16 +162,17 @@ class TestLimits:
             assert told["size"] == 200_000
             assert ["x", "a" * 60_000] in told["headers"]
 
-    @pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\n"])
+    @pytest.mark.parametrize(("begun", "told"), [(b"", b""), (b"GET / HTTP/1.1\r\n", b"HTTP/1.1 408 Request Timeout")])
     async def test_a_head_that_does_not_come_ends_the_connection(
-        self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes, told: bytes
     ) -> None:
         monkeypatch.setattr(protocol_module, "HEAD_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(begun)
-            with contextlib.suppress(ConnectionError):
-                assert await asyncio.wait_for(reader.read(), 5) == b""
+            answered = await asyncio.wait_for(reader.read(), 20)
+            assert answered.partition(b"\r\n")[0] == told
+            assert (b"\r\nconnection: close\r\n" in answered) == bool(told)
 
     async def test_an_answer_that_nobody_reads_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch

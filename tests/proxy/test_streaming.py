@@ -50,7 +50,7 @@ async def serve(
 ) -> AsyncGenerator[Serving]:
     async with running(url, way=way, **options) as site:
         backend = BackendRecord(tag="s", version="1", code="", config={})
-        endpoint = EndpointRecord(name="s", route="/s", methods=("GET", "HEAD"), traffic={"s": 1.0})
+        endpoint = EndpointRecord(name="s", route="/s", methods=("GET", "HEAD", "POST"), traffic={"s": 1.0})
         await site.change(Change({"s": backend}, {"s": endpoint}))
         runner = Runner("s", "s#1", target.dump(ByReference(function)), {})
         await runner.start()

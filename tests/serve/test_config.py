@@ -35,6 +35,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "request_timeout_s": 60.0,
         "max_body_bytes": 64 * 1024 * 1024,
         "max_buffered_bytes": None,
+        "max_connections": 10_000,
         "root_path": "",
         "debug": False,
     }
@@ -98,6 +99,7 @@ def test_a_wrong_value_is_a_config_error_that_says_what_was_met_and_what_is_allo
         ({"root_path": "api/"}, ConfigError, "HTTPOptions.root_path must be empty, or start with '/'"),
         ({"request_timeout_s": 0}, ConfigError, "HTTPOptions.request_timeout_s must be greater than 0, not 0"),
         ({"max_body_bytes": -1}, ConfigError, "HTTPOptions.max_body_bytes must be greater than or equal to 0, not -1"),
+        ({"max_connections": 0}, ConfigError, "HTTPOptions.max_connections must be greater than or equal to 1, not 0"),
     ],
 )
 def test_http_options_are_checked_alike(options: dict[str, Any], kind: type[Exception], says: str) -> None:
