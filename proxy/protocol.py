@@ -131,14 +131,8 @@ class Protocol(HttpToolsProtocol):
         elif self._unread:
             self._unread, self._at = self._unread[self._at :] + data, 0  # reading stops when it is long
             self._writer.set_full(len(self._unread) > MAX_PIPELINED_BYTES)
-        elif (
-            self._head_bytes == 0
-            and not self._is_busy
-            and not self.flow.write_paused
-            and data.find(framing.BLANK_LINE) + len(framing.BLANK_LINE) == len(data) <= framing.MAX_HEAD_BYTES
-        ):
-            self._head_bytes = len(data)  # the usual case: one head, and nothing else
-            self._parse(data)
+        elif self._head_bytes == 0 and not self._is_busy and not self.flow.write_paused:
+            self._read_usual(data)
         else:
             self._unread = data
             self._read()
@@ -211,6 +205,24 @@ class Protocol(HttpToolsProtocol):
         return self._tcp.get_write_buffer_size()
 
     # -- from bytes to messages
+
+    def _read_usual(self, data: bytes) -> None:
+        """Feed the parser with what begins with a head: fast where that is one request, and there is nothing else."""
+        end = data.find(framing.BLANK_LINE) + len(framing.BLANK_LINE)
+        if end == len(data) <= framing.MAX_HEAD_BYTES:
+            self._head_bytes = end
+            self._parse(data)
+            return
+        self._unread = data
+        if len(framing.BLANK_LINE) <= end <= framing.MAX_HEAD_BYTES:
+            self._head_bytes = self._at = end
+            self._parse(data[:end])
+            if self._in_body and framing.body_length(self.headers) == len(data) - end:
+                body = self._piece(end, len(data))
+                self._unread, self._at = b"", 0
+                self._parse(body)
+                return
+        self._read()
 
     def _read(self) -> None:
         """Feed the parser with what was received, up to the end of the message whose answer is awaited."""
