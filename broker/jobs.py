@@ -48,6 +48,7 @@ class Job:
         self._record_key, self._owner_key = keys.job(caller), keys.job_owner(caller)
         self._input_key, self._replies_key = keys.job_input(caller), keys.replies(caller)
         self._ttl_ms = int(ttl_s * 1000)
+        self._input_expires = False
         self._token = secrets.token_hex(8)
         self._keeper: asyncio.Task[None] | None = None
         self.lost = False
@@ -99,9 +100,13 @@ class Job:
         """Keep ``fields`` of the input as long as the job. Written before what is sent after this call."""
         members = [member for field in fields.items() for member in field]
         self._connection.post(then, "XADD", self._input_key, "*", *members, repeat=True)
+        if not self._input_expires:
+            self._input_expires = True
+            self._connection.post(then, "PEXPIRE", self._input_key, self._ttl_ms, repeat=True)
 
     async def forget(self) -> None:
         """Delete the job's record, input and results: the next `describe` begins a new job."""
+        self._input_expires = False
         await self._connection.send("UNLINK", self._record_key, self._input_key, repeat=True)
         await self._connection.send("XTRIM", self._replies_key, "MAXLEN", 0, repeat=True)
 

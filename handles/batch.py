@@ -11,7 +11,16 @@ import queue
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Container, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+)
 from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
@@ -103,9 +112,18 @@ class BatchProducer:
                 raise ConfigError(f"{name} is for a job: give its name")
         self._source = JobSource(restart_job=restart_job, retry_errors=retry_errors)
 
-    def describe_source(self, name: str, *, may_grow: bool = False) -> None:
-        """Say which file or directory the items come from, so that the job is refused with another one."""
-        self._source = replace(self._source, name=name, may_grow=may_grow)
+    def describe_source(
+        self, name: str, names: list[str] | None = None, on_restart: Callable[[], None] | None = None
+    ) -> None:
+        """Say which file or directory the items come from, so that the job is refused with another one.
+
+        Args:
+            name: of the file or directory.
+            names: of the files that are the items. When the batch begins, they are put, in place, into the order that
+                they had when the job ran before, new ones behind them: iterate over the list itself.
+            on_restart: called before a job that is begun anew is forgotten, to delete what is stored of it.
+        """
+        self._source = replace(self._source, name=name, names=names, on_restart=on_restart)
 
     def __repr__(self) -> str:
         job = "" if self._job is None else f", job={self._job!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,11 +53,19 @@ class Indices(Container[int]):
         self._bits[byte] |= 1 << (index & 7)
         self._count += 1
 
+    def discard(self, index: int) -> None:
+        if index in self:
+            self._bits[index >> 3] ^= 1 << (index & 7)
+            self._count -= 1
+
     def __contains__(self, index: object) -> bool:
         if not isinstance(index, int) or index < 0:
             return False
         byte = index >> 3
         return byte < len(self._bits) and bool(self._bits[byte] >> (index & 7) & 1)
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index in range(8 * len(self._bits)) if index in self)
 
     def __len__(self) -> int:
         return self._count

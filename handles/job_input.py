@@ -6,11 +6,13 @@ was read before must have the hash that it had then; so results of one input nev
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from hashlib import blake2b
 
+from ..broker import exact_json
 from .errors import ConfigError
 
 _DIGEST_BYTES = 16
@@ -87,3 +89,26 @@ def other_input(job: str, reason: str) -> ConfigError:
         f"the job {job!r} belongs to another input: {reason}. Give this input a job of its own, such as "
         f"--job {job}-{date.today().isoformat()}, or begin the job anew with --restart-job (restart_job=True)"
     )
+
+
+def put_in_order(job: str, names: list[str], known: Sequence[str]) -> list[str]:
+    """Put the files of a directory, in place, into the order that they have in the job; return the new ones.
+
+    Raises:
+        ConfigError: a file of the job is gone.
+    """
+    there, before = set(names), set(known)
+    if gone := [name for name in known if name not in there]:
+        raise other_input(job, f"its file {gone[0]!r} is gone" + (f", and {len(gone) - 1} more" if gone[1:] else ""))
+    new = [name for name in names if name not in before]
+    names[:] = [*known, *new]
+    return new
+
+
+def dump_names(names: Sequence[str]) -> bytes:
+    """Return names of files, which need not be UTF-8, as `load_names` reads them."""
+    return zlib.compress(exact_json.dumps(names))
+
+
+def load_names(raw: bytes) -> list[str]:
+    return [str(name) for name in exact_json.loads(zlib.decompress(raw))]

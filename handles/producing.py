@@ -32,13 +32,13 @@ from .errors import (
     RequestTimeout,
 )
 from .items import BatchItem, BatchResult, Indices
-from .job_input import Block, InputChain, other_input
+from .job_input import Block, InputChain, dump_names, load_names, other_input, put_in_order
 from .options import Options, check_call_method
-from .results import value_of
+from .results import Response, value_of
 
 log = logging.getLogger(__name__)
 
-_ROWS, _DIGEST, _LAST = b"rows", b"digest", b"last"
+_ROWS, _DIGEST, _LAST, _NAMES = b"rows", b"digest", b"last", b"names"
 _LEAST_WINDOW = 1_000
 _MOST_BYTES = 64 * 1024 * 1024
 """Of bodies in flight: the window is smaller where items are large."""
@@ -78,10 +78,14 @@ class JobSource:
 
     name: str = ""
     """Of the file or directory; none for a Python iterable."""
-    may_grow: bool = False
-    """Rows may follow where the input ended before."""
+    names: list[str] | None = None
+    """Of the files of a directory, where the items are these: they are put into the order that they had before, new
+    ones behind them.
+    """
     restart_job: bool = False
     """Forget what the job had, and begin anew."""
+    on_restart: Callable[[], None] | None = None
+    """Called before the job is forgotten, to delete what is stored of it elsewhere."""
     retry_errors: bool = False
     """Run again what failed when the job ran before."""
 
@@ -209,6 +213,8 @@ class Production:
         assert job is not None
         for backend, entry in (await self._caller.accepted_before(self._caller.snapshot.backends)).values():
             self._caller.withdraw(backend, entry)
+        if self._source.on_restart is not None:
+            self._source.on_restart()
         await job.forget()
 
     async def _open_input(self) -> None:
@@ -220,9 +226,13 @@ class Production:
         for what, value in described.items():
             if what in record and record[what] != value:
                 raise other_input(job.name, f"it began with the {what} {record[what]!r}, and this is {value!r}")
-        noted = [fields for fields in await job.read_input() if _ROWS in fields]
-        blocks = [Block(int(fields[_ROWS]), fields[_DIGEST], _LAST in fields) for fields in noted]
-        self._input = InputChain(job.name, blocks, may_grow=source.may_grow)
+        noted = await job.read_input()
+        blocks = [Block(int(fields[_ROWS]), fields[_DIGEST], _LAST in fields) for fields in noted if _ROWS in fields]
+        self._input = InputChain(job.name, blocks, may_grow=source.names is not None)
+        if source.names is not None:
+            known = [name for fields in noted if _NAMES in fields for name in load_names(fields[_NAMES])]
+            if new := put_in_order(job.name, source.names, known):
+                job.note_input(self._on_noted, {"names": dump_names(new)})
 
     def _note_input(self, *, is_last: bool = False) -> None:
         """Keep what the job's input is up to here, before any of these rows is sent."""
@@ -505,7 +515,10 @@ class Production:
             log.warning("a result of the job is pickled and was not read, and its item is sent again")
         else:
             result = _read(index, outcome)
-            if result.error is not None and self._source.retry_errors:
+            has_failed = result.error is not None or (
+                isinstance(result.value, Response) and result.value.status_code >= 400
+            )
+            if has_failed and self._source.retry_errors:
                 assert self._caller.results is not None
                 self._caller.results.drop(self._caller.results.place)  # the item's next result takes its place
                 return

@@ -18,15 +18,18 @@ from rich.text import Text
 from ...broker import exact_json
 from ...handles import BatchItem, BatchResult
 from ...handles.batch import Batch
-from ...handles.errors import MalformedBody
-from ...handles.items import Indices
+from ...handles.errors import BackendError, MalformedBody
 from ...handles.results import Response
-from .common import check_text, door_to, error_of, telling_what_is_wrong, which_instance, wrong
+from .common import check_text, door_to, error_of, result_line, telling_what_is_wrong, which_instance, wrong
+from .csv_rows import parse_types
 from .exits import FAILED
+from .output import Output, is_regular_file
 from .rows import Format, Rows
 
 _SAFE_EVERY_S = 1.0
 _SHOW_EVERY = 64
+_SHOWN = 200
+"""Bytes of a response that are shown of it."""
 _LEAST_URGENT = 19
 """Replicas and proxies have 15, from Ray: only more than that stands back for them."""
 
@@ -42,7 +45,26 @@ _LEAST_URGENT = 19
     type=click.Choice(["jsonl", "csv", "files"]),
     help="Of INPUT. By default a directory is files, *.csv is csv, and all else is jsonl.",
 )
-@click.option("--job", metavar="NAME", help="A job by this name can be interrupted, and goes on when run again.")
+@click.option("--delimiter", metavar="CHARACTER", help="Between the columns of a CSV file. By default, by its header.")
+@click.option(
+    "--types",
+    metavar="COLUMN=TYPE,...",
+    help="Of columns of a CSV file: str, int, float or number. By default, by its rows.",
+)
+@click.option("--strings", is_flag=True, help="Read every column of a CSV file without a type of its own as text.")
+@click.option(
+    "--job",
+    metavar="NAME",
+    help="A job by this name can be interrupted, and goes on when run again with the same INPUT.",
+)
+@click.option("--retry-errors", is_flag=True, help="Run again the rows of the --job that are error lines in OUTPUT.")
+@click.option("--restart-job", is_flag=True, help="Forget what the --job has done, empty OUTPUT, and begin anew.")
+@click.option(
+    "--ok-status",
+    metavar="STATUS,...",
+    default="",
+    help="HTTP statuses from 400 on that are results. Other responses with such a status are error lines.",
+)
 @click.option("--window", type=click.IntRange(1), metavar="N", help="Rows in flight. By default, by the replicas.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="For each row.")
 @click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
@@ -71,7 +93,13 @@ def batch(
     instance: str,
     output: str,
     format_: Format | None,
+    delimiter: str | None,
+    types: str | None,
+    strings: bool,
     job: str | None,
+    retry_errors: bool,
+    restart_job: bool,
+    ok_status: str,
     window: int | None,
     timeout: float | None,
     method: str,
@@ -84,54 +112,91 @@ def batch(
     """Send every row of INPUT through ENDPOINT, behind its interactive requests.
 
     INPUT is a file of JSON lines, each of which the backend reads as request.data; a CSV file with a header, each
-    record of which it reads as an object (numbers are numbers, nothing is null); a directory, each file of which it
-    reads as bytes; or "-", standard input.
+    record of which it reads as an object (a column holds numbers if all its values are numbers, else text; an empty
+    value is null); a directory, each file of which it reads as bytes; or "-", standard input. A file may be
+    compressed by gzip.
 
     OUTPUT gets a line for each row, as they come: {"index": 0, "result": ...} or {"index": 0, "row": 1, "error":
-    {"type", "message"}}, and "file" where rows are files. A row that is bad is such a line, and the rest goes on; the
-    exit code is then 1, also of a job that goes on after it.
+    {"type", "message"}}, and "file" where rows are files. Bytes that are not text have "encoding": "base64". A row that
+    is bad is such a line, and the rest goes on; the exit code is then 1, also of a job that goes on after it.
 
     An OUTPUT that exists is refused, unless it is that of a --job, which then goes on where it was: whatever was
-    killed, OUTPUT has one line for every row in the end.
+    killed, OUTPUT has one line for every row in the end. A job belongs to its INPUT: with another one it is refused.
 
     \b
     Examples:
       penstock batch digit images.csv -o digits.jsonl
       penstock batch digit images.csv -o digits.jsonl --job nightly
+      penstock batch digit images.csv -o digits.jsonl --job nightly --retry-errors
+      penstock batch score people.csv -o scores.jsonl --types zip=str,age=int
       zcat rows.gz | penstock batch score - -o - | jq .result
     """  # noqa: D301
     check_text(endpoint=endpoint, job=job, method=method, shard_key=shard_key)
+    for option, is_given in (("--retry-errors", retry_errors), ("--restart-job", restart_job)):
+        if is_given and job is None:
+            wrong(f"{option} is for a job: give its --job")
+    if retry_errors and restart_job:
+        wrong("--restart-job runs everything again: it cannot be given with --retry-errors")
+    if delimiter is not None:
+        delimiter = delimiter.replace("\\t", "\t")
+        if len(delimiter) != 1 or delimiter in '"\r\n':
+            wrong(f"--delimiter is one character, not {delimiter!r}")
     _stand_back(nice)
     with ExitStack() as stack:
         try:
-            rows = Rows(input_, format_, max_row_bytes)
+            ok = _statuses(ok_status)
+            rows = Rows(
+                input_,
+                format_,
+                max_row_bytes,
+                delimiter=delimiter,
+                types=parse_types(types) if types else {},
+                strings=strings,
+            )
         except (OSError, ValueError) as e:
             wrong(e)
         stack.callback(rows.close)
-        if output != "-" and job is None and Path(output).exists():
+        is_regular = is_regular_file(output)
+        if is_regular and job is None and Path(output).exists():
             wrong(f"{output} exists: give another --output, or a --job to go on with")
         door = stack.enter_context(door_to(redis_url, instance))
         with telling_what_is_wrong():
-            producer = door.batch(endpoint, window=window, timeout_s=timeout, method_name=method, job=job)
+            producer = door.batch(
+                endpoint,
+                window=window,
+                timeout_s=timeout,
+                method_name=method,
+                job=job,
+                restart_job=restart_job,
+                retry_errors=retry_errors,
+            )
         try:
-            file, done, failed = _open(output)
+            target = Output(output, retry_errors=retry_errors, restart=restart_job)
         except (OSError, ValueError) as e:
             wrong(e)
-        if output != "-":
-            stack.callback(file.close)
-        tally = _Tally(rows, resumed=len(done), failed=failed)
+        stack.callback(target.close)
+        producer.describe_source(
+            "-" if input_ == "-" else os.fsencode(os.path.abspath(input_)).decode(errors="backslashreplace"),
+            rows.names if rows.format == "files" else None,
+            target.empty,
+        )
+        file, done = target.file, target.done
+        failed = 0 if retry_errors else len(target.failed)
+        tally = _Tally(rows, resumed=len(done), failed=failed, ok_statuses=ok)
         items = rows if shard_key is None else (_keyed(row, shard_key) for row in rows)
         results = producer.as_completed(items, skip=done)
         progress = None if quiet else _progress(tally, stack)
         try:
             with telling_what_is_wrong():
-                _write(results, file, tally, progress, safe=output != "-")
+                _write(results, target, tally, progress, safe=is_regular)
+                target.finish()
         except (KeyboardInterrupt, SystemExit):
             if progress is not None:
                 progress.stop()
-            rest = "the rest is given up" if job is None else f"the same command goes on with the job {job!r}"
+            with suppress(OSError):
+                file.flush()
             if job is not None or not quiet:
-                click.echo(f"{tally}; {rest}", err=True)
+                click.echo(f"{tally}; {_way_on(output, job, is_regular=is_regular)}", err=True)
             raise
         if progress is not None:
             progress.stop()
@@ -141,6 +206,22 @@ def batch(
         click.echo(str(tally), err=True)
     if tally.errors or failed:
         sys.exit(FAILED)
+
+
+def _statuses(text: str) -> frozenset[int]:
+    """Read ``404,410``."""
+    statuses = frozenset(int(one) for one in text.split(",") if one.isdecimal() and len(one) == 3)
+    if text and len(statuses) != len(set(text.split(","))):
+        raise ValueError(f"--ok-status is a list of HTTP statuses such as 404,410; not {text!r}")
+    return statuses
+
+
+def _way_on(output: str, job: str | None, *, is_regular: bool) -> str:
+    """Return what an interrupted batch keeps, and how it goes on."""
+    kept = f"{output} has what is done" if is_regular else "what is done was written"
+    if job is None:
+        return f"{kept}, and the rest is given up: with a --job, the same command would go on"
+    return f"{kept}; the same command goes on with the job {job!r}"
 
 
 def _stand_back(nice: int) -> None:
@@ -153,9 +234,9 @@ def _stand_back(nice: int) -> None:
 class _Tally:
     """What was done so far."""
 
-    def __init__(self, rows: Rows, *, resumed: int, failed: int) -> None:
+    def __init__(self, rows: Rows, *, resumed: int, failed: int, ok_statuses: frozenset[int]) -> None:
         """``resumed`` rows are in the output already, ``failed`` of them as errors."""
-        self._rows, self._resumed, self._failed = rows, resumed, failed
+        self._rows, self._resumed, self._failed, self._ok_statuses = rows, resumed, failed, ok_statuses
         self._began_s = time.monotonic()
         self.results = self.errors = 0
 
@@ -163,16 +244,13 @@ class _Tally:
         """Count a result, and return its line."""
         line: dict[str, Any] = {"index": result.index}
         if self._rows.names and result.index < len(self._rows.names):
-            line["file"] = self._rows.names[result.index]
+            line["file"] = os.fsencode(self._rows.names[result.index]).decode(errors="backslashreplace")
         error = result.error
+        if error is None and isinstance(result.value, Response):
+            error = self._bad_status(result.value)
         if error is None:
-            value = result.value
-            if isinstance(value, Response):
-                value = value.body
-            if isinstance(value, bytes):
-                value = value.decode(errors="replace")
             try:
-                written = exact_json.dumps({**line, "result": value}) + b"\n"
+                written = exact_json.dumps({**line, **result_line(result.value)}) + b"\n"
             except TypeError as e:
                 error = e
             else:
@@ -180,6 +258,14 @@ class _Tally:
                 return written
         self.errors += 1
         return exact_json.dumps({**line, "row": result.index + 1, "error": error_of(error)}) + b"\n"
+
+    def _bad_status(self, response: Response) -> Exception | None:
+        """Return the error that a response is, unless its status is one of results."""
+        status = response.status_code
+        if status < 400 or status in self._ok_statuses:
+            return None
+        said = response.body[:_SHOWN].decode(errors="replace")
+        return BackendError("Response", f"the response has the status {status}: {said}", status=status)
 
     @property
     def rate(self) -> float:
@@ -203,15 +289,16 @@ class _Tally:
         }
 
     def __str__(self) -> str:
-        failed = f", {self._failed} of them errors" if self._failed else ""
+        failed = f", {self._failed} of them errors: --retry-errors runs these again" if self._failed else ""
         resumed = f" ({self._resumed} were done before{failed})" if self._resumed else ""
         took_s = time.monotonic() - self._began_s
         return f"{self.results} results, {self.errors} errors{resumed} in {took_s:.1f} s, {self.rate:.0f} rows/s"
 
 
-def _write(results: Batch, file: IO[bytes], tally: _Tally, progress: Progress | None, *, safe: bool) -> None:
+def _write(results: Batch, target: Output, tally: _Tally, progress: Progress | None, *, safe: bool) -> None:
     """Write a line for each result; the job is told what is safe on the disk, and keeps it no longer."""
     safe_at = shown_at = time.monotonic()
+    file = target.file
     for count, result in enumerate(results, start=1):
         file.write(tally.line(result))
         if count % _SHOW_EVERY and tally.rate > _SHOW_EVERY:
@@ -238,34 +325,6 @@ def _write(results: Batch, file: IO[bytes], tally: _Tally, progress: Progress | 
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _open(output: str) -> tuple[IO[bytes], Indices, int]:
-    """Return where lines go, the indices of those that are there, and how many of these are errors.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: there is something else in it.
-    """
-    done, failed = Indices(), 0
-    if output == "-":
-        return sys.stdout.buffer, done, failed
-    file = open(output, "a+b")  # noqa: SIM115 - the caller closes it
-    file.seek(0)
-    whole = 0
-    for number, line in enumerate(file, start=1):
-        if not line.endswith(b"\n"):
-            break  # its writer was killed in the middle of it
-        try:
-            written = orjson.loads(line)
-            done.add(written["index"])
-            failed += "error" in written
-        except (ValueError, TypeError, KeyError):
-            file.close()
-            raise ValueError(f"{output}: line {number} was not written by a batch: give another --output") from None
-        whole += len(line)
-    file.truncate(whole)
-    return file, done, failed
 
 
 def _keyed(row: Any, field: str) -> Any:

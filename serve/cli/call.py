@@ -10,7 +10,18 @@ import click
 from ...handles.codec import load_json
 from ...handles.errors import BackendError, MalformedBody, PenstockError
 from ...handles.results import Response
-from .common import as_json, check_text, door_to, error_of, telling_what_is_wrong, which_instance, write_json, wrong
+from .common import (
+    as_json,
+    check_text,
+    door_to,
+    error_of,
+    result_line,
+    telling_what_is_wrong,
+    which_instance,
+    write_json,
+    wrong,
+)
+from .csv_rows import is_text
 from .exits import FAILED
 
 
@@ -94,13 +105,18 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _write(answer: Any, json: bool) -> None:
-    if isinstance(answer, Response):
-        answer = answer.body
-    if json:
-        write_json({"result": answer.decode(errors="replace") if isinstance(answer, bytes) else answer})
-    elif isinstance(answer, bytes):
-        click.echo(answer, nl=False)
-    elif isinstance(answer, str):
-        click.echo(answer)
-    elif answer is not None:
-        write_json(answer)
+    try:
+        if json:
+            write_json(result_line(answer))
+            return
+        if isinstance(answer, Response):
+            answer = answer.body
+        if isinstance(answer, bytes):
+            click.echo(answer, nl=False)
+        elif isinstance(answer, str) and is_text(answer):
+            click.echo(answer)
+        elif answer is not None:
+            write_json(answer)
+    except TypeError as e:
+        click.echo(f"Error: the answer cannot be written as JSON: {e}", err=True)
+        sys.exit(FAILED)

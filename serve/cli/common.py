@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -16,6 +17,7 @@ from ...broker.errors import ConfigError
 from ...handles import connect as connect_thin
 from ...handles.connection import Connected
 from ...handles.errors import BackendNotFound, EndpointNotFound
+from ...handles.results import Response
 from .exits import USAGE
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -95,3 +97,15 @@ def error_of(error: BaseException) -> dict[str, Any]:
         "type": getattr(error, "type_name", type(error).__name__),
         "message": getattr(error, "message", None) or str(error),
     }
+
+
+def result_line(value: Any) -> dict[str, Any]:
+    """Return a result as a line of JSON has it: bytes as text, or in base64 and marked where they are no text."""
+    if isinstance(value, Response):
+        value = value.body
+    if isinstance(value, bytes):
+        try:
+            return {"result": value.decode()}
+        except UnicodeDecodeError:
+            return {"result": b64encode(value).decode(), "encoding": "base64"}
+    return {"result": value}

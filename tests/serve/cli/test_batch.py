@@ -104,13 +104,13 @@ def test_a_method_and_a_deadline_for_every_row(site: Site, penstock: Penstock, t
 def test_a_csv_file_is_objects_with_numbers(site: Site, penstock: Penstock, tmp_path: Path) -> None:
     site.serve(echo)
     text = io.StringIO()
-    csv.writer(text).writerows([["name", "n", "x", "code"], ["Ada, L.", 1, 2.5, "007"], ["two\nlines", -1, "", "a"]])
+    csv.writer(text).writerows([["name", "n", "x", "code"], ["Ada, L.", 1, 2.5, "007"], ["two\nlines", -1, "", "12"]])
     (tmp_path / "in.csv").write_text(text.getvalue() + "too,few\n")
     ran = penstock("batch", "ask", tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
     assert ran.code == 1
     first, second, third = lines_of(tmp_path / "out.jsonl")
     assert first["result"] == {"name": "Ada, L.", "n": 1, "x": 2.5, "code": "007"}
-    assert second["result"] == {"name": "two\nlines", "n": -1, "x": None, "code": "a"}
+    assert second["result"] == {"name": "two\nlines", "n": -1, "x": None, "code": "12"}
     assert third["error"]["message"] == "the row has 2 columns, and the header names 4"
     assert third["row"] == 3
 
@@ -206,7 +206,7 @@ def test_a_finished_job_has_nothing_left_to_do(site: Site, penstock: Penstock, t
 def test_a_job_that_goes_on_still_says_that_there_were_errors(site: Site, penstock: Penstock, tmp_path: Path) -> None:
     site.serve(pick)
     (tmp_path / "in.jsonl").write_text('"good"\n"bad"\n')
-    for told in ("1 results, 1 errors in", "0 results, 0 errors (2 were done before, 1 of them errors)"):
+    for told in ("1 results, 1 errors in", "0 results, 0 errors (2 were done before, 1 of them errors: --retry"):
         ran = penstock("batch", "ask", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--job", "some")
         assert ran.code == 1
         assert told in ran.err
@@ -233,7 +233,7 @@ def test_an_interrupted_job_says_how_it_goes_on(site: Site, tmp_path: Path) -> N
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "the same command goes on with the job 'three'" in err
+    assert "out.jsonl has what is done; the same command goes on with the job 'three'" in err
     site.serve(echo)
     with _batch(site.url, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--job", "three") as process:
         assert process.wait(30) == 0
@@ -249,7 +249,7 @@ def test_an_interrupted_batch_that_is_no_job_leaves_nothing_queued(site: Site, t
         _, err = process.communicate(timeout=20)
     assert process.returncode == 143
     assert "0 results, 0 errors in" in err
-    assert "the rest is given up" in err
+    assert "out.jsonl has what is done, and the rest is given up: with a --job, the same command would go on" in err
     wait_until(lambda: site.batch_depth() == 0)
 
 
