@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Union, cast
 
 from ..broker import exact_json
 from ..broker.call_ids import ItemIds
@@ -90,26 +90,20 @@ class JobSource:
     """Run again what failed when the job ran before."""
 
 
-class _Encoded(NamedTuple):
-    """An item as it is sent, or why it cannot be."""
+_Encoded = tuple[Options, Union[str, dict[str, Any]], str, bytes, Union[Exception, None]]  # noqa: UP007 - evaluated
+"""An item as it is sent, by options, query, codec and body; or why it cannot be. Plain, as each item makes one."""
 
-    options: Options
-    query: str | dict[str, Any]
-    codec: str
-    body: bytes
-    error: Exception | None
 
-    @property
-    def fingerprint(self) -> bytes:
-        """What is hashed of it."""
-        if self.error is not None:
-            return f"{type(self.error).__name__}: {self.error}".encode(errors="surrogatepass")
-        # Pickling the same set twice may give other bytes.
-        body = b"" if self.codec == "pickle" else self.body
-        if not self.query and self.options.method_name == "__call__":
-            return b"%b:%b" % (self.codec.encode(), body)
-        about = exact_json.dumps([self.query, self.options.method_name, self.codec])
-        return b"%b:%b" % (about, body)
+def _fingerprint(row: _Encoded) -> bytes:
+    """Return what is hashed of an item."""
+    options, query, codec, body, error = row
+    if error is not None:
+        return f"{type(error).__name__}: {error}".encode(errors="surrogatepass")
+    if codec == "pickle":
+        body = b""  # pickling the same set twice may give other bytes
+    if not query and options.method_name == "__call__":
+        return b"%b:%b" % (codec.encode(), body)
+    return b"%b:%b" % (exact_json.dumps([query, options.method_name, codec]), body)
 
 
 class Production:
@@ -301,7 +295,7 @@ class Production:
     def _feed_job(self, chain: InputChain, items: Iterable[Any], *, last: bool) -> None:
         rows = [self._encoded(value) for value in items]
         for row in rows:
-            chain.add(row.fingerprint)
+            chain.add(_fingerprint(row))
         if last:
             chain.end()
         self._note_input(is_last=last)
@@ -390,13 +384,13 @@ class Production:
                     raise
                 codec, body = encode(value, allow_pickle=True)
         except Exception as e:  # whatever the value's own methods raise
-            return _Encoded(options, query, "", b"", e)
-        return _Encoded(options, query, codec, body, None)
+            return options, query, "", b"", e
+        return options, query, codec, body, None
 
     def _written(self, index: int, row: _Encoded) -> _Item:
-        if row.error is not None:
-            raise row.error
-        options, query, codec, body = row.options, row.query, row.codec, row.body
+        options, query, codec, body, error = row
+        if error is not None:
+            raise error
         caller, timeout_s = self._caller, options.timeout_s
         large = len(body) > LARGE
         check_size(body, caller.longest if large else None)
