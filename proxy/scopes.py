@@ -33,7 +33,8 @@ def carried(scope: Scope, host: bytes | None, path: str, root_path: str) -> dict
     """
     get = scope.get
     raw: bytes | None = get("raw_path")
-    client, server = get("client"), get("server")
+    client: Any = get("client")
+    server: Any = get("server")
     if server.__class__ is list:  # a middleware may write it as JSON would
         server = tuple(server)
     # Nearly every request ends here, for less than 1 us.

@@ -224,7 +224,9 @@ def _carried(members: dict[str, Any]) -> Scope:
     if (server := _address(members.get("server"))) is not None:
         scope["server"] = server
     if isinstance(state := members.get("state"), dict):
-        scope["state"] = copy.deepcopy(state)  # its own: requests that follow each other can share a header
+        scope["state"] = copy.deepcopy(
+            cast("dict[str, Any]", state)
+        )  # its own: requests that follow each other can share a header
     return scope
 
 

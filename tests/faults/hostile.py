@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from typing import cast
 from urllib.parse import urlsplit
 
 _HOST = b"host: hostile\r\n"
@@ -57,7 +58,7 @@ class Hostile:
         self.pipelined += len(kinds)
         for request, status in kinds:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _ANSWER_S)
-            lines = dict(line.partition(b": ")[::2] for line in head.split(b"\r\n"))
+            lines = {name: value for name, _, value in (line.partition(b": ") for line in head.split(b"\r\n"))}
             body = b"" if request is _HEALTH else await reader.readexactly(int(lines[b"content-length"]))
             assert head.split()[1] == status, head
             assert request is not _CALL or body == b"hostile", body
@@ -65,7 +66,7 @@ class Hostile:
         assert await asyncio.wait_for(reader.read(), _ANSWER_S) == b""
 
     async def _never_reads(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        cast(asyncio.Transport, writer.transport).pause_reading()
         await self._flood(writer, (_PIECE // len(_NOWHERE)) * _NOWHERE)
 
     async def _leaves(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from tests.handles.site import INSTANCE, Site
 from tests.waiting import wait_until, wait_until_async
 
 KEYS = Keys(INSTANCE)
+Answering = Callable[[str], list[Any]]
+"""Makes the entries that answer a call, of its id."""
 REFUSED = r"of backend 'model' to request 'call-[0-9a-f]{12}' is pickled, and was not read.*allow_pickle"
 
 
@@ -41,6 +43,10 @@ class Evil:
 def trace(tmp_path: Path) -> Path:
     """A directory that is there once an evil pickle was read."""
     return tmp_path / "trace"
+
+
+def repeat(request: Any) -> Any:
+    return request.data
 
 
 def was_read(trace: Path) -> bool:
@@ -64,7 +70,7 @@ class Replica:
         entries = self.redis.xrange(stream)
         return [(fields[b"by"].decode(), fields[b"id"].decode()) for _, fields in entries]
 
-    def answer(self, make: Any, *, batch: bool = False) -> None:
+    def answer(self, make: Answering, *, batch: bool = False) -> None:
         """Answer what waits by what ``make`` returns for the id of a call, and forget it."""
         wait_until(lambda: self.requests(batch=batch))
         for caller, id_ in self.requests(batch=batch):
@@ -80,11 +86,15 @@ def replica(redis_url: str) -> Iterator[Replica]:
     replica.redis.close()
 
 
-def whole(body: bytes) -> Any:
+def whole(body: bytes) -> Answering:
     return lambda id_: [Reply(id_, codec="pickle", body=body)]
 
 
-def in_parts(body: bytes) -> Any:
+def large(id_: str) -> list[Any]:
+    return [Reply(id_, codec="pickle", large=True)]
+
+
+def in_parts(body: bytes) -> Answering:
     return lambda id_: [Part(id_, 0, "pickle", [len(body)], body=body), Reply(id_, codec="stream", body=b"1")]
 
 
@@ -118,7 +128,7 @@ def test_a_large_one_is_not_even_fetched(site: Site, connected: Connected, repli
     ((caller, id_),) = replica.requests()
     body = KEYS.reply_body(caller, id_)
     replica.redis.set(body, pickle.dumps((bytes(LARGE), Evil(trace))))
-    replica.answer(lambda id_: [Reply(id_, codec="pickle", large=True)])
+    replica.answer(large)
     with pytest.raises(WireError, match=REFUSED):
         future.result(timeout=20)
     assert not was_read(trace)
@@ -168,7 +178,7 @@ def test_a_result_that_a_former_producer_of_a_job_should_have_had_is_not_read_an
     producer = connected.batch("ask", job="j", window=10)
     leave_queued(producer, site, 3)
     replica.answer(whole(evil), batch=True)
-    site.serve(lambda request: request.data)
+    site.serve(repeat)
     assert [result.get() for result in producer.map(range(3))] == [0, 1, 2]
     assert not was_read(trace)
 

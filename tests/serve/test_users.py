@@ -54,7 +54,7 @@ def penstock(url: str, *arguments: str) -> str:
 def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_users: Guarded) -> None:
     client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1}, config={"num_replicas": 2})
     client.create_endpoint("e", backend="f", route="/e", methods=["POST"])
-    replica = {"url": guarded_by_users.url("replica").partition("?")[0], "data": 1, "inherited": []}
+    replica: dict[str, Any] = {"url": guarded_by_users.url("replica").partition("?")[0], "data": 1, "inherited": []}
 
     assert client.http_url is not None
     assert httpx.post(f"{client.http_url}/e", json=1, timeout=20).json() == replica
