@@ -1,1 +1,1 @@
-"""Everything that knows Redis: the wire format, keys, scripts, connection, streams, registry, embedded server."""
+"""Everything that knows Redis, in layers: wire, transport, queue, registry; and the embedded server."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from .address import REDIS_URL
 from .errors import ConfigError
+from .transport.url import REDIS_URL
 
 INSTANCE = "PENSTOCK_INSTANCE"
 """The environment variable with the name of the instance where no ``instance`` is given."""

@@ -1,4 +1,4 @@
-"""What can go wrong between a process and its broker.
+"""Errors between a process and its broker.
 
 ::
 

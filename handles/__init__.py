@@ -1,10 +1,10 @@
-"""Calling a backend from Python with nothing but a Redis URL: sync and asyncio handles, batch producers, errors."""
+"""The thin client: sync and asyncio handles, batch producers and errors, from a Redis URL alone."""
 
 from . import errors
-from .batch import Batch, BatchProducer
+from .batch.items import BatchItem, BatchResult
+from .batch.producer import Batch, BatchProducer
 from .connection import connect
 from .handle import AsyncServeHandle, ServeHandle
-from .items import BatchItem, BatchResult
 
 __all__ = [
     "AsyncServeHandle",

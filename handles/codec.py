@@ -1,11 +1,11 @@
-"""Python values as bytes, and back: the same rules for what a handle sends and for what a backend returns."""
+"""The codec: Python values as bytes and back, with the same rules for handles and backends."""
 
 from __future__ import annotations
 
 import pickle
 from typing import Any, cast
 
-from ..broker import exact_json
+from ..broker.wire import exact_json
 from .errors import MalformedBody
 from .json_bounds import read_uncollected
 

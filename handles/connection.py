@@ -1,4 +1,4 @@
-"""The thin door: an instance by its Redis URL, with redis and orjson alone."""
+"""The connection of a thin client to an instance, by its Redis URL."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 import logging
 from typing import Any, Literal, overload
 
-from ..broker.address import shown_url
 from ..broker.defaults import default_instance, needed_url
-from ..broker.keys import check_name
-from . import background
-from .batch import JOB_TTL_S, BatchProducer
-from .caller import Caller
+from ..broker.transport.url import shown_url
+from ..broker.wire.keys import check_name
+from . import background_loop
+from .batch.producer import JOB_TTL_S, BatchProducer
+from .calls.request_client import RequestClient
+from .calls.starting import tasks_that_start
 from .dead_letters import DeadLetters
 from .errors import ConfigError, EndpointNotFound, PenstockError
 from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
-from .starting import tasks_that_start
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ CLOSE_TIMEOUT_S = 10.0
 
 def connect(
     redis_url: str | None = None, instance: str | None = None, *, close_timeout_s: float = CLOSE_TIMEOUT_S
-) -> Connected:
+) -> Connection:
     """Return the instance of that name on that Redis. Needs no Ray, and runs nothing of it.
 
     Args:
@@ -33,8 +33,8 @@ def connect(
             instance, elsewhere ``PENSTOCK_REDIS_URL``.
         instance: as given to ``serve.start``. Without it, inside a backend that of the backend, elsewhere
             ``PENSTOCK_INSTANCE``, or ``"default"``.
-        close_timeout_s: the longest time, in seconds, that `Connected.close` and the end of a ``with`` block wait until
-            what was called is durably queued.
+        close_timeout_s: the longest time, in seconds, that `Connection.close` and the end of a ``with`` block wait
+            until all calls are durably queued.
 
     Raises:
         TypeError: ``close_timeout_s`` is not a number.
@@ -44,12 +44,12 @@ def connect(
         NotPermitted: its rules do not let the user of the URL do what callers do.
     """
     url = needed_url(redis_url)
-    connected = Connected(url, default_instance() if instance is None else instance, close_timeout_s)
+    connected = Connection(url, default_instance() if instance is None else instance, close_timeout_s)
     connected.open()
     return connected
 
 
-class Connected:
+class Connection:
     """An instance, as its callers see it."""
 
     def __init__(self, redis_url: str, instance: str, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -59,15 +59,15 @@ class Connected:
             raise ConfigError(f"close_timeout_s must be 0 to 1e9 seconds, not {close_timeout_s}")
         self.redis_url, self.instance = redis_url, instance
         self._close_timeout_s = float(close_timeout_s)
-        self._caller: Caller | None = None
+        self._caller: RequestClient | None = None
         """The one that this keeps open, until `close`."""
 
     def open(self) -> None:
         """Connect. Raises what `connect` does."""
-        background.run(self._open())
+        background_loop.run(self._open())
 
     async def _open(self) -> None:
-        async with Caller.using(self.redis_url, self.instance) as caller:
+        async with RequestClient.using(self.redis_url, self.instance) as caller:
             await caller.registry.snapshot()
             if self._caller is None:
                 caller.use()
@@ -160,10 +160,10 @@ class Connected:
 
         An endpoint that was created with ``call_methods`` has these too.
         """
-        return background.run(self._list_endpoints())
+        return background_loop.run(self._list_endpoints())
 
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
-        async with Caller.using(self.redis_url, self.instance) as caller:
+        async with RequestClient.using(self.redis_url, self.instance) as caller:
             # Asked of Redis, not of the watcher, which may be a moment behind.
             endpoints = (await caller.registry.snapshot()).endpoints
         return {
@@ -194,17 +194,17 @@ class Connected:
         try:
             wait_until_queued(self.redis_url, self.instance, self._close_timeout_s)
         finally:
-            background.run(self._leave())
+            background_loop.run(self._leave())
 
     async def _leave(self) -> None:
         held, self._caller = self._caller, None
         if held is not None:
             held.release()
-        caller = Caller.shared(self.redis_url, self.instance)
+        caller = RequestClient.shared(self.redis_url, self.instance)
         if caller is not None:
             await caller.leave()
 
-    def __enter__(self) -> Connected:
+    def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -222,7 +222,7 @@ def wait_until_queued(url: str, instance: str, timeout_s: float) -> None:
     Raises:
         PenstockError: some were neither within ``timeout_s``.
     """
-    if late := background.run(_calls_not_queued(url, instance, timeout_s)):
+    if late := background_loop.run(_calls_not_queued(url, instance, timeout_s)):
         raise PenstockError(
             f"{late} calls to {shown_url(url)} were not queued within close_timeout_s={timeout_s:g}, and are lost if "
             "this process ends now: wait for their futures, or give a longer close_timeout_s"
@@ -236,7 +236,7 @@ async def _calls_not_queued(url: str, instance: str, timeout_s: float) -> int:
     if tasks := tasks_that_start(url, instance):
         _, waiting = await asyncio.wait(tasks, timeout=timeout_s)
         late = len(waiting)
-    caller = Caller.shared(url, instance)
+    caller = RequestClient.shared(url, instance)
     if caller is not None:
         late += await caller.all_queued(max(0.0, ends - loop.time()))
     return late

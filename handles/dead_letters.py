@@ -1,4 +1,4 @@
-"""The dead letters of a backend, for sync code that looks at them and decides."""
+"""Dead letters of a backend for synchronous code: list, replay, drop."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar, cast
 
-from ..broker.dead import DeadLetter, DeadQueue
-from ..broker.keys import Keys
-from ..broker.publishing import Refused
-from . import background
-from .caller import Caller
-from .calls import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
+from ..broker.queue.dead_letters import DeadLetter, DeadLetterStream
+from ..broker.queue.publisher import QueueFull
+from ..broker.wire.keys import Keys
+from . import background_loop
+from .calls.call import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
+from .calls.request_client import RequestClient
 from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")
@@ -26,15 +26,15 @@ class DeadLetters:
         self._url, self._keys, self.tag = redis_url, Keys(instance), tag
 
     def __len__(self) -> int:
-        return background.run(self._with_queue(lambda queue: queue.count()))
+        return background_loop.run(self._with_queue(lambda queue: queue.count()))
 
     def __iter__(self) -> Iterator[DeadLetter]:
         """Iterate over them as they are now, oldest first. Raises `BrokerUnavailable`."""
 
-        async def all_(queue: DeadQueue) -> list[DeadLetter]:
+        async def all_(queue: DeadLetterStream) -> list[DeadLetter]:
             return [letter async for letter in queue.letters()]
 
-        return iter(background.run(self._with_queue(all_)))
+        return iter(background_loop.run(self._with_queue(all_)))
 
     def get(self, id_: str) -> DeadLetter:
         """Return one of them.
@@ -43,7 +43,7 @@ class DeadLetters:
             TypeError, ConfigError: ``id_`` is no id of a dead letter.
             PenstockError: there is none of that id.
         """
-        letter = background.run(self._with_queue(lambda queue: queue.get(_checked(id_))))
+        letter = background_loop.run(self._with_queue(lambda queue: queue.get(_checked(id_))))
         if letter is None:
             raise self._none(id_)
         return letter
@@ -56,11 +56,11 @@ class DeadLetters:
         """
         if not isinstance(cast(object, letter), DeadLetter):
             raise TypeError(f"letter must be a DeadLetter, as get() returns it, not {type(letter).__name__}")
-        return background.run(self._with_queue(lambda queue: queue.body(letter)))
+        return background_loop.run(self._with_queue(lambda queue: queue.body(letter)))
 
     def drop(self, id_: str) -> None:
         """Delete one of them. Raises as `get` does."""
-        if not background.run(self._with_queue(lambda queue: queue.drop(_checked(id_)))):
+        if not background_loop.run(self._with_queue(lambda queue: queue.drop(_checked(id_)))):
             raise self._none(id_)
 
     def replay(self, id_: str) -> None:
@@ -74,10 +74,10 @@ class DeadLetters:
             BackendNotFound: the backend is no more.
             Overloaded: the backend's queue is full, or the broker is out of memory.
         """
-        background.run(self._replay(_checked(id_)))
+        background_loop.run(self._replay(_checked(id_)))
 
     async def _replay(self, id_: str) -> None:
-        async with Caller.using(self._url, self._keys.instance) as caller:
+        async with RequestClient.using(self._url, self._keys.instance) as caller:
             snapshot = await caller.registry.snapshot()
             if self.tag not in snapshot.backends:
                 raise BackendNotFound(self.tag, snapshot.backends)
@@ -92,14 +92,14 @@ class DeadLetters:
                 raise Overloaded(self.tag, 0, limit) from None
             if letter is None or answer is None:
                 raise self._none(id_)
-            if isinstance(answer, Refused):
+            if isinstance(answer, QueueFull):
                 if answer.in_bytes:
                     size_bytes = 0 if letter.entry is None else letter.entry.size_bytes
                     raise Overloaded(self.tag, answer.depth, limit_bytes, answer.retry_after_s, size_bytes)
                 raise Overloaded(self.tag, answer.depth, limit)
 
-    async def _with_queue(self, work: Callable[[DeadQueue], Coroutine[Any, Any, T]]) -> T:
-        async with Caller.using(self._url, self._keys.instance) as caller:
+    async def _with_queue(self, work: Callable[[DeadLetterStream], Coroutine[Any, Any, T]]) -> T:
+        async with RequestClient.using(self._url, self._keys.instance) as caller:
             return await work(caller.dead_queue(self.tag))
 
     def _none(self, id_: str) -> PenstockError:

@@ -1,4 +1,4 @@
-"""Every error that a caller can see, one small class per situation, each with its HTTP status.
+"""All errors that a caller can meet: one class per situation, each with its HTTP status.
 
 ::
 

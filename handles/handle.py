@@ -1,4 +1,4 @@
-"""The handles: a sync and an asyncio face of one core."""
+"""Handles: the sync and the asyncio face of the request client."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from ..broker import exact_json
-from ..broker.flow import WINDOW
-from ..broker.keys import check_name
-from ..broker.registry import EndpointRecord
-from ..broker.wire import Header
-from . import background
-from .answers import Answer, SyncAnswer
-from .caller import Caller
-from .calls import Call, Outcome
+from ..broker.queue.flow_control import WINDOW
+from ..broker.registry.records import EndpointRecord
+from ..broker.wire import exact_json
+from ..broker.wire.keys import check_name
+from ..broker.wire.requests import Header
+from . import background_loop
+from .calls.call import Call, CallOutcome
+from .calls.request_client import RequestClient
+from .calls.starting import starting
 from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
+from .futures import AsyncReplyFuture, ReplyFuture
 from .object_refs import object_ref
-from .options import Options
-from .starting import starting
-from .streams import AsyncResponseStream, ResponseStream, Stream
+from .options import CallOptions
+from .response_stream import AsyncResponseStream, ResponseStream, StreamState
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ class _Handle:
     __slots__ = ("_endpoint", "_headers", "_instance", "_missing_ok", "_options", "_url")
 
     def __init__(
-        self, url: str, instance: str, endpoint: str, options: Options | None = None, missing_ok: bool = False
+        self, url: str, instance: str, endpoint: str, options: CallOptions | None = None, missing_ok: bool = False
     ) -> None:
         self._url, self._instance = url, check_name("an instance", instance)
         self._endpoint = check_name("an endpoint", endpoint)
-        self._options = options or Options()
+        self._options = options or CallOptions()
         self._missing_ok = missing_ok
         self._headers: dict[str, Header] = {}
         """By codec: of the calls that differ in nothing else."""
@@ -153,13 +153,13 @@ class _Handle:
             window=WINDOW if options.stream else 0,
         )
 
-    async def _connect(self) -> Caller:
-        caller = await Caller.get(self._url, self._instance)
+    async def _connect(self) -> RequestClient:
+        caller = await RequestClient.get(self._url, self._instance)
         if self._endpoint not in caller.snapshot.endpoints:
             await caller.watcher.refresh()  # it may be a moment behind
         return caller
 
-    async def _reach(self, timeout_s: float | None) -> tuple[Caller, EndpointRecord, float | None]:
+    async def _reach(self, timeout_s: float | None) -> tuple[RequestClient, EndpointRecord, float | None]:
         """Connect if need be, and find the endpoint, waiting for it if it may be missing.
 
         Returns with them what is left of the time.
@@ -181,11 +181,11 @@ class _Handle:
 
     def _send(
         self,
-        caller: Caller,
+        caller: RequestClient,
         endpoint: EndpointRecord,
         written: _Written,
         timeout_s: float | None,
-        then: Callable[[Outcome], None],
+        then: Callable[[CallOutcome], None],
     ) -> Call:
         body = written.body
         if written.unsendable is not None:
@@ -194,10 +194,10 @@ class _Handle:
             endpoint, written.header, body, then, shard_key=self._options.shard_key, timeout_s=timeout_s
         )
 
-    async def _open_stream(self, written: _Written) -> Stream:
+    async def _open_stream(self, written: _Written) -> StreamState:
         """Send a request whose answer is taken as it comes."""
         caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
-        stream = Stream(caller.pickles)
+        stream = StreamState(caller.pickles)
         stream.call = self._send(caller, endpoint, written, timeout_s, stream.hear)
         return stream
 
@@ -210,7 +210,7 @@ class _Written:
     def __init__(self, header: Header, body: bytes, value: Any, unsendable: TypeError | None) -> None:
         self.header, self.body, self.value, self.unsendable = header, body, value, unsendable
 
-    def body_for(self, caller: Caller, endpoint: EndpointRecord) -> bytes:
+    def body_for(self, caller: RequestClient, endpoint: EndpointRecord) -> bytes:
         """Return the pickled value if every backend of the endpoint takes pickle; else raise why it cannot travel."""
         for tag in endpoint.traffic:
             backend = caller.snapshot.backends.get(tag)
@@ -259,12 +259,12 @@ class AsyncServeHandle(_Handle):
         written = self._write(body, query)
         if self._options.stream:
             return cast("asyncio.Future[Any]", await AsyncResponseStream.open(self._open_stream(written)))
-        caller = Caller.shared(self._url, self._instance)
+        caller = RequestClient.shared(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         timeout_s = self._options.timeout_s
         if caller is None or endpoint is None:
             caller, endpoint, timeout_s = await self._reach(timeout_s)
-        future = Answer(loop=caller.loop)
+        future = AsyncReplyFuture(loop=caller.loop)
         future.call = call = self._send(caller, endpoint, written, timeout_s, future.settle)
         try:
             await call.accepted()
@@ -309,16 +309,16 @@ class ServeHandle(_Handle):
         written = self._write(body, query)
         if self._options.stream:
             return cast("concurrent.futures.Future[Any]", ResponseStream(self._open_stream(written)))
-        future = SyncAnswer()
-        background.soon(partial(self._start, written, future))
+        future = ReplyFuture()
+        background_loop.soon(partial(self._start, written, future))
         return future
 
-    def _start(self, written: _Written, future: SyncAnswer) -> None:
+    def _start(self, written: _Written, future: ReplyFuture) -> None:
         """Send it, in the background loop."""
         if future.cancelled():
             future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` would wait for it
             return
-        caller = Caller.shared(self._url, self._instance)
+        caller = RequestClient.shared(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         if caller is None or endpoint is None:
             loop = asyncio.get_running_loop()
@@ -329,7 +329,7 @@ class ServeHandle(_Handle):
             return
         self._go(caller, endpoint, written, self._options.timeout_s, future)
 
-    async def _start_slowly(self, written: _Written, future: SyncAnswer) -> None:
+    async def _start_slowly(self, written: _Written, future: ReplyFuture) -> None:
         """Connect first, or wait for an endpoint that may be missing."""
         try:
             caller, endpoint, timeout_s = await self._reach(self._options.timeout_s)
@@ -340,11 +340,11 @@ class ServeHandle(_Handle):
 
     def _go(
         self,
-        caller: Caller,
+        caller: RequestClient,
         endpoint: EndpointRecord,
         written: _Written,
         timeout_s: float | None,
-        future: SyncAnswer,
+        future: ReplyFuture,
     ) -> None:
         try:
             call = self._send(caller, endpoint, written, timeout_s, future.settle)

@@ -1,4 +1,4 @@
-"""Answers as Ray object references, for those who gather them with ``ray.get`` and ``ray.wait``.
+"""Replies as Ray object references, for code that uses ``ray.get`` and ``ray.wait``.
 
 A reference is to what a task of Ray's returns, so an actor on this node makes the calls: one for each process, started
 by its first call and ended with it. It costs each request a call of that actor; futures cost none. This is the only
@@ -23,7 +23,7 @@ _lock = threading.Lock()
 _gatherers: dict[tuple[int, str], Any] = {}
 
 
-class Gatherer:
+class ObjectRefResolver:
     """Calls endpoints for the process that started it."""
 
     async def gather(self, remote: Remote, body: tuple[Any, ...], query: dict[str, Any]) -> Any:
@@ -54,7 +54,7 @@ def object_ref(remote: Remote, body: tuple[Any, ...], query: dict[str, Any]) -> 
             strategies: Any = importlib.import_module("ray.util.scheduling_strategies")
             here = strategies.NodeAffinitySchedulingStrategy(node_id=context.get_node_id(), soft=True)
             options = {"num_cpus": 0, "max_concurrency": _CONCURRENCY, "max_restarts": -1, "max_task_retries": 0}
-            gatherer = ray.remote(Gatherer).options(scheduling_strategy=here, **options).remote()
+            gatherer = ray.remote(ObjectRefResolver).options(scheduling_strategy=here, **options).remote()
             _gatherers.clear()
             _gatherers[key] = gatherer
     return gatherer.gather.remote(remote, body, query)

@@ -1,4 +1,4 @@
-"""What a handle says of the requests it makes."""
+"""Options of a handle: method, headers, shard key, timeout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
-from ..broker.registry import EndpointRecord
+from ..broker.registry.records import EndpointRecord
 from .errors import CallMethodRefused, ConfigError
 
 _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -20,7 +20,7 @@ RETURN_TYPES = ("future", "object_ref")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class CallOptions:
     """How a handle calls its endpoint; see ``ServeHandle.options``."""
 
     method_name: str = "__call__"
@@ -44,7 +44,7 @@ class Options:
         # A copy, as the caller may change theirs.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 
-    def with_(self, changes: Mapping[str, Any]) -> Options:
+    def with_(self, changes: Mapping[str, Any]) -> CallOptions:
         """Return these options but for ``changes``. Raises ``TypeError`` for a name that is none."""
         known = [option.name for option in fields(self)]
         for name in changes:

@@ -5,8 +5,9 @@ A pickle runs code where it is read, and any process that may write replies can 
 
 from __future__ import annotations
 
-from ..broker.registry import BackendRecord, Watcher
-from .calls import Call
+from ..broker.registry.records import BackendRecord
+from ..broker.registry.watcher import Watcher
+from .calls.call import Call
 from .errors import BrokerRefused, BrokerUnavailable, WireError
 
 

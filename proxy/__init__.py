@@ -1,1 +1,1 @@
-"""A handle with an HTTP face: routing, HTTP to wire and back, the HTTP server."""
+"""The HTTP face of a caller: routing, conversion between HTTP and the wire, the HTTP server."""

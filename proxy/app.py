@@ -1,4 +1,4 @@
-"""The ASGI application: HTTP in, a call on the request stream, the reply out as HTTP.
+"""The ASGI application: publishes each HTTP request and answers with its reply.
 
 It is raw ASGI, for speed: a request that matches costs one coroutine beside the server's own, one `Header`, one awaited
 future and two messages. Nothing of Starlette's application runs unless middlewares are set.
@@ -15,41 +15,43 @@ from functools import partial
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..broker.errors import BrokerRefused, BrokerUnavailable
-from ..broker.figures import Figures
-from ..broker.flow import WINDOW
-from ..broker.path_params import PathParam
-from ..broker.registry import EndpointRecord, Snapshot
-from ..broker.wire import Header, Reply
-from ..handles.caller import Caller
-from ..handles.calls import Call, Outcome
+from ..broker.queue.flow_control import WINDOW
+from ..broker.queue.stats import BackendStats
+from ..broker.registry.records import EndpointRecord, Snapshot
+from ..broker.wire.path_params import PathParam
+from ..broker.wire.replies import Reply
+from ..broker.wire.requests import Header
+from ..handles.calls.call import Call, CallOutcome
+from ..handles.calls.incoming_stream import IncomingStream
+from ..handles.calls.request_client import RequestClient
 from ..handles.errors import ConfigError, PenstockError
-from ..handles.incoming import Incoming
-from . import framing, metrics, replies, request_ids, scopes, streaming
-from .bodies import has_body, read_body
-from .buffers import Buffers, default_bytes
-from .hangups import HangUps, HungUp
-from .replies import Answer, RawHeaders
-from .routing import RESERVED, Found, MethodNotAllowed, Routes
+from . import metrics, request_ids, response_streaming, responses, scopes
+from .disconnects import ClientDisconnected, DisconnectWatcher
+from .http1 import framing
+from .http1.buffers import Buffers, default_bytes
+from .request_body import has_body, read_body
+from .responses import HTTPResponse, RawHeaders
+from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes
 
 logger = logging.getLogger("penstock.proxy")
 
 CLIENT_CLOSED_REQUEST = 499
 """How the metrics count a request whose client hung up; nobody is left to read it. The number is nginx's."""
 
-SCRAPED = Answer(200, [])
+SCRAPED = HTTPResponse(200, [])
 """In place of the metrics, which are read from the broker while their client waits."""
 _SCRAPE_S = 2.0
 _COUNTED_BYTES = 64 * 1024
 """A shorter reply is not counted as one that its client may not read: the kernel takes it, or the sweep will see it."""
 
-_HOP_BY_HOP = frozenset(name.encode() for name in replies.HOP_BY_HOP)
+_HOP_BY_HOP = frozenset(name.encode() for name in responses.HOP_BY_HOP)
 _USUAL_CONNECTION = (None, b"keep-alive", b"close")
 _CLOSE = (b"connection", b"close")
 
 RawNamed = dict[bytes, bytes]
 
 
-class Asked:
+class ProxiedRequest:
     """One request, from its head to its answer."""
 
     __slots__ = (
@@ -85,7 +87,7 @@ class App:
 
     def __init__(
         self,
-        caller: Caller,
+        caller: RequestClient,
         *,
         max_body_bytes: int = 64 * 1024 * 1024,
         max_buffered_bytes: int | None = None,
@@ -99,7 +101,7 @@ class App:
         self.request_timeout_s = request_timeout_s
         self._root_path = root_path.rstrip("/")
         self._debug = debug
-        self._hang_ups = HangUps()
+        self._hang_ups = DisconnectWatcher()
         self._routes = Routes()
         self.metrics = metrics.Metrics()
         self.draining = False
@@ -117,12 +119,12 @@ class App:
         if scope["type"] != "http":
             await _other_than_http(scope, receive, send)
             return
-        asked = Asked(scope)
+        asked = ProxiedRequest(scope)
         try:
             answer = self.route(asked)
             if answer is None:
                 called = await self._call(asked, receive)
-                if isinstance(called, Incoming):
+                if isinstance(called, IncomingStream):
                     await self._relay(asked, called, receive, send)
                     return
                 answer = called
@@ -134,43 +136,43 @@ class App:
             status, headers, body = self.render(asked, answer)
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
-        except HungUp:
+        except ClientDisconnected:
             pass
         finally:
             self.done(asked)
 
-    def relaying(self, asked: Asked, incoming: Incoming) -> ASGIApp:
+    def relaying(self, asked: ProxiedRequest, incoming: IncomingStream) -> ASGIApp:
         """Return what sends an answer that has begun to come in parts, and does what is to be `done` at its end."""
 
         async def relay(_: Scope, receive: Receive, send: Send) -> None:
             try:
                 await self._relay(asked, incoming, receive, send)
-            except HungUp:
+            except ClientDisconnected:
                 pass
             finally:
                 self.done(asked)
 
         return relay
 
-    async def _relay(self, asked: Asked, incoming: Incoming, receive: Receive, send: Send) -> None:
+    async def _relay(self, asked: ProxiedRequest, incoming: IncomingStream, receive: Receive, send: Send) -> None:
         try:
-            answer = streaming.head(incoming, debug=self._debug)
+            answer = response_streaming.head(incoming, debug=self._debug)
             status, headers = self.render_head(asked, answer)
             if status == 200 and asked.scope["http_version"] == "1.0" and answer.head_length is None:
                 # Its client knows of no chunks: it is told the length, or that there was an error.
-                answer = await streaming.gather(incoming, answer, limit=self.max_body_bytes, debug=self._debug)
+                answer = await response_streaming.gather(incoming, answer, limit=self.max_body_bytes, debug=self._debug)
             if answer.body or asked.scope["method"] == "HEAD" or status in (204, 304):
                 status, headers, body = self.render(asked, answer)
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
             else:
-                await streaming.send_on(incoming, status, headers, receive, send)
+                await response_streaming.send_on(incoming, status, headers, receive, send)
         finally:
             incoming.close()
 
     # The steps of a request. They are called in this order by whoever serves it: `__call__`, or `direct.Direct`.
 
-    def route(self, asked: Asked) -> Answer | None:
+    def route(self, asked: ProxiedRequest) -> HTTPResponse | None:
         """Find the endpoint; return the answer if there is none to call, or `SCRAPED`."""
         scope, named = asked.scope, asked.named
         path = self._route_path(scope["path"])
@@ -181,22 +183,24 @@ class App:
             or b"transfer-encoding" in named
         )
         if is_odd and (refusal := framing.refusal(scope["headers"], scope.get("http_version", ""))) is not None:
-            return replies.of_status(*refusal)._replace(close=True)
+            return responses.of_status(*refusal)._replace(close=True)
         if path.startswith(RESERVED):
             return self._about_itself(scope["method"], path)
         self.metrics.in_flight += 1
         asked.is_counted = True
         found = self._routes.match(scope["method"], path)
-        if isinstance(found, Found):
+        if isinstance(found, RouteMatch):
             asked.endpoint, asked.params = found
             return None
         if isinstance(found, MethodNotAllowed):
             return _not_allowed(scope["method"], path, found.allowed)
         if found.redirect is not None:
-            return replies.redirect(self._root_path + found.redirect, scope["query_string"])
-        return replies.of_status(404, f"no endpoint has a route for {path!r}")
+            return responses.redirect(self._root_path + found.redirect, scope["query_string"])
+        return responses.of_status(404, f"no endpoint has a route for {path!r}")
 
-    def dispatch(self, asked: Asked, body: bytes, then: Callable[[Outcome], None], timeout_s: float) -> None:
+    def dispatch(
+        self, asked: ProxiedRequest, body: bytes, then: Callable[[CallOutcome], None], timeout_s: float
+    ) -> None:
         """Send it to its endpoint's backend; ``then`` hears the outcome, unless `withdraw` comes first.
 
         Raises:
@@ -231,29 +235,29 @@ class App:
             timeout_s=timeout_s,
         )
 
-    def _hold(self, asked: Asked, size: int) -> None:
+    def _hold(self, asked: ProxiedRequest, size: int) -> None:
         self.buffers.hold(size)
         asked.held_bytes += size
 
-    def withdraw(self, asked: Asked) -> None:
+    def withdraw(self, asked: ProxiedRequest) -> None:
         """Nobody waits for the outcome any more."""
         if asked.call is not None:
             asked.call.cancel()
 
-    def answer(self, asked: Asked, outcome: Reply | BaseException) -> Answer:
+    def answer(self, asked: ProxiedRequest, outcome: Reply | BaseException) -> HTTPResponse:
         """Return what the client gets to see of an outcome, or of what `dispatch` raised."""
         if isinstance(outcome, Reply):
-            return replies.of_reply(outcome, debug=self._debug)
+            return responses.of_reply(outcome, debug=self._debug)
         if isinstance(outcome, PenstockError):
-            return replies.of_error(outcome, debug=self._debug)
+            return responses.of_error(outcome, debug=self._debug)
         logger.error("request %s failed in the proxy", asked.request_id.decode(), exc_info=outcome)
-        return replies.of_status(500, f"the proxy failed with {type(outcome).__name__}; its log says more")
+        return responses.of_status(500, f"the proxy failed with {type(outcome).__name__}; its log says more")
 
-    def out_of_time(self) -> Answer:
+    def out_of_time(self) -> HTTPResponse:
         """Return the answer to what is unfinished when the time to shut down is over."""
-        return replies.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
+        return responses.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
 
-    def render(self, asked: Asked, answer: Answer) -> tuple[int, RawHeaders, bytes]:
+    def render(self, asked: ProxiedRequest, answer: HTTPResponse) -> tuple[int, RawHeaders, bytes]:
         """Return status, headers and body as they are sent."""
         status, headers, body, head_length, close = answer
         asked.status = status
@@ -271,7 +275,7 @@ class App:
             headers.append(_CLOSE)
         return status, headers, body
 
-    def render_head(self, asked: Asked, answer: Answer) -> tuple[int, RawHeaders]:
+    def render_head(self, asked: ProxiedRequest, answer: HTTPResponse) -> tuple[int, RawHeaders]:
         """Return status and headers of an answer whose body is still to come."""
         asked.status = answer.status
         headers = [*answer.headers, (request_ids.HEADER, asked.request_id)]
@@ -281,7 +285,7 @@ class App:
             headers.append(_CLOSE)
         return answer.status, headers
 
-    def done(self, asked: Asked) -> None:
+    def done(self, asked: ProxiedRequest) -> None:
         """Count it. To be called once for everything that was routed, whatever became of it."""
         if asked.held_bytes:
             self.buffers.release(asked.held_bytes)
@@ -298,7 +302,7 @@ class App:
             return path[len(self._root_path) :] or "/"
         return path
 
-    async def _call(self, asked: Asked, receive: Receive) -> Answer | Incoming:
+    async def _call(self, asked: ProxiedRequest, receive: Receive) -> HTTPResponse | IncomingStream:
         """Call the endpoint's backend. An answer in parts is returned when it has begun.
 
         Raises:
@@ -332,39 +336,39 @@ class App:
             outcome = e
         finally:
             self._hang_ups.forget(waiting)
-        if type(outcome) is HungUp:
+        if type(outcome) is ClientDisconnected:
             self.withdraw(asked)
             # A new one: its traceback leads to this frame, and that to the outcome and the body. So they would wait for
             # the garbage collector: 16 clients that left with 10 MiB under way cost 150 MiB each time.
-            raise HungUp
-        return outcome if isinstance(outcome, Incoming) else self.answer(asked, outcome)
+            raise ClientDisconnected
+        return outcome if isinstance(outcome, IncomingStream) else self.answer(asked, outcome)
 
-    def _about_itself(self, method: str, path: str) -> Answer:
+    def _about_itself(self, method: str, path: str) -> HTTPResponse:
         name = path[len(RESERVED) :]
         if name not in ("routes", "healthz", "metrics"):
-            return replies.of_status(404, f"there is no {path!r}")
+            return responses.of_status(404, f"there is no {path!r}")
         if method not in ("GET", "HEAD"):
             return _not_allowed(method, path, ("GET", "HEAD"))
         if name == "routes":
-            return replies.of_json(self._routes.listing())
+            return responses.of_json(self._routes.listing())
         if name == "metrics":
             return SCRAPED
         if self.draining:
-            return replies.of_text("draining", 503)
+            return responses.of_text("draining", 503)
         if not self._caller.connected:
-            return replies.of_text("no broker", 503)
+            return responses.of_text("no broker", 503)
         if not self._caller.takes_writes:
-            return replies.of_text("the broker refuses writes", 503)
-        return replies.of_text("ok")
+            return responses.of_text("the broker refuses writes", 503)
+        return responses.of_text("ok")
 
-    async def _scraped(self) -> Answer:
-        figures: Mapping[str, Figures] | None = None
+    async def _scraped(self) -> HTTPResponse:
+        figures: Mapping[str, BackendStats] | None = None
         try:
             figures = await asyncio.wait_for(self._caller.figures(), _SCRAPE_S)
         except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
             # What we counted ourselves is worth telling, above all now.
             logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
-        return replies.of_text(
+        return responses.of_text(
             self.metrics.render(self._caller.shadows.copies, figures), content_type=metrics.CONTENT_TYPE
         )
 
@@ -381,10 +385,10 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError(f"cannot serve the ASGI scope {scope['type']!r}")
 
 
-def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> Answer:
+def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> HTTPResponse:
     listed = ", ".join(allowed)
     message = f"{path!r} takes {listed}, not {method}"
-    return replies.of_status(405, message, [(b"allow", listed.encode())])
+    return responses.of_status(405, message, [(b"allow", listed.encode())])
 
 
 def _request_headers(scope: Scope, named: RawNamed) -> list[tuple[str, str]]:

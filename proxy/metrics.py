@@ -1,4 +1,4 @@
-"""What a proxy counts, in the text format of Prometheus.
+"""Metrics of a proxy in the text format of Prometheus.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 """
@@ -9,8 +9,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 
-from ..broker.figures import Figures
-from ..handles.shadows import Copies
+from ..broker.queue.stats import BackendStats
+from ..handles.calls.shadowing import ShadowCopies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,7 +47,9 @@ class Metrics:
             series = self._series[endpoint] = Series()
         return series
 
-    def render(self, copies: Mapping[str, Copies] | None = None, figures: Mapping[str, Figures] | None = None) -> str:
+    def render(
+        self, copies: Mapping[str, ShadowCopies] | None = None, figures: Mapping[str, BackendStats] | None = None
+    ) -> str:
         """Return them all, with those of each backend: the copies that were sent to shadows, and its ``figures``."""
         lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(figures or {}))
         return "".join(f"{line}\n" for line in lines)
@@ -75,7 +77,7 @@ class Metrics:
         yield f"penstock_http_requests_in_flight {self.in_flight}"
 
 
-def _lines_of_copies(copies: Mapping[str, Copies]) -> Iterator[str]:
+def _lines_of_copies(copies: Mapping[str, ShadowCopies]) -> Iterator[str]:
     yield "# HELP penstock_shadow_copies_total Copies of requests for shadow backends; refused: their queue was full."
     yield "# TYPE penstock_shadow_copies_total counter"
     for backend, counted in sorted(copies.items()):
@@ -84,7 +86,7 @@ def _lines_of_copies(copies: Mapping[str, Copies]) -> Iterator[str]:
         yield f'penstock_shadow_copies_total{{{label},outcome="refused"}} {counted.refused}'
 
 
-_OF_BACKENDS: tuple[tuple[str, str, str, Callable[[Figures], float]], ...] = (
+_OF_BACKENDS: tuple[tuple[str, str, str, Callable[[BackendStats], float]], ...] = (
     ("requests_queued", "gauge", "Requests that wait.", lambda of: of.queued),
     ("requests_in_progress", "gauge", "Requests that replicas hold.", lambda of: of.in_progress),
     ("queued_bytes", "gauge", "Bytes of both, as max_queued_bytes counts them.", lambda of: of.queued_bytes),
@@ -101,7 +103,7 @@ _OF_BACKENDS: tuple[tuple[str, str, str, Callable[[Figures], float]], ...] = (
 )
 
 
-def _lines_of_backends(figures: Mapping[str, Figures]) -> Iterator[str]:
+def _lines_of_backends(figures: Mapping[str, BackendStats]) -> Iterator[str]:
     """Every proxy tells the same of them: they are the broker's."""
     if not figures:
         return

@@ -15,18 +15,18 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp
 
-from ..broker import outages
-from ..broker.address import shown_url
 from ..broker.errors import BrokerUnavailable, ConfigError
-from ..broker.keys import Keys
-from ..broker.lease import Lease
-from ..broker.memory import Memory
-from ..broker.registry import Snapshot
-from ..handles.caller import Caller
+from ..broker.queue.leases import Lease
+from ..broker.registry.records import Snapshot
+from ..broker.transport import outages
+from ..broker.transport.url import shown_url
+from ..broker.wire.keys import Keys
+from ..handles.calls.request_client import RequestClient
+from ..runtime.memory import Memory
 from .app import App
-from .buffers import default_bytes
-from .connection_limit import MAX_CONNECTIONS, allowed_connections
-from .middlewares import wrap
+from .http1.buffers import default_bytes
+from .http1.connection_limit import MAX_CONNECTIONS, allowed_connections
+from .middleware import wrap
 from .server import PortInUse, Server, is_wildcard
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Proxy:
         self._address = address
         self._said: dict[str, Any] = {"node": node, "address": address, "pid": os.getpid(), "state": "starting"}
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
-        self._caller: Caller | None = None
+        self._caller: RequestClient | None = None
         self._app: App | None = None
         self._memory = Memory()
         self._server: Server | None = None
@@ -127,9 +127,9 @@ class Proxy:
         self._on_change(self._caller.snapshot)
         log.info("proxy %s serves on %s", self._name, url)
 
-    async def _connect(self) -> Caller:
+    async def _connect(self) -> RequestClient:
         while True:
-            caller = Caller(self._url, self._instance)
+            caller = RequestClient(self._url, self._instance)
             try:
                 await caller.open()
             except BrokerUnavailable as e:

@@ -1,4 +1,4 @@
-"""``X-Request-Id``: taken from the client if it may stand in a log line as it is, made here if not."""
+"""Request ids: ``X-Request-Id`` is taken from the client if it is safe to log, else made here."""
 
 from __future__ import annotations
 

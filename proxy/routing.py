@@ -1,4 +1,4 @@
-"""Which endpoint a method and a path belong to: Starlette's patterns and convertors without its application.
+"""Routing: the endpoint of a method and a path, with Starlette's patterns and convertors.
 
 Where several routes match a path, the most specific one has it, whatever the order they were made in (the registry is a
 set, and every proxy must choose alike). Routes are compared segment by segment from the left: literal text goes before
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 from starlette.routing import PARAM_REGEX, compile_path
 
 from ..broker.errors import ConfigError
-from ..broker.path_params import PathParam
-from ..broker.registry import EndpointRecord
+from ..broker.registry.records import EndpointRecord
+from ..broker.wire.path_params import PathParam
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -31,7 +31,7 @@ _RANKS = {"uuid": 1, "int": 1, "float": 2, "str": 3, "path": 4}
 _LITERAL, _END = (0,), (5,)
 
 
-class Found(NamedTuple):
+class RouteMatch(NamedTuple):
     """The endpoint that answers, and what the convertors made of the path."""
 
     endpoint: EndpointRecord
@@ -51,7 +51,7 @@ class NotFound(NamedTuple):
     """The same path with or without its last slash, if that has a route: as Starlette does, clients are sent there."""
 
 
-Match: TypeAlias = Found | MethodNotAllowed | NotFound
+Match: TypeAlias = RouteMatch | MethodNotAllowed | NotFound
 _NOWHERE = NotFound(None)
 
 
@@ -77,7 +77,7 @@ class Routes:
     """The routes of one snapshot, compiled."""
 
     endpoints: Iterable[EndpointRecord] = ()
-    _static: dict[str, dict[str, Found]] = field(init=False, default_factory=dict[str, "dict[str, Found]"])
+    _static: dict[str, dict[str, RouteMatch]] = field(init=False, default_factory=dict[str, "dict[str, RouteMatch]"])
     _patterns: list[_Pattern] = field(init=False, default_factory=list[_Pattern])
     _by_method: dict[str, list[_Pattern]] = field(init=False, default_factory=dict[str, "list[_Pattern]"])
 
@@ -93,7 +93,7 @@ class Routes:
             if not convertors:
                 exact = self._static.setdefault(endpoint.route, {})
                 for method in methods:
-                    exact.setdefault(method, Found(endpoint, {}))
+                    exact.setdefault(method, RouteMatch(endpoint, {}))
                 continue
             pattern = _Pattern(regex, convertors, endpoint, methods)
             self._patterns.append(pattern)
@@ -106,7 +106,7 @@ class Routes:
             return found
         for pattern in self._by_method.get(method, ()):
             if (params := pattern.params(path)) is not None:
-                return Found(pattern.endpoint, params)
+                return RouteMatch(pattern.endpoint, params)
         if allowed := self._allowed(path):
             return MethodNotAllowed(tuple(sorted(allowed)))
         other = path[:-1] if path.endswith("/") else path + "/"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import orjson
 from starlette.types import Scope
 
-from ..broker.wire import RAW_PATH_SAFE
+from ..broker.wire._fields import RAW_PATH_SAFE
 
 _JSON_ALONE = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 _MAX_HOSTS = 256

@@ -17,9 +17,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ..broker.errors import ConfigError, PenstockError
-from .connection_limit import MAX_CONNECTIONS, ConnectionLimit
-from .direct import protocol_for
-from .protocol import Protocol
+from .http1.connection_limit import MAX_CONNECTIONS, ConnectionLimit
+from .http1.fast_path import protocol_for
+from .http1.protocol import Protocol
 
 _SWEEP_S = 1.0
 _FLUSH_S = 0.5

@@ -1,6 +1,6 @@
-"""What users import to serve: start, connect, Client and its configuration.
+"""The public API for processes that serve: start, connect, Client and its configuration.
 
-It lies in `public`, which is loaded when the first of it is used: Ray takes a second, and some of the commands, whose
+It lies in `_api`, which is loaded when the first of it is used: Ray takes a second, and some of the commands, whose
 modules are below this package, need none of it.
 """
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .public import (
+    from ._api import (
         AsyncServeHandle,
         AutoscalingConfig,
         BackendConfig,
@@ -30,7 +30,7 @@ else:
         if name not in __all__ and name != "ControllerActor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         # One module, for whoever uses whichever of it: threads that load it meet at one lock.
-        return getattr(import_module(".public", __name__), name)
+        return getattr(import_module("._api", __name__), name)
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What users hold: the sync face of an instance."""
+"""The client: the sync API of an instance."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, TypeVar
 
-from ..broker.address import shown_url
 from ..broker.errors import PenstockError
-from ..broker.keys import check_name
-from ..broker.registry import BackendRecord, EndpointRecord
-from ..handles import background
-from ..handles.connection import CLOSE_TIMEOUT_S, Connected, wait_until_queued
+from ..broker.registry.records import BackendRecord, EndpointRecord
+from ..broker.transport.url import shown_url
+from ..broker.wire.keys import check_name
+from ..handles import background_loop
+from ..handles.connection import CLOSE_TIMEOUT_S, Connection, wait_until_queued
 from ..proxy.routing import check_route
-from ..workers.accept_batch import accepts_batch
-from ..workers.directories import pack
-from ..workers.target import dump
-from . import changes, validation
+from ..workers.executing.accept_batch import accepts_batch
+from ..workers.executing.user_code import dump
+from ..workers.runtime_env import pack
+from . import registry_changes, validation
 from .config import BackendConfig
 from .instance import Instance
 from .status import Status
@@ -35,7 +35,7 @@ Target = Callable[..., Any] | str
 """What can be deployed: a function, a class, or where to import either."""
 
 
-class Client(Connected):
+class Client(Connection):
     """One instance: its backends, its endpoints, its handles, its end.
 
     ``serve.start`` and ``serve.connect`` make it. Its methods block, and may be called from any thread. Those that
@@ -201,7 +201,7 @@ class Client(Connected):
     def get_backend_config(self, tag: str) -> BackendConfig:
         """Return how a backend runs. Raises `BackendNotFound`."""
         validation.check_tag(tag)
-        return BackendConfig.stored(changes.backend_of(self._run(self._core.snapshot()), tag).config)
+        return BackendConfig.stored(registry_changes.backend_of(self._run(self._core.snapshot()), tag).config)
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """Return every backend's configuration, by tag."""
@@ -261,7 +261,7 @@ class Client(Connected):
             traffic={backend: 1.0},
             call_methods=validation.check_call_methods(call_methods),
         )
-        self._run(self._core.change(lambda seen: changes.add_endpoint(seen, new)))
+        self._run(self._core.change(lambda seen: registry_changes.add_endpoint(seen, new)))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Return ``{name: {"route", "methods", "traffic", "shadows"}}``."""
@@ -271,7 +271,7 @@ class Client(Connected):
     def delete_endpoint(self, name: str) -> None:
         """Delete an endpoint; return when no proxy serves its route. Its backends stay. Raises `EndpointNotFound`."""
         check_name("an endpoint", name)
-        self._run(self._core.change(lambda seen: changes.remove_endpoint(seen, name)))
+        self._run(self._core.change(lambda seen: registry_changes.remove_endpoint(seen, name)))
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Share out an endpoint's requests among backends; return when every proxy does so.
@@ -288,7 +288,7 @@ class Client(Connected):
             TypeError: an argument is of the wrong type.
         """
         check_name("an endpoint", endpoint)
-        self._run(self._core.change(lambda seen: changes.set_traffic(seen, endpoint, traffic)))
+        self._run(self._core.change(lambda seen: registry_changes.set_traffic(seen, endpoint, traffic)))
 
     def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
         """Copy a part of an endpoint's requests to a backend; return when every proxy does so.
@@ -309,7 +309,7 @@ class Client(Connected):
         check_name("an endpoint", endpoint)
         validation.check_tag(tag)
         share = validation.check_proportion(proportion)
-        self._run(self._core.change(lambda seen: changes.set_shadow(seen, endpoint, tag, share)))
+        self._run(self._core.change(lambda seen: registry_changes.set_shadow(seen, endpoint, tag, share)))
 
     # -- the whole
 
@@ -350,11 +350,11 @@ class Client(Connected):
         with self._started:
             try:
                 if end:
-                    background.run(self._core.end(erase=erase))
+                    background_loop.run(self._core.end(erase=erase))
                 else:
                     wait_until_queued(self.redis_url, self.instance, CLOSE_TIMEOUT_S)
             finally:
-                background.run(self._core.close())
+                background_loop.run(self._core.close())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
@@ -367,7 +367,7 @@ class Client(Connected):
         except PenstockError:
             coroutine.close()
             raise
-        return background.run(coroutine)
+        return background_loop.run(coroutine)
 
     def _check_open(self) -> None:
         if self._closed:

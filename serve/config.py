@@ -1,4 +1,4 @@
-"""What users can set: three values that check themselves, print themselves, and say what is wrong with them."""
+"""Configuration values: they validate themselves and name their mistakes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 from starlette.middleware import Middleware
 
-from ..broker.dead_limits import MAX_DEAD_LETTERS
 from ..broker.errors import ConfigError
-from ..handles.calls import MAX_QUEUED, MAX_QUEUED_BYTES
-from ..proxy.connection_limit import MAX_CONNECTIONS
+from ..broker.queue.dead_letter_limits import MAX_DEAD_LETTERS
+from ..handles.calls.call import MAX_QUEUED, MAX_QUEUED_BYTES
+from ..proxy.http1.connection_limit import MAX_CONNECTIONS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 

@@ -1,4 +1,4 @@
-"""An instance as its clients change it: each change goes to the registry, and is over when it serves.
+"""An instance as its clients change it: each change is written to the registry and awaited.
 
 This is the async core of `Client`. It needs no Ray: what a change comes to, the controller reports in the registry.
 """
@@ -12,16 +12,17 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..broker.address import shown_url
-from ..broker.connection import Connection
 from ..broker.errors import ConfigError, PenstockError
-from ..broker.figures import figures_of
-from ..broker.keys import Keys
-from ..broker.load import load_of
-from ..broker.registry import BackendRecord, Change, Registry, Snapshot
-from ..handles.caller import Caller
+from ..broker.queue.load import read_depth
+from ..broker.queue.stats import read_stats
+from ..broker.registry.records import BackendRecord, Change, Snapshot
+from ..broker.registry.store import Registry
+from ..broker.transport.connection import RedisConnection
+from ..broker.transport.url import shown_url
+from ..broker.wire.keys import Keys
+from ..handles.calls.request_client import RequestClient
 from ..handles.errors import from_wire
-from . import changes
+from . import registry_changes
 from .config import BackendConfig
 from .settings import Settings
 from .status import Status, explained, explained_refusal
@@ -50,7 +51,7 @@ class Instance:
     def __init__(self, redis_url: str, name: str) -> None:
         self.redis_url, self.name = redis_url, name
         self._keys = Keys(name)
-        self._connection = Connection(redis_url, name="penstock-client")
+        self._connection = RedisConnection(redis_url, name="penstock-client")
         self.registry = Registry(self._connection, self._keys)
 
     async def open(self) -> Instance:
@@ -103,7 +104,7 @@ class Instance:
             await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
             await self._until(self._has_stopped, f"instance {self.name!r} did not end", _STOP_S)
         # What the handles of this process share, so that they do not look for a broker that may end now.
-        if (caller := Caller.shared(self.redis_url, self.name)) is not None:
+        if (caller := RequestClient.shared(self.redis_url, self.name)) is not None:
             await caller.close()
         if erase:
             await self.registry.erase()
@@ -116,10 +117,10 @@ class Instance:
 
     async def add_backend(self, record: BackendRecord, code: bytes, files: bytes = b"") -> None:
         # Before the code is sent, which can be large.
-        changes.add_backend(await self.snapshot(), record)
+        registry_changes.add_backend(await self.snapshot(), record)
         record = replace(record, **await self._store(code=code, files=files))
         try:
-            await self.registry.change(lambda seen: changes.add_backend(seen, record))
+            await self.registry.change(lambda seen: registry_changes.add_backend(seen, record))
             await self._come_about(record)
         except BaseException:
             await self._undo(record, None)
@@ -134,14 +135,14 @@ class Instance:
         files: bytes | None = None,
     ) -> None:
         """Change a backend; what it was serves on if what it is to be cannot. Code and files that are None stay."""
-        changes.update_backend(await self.snapshot(), tag, update)
+        registry_changes.update_backend(await self.snapshot(), tag, update)
         stored = await self._store(code=code, files=files)
         before: BackendRecord | None = None
         record: BackendRecord | None = None
 
         def decide(seen: Snapshot) -> Change:
             nonlocal before, record
-            change = changes.update_backend(seen, tag, lambda old: replace(update(old), **stored))
+            change = registry_changes.update_backend(seen, tag, lambda old: replace(update(old), **stored))
             before, record = seen.backends[tag], change.backends.get(tag)
             return change
 
@@ -161,12 +162,12 @@ class Instance:
 
     async def remove_backend(self, tag: str, *, drain: bool) -> None:
         seen = await self.snapshot()
-        changes.remove_backend(seen, tag)
+        registry_changes.remove_backend(seen, tag)
         record = seen.backends[tag]
         if drain:
             grace_s = BackendConfig.stored(record.config).graceful_shutdown_timeout_s
             await self._until(lambda: self._is_idle(tag), "", grace_s, late_is_fine=True)
-        await self.registry.change(lambda seen: changes.remove_backend(seen, tag))
+        await self.registry.change(lambda seen: registry_changes.remove_backend(seen, tag))
         await self._delete(record.stored)
         await self._gone(tag)
 
@@ -221,7 +222,7 @@ class Instance:
 
         def decide(seen: Snapshot) -> Change:
             nonlocal undone
-            change = changes.undo_backend(seen, failed, before)
+            change = registry_changes.undo_backend(seen, failed, before)
             undone = change.backends.get(failed.tag)
             return change
 
@@ -258,7 +259,7 @@ class Instance:
 
     async def queued(self, tag: str) -> int:
         """Return how many requests of a backend are unsettled: waiting or running."""
-        return (await load_of(self._connection, self._keys, tag)).unsettled
+        return (await read_depth(self._connection, self._keys, tag)).unsettled
 
     async def status(self) -> Status:
         return Status(
@@ -276,7 +277,7 @@ class Instance:
         return "alive" if said is None else f"waiting for {said['waits_for']}"
 
     async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
-        figures = await figures_of(self._connection, self._keys, tag)
+        figures = await read_stats(self._connection, self._keys, tag)
         answered = figures.served + figures.failed
         return {
             **said,
@@ -297,7 +298,7 @@ class Instance:
     async def change(self, decide: Callable[[Snapshot], Change]) -> None:
         """Make a change that is live at every proxy, and for the handles of this process, when this returns."""
         version = await self.registry.change(decide)
-        async with Caller.using(self.redis_url, self.name) as caller:
+        async with RequestClient.using(self.redis_url, self.name) as caller:
             await caller.watcher.wait_for(version, _LIVE_S)
 
         async def is_live() -> bool:

@@ -1,4 +1,4 @@
-"""How an instance was started, as it lies in the registry: what its controller needs to know besides its backends."""
+"""Settings of an instance that its controller reads from the registry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 from ray import cloudpickle
 from starlette.middleware import Middleware
 
-from ..broker.registry import Registry
+from ..broker.registry.store import Registry
 from .config import HTTPOptions
 
 

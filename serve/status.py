@@ -1,4 +1,4 @@
-"""How an instance is doing, as ``Client.status`` tells it: a dict for programs that prints well for people."""
+"""The status of an instance: a dict for programs that prints as a table."""
 
 from __future__ import annotations
 

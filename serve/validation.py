@@ -1,4 +1,4 @@
-"""What a call may ask for, decided before anything is written: pure functions that return what is right or raise.
+"""Validation of calls before anything is written: pure functions that return valid values or raise.
 
 A wrong type is a ``TypeError``, a wrong value a `ConfigError`, an unknown name a `BackendNotFound`. Routes are checked
 by those who match them (``proxy/routing.py``).
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ..broker.address import MAX_MEMORY, shown_url
-from ..broker.embedded import LEAST_MEMORY_BYTES
+from ..broker.embedded.server import LEAST_MEMORY_BYTES
 from ..broker.errors import ConfigError
-from ..broker.keys import check_name
+from ..broker.transport.url import MAX_MEMORY, shown_url
+from ..broker.wire.keys import check_name
 from ..handles.errors import BackendNotFound
 from ..handles.options import check_method_name
-from ..workers.directories import EXCLUDES, PY_MODULES, WORKING_DIR
-from ..workers.methods import HOOKS
+from ..workers.executing.methods import HOOKS
+from ..workers.runtime_env import EXCLUDES, PY_MODULES, WORKING_DIR
 from .config import BackendConfig
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")

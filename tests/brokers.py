@@ -11,7 +11,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from testcontainers.core.container import DockerContainer
 
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.waiting import wait_until
 
 KINDS = ("embedded", "redis-container", "valkey-container")

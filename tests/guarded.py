@@ -17,7 +17,7 @@ from urllib.parse import quote
 from redis import Redis
 from redis.exceptions import RedisError
 
-from penstock.broker.embedded import _find_binary  # pyright: ignore[reportPrivateUsage]
+from penstock.broker.embedded.server import _find_binary  # pyright: ignore[reportPrivateUsage]
 from tests.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"

@@ -12,15 +12,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FOLDERS_BELOW = {
-    "broker": set[str](),
-    "handles": {"broker"},
-    "proxy": {"broker", "handles"},
-    "workers": {"broker", "handles"},
-    "serve": {"broker", "handles", "proxy", "workers"},
+    "runtime": set[str](),
+    "broker": {"runtime"},
+    "handles": {"runtime", "broker"},
+    "proxy": {"runtime", "broker", "handles"},
+    "workers": {"runtime", "broker", "handles"},
+    "serve": {"runtime", "broker", "handles", "proxy", "workers"},
 }
 
 # orjson writes and reads JSON wherever there is some, and is part of the thin install.
 OTHERS = {
+    "runtime": set[str](),
     "broker": {"redis", "hiredis", "orjson"},
     "handles": {"orjson"},
     "proxy": {"orjson", "httptools", "starlette", "uvicorn"},

@@ -1,319 +1,166 @@
-"""A replica, and the Ray actor around it: it reads from the registry what it is to run, and says there how it is doing.
-
-Nobody has to tell it anything but when to end, so it goes on serving whatever becomes of the controller and of Ray.
-"""
+"""A replica: the work of one process on its backend, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
-from collections.abc import Coroutine, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import ray
-from ray.exceptions import ActorDiedError, RayError
-
-from ..broker import figures, outages
-from ..broker.address import shown_url
-from ..broker.connection import Connection, FateUnknown
-from ..broker.defaults import belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
-from ..broker.keys import Keys
-from ..broker.memory import Memory
-from ..broker.registry import BackendRecord, Registry, Snapshot, Watcher
-from ..handles.errors import BackendNotFound, to_wire
-from ..handles.log_lines import name_requests
-from .directories import Unpacked
-from .runner import Runner
-from .sigterm import DrainsOnSigterm
-from .worker import Worker
+from ..broker.queue.consumer_group import ConsumerGroup
+from ..broker.queue.flow_control import TAKEN
+from ..broker.queue.leases import Lease
+from ..broker.queue.signals import LOOK, Signals
+from ..broker.queue.stats import RunStats
+from ..broker.transport.connection import RedisConnection
+from ..broker.wire.keys import Keys
+from .consuming.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
+from .consuming.consumer import Consumer
+from .consuming.redelivery import Redelivery
+from .consuming.settlement import Settlement
+from .consuming.stray_claims import StrayClaims
+from .executing.runner import Runner
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "penstock"
-
-_RETRY_S = 0.5
-_PROMPTLY_S = 1.0
-_COUNT_S = 1.0
-_GRACEFUL_SHUTDOWN_S = 20.0
+_IS_WAITING_S = 5.0
 
 
-class Serving:
-    """The life of one replica, from `ready` to `drain`: a plain asyncio class, which needs no Ray."""
+class Replica:
+    """Serves one backend from its stream with one `Runner`, from `start` to `stop`."""
 
-    def __init__(
-        self, redis_url: str, instance: str, backend: str, replica: str, where: Mapping[str, Any] | None = None
-    ) -> None:
-        self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
-        self._keys = Keys(instance)
-        self._version = ""
-        self._config_version = self._refused = 0
-        self._said: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
-        self._connection: Connection | None = None
-        self._directories: Unpacked | None = None
-        self._runner: Runner | None = None
-        self._worker: Worker | None = None
-        self._memory = Memory()
-        self._starting: asyncio.Task[None] | None = None
-        self._ending: asyncio.Task[bool] | None = None
-        self._following: asyncio.Task[None] | None = None
-        self._checking: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+    def __init__(self, url: str, instance: str, backend: str, replica: str, runner: Runner) -> None:
+        self.backend, self.replica = backend, replica
+        self._runner = runner
+        keys = Keys(instance)
+        commands = self._commands = RedisConnection(url, name=f"penstock-{replica}")
+        reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims")
+        claims = self._claims = ConsumerGroup(commands, reads, keys, backend, replica)
+        answers = Settlement(commands, claims, keys, backend, replica)
+        self._consumer = Consumer(runner, commands, claims, answers, keys, backend, replica)
+        self._outlet = self._consumer.outlet
+        self._strays = StrayClaims(self._consumer, claims)
+        self._take_over = Redelivery(self._consumer, claims, answers, self._strays, backend)
+        self._lease = Lease(url, keys.alive(backend, replica))
+        self._signals = Signals(url, keys, backend, self._on_signal)
+        self._look: asyncio.Task[None] | None = None
+        self._claim_watch = ClaimWatch()
+        self._observing: asyncio.TimerHandle | None = None
 
-    async def ready(self) -> None:
-        """Return when it serves, however long the user's constructor takes. Called again, it tells the same.
+    @property
+    def capacity(self) -> int:
+        """How many requests run here at a time when all of it is busy."""
+        return self._consumer.capacity
+
+    @property
+    def in_progress(self) -> int:
+        return len(self._consumer.held)
+
+    @property
+    def tally(self) -> RunStats:
+        """What was done since it was last set."""
+        return self._consumer.tally
+
+    @tally.setter
+    def tally(self, tally: RunStats) -> None:
+        self._consumer.tally = tally
+
+    async def start(self) -> None:
+        """Connect, take the lease and begin to claim. The runner must have started.
 
         Raises:
-            BackendNotFound: its backend was deleted.
-            BackendError: the user's code cannot be loaded, constructed or configured.
+            BrokerUnavailable: Redis cannot be reached.
         """
-        if self._starting is None:
-            self._starting = asyncio.ensure_future(self._start())
-        await asyncio.shield(self._starting)
+        loop = asyncio.get_running_loop()
+        self._consumer.open()
+        self._runner.stream_to(self._outlet)
+        self._runner.keep_time_by(self._commands.now_ms)
+        await self._commands.open()
+        await self._reads.open()
+        # Either may have carried a claim that we never saw.
+        self._commands.on_reconnect(self._recover)
+        self._reads.on_reconnect(self._recover)
+        # Without its lease a consumer counts as dead, so the lease comes before the first claim.
+        await loop.run_in_executor(None, self._lease.start)
+        await self._claims.ensure_group()
+        await self._signals.open()
+        self._consumer.configure()
+        self._look = loop.create_task(self._take_over.keep_looking(), name="take-over")
+        self._observe_claims()
+        self._consumer.ask()
 
     async def check(self) -> None:
-        """Return if it is well, as far as is known by now. At rest, give back memory that large bodies took.
-
-        A ``check_health`` of the user's that waits behind a long request is no sign of illness: it is not waited for,
-        and what it says is said by the next call.
+        """Return if it claims, has no room, or nothing waits for it.
 
         Raises:
-            PenstockError: it could not start, or it has stopped claiming though requests wait.
-            BackendError: the user's ``check_health`` raised, or took too long.
+            PenstockError: it has had room for a while and has not claimed, though requests wait.
         """
-        if self._starting is not None and self._starting.done():
-            await self._starting
-        if self._runner is None or self._worker is None:
+        if not self._claim_watch.has_stopped:
             return
-        await self._worker.check()
-        if self._checking is None:
-            self._checking = asyncio.ensure_future(self._runner.check_health())
-        checking = self._checking
-        await asyncio.wait([checking], timeout=_PROMPTLY_S)
-        if checking.done():
-            self._checking = None
-            await checking
-        if not self._worker.in_progress:
-            self._memory.give_back()
+        try:
+            is_work_waiting = await asyncio.wait_for(self._claims.is_work_waiting(), _IS_WAITING_S)
+        except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
+            log.warning("cannot see whether requests wait for backend %r: %s", self.backend, str(e) or type(e).__name__)
+            return
+        if is_work_waiting:
+            raise PenstockError(
+                f"replica {self.replica!r} has had room for {STOPPED_AFTER_S:g} s and has not claimed, "
+                f"though requests wait for backend {self.backend!r}"
+            )
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Use another configuration from now on. Raises `BackendError` if the user's code does not take it."""
+        await self._runner.reconfigure(config)
+        self._consumer.configure()
+        self._consumer.ask()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, finish what was begun, and stop serving for good.
+        """Stop claiming, give back what was only prefetched, and finish the rest.
 
-        Returns False if some of it was unfinished after ``timeout_s`` seconds. Other replicas take that over.
+        Returns False if some of it was still running after ``timeout_s`` seconds.
         """
-        if self._ending is None:
-            self._ending = asyncio.ensure_future(self._end(timeout_s))
-        return await asyncio.shield(self._ending)
-
-    async def drain_gracefully(self) -> bool:
-        """`drain`, for as long as its backend's configuration says."""
-        config = self._runner.config if self._runner is not None else {}
-        return await self.drain(config.get("graceful_shutdown_timeout_s", _GRACEFUL_SHUTDOWN_S))
-
-    # -- starting
-
-    async def _start(self) -> None:
-        await self._connect()
-        try:
-            record = self._watcher.snapshot.backends.get(self._backend)
-            if record is None:
-                raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
-            self._version = record.version
-            self._say(version=record.version, config_version=0)
-            code = await self._code(record.code)
-            if record.files:
-                self._directories = await asyncio.to_thread(Unpacked, await self._code(record.files))
-                self._directories.enter()
-            self._runner = Runner(self._backend, self._replica, code, record.config)
-            await self._runner.start()
-        except PenstockError as e:
-            log.error("replica %s cannot start: %s", self._replica, e)
-            self._say(state="failed", error=to_wire(e))
-            raise
-        self._worker = await self._claiming(self._runner)
-        self._config_version = record.config_version
-        self._say(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
-        self._watcher.add_listener(self._on_change)
-        self._on_change(self._watcher.snapshot)
-        self._spawn(self._keep_counting(self._worker))
-
-    async def _connect(self) -> None:
-        while True:
-            connection = Connection(self._url, name=f"penstock-{self._replica}-registry")
-            self._registry = Registry(connection, self._keys)
-            self._watcher = Watcher(self._url, self._registry, self._keys)
-            try:
-                await connection.open()
-                await self._watcher.start()
-            except BrokerUnavailable as e:
-                outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
-                await self._watcher.close()
-                await connection.close()
-                await asyncio.sleep(_RETRY_S)
-            else:
-                outages.report_ended(shown_url(self._url), self)
-                connection.on_reconnect(self._tell)  # a broker that lost its data has lost what we said too
-                self._connection = connection
-                return
-
-    async def _code(self, digest: str) -> bytes:
-        while True:
-            try:
-                return await self._registry.get_code(digest)
-            except BrokerUnavailable:
-                await asyncio.sleep(_RETRY_S)
-
-    async def _claiming(self, runner: Runner) -> Worker:
-        while True:
-            worker = Worker(self._url, self._instance, self._backend, self._replica, runner)
-            try:
-                await worker.start()
-            except BrokerUnavailable as e:
-                outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
-                await worker.stop()
-                await asyncio.sleep(_RETRY_S)
-            else:
-                outages.report_ended(shown_url(self._url), self)
-                return worker
-
-    # -- following the registry
-
-    def _on_change(self, _: Snapshot) -> None:
-        if self._following is None or self._following.done():
-            self._following = self._spawn(self._follow())
-
-    async def _follow(self) -> None:
-        """Take over configurations until there is no newer one."""
-        assert self._worker is not None
-        while (record := self._newer()) is not None:
-            try:
-                await self._worker.reconfigure(record.config)
-            except PenstockError as e:
-                log.error("replica %s keeps its configuration: %s", self._replica, e)
-                self._refused = record.config_version
-                self._say(error=to_wire(e), refused=record.config_version)
-            else:
-                self._config_version = record.config_version
-                capacity = self._worker.capacity
-                self._say(config_version=record.config_version, error=None, refused=None, capacity=capacity)
-
-    def _newer(self) -> BackendRecord | None:
-        record = self._watcher.snapshot.backends.get(self._backend)
-        # A new version of the code has replicas of its own, and its configuration may not suit ours.
-        if record is None or record.version != self._version or self._ending is not None:
-            return None
-        return record if record.config_version > max(self._config_version, self._refused) else None
-
-    def _say(self, **news: Any) -> None:
-        """Change what the registry holds of us, as soon as that can be reached."""
-        self._said = {name: value for name, value in {**self._said, **news}.items() if value is not None}
-        self._spawn(self._tell())
-
-    async def _tell(self) -> None:
-        while True:
-            try:
-                return await self._registry.report("replicas", self._replica, self._said)
-            except BrokerUnavailable:
-                await asyncio.sleep(_RETRY_S)
-
-    # -- counting
-
-    async def _keep_counting(self, worker: Worker) -> None:
-        while True:
-            await asyncio.sleep(_COUNT_S)
-            await self._count(worker)
-
-    async def _count(self, worker: Worker) -> None:
-        """Say what was done since this was said last."""
-        tally, worker.tally = worker.tally, figures.Tally()
-        if not tally or self._connection is None:
-            return
-        try:
-            await figures.add(self._connection, self._keys, self._backend, tally)
-        except FateUnknown:
-            pass  # rather not counted than twice
-        except BrokerUnavailable:
-            worker.tally.take(tally)
-        except BrokerRefused as e:
-            log.warning("cannot count what %s has done: %s", self._replica, e)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    # -- ending
-
-    async def _end(self, timeout_s: float) -> bool:
-        loop, finished = asyncio.get_running_loop(), True
+        loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_s
-        if self._starting is not None and not self._starting.done():
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
-        if self._connection is not None:
-            self._say(state="draining")
-        if self._worker is not None:
-            finished = await self._worker.drain(timeout_s)
-        if self._runner is not None:
-            finished = await self._runner.stop(max(0.0, ends_at - loop.time())) and finished
-        if self._worker is not None:
-            await self._worker.stop()
-        for task in self._tasks:
-            task.cancel()
-        if self._connection is not None:
-            if self._worker is not None and self._connection.connected:
-                await self._count(self._worker)
-            await self._watcher.close()
-            await self._connection.close()
-        if self._directories is not None:
-            await asyncio.to_thread(self._directories.remove)
+        finished = await self._consumer.drain(timeout_s)
+        # A reply that the broker refuses is lost with the connection, and another replica would run its request again.
+        await self._commands.wait_for_patient(ends_at - loop.time())
         return finished
 
-
-class ReplicaActor(DrainsOnSigterm):
-    """A replica as a Ray actor. All of its methods may be waiting at once."""
-
-    def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
-        name_requests()
-        belong_to(redis_url, instance)  # for `serve.connect()` in the user's code
-        where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
-        self._serving = Serving(redis_url, instance, backend, replica, where)
-        self.on_sigterm(self._serving.drain_gracefully)
-
-    async def ready(self) -> None:
-        await self._serving.ready()
-        # What was made so far lives as long as the process: it need not be looked through again and again.
-        gc.collect()
-        gc.freeze()
-
-    async def check(self) -> None:
-        await self._serving.check()
-
-    async def drain(self, timeout_s: float) -> bool:
-        return await self._serving.drain(timeout_s)
-
-    async def attend(self, controller: str) -> None:
-        """Live as long as the actor ``controller``, over its restarts; end when that has ended for good."""
-        await outlast(controller)
-        ray.kill(cast("Any", ray.get_runtime_context()).current_actor)
-
-
-async def outlast(name: str) -> None:
-    """Return when the actor ``name`` will not come back."""
-    while True:
+    async def stop(self) -> None:
+        """Drop the lease and disconnect. What is still held is taken over by other replicas, so `drain` first."""
+        self._consumer.draining = True
+        if self._look is not None:
+            self._look.cancel()
+            await asyncio.wait([self._look])
+        if self._observing is not None:
+            self._observing.cancel()
+        self._consumer.close()
+        await self._signals.close()
+        # Its outstanding claim ends with its connection; what that claimed in the last moment is taken over.
+        await self._reads.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._lease.stop)
         try:
-            # In a thread, as it blocks for long when Ray's head is away.
-            actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
-            await actor.attend.remote()
-        except (ValueError, ActorDiedError):  # a ValueError: there is none of that name
-            return
-        except RayError as e:
-            log.debug("cannot attend to %s: %s", name, e)
-        await asyncio.sleep(_RETRY_S)
+            if self._commands.connected:
+                await self._claims.leave()
+        except (BrokerUnavailable, BrokerRefused) as e:
+            log.debug("left without a farewell: %s", e)
+        await self._commands.close()
 
+    def _on_signal(self, signal: bytes) -> None:
+        if signal == LOOK:
+            self._consumer.wake.set()
+        elif signal.startswith(TAKEN):
+            self._outlet.hear(signal)
+        else:
+            self._consumer.withdraw(signal)
 
-Replica: Any = ray.remote(ReplicaActor)
-"""Takes the broker's URL, the names of the instance and of the backend, and the replica's own."""
+    def _observe_claims(self) -> None:
+        loop, consumer = asyncio.get_running_loop(), self._consumer
+        self._observing = loop.call_later(OBSERVE_S, self._observe_claims)
+        could_claim = self._commands.connected and self._reads.connected and consumer.could_claim
+        self._claim_watch.observe(consumer.claims_answered, could_claim, loop.time())
+
+    async def _recover(self) -> None:
+        await self._claims.ensure_group()
+        await self._strays.take_fresh()

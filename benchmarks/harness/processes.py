@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import keeper
+from benchmarks.harness import reaper
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRACE_S = 3.0
-END_WITHIN_S = GRACE_S + keeper.KILL_WITHIN_S + 5.0
+END_WITHIN_S = GRACE_S + reaper.KILL_WITHIN_S + 5.0
 
 
 class ProgramFailed(Exception):
@@ -40,7 +40,7 @@ class Program:
         environment.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is none of our business
         with self._log.open("wb") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, keeper.__file__, str(GRACE_S), *command],
+                [sys.executable, reaper.__file__, str(GRACE_S), *command],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 env=environment, cwd=self.scratch, start_new_session=True,
             )  # fmt: skip
@@ -104,9 +104,9 @@ class Program:
 
 
 def cpu_s_below(keeper_pid: int) -> dict[int, tuple[str, float]]:
-    """Name and CPU seconds so far of every process that lives below a keeper."""
+    """Name and CPU seconds so far of every process that lives below a reaper."""
     used: dict[int, tuple[str, float]] = {}
-    for pid in keeper.descendants(keeper_pid):
+    for pid in reaper.descendants(keeper_pid):
         with contextlib.suppress(OSError, IndexError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             used[pid] = name_of(pid), (int(fields[11]) + int(fields[12])) / TICKS_PER_S

@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from penstock.broker.commands import Script
-from penstock.broker.lease import Lease
-from penstock.broker.publishing import Publisher, _hand_out
+from penstock.broker.queue.leases import Lease
+from penstock.broker.queue.publisher import Publisher, _hand_out
+from penstock.broker.transport.commands import Script
 from penstock.proxy import request_ids
 
 ENVIRONMENT = "PENSTOCK_BENCH_BARE"

@@ -15,13 +15,14 @@ import bare_path
 import uvloop
 from program import NOOP_ANSWER, Job, parse
 
-from penstock.broker.connection import Connection
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
 from penstock.serve.config import BackendConfig
-from penstock.workers import target
+from penstock.workers.executing import user_code
 
 INSTANCE, BACKEND = "default", "noop"
 
@@ -32,10 +33,10 @@ def noop(request: Any) -> Any:
 
 async def fill_registry(url: str) -> None:
     """Write down one backend and its endpoint, as ``create_backend`` and ``create_endpoint`` would."""
-    connection = Connection(url)
+    connection = RedisConnection(url)
     await connection.open()
     registry = Registry(connection, Keys(INSTANCE))
-    code = await registry.put_code(target.dump(noop))
+    code = await registry.put_code(user_code.dump(noop))
     backend = BackendRecord(tag=BACKEND, version="1", code=code, config=BackendConfig().model_dump())
     endpoint = EndpointRecord(name=BACKEND, route="/", methods=("GET", "POST"), traffic={BACKEND: 1.0})
     await registry.change(lambda _: Change({BACKEND: backend}, {BACKEND: endpoint}))

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ...broker import exact_json
+from ...broker.wire import exact_json
 from ...handles import BatchItem, BatchResult
-from ...handles.batch import Batch
+from ...handles.batch.producer import Batch
 from ...handles.errors import BackendError, MalformedBody
-from ...handles.results import Response
-from .common import check_text, door_to, error_of, result_line, telling_what_is_wrong, which_instance, wrong
+from ...handles.response import Response
 from .csv_rows import parse_types
 from .exits import FAILED
+from .options import check_text, door_to, error_of, result_line, telling_what_is_wrong, which_instance, wrong
 from .output import Output, is_regular_file
 from .rows import Format, Rows
 

@@ -9,8 +9,10 @@ import click
 
 from ...handles.codec import load_json
 from ...handles.errors import BackendError, MalformedBody, PenstockError
-from ...handles.results import Response
-from .common import (
+from ...handles.response import Response
+from .csv_rows import is_text
+from .exits import FAILED
+from .options import (
     as_json,
     check_text,
     door_to,
@@ -21,8 +23,6 @@ from .common import (
     write_json,
     wrong,
 )
-from .csv_rows import is_text
-from .exits import FAILED
 
 
 @click.command()

@@ -1,10 +1,10 @@
-"""What the commands share that need more of an instance than its broker."""
+"""Connecting commands to an instance."""
 
 from __future__ import annotations
 
 from ..client import Client
-from ..doors import connect
-from .common import telling_what_is_wrong
+from ..lifecycle import connect
+from .options import telling_what_is_wrong
 
 
 def client_of(redis_url: str | None, instance: str) -> Client:

@@ -14,7 +14,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Literal, cast
 
-from ...broker import exact_json
+from ...broker.wire import exact_json
 from ...handles.errors import MalformedBody
 
 ColumnType = Literal["str", "int", "float", "number"]

@@ -1,4 +1,4 @@
-"""``penstock dead``: the requests that nobody could serve."""
+"""``penstock dead``: list, replay and drop dead letters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ...broker.dead import DeadLetter
+from ...broker.queue.dead_letters import DeadLetter
 from ...handles.codec import decode
 from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
 from ..status import table
-from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 from .exits import FAILED
+from .options import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 
 _SHOWN = 2_000
 """Characters of a body."""

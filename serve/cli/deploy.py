@@ -11,14 +11,14 @@ import click
 from rich.console import Console
 
 from ...broker.errors import PenstockError
-from ...broker.registry import Change, Snapshot
-from ...handles import background
-from ..application import Application, Step, plan, read
+from ...broker.registry.records import Change, Snapshot
+from ...handles import background_loop
 from ..client import Client
+from ..deploy.manifest import Manifest, ManifestChange, plan, read
 from ..instance import Instance
-from .common import as_json, error_of, which_instance, write_json, wrong
 from .connecting import client_of
 from .exits import FAILED, USAGE
+from .options import as_json, error_of, which_instance, write_json, wrong
 
 _SIGNS = {"create": "+", "update": "~", "configure": "~", "delete": "-"}
 
@@ -55,9 +55,9 @@ def deploy(file: str, redis_url: str | None, instance: str, check: bool, prune: 
         wrong(f"{file} is not text: {e}")
     with ExitStack() as stack:
         client = stack.enter_context(client_of(redis_url, instance))
-        core = background.run(Instance(client.redis_url, instance).open())
-        stack.callback(lambda: background.run(core.close()))
-        seen, codes = background.run(_seen(core))
+        core = background_loop.run(Instance(client.redis_url, instance).open())
+        stack.callback(lambda: background_loop.run(core.close()))
+        seen, codes = background_loop.run(_seen(core))
         application, mistakes = read(text, seen)
         if mistakes:
             if json:
@@ -94,14 +94,14 @@ class _Told:
     def __init__(self, json: bool) -> None:
         self._json = json
         self._console = Console(stderr=True)
-        self.done: list[Step] = []
+        self.done: list[ManifestChange] = []
 
-    def plan(self, steps: list[Step]) -> None:
+    def plan(self, steps: list[ManifestChange]) -> None:
         if not self._json:
             for step in steps:
                 click.echo(f"{_SIGNS[step.verb]} {step}")
 
-    def end(self, steps: list[Step], check: bool, failed: PenstockError | TypeError | None) -> None:
+    def end(self, steps: list[ManifestChange], check: bool, failed: PenstockError | TypeError | None) -> None:
         if self._json:
             said: dict[str, Any] = {"changes": [_as_json(step) for step in steps]}
             if not check:
@@ -123,7 +123,7 @@ class _Told:
 
 
 def _apply(
-    application: Application, steps: list[Step], client: Client, core: Instance, told: _Told
+    application: Manifest, steps: list[ManifestChange], client: Client, core: Instance, told: _Told
 ) -> PenstockError | TypeError | None:
     """Make the changes; return what stopped them."""
     backends = [step for step in steps if step.kind == "backend" and step.verb != "delete"]
@@ -136,7 +136,7 @@ def _apply(
         if endpoints:
             changed = {step.name: application.endpoints.get(step.name) for step in endpoints}
             with told.doing("waiting for every proxy"):
-                background.run(core.change(lambda seen: Change(endpoints=changed)))
+                background_loop.run(core.change(lambda seen: Change(endpoints=changed)))
             told.done += endpoints
         for step in steps:
             if step.kind == "backend" and step.verb == "delete":
@@ -148,7 +148,7 @@ def _apply(
     return None
 
 
-def _change_backend(application: Application, step: Step, client: Client) -> None:
+def _change_backend(application: Manifest, step: ManifestChange, client: Client) -> None:
     backend = application.backends[step.name]
     if step.verb == "configure":
         client.update_backend_config(step.name, backend.config.model_dump())
@@ -165,5 +165,5 @@ def _change_backend(application: Application, step: Step, client: Client) -> Non
     )
 
 
-def _as_json(step: Step) -> dict[str, Any]:
+def _as_json(step: ManifestChange) -> dict[str, Any]:
     return {"verb": step.verb, "kind": step.kind, "name": step.name, "details": list(step.details)}

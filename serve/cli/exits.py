@@ -1,4 +1,4 @@
-"""How the command ends: its exit codes, and what an interruption does."""
+"""Exit codes, and what an interruption does."""
 
 from __future__ import annotations
 

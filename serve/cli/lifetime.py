@@ -10,11 +10,11 @@ from typing import Any
 import click
 import ray
 
-from ...broker.address import REDIS_URL
 from ...broker.defaults import PROXY_REDIS_URL, REPLICA_REDIS_URL
-from ..doors import join_lasting_ray, start as start_instance
-from .common import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
+from ...broker.transport.url import REDIS_URL
+from ..lifecycle import join_lasting_ray, start as start_instance
 from .connecting import client_of
+from .options import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
 
 
 @click.command()

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from ...broker import exact_json
-from ...handles.items import Indices
+from ...broker.wire import exact_json
+from ...handles.batch.items import Indices
 
 _STREAMS = ("-", "/dev/stdout", "/dev/fd/1")
 

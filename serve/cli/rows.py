@@ -1,4 +1,4 @@
-"""The rows of an input: JSON lines, CSV or the files of a directory, one at a time, however many there are.
+"""Rows of an input: JSON lines, CSV or the files of a directory, one at a time.
 
 A row that cannot be read is an exception in its place: it becomes the error of its own result, and the rest goes on.
 The n-th row has the index n - 1 in every format, so that an index names a row.

@@ -13,8 +13,8 @@ from rich.text import Text
 from ...broker.errors import BrokerUnavailable
 from ..client import Client
 from ..status import Status
-from .common import as_json, error_of, which_instance, write_json
 from .connecting import client_of
+from .options import as_json, error_of, which_instance, write_json
 
 
 @click.command()

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from penstock.broker.connection import Connection
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
-from penstock.broker.registry import Registry
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
 
-Connect = Callable[..., Awaitable[Connection]]
+Connect = Callable[..., Awaitable[RedisConnection]]
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ async def connect() -> AsyncIterator[Connect]:
     """Opens connections that are closed after the test."""
     async with AsyncExitStack() as connections:
 
-        async def connect(url: str, **options: Any) -> Connection:
-            connection = await Connection(url, **options).open()
+        async def connect(url: str, **options: Any) -> RedisConnection:
+            connection = await RedisConnection(url, **options).open()
             connections.push_async_callback(connection.close)
             return connection
 
@@ -38,7 +38,7 @@ def keys() -> Keys:
 
 
 @pytest.fixture
-async def commands(broker_url: str, connect: Connect, keys: Keys) -> AsyncIterator[Connection]:
+async def commands(broker_url: str, connect: Connect, keys: Keys) -> AsyncIterator[RedisConnection]:
     """A connection to each kind of broker in turn; what the test leaves in the instance of `keys` is erased."""
     connection = await connect(broker_url)
     yield connection

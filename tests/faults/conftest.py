@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from penstock import serve
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults.backends import Journal
 from tests.faults.table import Table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis import Redis
 
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults.tcp_proxy import TcpProxy
 from tests.waiting import wait_until
 

@@ -10,8 +10,8 @@ import asyncio
 import random
 import sys
 
-from penstock.broker.memory import Memory
 from penstock.handles import connect
+from penstock.runtime.memory import Memory
 
 LARGEST = 10 * 1024 * 1024
 _AT_A_TIME = 6

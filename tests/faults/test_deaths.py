@@ -14,14 +14,14 @@ import httpx
 import pytest
 
 from penstock import serve
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults.backends import Counting, HeldAtStart, Holding, Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.table import Row, Table
 from tests.faults.tcp_proxy import TcpProxy
 from tests.faults.traffic import Outcomes, Traffic, traffic
 from tests.serve.backends import SMALL, replicas
-from tests.serve.test_controller import kill_controller
+from tests.serve.controller.test_controller import kill_controller
 from tests.waiting import wait_until
 
 SERVICE_S = 0.02

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 from redis import Redis
 
-from penstock.broker.claims import GROUP
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.queue.consumer_group import GROUP
+from penstock.broker.wire.keys import Keys
 from tests.faults.backends import Held, Holding, Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.test_deaths import serve_work

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from redis import Redis
 
 from penstock import serve
-from penstock.broker.keys import Keys
-from penstock.broker.wire import Entry, Header, Reply
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry, Header
 from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.table import Row, Table

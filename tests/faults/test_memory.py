@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 
 from penstock import serve
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults.backends import Journal, Poisonable
 from tests.faults.conftest import StartClient
 from tests.serve.backends import SMALL

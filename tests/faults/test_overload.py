@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from penstock import serve
-from penstock.broker.keys import Keys
+from penstock.broker.wire.keys import Keys
 from tests.faults.backends import Blocking, Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.table import Row, Table

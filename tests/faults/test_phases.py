@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from penstock.broker.keys import Keys
+from penstock.broker.wire.keys import Keys
 from tests.faults.tcp_proxy import TcpProxy
 from tests.waiting import wait_until_async
 from tests.workers.serving import TAG, calling, serving

@@ -18,12 +18,12 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
-from penstock.broker.lease import TTL_S
-from penstock.broker.wire import LARGE
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.queue.leases import TTL_S
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
 from penstock.handles import ServeHandle, connect
-from penstock.handles.caller import Caller
+from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BrokerUnavailable, Overloaded
 from penstock.proxy.proxy import Proxy
 from tests.faults.backends import Journal
@@ -62,7 +62,7 @@ class Work:
 async def served(redis_url: str, url: str, work: Work) -> AsyncGenerator[Client]:
     """A caller that reaches the broker by ``url``, and a replica that reaches it as it is."""
     async with calling(redis_url) as other, serving(redis_url, work.__call__, max_concurrent_queries=1):
-        caller = Caller(url, "default")
+        caller = RequestClient(url, "default")
         await caller.open()
         try:
             yield Client(caller, other.redis)

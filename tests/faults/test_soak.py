@@ -15,7 +15,7 @@ import httpx
 from redis import Redis
 
 from penstock import serve
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults import soaker
 from tests.faults.backends import echo
 from tests.faults.conftest import Scale, StartClient

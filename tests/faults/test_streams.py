@@ -13,13 +13,13 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.flow import WINDOW
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.queue.flow_control import WINDOW
 from penstock.handles.errors import BrokerUnavailable, PenstockError, StreamBroken
 from penstock.handles.handle import AsyncServeHandle
 from tests.faults.tcp_proxy import TcpProxy
 from tests.proxy.site import INSTANCE
-from tests.proxy.test_streaming import Serving, serve
+from tests.proxy.test_response_streaming import Serving, serve
 from tests.waiting import wait_until_async
 
 ENDS_S = 60.0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from penstock import handles
-from penstock.broker.embedded import EmbeddedServer
-from penstock.handles.connection import Connected
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Site
 
 
@@ -34,7 +34,7 @@ def durable() -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture
-def connected(site: Site) -> Iterator[Connected]:
+def connected(site: Site) -> Iterator[Connection]:
     """The thin door to `site`."""
     with handles.connect(site.url, INSTANCE) as connected:
         yield connected

@@ -8,14 +8,15 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from penstock.broker.connection import Connection
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
 from penstock.handles import AsyncServeHandle, ServeHandle
-from penstock.handles.caller import Caller
-from penstock.workers import target
-from penstock.workers.runner import Runner
-from penstock.workers.worker import Worker
+from penstock.handles.calls.request_client import RequestClient
+from penstock.workers.executing import user_code
+from penstock.workers.executing.runner import Runner
+from penstock.workers.replica import Replica
 from tests.workers.serving import ByReference
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Site:
         self._loop = asyncio.new_event_loop()
         # A daemon: a test that fails and leaves it open must not keep the run from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name="site", daemon=True)
-        self._workers: list[tuple[Worker, Runner]] = []
+        self._workers: list[tuple[Replica, Runner]] = []
         self._numbers = itertools.count(1)
         self._thread.start()
         try:
@@ -73,7 +74,7 @@ class Site:
         endpoint = EndpointRecord(name=name, traffic=traffic, shadows=shadows or {})
         self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
 
-    def serve(self, function: Callable[..., Any], name: str = "ask", *, tag: str = "model", **config: Any) -> Worker:
+    def serve(self, function: Callable[..., Any], name: str = "ask", *, tag: str = "model", **config: Any) -> Replica:
         """Make an endpoint, and a worker that runs ``function`` for it. It may close over what the test looks at."""
         self.declare(name, tag=tag, **config)
         return self._run(self._start(function, tag, {**CONFIG, **config}))
@@ -111,14 +112,14 @@ class Site:
         self._thread.join()
         self._loop.close()
 
-    async def _open(self) -> Connection:
-        return await Connection(self.url, name="site").open()
+    async def _open(self) -> RedisConnection:
+        return await RedisConnection(self.url, name="site").open()
 
-    async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Worker:
+    async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Replica:
         replica = f"{tag}#{next(self._numbers)}"
-        runner = Runner(tag, replica, target.dump(ByReference(function)), config)
+        runner = Runner(tag, replica, user_code.dump(ByReference(function)), config)
         await runner.start()
-        worker = Worker(self.url, INSTANCE, tag, replica, runner)
+        worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
         self._workers.append((worker, runner))
         return worker
@@ -182,6 +183,6 @@ def in_loop(handle: ServeHandle) -> AsyncServeHandle:
 
 async def close_here(handle: ServeHandle) -> None:
     _, (url, instance, *_) = handle.__reduce__()
-    caller = Caller.shared(url, instance)
+    caller = RequestClient.shared(url, instance)
     if caller is not None:
         await caller.close()

@@ -8,10 +8,10 @@ import pytest
 
 from penstock import handles
 from penstock.handles import ServeHandle
-from penstock.handles.connection import Connected
+from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Site, echo
 
-Attempt = Callable[[ServeHandle, Connected], object]
+Attempt = Callable[[ServeHandle, Connection], object]
 
 WAITS: dict[str, Attempt] = {
     "result": lambda handle, connected: handle.remote(2).result(),
@@ -28,7 +28,7 @@ WAITS: dict[str, Attempt] = {
 }
 
 
-def in_a_callback(connected: Connected, attempt: Attempt) -> Any:
+def in_a_callback(connected: Connection, attempt: Attempt) -> Any:
     """Return what ``attempt`` returns in the callback of a future. Raises what it raises."""
     outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
     handle = connected.get_handle("ask")
@@ -44,14 +44,14 @@ def in_a_callback(connected: Connected, attempt: Attempt) -> Any:
 
 
 @pytest.mark.parametrize("how", WAITS)
-def test_what_would_block_the_loop_that_answers_raises_at_once(site: Site, connected: Connected, how: str) -> None:
+def test_what_would_block_the_loop_that_answers_raises_at_once(site: Site, connected: Connection, how: str) -> None:
     site.serve(echo)
     with pytest.raises(RuntimeError, match="cannot be waited for on its own event loop, such as in a callback"):
         in_a_callback(connected, WAITS[how])
     assert connected.get_handle("ask").remote("the loop still answers").result(20) == "the loop still answers"
 
 
-def test_what_is_done_can_be_read_there(site: Site, connected: Connected) -> None:
+def test_what_is_done_can_be_read_there(site: Site, connected: Connection) -> None:
     site.serve(echo)
     done = connected.get_handle("ask").remote("there")
     assert done.result(20) == "there"
@@ -61,17 +61,17 @@ def test_what_is_done_can_be_read_there(site: Site, connected: Connected) -> Non
     assert in_a_callback(connected, lambda _, __: concurrent.futures.wait([done]).done) == {done}
 
 
-def test_a_look_that_does_not_wait_is_allowed_there(site: Site, connected: Connected) -> None:
+def test_a_look_that_does_not_wait_is_allowed_there(site: Site, connected: Connection) -> None:
     site.serve(echo)
     with pytest.raises(concurrent.futures.TimeoutError):
         in_a_callback(connected, lambda handle, connected: handle.remote(2).result(0))
 
 
-def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: Site, connected: Connected) -> None:
+def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: Site, connected: Connection) -> None:
     site.serve(echo)
     cancelled: list[concurrent.futures.Future[Any]] = []
 
-    def cancel_and_wait(handle: ServeHandle, connected: Connected) -> None:
+    def cancel_and_wait(handle: ServeHandle, connected: Connection) -> None:
         future = handle.remote(2)
         assert future.cancel()
         cancelled.append(future)
@@ -86,7 +86,7 @@ def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: 
     assert in_a_callback(connected, lambda _, __: concurrent.futures.wait(cancelled).done) == done
 
 
-def test_other_threads_wait_as_ever(site: Site, connected: Connected) -> None:
+def test_other_threads_wait_as_ever(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
     futures = [handle.remote(n) for n in range(20)]

@@ -14,15 +14,15 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from penstock.handles import ServeHandle
-from penstock.handles.connection import Connected
+from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, PenstockError
 from tests.handles.site import INSTANCE, Lingering, Site, echo, noting
 from tests.waiting import wait_until
 
 
-def test_a_sync_handle_warns_in_a_running_loop(site: Site, connected: Connected) -> None:
+def test_a_sync_handle_warns_in_a_running_loop(site: Site, connected: Connection) -> None:
     site.declare()
 
     async def ask() -> None:
@@ -36,7 +36,7 @@ def test_a_sync_handle_warns_in_a_running_loop(site: Site, connected: Connected)
     asyncio.run(ask())
 
 
-def test_an_asyncio_handle_warns_where_no_loop_runs(site: Site, connected: Connected) -> None:
+def test_an_asyncio_handle_warns_where_no_loop_runs(site: Site, connected: Connection) -> None:
     site.declare()
     with pytest.warns(UserWarning, match="an asyncio handle .* cannot be awaited here") as caught:
         connected.get_handle("ask", sync=False)
@@ -195,7 +195,7 @@ def test_closing_needs_no_broker(durable: EmbeddedServer) -> None:
     assert time.monotonic() - started_at < 4.5  # a command would wait for 5 s for its connection
 
 
-def test_endpoints_are_listed(site: Site, connected: Connected) -> None:
+def test_endpoints_are_listed(site: Site, connected: Connection) -> None:
     assert connected.list_endpoints() == {}
     site.declare()
     assert connected.list_endpoints() == {

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from penstock.handles import ServeHandle
 from penstock.handles.errors import BrokerUnavailable, Overloaded
 from tests.handles.site import INSTANCE, Site, close_here, echo, in_loop

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from penstock.handles import AsyncServeHandle
-from penstock.handles.caller import Caller
-from penstock.handles.connection import Connected
+from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Lingering, Site, echo, noting
 from tests.waiting import wait_until, wait_until_async
 
 
-def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, connected: Connected) -> None:
+def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, connected: Connection) -> None:
     started: list[Any] = []
     site.declare()
     handle = connected.get_handle("ask")
@@ -29,7 +29,7 @@ def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, conn
     assert started == ["kept"]
 
 
-def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Connected) -> None:
+def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Connection) -> None:
     """Before the background loop has heard of it, while it connects, and just after: it is one of these."""
     started: list[Any] = []
     site.serve(noting(started))
@@ -46,7 +46,7 @@ def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Co
     wait_until(lambda: site.depth() == 0)
 
 
-def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Connected) -> None:
+def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Connection) -> None:
     running = threading.Event()
 
     async def linger(request: Any) -> Any:
@@ -63,7 +63,7 @@ def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Con
     assert handle.remote("next").result(10) == "next"
 
 
-def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Connected) -> None:
+def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Connection) -> None:
     site.serve(echo)
     future = connected.get_handle("ask").remote("x")
     assert future.result(10) == "x"
@@ -80,19 +80,19 @@ async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> N
         await asyncio.wait_for(future, 0.01)
     await wait_until_async(lingering.cancelled.is_set)
     await wait_until_async(lambda: site.depth() == 0)
-    await (await Caller.get(site.url, INSTANCE)).close()
+    await (await RequestClient.get(site.url, INSTANCE)).close()
 
 
 async def test_cancelling_remote_takes_the_request_back(site: Site) -> None:
     site.declare()
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
-    await Caller.get(site.url, INSTANCE)
+    await RequestClient.get(site.url, INSTANCE)
     sending = asyncio.ensure_future(handle.remote())
     await asyncio.sleep(0)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
-    caller = await Caller.get(site.url, INSTANCE)
+    caller = await RequestClient.get(site.url, INSTANCE)
     await caller.registry.snapshot()
     await wait_until_async(lambda: site.depth() == 0)
     await caller.close()

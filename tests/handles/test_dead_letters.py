@@ -8,10 +8,11 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
-from penstock.broker.wire import LARGE, Entry, Header
-from penstock.handles.connection import Connected
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.requests import Entry, Header
+from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendNotFound, ConfigError, Overloaded, PenstockError, WireError
 from tests.handles.site import INSTANCE, Site
 from tests.waiting import wait_until
@@ -32,7 +33,7 @@ def entry(data: bytes = b'"x"', **options: Any) -> Entry:
     return Entry("caller-1", "gone", Header(endpoint="ask", codec="json", **options), data)
 
 
-def test_they_are_listed_oldest_first(site: Site, connected: Connected) -> None:
+def test_they_are_listed_oldest_first(site: Site, connected: Connection) -> None:
     site.declare()
     ids = [bury(site, entry(b"%d" % n), f"error {n}") for n in range(250)]
     letters = connected.dead_letters("model")
@@ -40,7 +41,7 @@ def test_they_are_listed_oldest_first(site: Site, connected: Connected) -> None:
     assert [(letter.id, letter.error) for letter in letters] == [(id_, f"error {n}") for n, id_ in enumerate(ids)]
 
 
-def test_one_tells_its_request_and_its_history(site: Site, connected: Connected) -> None:
+def test_one_tells_its_request_and_its_history(site: Site, connected: Connection) -> None:
     site.declare()
     letter = connected.dead_letters("model").get(bury(site, entry()))
     assert letter.entry is not None
@@ -49,7 +50,7 @@ def test_one_tells_its_request_and_its_history(site: Site, connected: Connected)
     assert connected.dead_letters("model").body(letter) == b'"x"'
 
 
-def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, connected: Connected) -> None:
+def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, connected: Connection) -> None:
     ran: list[Any] = []
 
     def record(request: Any) -> None:
@@ -62,7 +63,7 @@ def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, conn
     assert len(letters) == 0
 
 
-def test_what_is_dropped_is_gone(site: Site, connected: Connected) -> None:
+def test_what_is_dropped_is_gone(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     id_ = bury(site, entry())
@@ -73,7 +74,7 @@ def test_what_is_dropped_is_gone(site: Site, connected: Connected) -> None:
             act(id_)
 
 
-def test_what_cannot_be_read_is_listed_and_not_replayed(site: Site, connected: Connected) -> None:
+def test_what_cannot_be_read_is_listed_and_not_replayed(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     id_ = bury(site, None, "cannot read wire version None")
@@ -84,7 +85,7 @@ def test_what_cannot_be_read_is_listed_and_not_replayed(site: Site, connected: C
     letters.drop(id_)
 
 
-def test_a_body_that_has_expired_is_told(site: Site, connected: Connected) -> None:
+def test_a_body_that_has_expired_is_told(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     large = Entry("caller-2", "gone", Header(codec="bytes"), large=True)
@@ -98,7 +99,7 @@ def test_a_body_that_has_expired_is_told(site: Site, connected: Connected) -> No
         assert not redis.exists(KEYS.body("model", "caller-2"))
 
 
-def test_a_full_queue_refuses_a_replay_and_the_letter_stays(site: Site, connected: Connected) -> None:
+def test_a_full_queue_refuses_a_replay_and_the_letter_stays(site: Site, connected: Connection) -> None:
     site.declare(max_queued_requests=1)
     letters = connected.dead_letters("model")
     first, second = bury(site, entry()), bury(site, entry())
@@ -122,7 +123,7 @@ def test_a_broker_out_of_memory_refuses_a_replay_and_the_letter_stays(durable: E
     site.close()
 
 
-def test_wrong_names_are_refused(site: Site, connected: Connected) -> None:
+def test_wrong_names_are_refused(site: Site, connected: Connection) -> None:
     site.declare()
     with pytest.raises(ConfigError, match="no id of a dead letter"):
         connected.dead_letters("model").get("x")

@@ -10,10 +10,10 @@ import pytest
 from starlette.responses import JSONResponse
 
 from penstock import handles
-from penstock.broker.wire import LARGE
+from penstock.broker.wire._fields import LARGE
 from penstock.handles import AsyncServeHandle, ServeHandle
-from penstock.handles.caller import Caller
-from penstock.handles.connection import Connected
+from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.connection import Connection
 from penstock.handles.errors import (
     BackendError,
     BackendNotFound,
@@ -24,7 +24,7 @@ from penstock.handles.errors import (
     PayloadTooLarge,
     RequestTimeout,
 )
-from penstock.handles.results import Response
+from penstock.handles.response import Response
 from tests.handles.site import INSTANCE, Site, close_here, describe, echo, in_loop
 from tests.waiting import wait_until
 
@@ -50,7 +50,7 @@ class Counter:
         return len(request.data)
 
 
-def refused_everywhere(connected: Connected, error: type[Exception]) -> None:
+def refused_everywhere(connected: Connection, error: type[Exception]) -> None:
     """Check that a call of both faces fails the same way."""
     handle = ServeHandle(connected.redis_url, INSTANCE, "ask")
     with pytest.raises(error):
@@ -83,7 +83,7 @@ async def test_an_asyncio_handle_is_answered(any_site: Site) -> None:
     assert await future == {"any": "json"}
     futures = await asyncio.gather(*[handle.remote(n) for n in range(200)])
     assert await asyncio.gather(*futures) == list(range(200))
-    await (await Caller.get(any_site.url, INSTANCE)).close()
+    await (await RequestClient.get(any_site.url, INSTANCE)).close()
 
 
 async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
@@ -94,7 +94,7 @@ async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
     assert not any(future.done() for future in futures)
     await asyncio.to_thread(site.serve, echo)
     assert await asyncio.gather(*futures) == list(range(5))
-    await (await Caller.get(site.url, INSTANCE)).close()
+    await (await RequestClient.get(site.url, INSTANCE)).close()
 
 
 # -- what is sent and what comes back
@@ -103,14 +103,14 @@ async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
 @pytest.mark.parametrize(
     "value", [None, "tëxt", b"\x00\xff", {"a": [1, 2.5, None]}, 0, "", [], bytes(LARGE + 1)], ids=repr
 )
-def test_values_arrive_as_they_were(site: Site, connected: Connected, value: Any) -> None:
+def test_values_arrive_as_they_were(site: Site, connected: Connection, value: Any) -> None:
     site.serve(echo)
     answer = connected.get_handle("ask").remote(value).result(10)
     assert (type(answer), answer) == (type(value), value)
     wait_until(lambda: site.depth() == 0 and not site.keys_left())
 
 
-def test_a_request_says_all_that_the_handle_was_told(site: Site, connected: Connected) -> None:
+def test_a_request_says_all_that_the_handle_was_told(site: Site, connected: Connection) -> None:
     site.serve(describe)
     handle = connected.get_handle("ask").options(http_method="put", http_headers={"X-Test": "yes"})
     assert handle.remote([1], q=1, deep={"list": [1, None]}, self="me").result(10) == {
@@ -121,7 +121,7 @@ def test_a_request_says_all_that_the_handle_was_told(site: Site, connected: Conn
     }
 
 
-def test_arguments_are_read_when_the_call_is_made(site: Site, connected: Connected) -> None:
+def test_arguments_are_read_when_the_call_is_made(site: Site, connected: Connection) -> None:
     site.serve(describe)
     handle = connected.get_handle("ask")
     body, query = ["before"], ["before"]
@@ -132,7 +132,7 @@ def test_arguments_are_read_when_the_call_is_made(site: Site, connected: Connect
     assert (answer["data"], answer["query"]["q"]) == (["before"], ["before"])
 
 
-def test_a_method_of_the_backend_can_be_chosen(site: Site, connected: Connected) -> None:
+def test_a_method_of_the_backend_can_be_chosen(site: Site, connected: Connection) -> None:
     site.serve(Counter)
     handle = connected.get_handle("ask")
     assert handle.remote(b"123").result(10) == "called"
@@ -141,7 +141,7 @@ def test_a_method_of_the_backend_can_be_chosen(site: Site, connected: Connected)
         handle.options(method_name="__init__")
 
 
-def test_a_shard_key_always_finds_the_same_backend(site: Site, connected: Connected) -> None:
+def test_a_shard_key_always_finds_the_same_backend(site: Site, connected: Connection) -> None:
     for tag in ("one", "two"):
         site.serve(answering(tag), tag=tag)
     site.send_traffic("ask", {"one": 0.5, "two": 0.5})
@@ -151,14 +151,14 @@ def test_a_shard_key_always_finds_the_same_backend(site: Site, connected: Connec
         assert len({handle.options(shard_key=key).remote().result(10) for _ in range(10)}) == 1
 
 
-def test_a_whole_response_arrives_as_one(site: Site, connected: Connected) -> None:
+def test_a_whole_response_arrives_as_one(site: Site, connected: Connection) -> None:
     site.serve(answering(JSONResponse({"a": 1}, 201, {"X-More": "yes"})))
     response = connected.get_handle("ask").remote().result(10)
     assert isinstance(response, Response)
     assert (response.status_code, response.json(), response.headers["x-more"]) == (201, {"a": 1}, "yes")
 
 
-def test_python_values_travel_only_where_the_backend_takes_them(site: Site, connected: Connected) -> None:
+def test_python_values_travel_only_where_the_backend_takes_them(site: Site, connected: Connection) -> None:
     site.serve(echo, allow_pickle=True)
     assert connected.get_handle("ask").remote({1, 2, 3}).result(10) == {1, 2, 3}
     site.declare("strict", tag="strict")
@@ -166,7 +166,7 @@ def test_python_values_travel_only_where_the_backend_takes_them(site: Site, conn
         connected.get_handle("strict").remote({1, 2}).result(10)
 
 
-def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Connected) -> None:
+def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Connection) -> None:
     site.declare()
     handle = connected.get_handle("ask")
     with pytest.raises(TypeError, match="the keyword arguments must be JSON values"):
@@ -181,11 +181,11 @@ def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Conne
 @pytest.fixture
 def small_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Redis takes as one value, for those who would otherwise have to make half a gigabyte."""
-    monkeypatch.setattr("penstock.handles.bodies.LARGEST", 1000)
+    monkeypatch.setattr("penstock.handles.calls.large_bodies.LARGEST", 1000)
 
 
 @pytest.mark.usefixtures("small_redis")
-def test_a_body_that_redis_would_not_take_is_refused_by_name(site: Site, connected: Connected) -> None:
+def test_a_body_that_redis_would_not_take_is_refused_by_name(site: Site, connected: Connection) -> None:
     """Sent, it would cut the connection, and all others who share it."""
     site.serve(echo)
     ask, said = connected.get_handle("ask"), r"1001 bytes or more \(proto-max-bulk-len of Redis is 1000\)"
@@ -211,13 +211,13 @@ async def test_an_asyncio_handle_refuses_it_before_anything_is_sent(site: Site) 
 
 
 @pytest.mark.usefixtures("small_redis")
-def test_an_answer_that_redis_would_not_take_is_an_error_of_the_backend(site: Site, connected: Connected) -> None:
+def test_an_answer_that_redis_would_not_take_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
     site.serve(answering(bytes(1001)))
     with pytest.raises(BackendError, match="PayloadTooLarge: the body has 1001 bytes or more"):
         connected.get_handle("ask").remote().result(timeout=10)
 
 
-def test_what_the_users_code_raised_is_told(site: Site, connected: Connected) -> None:
+def test_what_the_users_code_raised_is_told(site: Site, connected: Connection) -> None:
     site.serve(fail)
     with pytest.raises(BackendError, match="ValueError: on purpose") as caught:
         connected.get_handle("ask").remote().result(10)
@@ -227,19 +227,19 @@ def test_what_the_users_code_raised_is_told(site: Site, connected: Connected) ->
 # -- refusals
 
 
-def test_an_endpoint_that_is_not_there_is_named(site: Site, connected: Connected) -> None:
+def test_an_endpoint_that_is_not_there_is_named(site: Site, connected: Connection) -> None:
     site.declare("other")
     with pytest.raises(EndpointNotFound, match="no endpoint 'ask'; there is 'other'"):
         connected.get_handle("ask")
     refused_everywhere(connected, EndpointNotFound)
 
 
-def test_an_endpoint_whose_backend_is_gone_is_refused(site: Site, connected: Connected) -> None:
+def test_an_endpoint_whose_backend_is_gone_is_refused(site: Site, connected: Connection) -> None:
     site.send_traffic("ask", {"gone": 1.0})
     refused_everywhere(connected, BackendNotFound)
 
 
-def test_a_full_queue_is_told_through_the_future(site: Site, connected: Connected) -> None:
+def test_a_full_queue_is_told_through_the_future(site: Site, connected: Connection) -> None:
     site.declare(max_queued_requests=0)
     refused_everywhere(connected, Overloaded)
 
@@ -260,7 +260,7 @@ def test_a_deadline_holds_while_connecting(timeout_s: float) -> None:
     assert timeout_s - 0.05 < time.monotonic() - started_at < timeout_s + 3.5
 
 
-def test_a_request_without_any_replica_times_out_on_time(site: Site, connected: Connected) -> None:
+def test_a_request_without_any_replica_times_out_on_time(site: Site, connected: Connection) -> None:
     site.declare()
     handle = connected.get_handle("ask").options(timeout_s=0.3)
     started_at = time.monotonic()
@@ -282,13 +282,13 @@ def test_a_url_or_a_name_that_cannot_be_is_refused_at_once() -> None:
 # -- an endpoint that may come later
 
 
-def test_a_handle_may_wait_for_its_endpoint(site: Site, connected: Connected) -> None:
+def test_a_handle_may_wait_for_its_endpoint(site: Site, connected: Connection) -> None:
     future = connected.get_handle("ask", missing_ok=True).remote("early")
     site.serve(echo)
     assert future.result(10) == "early"
 
 
-def test_a_handle_waits_for_its_endpoint_until_its_deadline(site: Site, connected: Connected) -> None:
+def test_a_handle_waits_for_its_endpoint_until_its_deadline(site: Site, connected: Connection) -> None:
     handle = connected.get_handle("ask", missing_ok=True).options(timeout_s=0.2)
     started_at = time.monotonic()
     with pytest.raises(EndpointNotFound):
@@ -296,7 +296,7 @@ def test_a_handle_waits_for_its_endpoint_until_its_deadline(site: Site, connecte
     assert 0.19 < time.monotonic() - started_at < 5
 
 
-def test_waiting_for_an_endpoint_can_be_cancelled(site: Site, connected: Connected) -> None:
+def test_waiting_for_an_endpoint_can_be_cancelled(site: Site, connected: Connection) -> None:
     future = connected.get_handle("ask", missing_ok=True).remote("never")
     assert future.cancel()
     assert concurrent.futures.wait([future], timeout=5).not_done == set()

@@ -8,7 +8,7 @@ import pytest
 from penstock.handles.codec import decode
 from penstock.handles.errors import ConfigError, MalformedBody
 from penstock.handles.json_bounds import MAX_ITEMS, MAX_ITEMS_VARIABLE, read_bounded, read_uncollected
-from penstock.workers.request import Request
+from penstock.workers.executing.request import Request
 from tests.workers.requests import from_http
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from penstock.broker.wire import Entry, Header
+from penstock.broker.wire.requests import Entry, Header
 from penstock.handles import BatchItem
-from penstock.handles.connection import Connected
+from penstock.handles.connection import Connection
 from penstock.handles.errors import MalformedBody
-from penstock.workers.request import Request
+from penstock.workers.executing.request import Request
 from tests.handles.site import Site, describe, echo
 
 ROWS = [
@@ -38,7 +38,7 @@ def canonical(value: Any) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
-def test_every_value_arrives_and_returns_exactly(site: Site, connected: Connected, row: str) -> None:
+def test_every_value_arrives_and_returns_exactly(site: Site, connected: Connection, row: str) -> None:
     value = json.loads(row)
     site.serve(describe)
     handle = connected.get_handle("ask")
@@ -54,7 +54,7 @@ def test_every_value_arrives_and_returns_exactly(site: Site, connected: Connecte
 
 
 def test_what_json_has_no_number_for_is_read_by_every_door_and_returned_as_null(
-    site: Site, connected: Connected
+    site: Site, connected: Connection
 ) -> None:
     def name(request: Any) -> Any:
         return [repr(request.data), request.data]
@@ -66,7 +66,7 @@ def test_what_json_has_no_number_for_is_read_by_every_door_and_returned_as_null(
     assert connected.get_handle("ask").remote(float("nan")).result(30) == ["None", None]
 
 
-def test_a_response_is_read_as_json_by_the_same_rules(site: Site, connected: Connected) -> None:
+def test_a_response_is_read_as_json_by_the_same_rules(site: Site, connected: Connection) -> None:
     def respond(request: Any) -> Response:
         return Response(request.data)
 
@@ -79,7 +79,7 @@ def test_a_response_is_read_as_json_by_the_same_rules(site: Site, connected: Con
 
 
 def test_a_mapping_with_other_keys_than_strings_is_refused_and_kept_where_pickle_is_allowed(
-    site: Site, connected: Connected
+    site: Site, connected: Connection
 ) -> None:
     labels: dict[Any, str] = {0: "cat"}
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from penstock.handles.errors import ConfigError
-from penstock.handles.options import Options
+from penstock.handles.options import CallOptions
 
 
 @pytest.mark.parametrize(
@@ -41,27 +41,27 @@ def test_an_option_that_cannot_be_is_refused_by_name(
     name: str, value: object, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        Options().with_({name: value})
+        CallOptions().with_({name: value})
 
 
 def test_a_token_with_a_line_feed_at_its_end_is_not_shown() -> None:
     with pytest.raises(ConfigError, match=r"'\\n' in the value of 'authorization'") as raised:
-        Options().with_({"http_headers": {"authorization": "Bearer s3cret\n"}})
+        CallOptions().with_({"http_headers": {"authorization": "Bearer s3cret\n"}})
     assert "s3cret" not in str(raised.value)
 
 
 def test_options_keep_what_a_change_does_not_name() -> None:
-    options = Options().with_({"shard_key": "s", "timeout_s": 2}).with_({"method_name": "train"})
-    assert options == Options(shard_key="s", timeout_s=2, method_name="train")
+    options = CallOptions().with_({"shard_key": "s", "timeout_s": 2}).with_({"method_name": "train"})
+    assert options == CallOptions(shard_key="s", timeout_s=2, method_name="train")
 
 
 def test_options_are_not_changed_from_outside() -> None:
     headers: dict[str, Any] = {"a": "b"}
-    options = Options(http_headers=headers)
+    options = CallOptions(http_headers=headers)
     headers["c"] = 1
     assert options.http_headers == {"a": "b"}
 
 
 def test_options_can_be_pickled() -> None:
-    options = Options(http_method="M-SEARCH", http_headers={"x": "täglich\t"}, timeout_s=0.5)
+    options = CallOptions(http_method="M-SEARCH", http_headers={"x": "täglich\t"}, timeout_s=0.5)
     assert pickle.loads(pickle.dumps(options)) == options

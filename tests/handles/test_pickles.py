@@ -15,9 +15,10 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.keys import Keys
-from penstock.broker.wire import LARGE, Part, Reply
-from penstock.handles.connection import Connected
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Part, Reply
+from penstock.handles.connection import Connection
 from penstock.handles.errors import WireError
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site
@@ -100,7 +101,7 @@ def in_parts(body: bytes) -> Answering:
 
 @pytest.mark.parametrize("allow_pickle", [False, None, 1, "yes"])
 def test_a_handle_does_not_read_a_pickle_that_the_backend_may_not_send(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path, allow_pickle: Any
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path, allow_pickle: Any
 ) -> None:
     site.declare(allow_pickle=allow_pickle)
     future = connected.get_handle("ask").remote(1)
@@ -111,7 +112,7 @@ def test_a_handle_does_not_read_a_pickle_that_the_backend_may_not_send(
 
 
 async def test_an_asyncio_handle_does_not_either(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
     future = await connected.get_handle("ask", sync=False).remote(1)
@@ -121,7 +122,7 @@ async def test_an_asyncio_handle_does_not_either(
     assert not was_read(trace)
 
 
-def test_a_large_one_is_not_even_fetched(site: Site, connected: Connected, replica: Replica, trace: Path) -> None:
+def test_a_large_one_is_not_even_fetched(site: Site, connected: Connection, replica: Replica, trace: Path) -> None:
     site.declare()
     future = connected.get_handle("ask").remote(1)
     wait_until(replica.requests)
@@ -136,7 +137,7 @@ def test_a_large_one_is_not_even_fetched(site: Site, connected: Connected, repli
 
 
 def test_a_stream_does_not_read_one_either(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
     stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
@@ -147,7 +148,7 @@ def test_a_stream_does_not_read_one_either(
 
 
 def test_nor_does_one_whose_answer_came_whole(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
     stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
@@ -158,7 +159,7 @@ def test_nor_does_one_whose_answer_came_whole(
 
 
 def test_a_batch_item_has_the_error_as_its_result(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
     results = iter(connected.batch("ask").map([1]))
@@ -172,7 +173,7 @@ def test_a_batch_item_has_the_error_as_its_result(
 
 
 def test_a_result_that_a_former_producer_of_a_job_should_have_had_is_not_read_and_runs_again(
-    site: Site, connected: Connected, replica: Replica, evil: bytes, trace: Path
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
     producer = connected.batch("ask", job="j", window=10)
@@ -215,7 +216,7 @@ async def test_http_never_reads_one(site: Site, replica: Replica, evil: bytes, t
 
 
 def test_where_the_record_allows_it_values_come_as_they_were(
-    site: Site, connected: Connected, replica: Replica
+    site: Site, connected: Connection, replica: Replica
 ) -> None:
     site.declare(allow_pickle=True)
     body = pickle.dumps({1, 2})
@@ -229,7 +230,7 @@ def test_where_the_record_allows_it_values_come_as_they_were(
 
 @pytest.mark.parametrize("then", [True, False])
 def test_a_backend_that_begins_or_ceases_to_allow_it_while_calls_run_is_read(
-    site: Site, connected: Connected, replica: Replica, then: bool
+    site: Site, connected: Connection, replica: Replica, then: bool
 ) -> None:
     site.declare(allow_pickle=not then)
     future = connected.get_handle("ask").remote(1)

@@ -8,11 +8,11 @@ import httpx
 import pytest
 from redis import Redis
 
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import ConfigError
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord
-from penstock.handles.caller import Caller
-from penstock.handles.connection import Connected
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, PayloadTooLarge
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site
@@ -46,7 +46,7 @@ def answer_with(request: Any) -> str:
 
 
 def test_a_body_that_is_too_long_is_refused_by_name_and_what_is_under_way_is_answered(
-    site: Site, connected: Connected
+    site: Site, connected: Connection
 ) -> None:
     site.serve(slowly)
     ask = connected.get_handle("ask")
@@ -58,7 +58,7 @@ def test_a_body_that_is_too_long_is_refused_by_name_and_what_is_under_way_is_ans
     assert ask.remote("x" * MIB).result(timeout=60) == MIB
 
 
-def test_what_was_found_too_long_is_not_sent_again(site: Site, connected: Connected) -> None:
+def test_what_was_found_too_long_is_not_sent_again(site: Site, connected: Connection) -> None:
     site.serve(slowly)
     ask = connected.get_handle("ask")
     with pytest.raises(PayloadTooLarge):
@@ -71,7 +71,7 @@ def test_what_was_found_too_long_is_not_sent_again(site: Site, connected: Connec
     assert connections_made(site.url) == before + 1  # that of who looks
 
 
-def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connected: Connected) -> None:
+def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connected: Connection) -> None:
     site.serve(slowly, max_concurrent_queries=50)
     items = ["x" * (TOO_LONG if n % 10 == 5 else n) for n in range(40)]
     results = list(connected.batch("ask").map(items))
@@ -79,7 +79,7 @@ def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connect
     assert [result.get() for result in results if result.index % 10 != 5] == [n for n in range(40) if n % 10 != 5]
 
 
-def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, connected: Connected) -> None:
+def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
     site.serve(answer_with)
     ask = connected.get_handle("ask")
     for _ in range(2):  # the second time, the replica knows
@@ -89,7 +89,7 @@ def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, conne
 
 
 async def test_over_http_it_is_a_413(redis_url: str) -> None:
-    owner = await Caller.get(redis_url, INSTANCE)
+    owner = await RequestClient.get(redis_url, INSTANCE)
     backend = BackendRecord(tag="f", version="1", code="")
     endpoint = EndpointRecord(name="e", route="/e", methods=("POST",), traffic={"f": 1.0})
     await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
@@ -105,7 +105,7 @@ async def test_over_http_it_is_a_413(redis_url: str) -> None:
 
 
 async def test_code_that_is_too_long_is_refused(redis_url: str) -> None:
-    owner = await Caller.get(redis_url, INSTANCE)
+    owner = await RequestClient.get(redis_url, INSTANCE)
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"{TOO_LONG} bytes of code .* is {TOO_LONG - 1} or less\)"):
             await owner.registry.put_code(bytes(TOO_LONG))

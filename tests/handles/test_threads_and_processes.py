@@ -11,11 +11,11 @@ import warnings
 from typing import Any
 
 from penstock.handles import AsyncServeHandle
-from penstock.handles.connection import Connected
+from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Site, describe, echo
 
 
-def test_many_threads_share_one_handle(site: Site, connected: Connected) -> None:
+def test_many_threads_share_one_handle(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
 
@@ -26,7 +26,7 @@ def test_many_threads_share_one_handle(site: Site, connected: Connected) -> None
         assert all(threads.map(ask, range(16)))
 
 
-def test_callbacks_of_a_future_may_call_again(site: Site, connected: Connected) -> None:
+def test_callbacks_of_a_future_may_call_again(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
     second: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -38,14 +38,14 @@ def test_callbacks_of_a_future_may_call_again(site: Site, connected: Connected) 
     assert second.result(10) == 2
 
 
-def test_a_handle_can_be_pickled_with_its_options(site: Site, connected: Connected) -> None:
+def test_a_handle_can_be_pickled_with_its_options(site: Site, connected: Connection) -> None:
     site.serve(describe)
     handle = connected.get_handle("ask").options(http_headers={"x-test": "kept"})
     assert pickle.loads(pickle.dumps(handle)).remote().result(10)["x"] == "kept"
     assert "redis" not in repr(handle), "it may hold a password"
 
 
-def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, connected: Connected) -> None:
+def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, connected: Connection) -> None:
     site.serve(echo)
     script = """
         import pickle, sys
@@ -63,7 +63,7 @@ def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, c
     assert (ran.returncode, ran.stdout.decode().split("\n"), ran.stderr) == (0, ["from afar", "[]", ""], b"")
 
 
-def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, connected: Connected) -> None:
+def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
     assert handle.remote("parent").result(10) == "parent"

@@ -13,13 +13,14 @@ from redis.exceptions import ResponseError
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.broker.claims import GROUP
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord
-from penstock.broker.wire import Entry, Reply
-from penstock.handles.caller import Caller
+from penstock.broker.queue.consumer_group import GROUP
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry
+from penstock.handles.calls.request_client import RequestClient
 from penstock.proxy.app import App
-from penstock.proxy.middlewares import wrap
+from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
 
 INSTANCE = "proxy-tests"
@@ -59,7 +60,7 @@ WAYS = ("asgi", "direct")
 class Site:
     """What a test has of it."""
 
-    def __init__(self, redis: Redis, caller: Caller) -> None:
+    def __init__(self, redis: Redis, caller: RequestClient) -> None:
         self.redis, self.caller = redis, caller
         self.keys = Keys(INSTANCE)
         self.app: App = cast(Any, None)
@@ -189,7 +190,7 @@ async def running(
     That speaks ASGI to the application, or HTTP to a server if the ``way`` is ``direct``. A ``guest`` is a second proxy
     of an instance that belongs to another site.
     """
-    caller = Caller(url, INSTANCE)
+    caller = RequestClient(url, INSTANCE)
     await caller.open()
     async with Redis.from_url(url) as redis:
         site = Site(redis, caller)

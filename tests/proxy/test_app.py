@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from penstock.broker.registry import Change, EndpointRecord
-from penstock.broker.wire import LARGE, Pairs, Reply
+from penstock.broker.registry.records import Change, EndpointRecord
+from penstock.broker.wire._fields import LARGE, Pairs
+from penstock.broker.wire.replies import Reply
 from penstock.handles.errors import (
     BackendError,
     DeliveryLimitExceeded,

@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.proxy.middlewares import wrap
+from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
 from tests.proxy.site import running
-from tests.proxy.test_streaming import Serving, serve
+from tests.proxy.test_response_streaming import Serving, serve
 from tests.waiting import wait_until_async
 
 GET = b"GET /s HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\n\r\n"

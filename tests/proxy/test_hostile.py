@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from penstock.broker.wire import HTTP_CODEC, Reply
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import HTTP_CODEC
 from penstock.handles.codec import decode
 from penstock.handles.errors import MalformedBody
 from penstock.proxy.server import Server

@@ -1,8 +1,8 @@
 import asyncio
 
-from penstock.broker.connection import Connection
-from penstock.broker.figures import Tally, add
-from penstock.broker.registry import Change, EndpointRecord
+from penstock.broker.queue.stats import RunStats, add_stats
+from penstock.broker.registry.records import Change, EndpointRecord
+from penstock.broker.transport.connection import RedisConnection
 from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async
 
@@ -58,10 +58,10 @@ class TestItsOwnPages:
             return await site.queued("alpha") == 1
 
         await wait_until_async(is_queued)
-        connection = await Connection(site.caller.url).open()
+        connection = await RedisConnection(site.caller.url).open()
         try:
-            await add(connection, site.keys, "alpha", Tally(3, 2, 12.5, 7, {1: 1, 4: 2}))
-            await add(connection, site.keys, "alpha", Tally(1, run_ms=2.5))
+            await add_stats(connection, site.keys, "alpha", RunStats(3, 2, 12.5, 7, {1: 1, 4: 2}))
+            await add_stats(connection, site.keys, "alpha", RunStats(1, run_ms=2.5))
         finally:
             await connection.close()
         lines = (await site.http.get("/-/metrics")).text.splitlines()

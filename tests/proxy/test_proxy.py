@@ -11,13 +11,13 @@ import pytest
 from redis import Redis
 from starlette.middleware import Middleware
 
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import ConfigError
-from penstock.broker.keys import Keys
-from penstock.broker.registry import Change, EndpointRecord
+from penstock.broker.registry.records import Change, EndpointRecord
+from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
 from tests.proxy.site import INSTANCE, Site, running, text
-from tests.proxy.test_middlewares import Adds
+from tests.proxy.test_middleware import Adds
 from tests.waiting import wait_until_async
 
 

@@ -6,11 +6,11 @@ from hypothesis import given, strategies as st
 from starlette.routing import Match as StarletteMatch, Route
 
 from penstock.broker.errors import ConfigError
-from penstock.broker.registry import EndpointRecord
+from penstock.broker.registry.records import EndpointRecord
 from penstock.proxy.routing import (
-    Found,
     MethodNotAllowed,
     NotFound,
+    RouteMatch,
     Routes,
     check_route,
     clash,
@@ -28,8 +28,8 @@ def routes(*of: str) -> Routes:
     return Routes(endpoint(route) for route in of)
 
 
-def found(match: object) -> Found:
-    assert isinstance(match, Found), match
+def found(match: object) -> RouteMatch:
+    assert isinstance(match, RouteMatch), match
     return match
 
 

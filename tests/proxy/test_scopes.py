@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.broker.wire import Entry, Header
+from penstock.broker.wire.requests import Entry, Header
 from penstock.proxy.scopes import carried
-from penstock.workers.request import Request
+from penstock.workers.executing.request import Request
 from tests.proxy.site import WAYS, Site, running, text
 
 SEEN = ("scheme", "http_version", "root_path", "path", "raw_path", "query_string", "client", "server", "state")

@@ -8,8 +8,10 @@ import httpx
 import pytest
 
 from penstock.broker.errors import ConfigError, PenstockError
-from penstock.broker.wire import Entry, Reply
-from penstock.proxy import protocol as protocol_module, server as server_module
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry
+from penstock.proxy import server as server_module
+from penstock.proxy.http1 import protocol as protocol_module
 from penstock.proxy.server import PortInUse, Server, is_wildcard
 from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async

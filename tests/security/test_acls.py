@@ -11,15 +11,17 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from penstock import handles
-from penstock.broker.connection import Connection
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
-from penstock.broker.wire import LARGE, Header
-from penstock.handles.caller import Caller
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.requests import Header
+from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded, Overloaded
 from penstock.proxy.proxy import Proxy
-from penstock.workers.replica import Serving
-from penstock.workers.target import dump
+from penstock.workers.actor import Serving
+from penstock.workers.executing.user_code import dump
 from tests.guarded import Guarded, documented_rules
 from tests.waiting import wait_until, wait_until_async
 
@@ -71,7 +73,7 @@ class Site:
 @asynccontextmanager
 async def open_site(broker: Guarded) -> AsyncGenerator[Site]:
     async with AsyncExitStack() as parts:
-        connection = await Connection(broker.url("owner")).open()
+        connection = await RedisConnection(broker.url("owner")).open()
         parts.push_async_callback(connection.close)
         yield Site(broker, Registry(connection, KEYS), parts)
 
@@ -107,7 +109,7 @@ async def test_callers_of_every_kind_are_answered(site: Site, broker: Guarded) -
         handle = door.get_handle("f", sync=False)
         assert await (await handle.remote(7)) == 7
         assert await (await handle.remote(large)) == large
-    await (await Caller.get(broker.url("alice"), "default")).close()
+    await (await RequestClient.get(broker.url("alice"), "default")).close()
 
 
 async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Site, broker: Guarded) -> None:
@@ -128,7 +130,7 @@ async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Si
             assert "max_queued_bytes is 1048576" in str(refused[0])
         for call in calls:
             call.cancel()
-    await (await Caller.get(broker.url("alice"), "default")).close()
+    await (await RequestClient.get(broker.url("alice"), "default")).close()
 
 
 async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
@@ -349,7 +351,7 @@ async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, b
     """And what it tries leaves that as it was."""
     backend = await site.declare()
     before = await site.registry.snapshot()
-    bob = Caller(broker.url("bob"), "default")
+    bob = RequestClient(broker.url("bob"), "default")
     await bob.open()
     outcomes: list[Any] = []
     call = bob.submit(backend, Header(), b"x" * (LARGE + 1), outcomes.append)
@@ -373,9 +375,9 @@ async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, b
 
 
 def test_the_ids_of_callers_begin_with_their_user(broker: Guarded) -> None:
-    assert Caller(broker.url("alice"), "default").id.startswith("alice@")
-    assert "@" not in Caller("redis://:secret@localhost", "default").id
-    assert Caller("redis://a%40b%7D:secret@localhost", "default").id.startswith("a%40b%7D@")
+    assert RequestClient(broker.url("alice"), "default").id.startswith("alice@")
+    assert "@" not in RequestClient("redis://:secret@localhost", "default").id
+    assert RequestClient("redis://a%40b%7D:secret@localhost", "default").id.startswith("a%40b%7D@")
 
 
 def test_who_is_not_let_in_is_told_at_once_and_not_the_password(broker: Guarded) -> None:

@@ -10,13 +10,15 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord
-from penstock.broker.wire import LARGE, Entry, Header, Part, Reply
-from penstock.handles.caller import Caller
-from penstock.handles.calls import Call, Outcome
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Part, Reply
+from penstock.broker.wire.requests import Entry, Header
+from penstock.handles.calls.call import Call, CallOutcome
+from penstock.handles.calls.incoming_stream import IncomingStream
+from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BackendError, to_wire
-from penstock.handles.incoming import Incoming
 from tests.guarded import Guarded
 from tests.security.test_acls import KEYS, Site, echo, open_site
 from tests.waiting import wait_until_async
@@ -76,8 +78,8 @@ def ids_on(redis: Any, stream: str) -> list[str]:
     return [fields[b"id"].decode() for _, fields in redis.xrange(stream)]
 
 
-def collect(caller: Caller, backend: BackendRecord, **header: Any) -> tuple[Call, list[Outcome]]:
-    outcomes: list[Outcome] = []
+def collect(caller: RequestClient, backend: BackendRecord, **header: Any) -> tuple[Call, list[CallOutcome]]:
+    outcomes: list[CallOutcome] = []
     return caller.submit(backend, Header(codec="bytes", **header), b"x", outcomes.append), outcomes
 
 
@@ -86,7 +88,7 @@ async def test_a_reply_is_taken_only_with_the_id_of_its_call(
     site: Site, broker: Guarded, forger: Forger, request_id: str
 ) -> None:
     backend = await site.declare()
-    alice = Caller(broker.url("alice"), "default")
+    alice = RequestClient(broker.url("alice"), "default")
     await alice.open()
     call, outcomes = collect(alice, backend, request_id=request_id)
     await call.accepted()
@@ -109,14 +111,14 @@ async def test_parts_of_an_answer_are_taken_only_with_the_id_of_its_call(
     site: Site, broker: Guarded, forger: Forger
 ) -> None:
     backend = await site.declare()
-    alice = Caller(broker.url("alice"), "default")
+    alice = RequestClient(broker.url("alice"), "default")
     await alice.open()
     call, outcomes = collect(alice, backend, window=1_000)
     await call.accepted()
     forger.write(alice.id, Part(call.id, 0, "text", [5], body=b"right"))
     await wait_until_async(lambda: outcomes)
     (incoming,) = outcomes
-    assert isinstance(incoming, Incoming)
+    assert isinstance(incoming, IncomingStream)
     for id_ in guesses(alice.id, call.shown_id):
         forger.write(alice.id, Part(id_, 1, "text", [6], body=b"forged"), Reply(id_, codec="stream", body=b"2"))
     forger.write(alice.id, Part(call.id, 1, "text", [5], body=b"right"), Reply(call.id, codec="stream", body=b"2"))
@@ -132,7 +134,7 @@ async def test_no_two_calls_have_anything_in_common_by_which_one_could_tell_the_
 ) -> None:
     """What a replica sees of the calls that it runs does not help it to answer others of the same caller."""
     backend = await site.declare()
-    alice = Caller(broker.url("alice"), "default")
+    alice = RequestClient(broker.url("alice"), "default")
     await alice.open()
     calls = [collect(alice, backend) for _ in range(50)]
     for call, _ in calls:
@@ -153,9 +155,9 @@ async def test_the_bodies_of_large_requests_and_replies_have_keys_that_cannot_be
     await site.registry.change(
         lambda seen: Change(endpoints={"f": EndpointRecord(name="f", traffic={"f": 1.0}, shadows={"copy": 1.0})})
     )
-    alice = Caller(broker.url("alice"), "default")
+    alice = RequestClient(broker.url("alice"), "default")
     await alice.open()
-    outcomes: list[Outcome] = []
+    outcomes: list[CallOutcome] = []
     await wait_until_async(lambda: alice.snapshot.endpoints.get("f") and alice.snapshot.endpoints["f"].shadows)
     call = alice.dispatch(alice.snapshot.endpoints["f"], Header(codec="bytes"), bytes(LARGE + 1), outcomes.append)
     await call.accepted()

@@ -10,11 +10,11 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.lease import Lease
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord
+from penstock.broker.queue.leases import Lease
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
 from penstock.handles import AsyncServeHandle
-from penstock.handles.caller import Caller
-from penstock.handles.connection import Connected
+from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.connection import Connection
 from penstock.handles.errors import BrokerRefused, BrokerUnavailable, NotPermitted, PenstockError
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import Site, echo
@@ -50,28 +50,28 @@ def site(redis_url: str) -> Iterator[Site]:
     site.close()
 
 
-def call(door: Connected) -> Any:
+def call(door: Connection) -> Any:
     return door.get_handle("ask").remote(1).result(timeout=PATIENCE_S)
 
 
-def call_with_much(door: Connected) -> Any:
+def call_with_much(door: Connection) -> Any:
     return door.get_handle("ask").remote("x" * 300_000).result(timeout=PATIENCE_S)
 
 
-def stream(door: Connected) -> Any:
+def stream(door: Connection) -> Any:
     answers: Any = door.get_handle("ask").options(stream=True).remote(1)
     return list(answers)
 
 
-def batch(door: Connected) -> Any:
+def batch(door: Connection) -> Any:
     return [result.get() for result in door.batch("ask").as_completed(range(3))]
 
 
-def job(door: Connected) -> Any:
+def job(door: Connection) -> Any:
     return [result.get() for result in door.batch("ask", job="j").map(range(3))]
 
 
-def call_in_loop(door: Connected) -> Any:
+def call_in_loop(door: Connection) -> Any:
     async def asked() -> Any:
         handle = AsyncServeHandle(door.redis_url, door.instance, "ask")
         return await asyncio.wait_for(await handle.remote(1), PATIENCE_S)
@@ -79,15 +79,15 @@ def call_in_loop(door: Connected) -> Any:
     return asyncio.run(asked())
 
 
-def look_at_dead_letters(door: Connected) -> Any:
+def look_at_dead_letters(door: Connection) -> Any:
     return len(door.dead_letters("model")), list(door.dead_letters("model"))
 
 
-def replay(door: Connected) -> None:
+def replay(door: Connection) -> None:
     door.dead_letters("model").replay("1-0")
 
 
-def drop(door: Connected) -> None:
+def drop(door: Connection) -> None:
     door.dead_letters("model").drop("1-0")
 
 
@@ -96,9 +96,9 @@ TO_DEAD_LETTERS = (look_at_dead_letters, replay, drop)
 
 @pytest.mark.parametrize(
     "use",
-    [Connected.list_endpoints, call, call_with_much, stream, batch, job, call_in_loop, *TO_DEAD_LETTERS],
+    [Connection.list_endpoints, call, call_with_much, stream, batch, job, call_in_loop, *TO_DEAD_LETTERS],
 )
-def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Connected], Any], site: Site) -> None:
+def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Connection], Any], site: Site) -> None:
     refused: dict[str, NotPermitted] = {}
     for command in CALLERS:
         with limited(site.url, "+@all", f"-{command}") as url:
@@ -149,7 +149,7 @@ def test_a_batch_that_may_not_be_sent_ends_at_its_first_item(site: Site) -> None
 
 
 async def test_http_clients_hear_that_it_was_refused_and_nothing_of_the_broker(redis_url: str) -> None:
-    owner = await Caller.get(redis_url, "default")
+    owner = await RequestClient.get(redis_url, "default")
     backend, endpoint = (
         BackendRecord(tag="f", version="1", code=""),
         EndpointRecord(name="e", route="/e", traffic={"f": 1.0}),
@@ -181,7 +181,7 @@ def test_a_lease_that_may_not_be_taken_is_an_error_of_ours(redis_url: str) -> No
 
 
 async def test_other_refusals_are_ours_too(redis_url: str) -> None:
-    caller = await Caller.get(redis_url, "default")
+    caller = await RequestClient.get(redis_url, "default")
     with Redis.from_url(redis_url) as redis:
         redis.set(caller.keys.backends, "no hash")
         with pytest.raises(BrokerRefused, match=r"WRONGTYPE.*answered to EVAL"):

@@ -13,10 +13,11 @@ import pytest
 from redis import Redis
 
 from penstock import handles
-from penstock.broker.keys import Keys
-from penstock.broker.wire import Header, Part, Reply
-from penstock.handles.caller import Caller
-from penstock.handles.calls import Call
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Part, Reply
+from penstock.broker.wire.requests import Header
+from penstock.handles.calls.call import Call
+from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import (
     DeliveryLimitExceeded,
     NotPermitted,
@@ -26,7 +27,7 @@ from penstock.handles.errors import (
     WireError,
     to_wire,
 )
-from penstock.handles.results import result_of
+from penstock.handles.response import result_of
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site, echo
 from tests.security.test_refusals import limited
@@ -44,22 +45,22 @@ def site(redis_url: str) -> Iterator[Site]:
 
 
 @pytest.fixture
-async def caller(site: Site) -> AsyncIterator[Caller]:
+async def caller(site: Site) -> AsyncIterator[RequestClient]:
     site.declare()
-    caller = Caller(site.url, INSTANCE)
+    caller = RequestClient(site.url, INSTANCE)
     await caller.open()
     yield caller
     await caller.close()
 
 
-def ask(caller: Caller, **header: Any) -> tuple[Call, list[Any]]:
+def ask(caller: RequestClient, **header: Any) -> tuple[Call, list[Any]]:
     """Send a request to a backend that nobody serves; return it, and where its outcome comes."""
     outcomes: list[Any] = []
     header = {"codec": "bytes", **header}
     return caller.dispatch(caller.snapshot.endpoints["ask"], Header(**header), b"x", outcomes.append), outcomes
 
 
-def write(site: Site, caller: Caller, *replies: Reply | Part) -> None:
+def write(site: Site, caller: RequestClient, *replies: Reply | Part) -> None:
     with Redis.from_url(site.url) as redis:
         for reply in replies:
             redis.execute_command("XADD", KEYS.replies(caller.id), "*", *reply.fields())
@@ -128,7 +129,9 @@ def listing(url: str) -> str:
     return seen
 
 
-async def test_a_dead_letter_that_is_replayed_answers_with_the_id_that_it_had(site: Site, caller: Caller) -> None:
+async def test_a_dead_letter_that_is_replayed_answers_with_the_id_that_it_had(
+    site: Site, caller: RequestClient
+) -> None:
     call, outcomes = ask(caller)
     await call.accepted()
     bury(site.url)
@@ -182,7 +185,7 @@ async def read(outcome: Any, *, in_parts: bool) -> None:
 )
 async def test_what_is_wrong_with_a_reply_names_its_request_and_not_its_call(
     site: Site,
-    caller: Caller,
+    caller: RequestClient,
     request_id: str,
     make: Callable[[Call], list[Reply | Part]],
     kind: type[PenstockError],
@@ -199,7 +202,7 @@ async def test_what_is_wrong_with_a_reply_names_its_request_and_not_its_call(
     assert call.id not in f"{raised.value!r}{raised.value}{to_wire(raised.value)}{caplog.text}"
 
 
-async def test_what_is_cancelled_is_named_by_its_request(site: Site, caller: Caller) -> None:
+async def test_what_is_cancelled_is_named_by_its_request(site: Site, caller: RequestClient) -> None:
     asked = [ask(caller), ask(caller, request_id="web-1")]
     await caller.close()
     for call, outcomes in asked:
@@ -212,7 +215,7 @@ async def test_what_is_cancelled_is_named_by_its_request(site: Site, caller: Cal
 async def test_a_refusal_of_redis_names_the_command_without_the_caller_and_the_call(site: Site) -> None:
     site.declare()
     with limited(site.url, "+@all", "-get") as url:
-        caller = Caller(url, INSTANCE)
+        caller = RequestClient(url, INSTANCE)
         with limited_again(site.url, "+get"):
             await caller.open()
         call, outcomes = ask(caller)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock import serve
-from penstock.handles import background
+from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 
 SMALL = {"num_cpus": 0.1}
@@ -47,4 +47,4 @@ def replicas(client: serve.Client, tag: str = "f") -> dict[str, int]:
             if report["backend"] == tag and report["state"] == "ready"
         }
 
-    return background.run(read())
+    return background_loop.run(read())

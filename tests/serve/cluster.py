@@ -25,9 +25,9 @@ import pytest
 from redis import Redis
 
 from penstock import serve
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.registry import ReportKind
-from penstock.handles import background
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.registry.records import ReportKind
+from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 from tests.waiting import wait_until
 
@@ -244,7 +244,7 @@ class Cluster:
             finally:
                 await instance.close()
 
-        return background.run(read())
+        return background_loop.run(read())
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call ``function`` where all nodes are reached: it may open connections to them."""

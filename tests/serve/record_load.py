@@ -18,10 +18,10 @@ from typing import Any
 import ray
 
 from penstock import serve
-from penstock.broker.connection import Connection
-from penstock.broker.keys import Keys
-from penstock.broker.load import load_of
-from penstock.broker.registry import Registry
+from penstock.broker.queue.load import read_depth
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
 
 SCALING: dict[str, Any] = {"min_replicas": 1, "max_replicas": 8, "target_queue_per_replica": 4, "downscale_delay_s": 5}
 SERVICE_S = 0.08
@@ -50,7 +50,7 @@ def serving_for(mean_s: float) -> Callable[[serve.Request], Any]:
 class Recording:
     def __init__(self, client: serve.Client) -> None:
         self._handle = client.get_handle("e", sync=False)
-        self._connection, self._keys = Connection(client.redis_url), Keys(client.instance)
+        self._connection, self._keys = RedisConnection(client.redis_url), Keys(client.instance)
         self._registry = Registry(self._connection, self._keys)
         self._arrived = 0
         self._answers: list[asyncio.Task[Any]] = []
@@ -61,7 +61,7 @@ class Recording:
         sending = asyncio.create_task(self._send(began_s))
         print("at_s,arrived,unsettled,in_progress,wanted,ready")
         while (now_s := time.monotonic() - began_s) < SECONDS:
-            load = await load_of(self._connection, self._keys, "f")
+            load = await read_depth(self._connection, self._keys, "f")
             said = (await self._registry.reports("backends"))["f"]
             counted = (self._arrived, load.unsettled, load.in_progress, said["wanted"], said["ready"])
             print(f"{now_s:.2f}", *counted, sep=",")

@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Snapshot
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord, Snapshot
 from penstock.handles.errors import BackendNotFound, ConfigError, EndpointNotFound
-from penstock.serve.changes import (
+from penstock.serve.registry_changes import (
     add_backend,
     add_endpoint,
     remove_backend,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from penstock.broker.embedded import EmbeddedServer
+from penstock.broker.embedded.server import EmbeddedServer
 
 SCRIPT = """
 import os, sys
 from penstock import serve
-from penstock.broker.connection import Connection
+from penstock.broker.transport.connection import Connection
 from penstock.handles import background
 from penstock.serve.client import Client
 from penstock.serve.instance import Instance

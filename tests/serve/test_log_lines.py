@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from penstock import serve
-from penstock.handles.log_lines import FORMAT
+from penstock.handles.log_context import FORMAT
 from tests.serve.backends import SMALL
 
 

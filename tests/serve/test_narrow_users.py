@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock import serve
-from penstock.handles.connection import Connected
+from penstock.handles.connection import Connection
 from penstock.handles.errors import NotPermitted
 from tests.security.test_refusals import limited
 
@@ -43,6 +43,6 @@ def test_a_client_that_may_not_do_all_it_should_raises_nothing_but_that(standing
                 except NotPermitted:
                     refused.add(command)
                 finally:
-                    Connected(url, standing.instance).close()  # or the next would use what this one has connected
+                    Connection(url, standing.instance).close()  # or the next would use what this one has connected
     assert {"eval", "evalsha", "get", "hgetall", "xread", "xinfo|groups"} <= refused
     assert standing.get_handle("api").remote(1).result(timeout=60)["data"] == 1

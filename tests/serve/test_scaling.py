@@ -15,7 +15,7 @@ from httpx import Client as HTTPClient, TransportError
 
 from penstock import serve
 from tests.serve.backends import SMALL, answering, replicas
-from tests.serve.test_controller import controller_pid
+from tests.serve.controller.test_controller import controller_pid
 from tests.waiting import wait_until
 
 

@@ -14,7 +14,7 @@ from httpx import Client as HTTPClient
 from redis import Redis
 
 from penstock import handles, serve
-from penstock.broker.keys import Keys
+from penstock.broker.wire.keys import Keys
 from tests.serve.backends import SMALL
 from tests.serve.conftest import StartClient
 from tests.waiting import wait_until

@@ -12,7 +12,7 @@ import pytest
 from penstock import serve
 from penstock.serve.status import Status
 from tests.serve.backends import SMALL, answering
-from tests.serve.test_controller import kill_controller
+from tests.serve.controller.test_controller import kill_controller
 from tests.waiting import wait_until
 
 

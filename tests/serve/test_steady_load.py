@@ -16,8 +16,8 @@ from httpx import Client as HTTPClient
 from penstock import serve
 from tests.brokers import Brokers, clean
 from tests.serve.backends import SMALL, answering
+from tests.serve.controller.test_controller import kill_controller
 from tests.serve.load import load
-from tests.serve.test_controller import kill_controller
 
 INSTANCE = "steady"
 

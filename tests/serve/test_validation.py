@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from penstock.broker.address import MAX_MEMORY
+from penstock.broker.transport.url import MAX_MEMORY
 from penstock.handles.errors import BackendNotFound, ConfigError
 from penstock.serve.config import BackendConfig
 from penstock.serve.validation import (

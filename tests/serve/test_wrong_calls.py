@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from penstock import serve
-from penstock.broker.registry import Snapshot
-from penstock.handles import background
+from penstock.broker.registry.records import Snapshot
+from penstock.handles import background_loop
 from penstock.handles.errors import BackendError, BackendNotFound, ConfigError, EndpointNotFound
 from penstock.serve.instance import Instance
 from tests.serve.backends import SMALL
@@ -72,7 +72,7 @@ def state(client: serve.Client) -> tuple[Snapshot, int, int]:
         finally:
             await instance.close()
 
-    return background.run(read())
+    return background_loop.run(read())
 
 
 WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [

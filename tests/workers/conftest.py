@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from penstock.workers.runner import Runner
-from penstock.workers.target import dump
+from penstock.workers.executing.runner import Runner
+from penstock.workers.executing.user_code import dump
 from tests.workers.running import Gate, Replica, Start
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import orjson
 
-from penstock.broker.wire import Entry, Header, Pairs, Reply
+from penstock.broker.wire._fields import Pairs
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.errors import BackendError, PenstockError, from_wire
 
 _numbers = count(1)

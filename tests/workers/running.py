@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from starlette.exceptions import HTTPException
 
-from penstock.broker.wire import Entry, Reply
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry
 from penstock.workers import Request, accept_batch
-from penstock.workers.runner import Runner
-from penstock.workers.running import Running
+from penstock.workers.executing.calls import RunningCall
+from penstock.workers.executing.runner import Runner
 from tests.waiting import wait_until_async
 from tests.workers.requests import from_handle, value_of
 
@@ -25,7 +26,7 @@ class Replica:
         self.replies: dict[str, Reply] = {}
         self._loop_thread = threading.get_ident()
 
-    def run(self, *entries: Entry) -> Running:
+    def run(self, *entries: Entry) -> RunningCall:
         given_before = len(self.replies)
         running = self.runner.run(entries, self.done)
         assert len(self.replies) == given_before, "answered from within run()"

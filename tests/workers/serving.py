@@ -13,15 +13,17 @@ from typing import Any, ClassVar, cast
 
 from redis.asyncio import Redis
 
-from penstock.broker.connection import Connection
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord, Registry
-from penstock.broker.wire import Header, Reply
-from penstock.handles.caller import Caller
-from penstock.handles.calls import Call, Outcome
-from penstock.workers import target
-from penstock.workers.runner import Runner
-from penstock.workers.worker import Worker
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Header
+from penstock.handles.calls.call import Call, CallOutcome
+from penstock.handles.calls.request_client import RequestClient
+from penstock.workers.executing import user_code
+from penstock.workers.executing.runner import Runner
+from penstock.workers.replica import Replica
 
 TAG = "model"
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
@@ -30,12 +32,12 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Worker]:
+async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Replica]:
     """A worker of the backend ``tag`` in this loop."""
     replica = f"{tag}#{next(_numbers)}"
-    runner = Runner(tag, replica, target.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
+    runner = Runner(tag, replica, user_code.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
     await runner.start()
-    worker = Worker(url, "default", tag, replica, runner)
+    worker = Replica(url, "default", tag, replica, runner)
     await worker.start()
     try:
         yield worker
@@ -48,7 +50,7 @@ async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **c
 @asynccontextmanager
 async def declared(url: str) -> AsyncGenerator[None]:
     """Declare the backend `TAG` and the endpoint ``echo`` (``POST /echo``) in the registry."""
-    connection = await Connection(url).open()
+    connection = await RedisConnection(url).open()
     backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
     endpoint = EndpointRecord(name="echo", route="/echo", methods=("POST",), traffic={TAG: 1.0})
     await Registry(connection, Keys("default")).change(lambda seen: Change({TAG: backend}, {"echo": endpoint}))
@@ -110,7 +112,7 @@ async def start_killable(url: str, function: str) -> Killable:
 class Client:
     """A caller of the backend `TAG`."""
 
-    def __init__(self, caller: Caller, redis: Redis) -> None:
+    def __init__(self, caller: RequestClient, redis: Redis) -> None:
         self.caller, self.redis = caller, redis
 
     def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
@@ -119,7 +121,7 @@ class Client:
         backend = BackendRecord(tag=TAG, version="1", code="", config={**CONFIG, **options.pop("config", {})})
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-        def then(outcome: Outcome) -> None:
+        def then(outcome: CallOutcome) -> None:
             if isinstance(outcome, Reply):
                 future.set_result(outcome)
             else:
@@ -150,7 +152,7 @@ class Client:
 
 @asynccontextmanager
 async def calling(url: str) -> AsyncGenerator[Client]:
-    caller = Caller(url, "default")
+    caller = RequestClient(url, "default")
     await caller.open()
     async with Redis.from_url(url) as redis:
         try:
@@ -194,9 +196,9 @@ async def tick(request: Any) -> AsyncGenerator[str]:
 async def _main(url: str, name: str) -> None:
     function = globals()[name]
     replica = f"{TAG}#p{os.getpid()}"
-    runner = Runner(TAG, replica, target.dump(function), CONFIG)
+    runner = Runner(TAG, replica, user_code.dump(function), CONFIG)
     await runner.start()
-    await Worker(url, "default", TAG, replica, runner).start()
+    await Replica(url, "default", TAG, replica, runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 

@@ -1,289 +1,480 @@
+"""The claim-run-reply loop, on a real broker, with real deaths."""
+
+from __future__ import annotations
+
 import asyncio
-import contextlib
-import os
-import signal
+import random
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock.broker.connection import Connection
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.figures import figures_of
-from penstock.broker.keys import Keys
-from penstock.broker.registry import BackendRecord, Change, Registry
-from penstock.handles.errors import BackendError, BackendNotFound, from_wire
-from penstock.workers import Request
-from penstock.workers.replica import Serving
-from penstock.workers.target import dump
-from tests.brokers import wait_until_written
+from penstock import serve
+from penstock.broker.wire._fields import LARGE
+from penstock.handles.errors import DeliveryLimitExceeded, Overloaded, RequestCancelled, RequestTimeout, from_wire
 from tests.waiting import wait_until_async
-from tests.workers.running import Gate, hook, hooks
-from tests.workers.serving import CONFIG, TAG, calling
-
-NAME = f"{TAG}#1"
+from tests.workers.serving import TAG, Client, Killable, calling, serving, start_killable
 
 
-class Instance:
-    """An instance of which there is nothing but its registry, and the replica that a test starts."""
-
-    def __init__(self, url: str, registry: Registry) -> None:
-        self.url, self.registry = url, registry
-        self.replica = Serving(url, "default", TAG, NAME, {"node": "here"})
-
-    async def create(self, target: Any, *args: Any, **config: Any) -> None:
-        code = await self.registry.put_code(dump(target, args))
-        await self.put(BackendRecord(tag=TAG, version="v1", code=code, config={**CONFIG, **config}))
-
-    async def put(self, record: BackendRecord | None) -> None:
-        await self.registry.change(lambda seen: Change(backends={TAG: record}))
-
-    async def update(self, **config: Any) -> None:
-        record = (await self.registry.snapshot()).backends[TAG]
-        new = {**record.config, **config}
-        await self.put(replace(record, config=new, config_version=record.config_version + 1))
-
-    async def report(self) -> Mapping[str, Any]:
-        return (await self.registry.reports("replicas")).get(NAME, {})
-
-    async def reports(self, **wanted: Any) -> None:
-        async def has_reported() -> bool:
-            return wanted.items() <= (await self.report()).items()
-
-        await wait_until_async(has_reported)
-
-    async def ask(self, body: bytes = b"") -> bytes:
-        async with calling(self.url) as client:
-            reply = await client.ask(body)
-            if reply.error is not None:
-                raise from_wire(reply.error)
-            return reply.body
+def echo(request: Any) -> Any:
+    return request.data
 
 
-@contextlib.asynccontextmanager
-async def opened(url: str) -> AsyncGenerator[Instance]:
-    connection = await Connection(url).open()
-    registry = Registry(connection, Keys("default"))
-    instance = Instance(url, registry)
-    try:
-        yield instance
-    finally:
-        await instance.replica.drain(1.0)
-        await registry.erase()
-        await connection.close()
+async def echo_async(request: Any) -> Any:
+    return request.data
 
 
-@pytest.fixture
-async def instance(redis_url: str) -> AsyncIterator[Instance]:
-    async with opened(redis_url) as instance:
-        yield instance
+@pytest.mark.parametrize("function", [echo, echo_async])
+async def test_every_request_is_answered_and_settled(broker_url: str, function: Any) -> None:
+    async with calling(broker_url) as client, serving(broker_url, function):
+        replies = await asyncio.gather(*(client.ask(b"%d" % n) for n in range(500)))
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(500)]
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_what_was_published_before_the_first_replica_is_served_by_it(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"early")
+        await call.accepted()
+        async with serving(redis_url, echo):
+            assert (await answer).body == b"early"
+
+
+async def test_large_bodies_travel_both_ways_and_leave_no_key(redis_url: str) -> None:
+    body = b"x" * (LARGE + 1)
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        assert (await client.ask(body)).body == body
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_request_whose_body_has_expired_is_an_error_that_says_so(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"x" * (LARGE + 1))
+        await call.accepted()
+        assert await client.redis.delete(client.caller.keys.body(TAG, call.id)) == 1
+        async with serving(redis_url, echo):
+            error = (await answer).error
+        assert error is not None
+        assert str(from_wire(error)) == f"the body of request {call.shown_id!r} has expired"
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_slow_request_holds_up_nobody_while_a_replica_is_idle(redis_url: str) -> None:
+    release = threading.Event()
+
+    def wait_or_echo(request: Any) -> Any:
+        if request.data == b"wait":
+            release.wait(30)
+        return request.data
+
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, wait_or_echo) as first,
+        serving(redis_url, wait_or_echo) as second,
+    ):
+        # Both learn that calls are quick, and so fetch ahead.
+        await asyncio.gather(*(client.ask(b"x") for _ in range(500)))
+        _, slow = client.call(b"wait")
+        await wait_until_async(lambda: first.in_progress + second.in_progress == 1)
+        replies = await asyncio.wait_for(asyncio.gather(*(client.ask(b"x") for _ in range(50))), 10)
+        assert len(replies) == 50
+        assert not slow.done()
+        release.set()
+        assert (await slow).body == b"wait"
+
+
+class Sizes:
+    """A batch backend that remembers the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    @property
+    def function(self) -> Any:
+        def batch(requests: list[Any]) -> list[Any]:
+            self.sizes.append(len(requests))
+            return [request.data for request in requests]
+
+        return serve.accept_batch(batch)
+
+
+async def _publish_before_serving(client: Client, count: int) -> list[asyncio.Future[Any]]:
+    calls = [client.call(b"%d" % n) for n in range(count)]
+    await asyncio.gather(*(call.accepted() for call, _ in calls))
+    return [answer for _, answer in calls]
+
+
+async def test_a_backlog_is_cut_into_full_batches(redis_url: str) -> None:
+    sizes = Sizes()
+    async with calling(redis_url) as client:
+        answers = await _publish_before_serving(client, 140)
+        async with serving(redis_url, sizes.function, max_batch_size=50):
+            replies = await asyncio.gather(*answers)
+    assert [reply.body for reply in replies] == [b"%d" % n for n in range(140)]
+    assert sizes.sizes == [50, 50, 40]
+
+
+async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) -> None:
+    sizes, wait_s = Sizes(), 1.0
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, sizes.function, max_batch_size=1_000, batch_wait_timeout=wait_s),
+    ):
+        loop = asyncio.get_running_loop()
+        start, answers = loop.time(), [client.call(b"0")[1]]
+        while not sizes.sizes:  # if what counted were the last one, it would never be over
+            await asyncio.sleep(wait_s / 20)
+            answers.append(client.call(b"%d" % len(answers))[1])
+        assert loop.time() - start > 0.9 * wait_s  # it counts by the clock of the broker
+        await asyncio.gather(*answers)
+    assert 1 < sizes.sizes[0] < 1_000
+    assert sum(sizes.sizes) == len(answers)
+
+
+async def test_a_full_batch_does_not_wait(redis_url: str) -> None:
+    sizes = Sizes()
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, sizes.function, max_batch_size=3, batch_wait_timeout=60.0),
+    ):
+        await asyncio.wait_for(asyncio.gather(*(client.ask(b"x") for _ in range(3))), 10)
+    assert sizes.sizes == [3]
+
+
+async def test_expired_work_is_never_started(redis_url: str) -> None:
+    ran: list[bytes] = []
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+
+    async with calling(redis_url) as client:
+        with pytest.raises(RequestTimeout):
+            await client.ask(b"expired", timeout_s=0.1)
+        async with serving(redis_url, record):
+            await client.ask(b"fresh")
+    assert ran == [b"fresh"]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: str, batch: bool) -> None:
+    ran: list[bytes] = []
+    busy, release = threading.Event(), threading.Event()
+
+    def record(request: Any) -> None:
+        ran.append(request.data)
+        if request.data == b"first":
+            busy.set()
+            release.wait(30)
+
+    async with calling(redis_url) as client, serving(redis_url, record):
+        _, first = client.call(b"first", batch=batch)
+        await wait_until_async(busy.is_set)
+        second, _ = client.call(b"second", batch=batch)
+        await second.accepted()
+        second.cancel()
+        release.set()
+        await first
+        await client.ask(b"third", batch=batch)
+        await wait_until_async(lambda: _is_empty(client))
+    assert ran == [b"first", b"third"]
+
+
+async def test_cancelling_cancels_async_code_and_frees_its_slot(redis_url: str) -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: Any) -> Any:
+        if request.data == b"quick":
+            return b"done"
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with calling(redis_url) as client, serving(redis_url, wait, max_concurrent_queries=1) as worker:
+        call, _ = client.call(b"slow")
+        await asyncio.wait_for(started.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(cancelled.wait(), 10)
+        assert (await asyncio.wait_for(client.ask(b"quick"), 10)).body == b"done"
+        await wait_until_async(lambda: worker.in_progress == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str, seed: int, blocking: bool) -> None:
+    chance, met = random.Random(seed), threading.Barrier(3)
+
+    def work(request: Any) -> Any:
+        if request.data == b"meet":
+            met.wait(10)
+        time.sleep(chance.random() * 0.005)
+        return request.data
+
+    async def work_async(request: Any) -> Any:
+        if request.data == b"meet":
+            await asyncio.to_thread(met.wait, 10)
+        await asyncio.sleep(chance.random() * 0.005)
+        return request.data
+
+    async with (
+        calling(redis_url) as client,
+        serving(redis_url, work if blocking else work_async, max_concurrent_queries=3) as worker,
+    ):
+
+        async def race(number: int) -> bool:
+            call, answer = client.call(b"x")
+            if number == 0:  # one that is not cancelled, even if this loop is held up while the others wait
+                await answer
+            await asyncio.sleep(chance.random() * 0.1)
+            if call.cancel():
+                return True
+            assert (await answer).body == b"x"
+            return False
+
+        cancelled = sum(await asyncio.gather(*(race(number) for number in range(200))))
+        assert 0 < cancelled < 200
+        # They answer only if all of them run at once.
+        replies = await asyncio.gather(*(client.ask(b"meet", timeout_s=20) for _ in range(3)))
+        assert [reply.body for reply in replies] == [b"meet"] * 3
+        await wait_until_async(lambda: worker.in_progress == 0)
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "never")
+        calls = [client.call(b"x") for _ in range(5)]
+        await wait_until_async(lambda: _claimed(client, 5))
+        await first.kill()
+        killed_at = asyncio.get_running_loop().time()
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 5
+        # The lease of 2 s, and what else this machine does.
+        assert asyncio.get_running_loop().time() - killed_at < 6
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_what_a_killed_replica_had_in_progress_is_not_run_one_by_one(redis_url: str) -> None:
+    """It would take another one 18 s, in which that does nothing else."""
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "never")
+        calls = [client.call(b"x") for _ in range(60)]
+        await wait_until_async(lambda: _claimed(client, 60))
+        await first.kill()
+        second = await start_killable(redis_url, "slowly")
+        started_at = asyncio.get_running_loop().time()
+        replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 60
+        assert asyncio.get_running_loop().time() - started_at < 12
+        await second.kill()
+
+
+async def test_a_batch_that_a_killed_replica_had_is_run_as_one(redis_url: str) -> None:
+    sizes: list[int] = []
+
+    @serve.accept_batch
+    def measure(requests: list[Any]) -> list[None]:
+        sizes.append(len(requests))
+        return [None] * len(requests)
+
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "never")
+        calls = [client.call(b"x") for _ in range(20)]
+        await wait_until_async(lambda: _claimed(client, 20))
+        await first.kill()
+        async with serving(redis_url, measure, max_batch_size=16):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert {reply.status for reply in replies} == {200}
+        assert sizes == [16, 4]
+
+
+async def test_a_poisonous_request_dies_alone(redis_url: str) -> None:
+    """It kills as many replicas as it may, then it is a dead letter; who was in progress beside it is answered."""
+    async with calling(redis_url) as client:
+        replicas = [await start_killable(redis_url, "slowly") for _ in range(2)]
+        bystanders = [client.call(b"x")[1] for _ in range(20)]
+        poison = client.call(b"die")[1]
+        more = [client.call(b"x")[1] for _ in range(20)]
+        started = 2
+        while not poison.done():
+            await _replace_the_dead(redis_url, replicas)
+            await asyncio.sleep(0.05)
+            started = max(started, len(replicas))
+        reply = await poison
+        assert reply.error is not None
+        assert isinstance(from_wire(reply.error), DeliveryLimitExceeded)
+        assert {answer.status for answer in await asyncio.gather(*bystanders, *more)} == {200}
+        assert sum(not replica.alive for replica in replicas) == 3
+        assert await client.dead() == 1
+        for replica in replicas:
+            await replica.kill()
+
+
+async def _replace_the_dead(url: str, replicas: list[Killable]) -> None:
+    while sum(replica.alive for replica in replicas) < 2:
+        replicas.append(await start_killable(url, "slowly"))
+
+
+async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        requests = client.caller.keys.requests(TAG)
+        await client.redis.xadd(requests, {"v": "9", "id": "x"})
+        await client.redis.xadd(requests, {b"\xff\x00": b"\xfe"})
+        assert (await client.ask(b"x")).body == b"x"
+
+        async def both_are_dead() -> bool:
+            return await client.dead() == 2
+
+        await wait_until_async(both_are_dead)
+        await wait_until_async(lambda: _is_empty(client))
+
+
+async def test_garbage_beyond_the_limit_of_dead_letters_leaves_as_many_as_that(redis_url: str) -> None:
+    limits: dict[str, Any] = {"max_queued_requests": 100, "max_dead_letters": 50}
+    async with calling(redis_url) as client, serving(redis_url, echo, **limits):
+        keys = client.caller.keys
+        async with client.redis.pipeline(transaction=False) as pipe:
+            for n in range(3_000):
+                pipe.xadd(keys.requests(TAG), {"garbage": str(n)})
+            await pipe.execute()
+        await wait_until_async(lambda: _is_empty(client))
+        assert await client.dead() == 50
+        assert await client.redis.hget(keys.done(TAG), "dead_dropped") == b"2950"
+        await client.redis.delete(keys.done(TAG))
+        assert (await client.ask(b"x")).body == b"x"
 
 
 class Greeter:
-    def __init__(self, greeting: str) -> None:
-        self.greeting, self.name = greeting, "you"
-
-    def reconfigure(self, user_config: Any) -> None:
-        self.name = user_config["name"]
-
-    def check_health(self) -> None:
-        if self.name == "nobody":
-            raise RuntimeError("nobody is there")
-
-    def __call__(self, request: Request) -> str:
-        if request.data == b"sleep":
-            time.sleep(0.4)
-        if request.data == b"hold":
-            hook("hold")(request)
-        return f"{self.greeting}, {self.name}"
+    def __call__(self, request: Any) -> bytes:
+        return b"hello " + bytes(request.data)
 
 
-async def test_it_serves_what_the_registry_says_and_reports_that(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
-    await instance.replica.ready()
-    assert await instance.ask() == b"Hello, Ada"
-    await instance.reports(backend=TAG, version="v1", config_version=1, state="ready", node="here")
-    assert "error" not in await instance.report()
-    await instance.replica.ready()
-    await instance.replica.check()
+async def test_calling_mro_costs_the_replica_nothing(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, Greeter):
+        refused = [client.call(b"x", call="mro")[1] for _ in range(2)]
+        behind = [client.call(b"%d" % n)[1] for n in range(10)]
+        assert [reply.body for reply in await asyncio.gather(*behind)] == [b"hello %d" % n for n in range(10)]
+        assert [(await reply).status for reply in refused] == [404, 404]
+        assert (await client.ask(b"again")).body == b"hello again"
+        await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_it_takes_over_a_new_configuration(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello")
-    await instance.replica.ready()
-    await instance.update(user_config={"name": "Grace"})
-    await instance.reports(config_version=2)
-    assert await instance.ask() == b"Hello, Grace"
+async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again(redis_url: str) -> None:
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        assert (await client.ask(b"before")).body == b"before"
+        await client.redis.flushall()
+        assert (await asyncio.wait_for(client.ask(b"after", timeout_s=20), 25)).body == b"after"
 
 
-async def test_a_configuration_that_its_code_refuses_is_reported_and_leaves_it_serving(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
-    await instance.replica.ready()
-    await instance.update(user_config={"nam": "Grace"})
-    await instance.reports(state="ready", config_version=1, refused=2)
-    error = from_wire((await instance.report())["error"])
-    assert isinstance(error, BackendError)
-    assert error.type_name == "KeyError"
-    assert await instance.ask() == b"Hello, Ada"
+async def test_a_drained_worker_gives_back_what_it_had_not_started(redis_url: str) -> None:
+    busy, release = threading.Event(), threading.Event()
 
-    await instance.update(user_config={"name": "Grace"})
-    await instance.reports(config_version=3)
-    assert not {"error", "refused"} & set(await instance.report())
-    assert await instance.ask() == b"Hello, Grace"
+    def wait(request: Any) -> Any:
+        if request.data == b"wait":
+            busy.set()
+            release.wait(30)
+        return request.data
 
-
-async def test_another_version_of_its_backend_is_not_its_business(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
-    await instance.replica.ready()
-    record = (await instance.registry.snapshot()).backends[TAG]
-    await instance.put(replace(record, version="v2", config={"user_config": {"name": "Bob"}}, config_version=2))
-    await asyncio.sleep(0.1)
-    assert await instance.ask() == b"Hello, Ada"
-    assert (await instance.report())["config_version"] == 1
+    async with calling(redis_url) as client, serving(redis_url, wait) as first:
+        await asyncio.gather(*(client.ask(b"x") for _ in range(500)))
+        calls = [client.call(b"wait")[1], *(client.call(b"x")[1] for _ in range(5))]
+        await wait_until_async(busy.is_set)
+        async with serving(redis_url, echo):
+            draining = asyncio.create_task(first.drain(20))
+            assert {(await answer).status for answer in calls[1:]} == {200}
+            assert not draining.done()
+            release.set()
+            assert await draining
+            assert (await calls[0]).body == b"wait"
 
 
-async def test_code_that_cannot_start_says_why(instance: Instance) -> None:
-    await instance.create(Greeter)
-    for _ in range(2):
-        with pytest.raises(BackendError, match="missing 1 required positional argument: 'greeting'"):
-            await instance.replica.ready()
-    await instance.reports(state="failed", version="v1")
-    with pytest.raises(BackendError, match="greeting"):
-        await instance.replica.check()
+async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        call, answer = client.call(b"x")
+        await call.accepted()
+    with pytest.raises(RequestCancelled):
+        await answer
 
 
-async def test_a_backend_that_is_gone_is_named(instance: Instance) -> None:
-    with pytest.raises(BackendNotFound, match=TAG):
-        await instance.replica.ready()
-
-
-async def test_a_health_check_that_fails_is_told(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello", user_config={"name": "nobody"})
-    await instance.replica.check()  # it has not started: that is not ill
-    await instance.replica.ready()
-    with pytest.raises(BackendError, match="nobody is there"):
-        await instance.replica.check()
-    await instance.update(user_config={"name": "Ada"})
-    await instance.reports(config_version=2)
-    await instance.replica.check()
-
-
-@pytest.fixture
-def held(gate: Gate) -> threading.Event:
-    """Set when a request runs that is held until the gate is opened."""
-    begun = threading.Event()
-
-    def hold(request: Request) -> None:
-        begun.set()
-        gate.wait()
-
-    hooks["hold"] = hold
-    return begun
-
-
-async def test_draining_finishes_what_was_begun_and_takes_nothing_new(
-    instance: Instance, gate: Gate, held: threading.Event
+@pytest.mark.parametrize("function", [echo, echo_async])
+async def test_batch_items_and_interactive_requests_are_answered_beside_each_other(
+    redis_url: str, function: Any
 ) -> None:
-    await instance.create(Greeter, "Hello")
-    await instance.replica.ready()
-    async with calling(instance.url) as client:
-        _, answer = client.call(b"hold")
-        await wait_until_async(held.is_set)
-        draining = asyncio.ensure_future(instance.replica.drain(30))
-        await instance.reports(state="draining")
-        late, late_answer = client.call()
-        await late.accepted()
-        gate.open()
-        assert await draining
-        assert (await answer).body == b"Hello, you"
-        await asyncio.sleep(0.1)
-        assert not late_answer.done()
-        late.cancel()
-    assert await instance.replica.drain(10)
+    async with calling(redis_url) as client, serving(redis_url, function, max_concurrent_queries=3):
+        replies = await asyncio.gather(*(client.ask(b"%d" % n, batch=n % 3 > 0) for n in range(900)))
+        assert [reply.body for reply in replies] == [b"%d" % n for n in range(900)]
+        await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_what_does_not_finish_while_draining_is_left_to_others(
-    instance: Instance, gate: Gate, held: threading.Event
-) -> None:
-    await instance.create(Greeter, "Hello")
-    await instance.replica.ready()
-    async with calling(instance.url) as client:
-        _, answer = client.call(b"hold")
-        await wait_until_async(held.is_set)
-        assert not await instance.replica.drain(0.05)
-        gate.open()
-        another = Serving(instance.url, "default", TAG, f"{TAG}#2")
-        await another.ready()
-        assert (await answer).body == b"Hello, you"
-        assert await another.drain(1.0)
+async def test_interactive_requests_overtake_batch_items_and_leave_them_their_share(redis_url: str) -> None:
+    ran: list[bytes] = []
+
+    async def record(request: Any) -> None:
+        ran.append(request.data)
+        await asyncio.sleep(0.001)
+
+    async with calling(redis_url) as client:
+        batch = [client.call(b"batch", batch=True) for _ in range(300)]
+        interactive = [client.call(b"interactive") for _ in range(300)]
+        await asyncio.gather(*(call.accepted() for call, _ in batch + interactive))
+        async with serving(redis_url, record, max_concurrent_queries=1, batch_share=0.2):
+            await asyncio.gather(*(answer for _, answer in batch + interactive))
+    until_the_last = ran[: 300 - ran[::-1].index(b"interactive") + 299]
+    # The first claim is the one that finds out that there are both.
+    assert abs(until_the_last.count(b"batch") - 0.2 * len(until_the_last)) < 4
 
 
-async def test_what_it_has_done_is_counted_once_and_outlives_it(instance: Instance) -> None:
-    await instance.create(Greeter, "Hello")
-    await instance.replica.ready()
-    connection = await Connection(instance.url).open()
-    try:
+async def test_no_more_runs_at_once_than_may_when_both_streams_answer_one_claim(redis_url: str) -> None:
+    running = most = 0
 
-        async def served() -> int:
-            return (await figures_of(connection, Keys("default"), TAG)).served
+    async def count(request: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.005)
+        running -= 1
 
-        async def has_served_two() -> bool:
-            return await served() == 2
-
-        for _ in range(2):
-            await instance.ask()
-        await wait_until_async(has_served_two)
-        await instance.ask(b"sleep")
-        assert await instance.replica.drain(1.0)  # which does not leave the last one out
-        assert await served() == 3
-        assert (await figures_of(connection, Keys("default"), TAG)).run_s > 0.4
-    finally:
-        await connection.close()
+    async with calling(redis_url) as client:
+        answers = [client.call(b"x", batch=n % 2 > 0) for n in range(40)]
+        await asyncio.gather(*(call.accepted() for call, _ in answers))
+        async with serving(redis_url, count, max_concurrent_queries=4):
+            await asyncio.gather(*(answer for _, answer in answers))
+    assert most == 4
 
 
-async def test_it_can_be_ended_before_it_has_started(instance: Instance, gate: Gate) -> None:
-    assert await instance.replica.drain(1.0)
-
-    class Slow:
-        def __init__(self) -> None:
-            gate.wait()
-
-        def __call__(self, request: Request) -> None: ...
-
-    await instance.create(Slow)
-    another = Serving(instance.url, "default", TAG, f"{TAG}#2")
-    starting = asyncio.ensure_future(another.ready())
-    await asyncio.sleep(0.1)
-    await another.drain(0.0)
-    with pytest.raises(asyncio.CancelledError):
-        await starting
+async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        first = await start_killable(redis_url, "never")
+        calls = [client.call(b"x", batch=n % 2 > 0) for n in range(6)]
+        await wait_until_async(lambda: _claimed(client, 6))
+        await first.kill()
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*(answer for _, answer in calls))
+        assert [reply.status for reply in replies] == [200] * 6
+        await wait_until_async(lambda: _is_empty(client))
 
 
-def kill(server: EmbeddedServer) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
+async def test_a_batch_leaves_places_in_the_queue_to_interactive_requests(redis_url: str) -> None:
+    async with calling(redis_url) as client:
+        config = {"max_queued_requests": 10}
+        calls = [client.call(b"x", batch=True, config=config)[0] for _ in range(8)]
+        await asyncio.gather(*(call.accepted() for call in calls))
+        with pytest.raises(Overloaded):
+            await client.ask(b"x", batch=True, config=config)
+        calls.append(client.call(b"x", config=config)[0])
+        await calls[-1].accepted()
+        assert await client.depth() == 9
+        for call in calls:
+            call.cancel()
 
 
-async def test_it_starts_as_soon_as_its_broker_is_there(tmp_path: Path) -> None:
-    with EmbeddedServer.start(data_dir=tmp_path) as server:
-        async with opened(server.url) as instance:
-            await instance.create(Greeter, "Hello")
-            wait_until_written(server.url)
-            kill(server)
-            await instance.replica.ready()
-            assert await instance.ask() == b"Hello, you"
+async def _is_empty(client: Client) -> bool:
+    return await client.depth() == 0
 
 
-async def test_a_broker_that_forgot_everything_is_told_again(tmp_path: Path) -> None:
-    with EmbeddedServer.start() as server:
-        async with opened(server.url) as instance:
-            await instance.create(Greeter, "Hello")
-            await instance.replica.ready()
-            await instance.reports(state="ready")
-            kill(server)
-            await instance.reports(state="ready", version="v1")
-            assert await instance.ask() == b"Hello, you"
+async def _claimed(client: Client, count: int) -> bool:
+    return await client.claimed() == count

@@ -9,31 +9,32 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, strategies as st
 
-from penstock.broker.flow import CHUNK, WINDOW
-from penstock.broker.registry import BackendRecord, Change, EndpointRecord
-from penstock.broker.wire import VALUE_COST, Entry, Header, Part, Reply
-from penstock.handles.calls import Call, Outcome
+from penstock.broker.queue.flow_control import CHUNK, WINDOW
+from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.wire.replies import VALUE_COST, Part, Reply
+from penstock.broker.wire.requests import Entry, Header
+from penstock.handles.calls.call import Call, CallOutcome
+from penstock.handles.calls.incoming_stream import IncomingStream
 from penstock.handles.errors import StreamBroken
-from penstock.handles.incoming import Incoming
-from penstock.workers.streams import Outflow, Stopped
+from penstock.workers.executing.stream_writer import StreamStopped, StreamWriter
 from tests.waiting import wait_until_async
 from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, serving, start_killable
 
 
-def ask(client: Client) -> "tuple[Call, asyncio.Future[Outcome]]":
+def ask(client: Client) -> "tuple[Call, asyncio.Future[CallOutcome]]":
     """Send a request whose answer may come in parts."""
-    begun: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    begun: asyncio.Future[CallOutcome] = asyncio.get_running_loop().create_future()
     backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
     return client.caller.submit(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
 
 
-async def begun(outcome: "asyncio.Future[Outcome]") -> Incoming:
+async def begun(outcome: "asyncio.Future[CallOutcome]") -> IncomingStream:
     incoming = await asyncio.wait_for(outcome, 10)
-    assert isinstance(incoming, Incoming), incoming
+    assert isinstance(incoming, IncomingStream), incoming
     return incoming
 
 
-async def rest_of(incoming: Incoming) -> list[bytes]:
+async def rest_of(incoming: IncomingStream) -> list[bytes]:
     got: list[bytes] = []
     while pieces := await incoming.pieces():
         got += [piece.body for piece in pieces]
@@ -99,8 +100,8 @@ async def test_it_breaks_off_also_where_the_others_are_busy_with_streams_of_thei
 
 
 async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.workers.outlet.LAPSE_S", 0.5)
-    monkeypatch.setattr("penstock.handles.caller.REPEAT_S", 3600.0)
+    monkeypatch.setattr("penstock.workers.consuming.stream_sender.LAPSE_S", 0.5)
+    monkeypatch.setattr("penstock.handles.calls.request_client.REPEAT_S", 3600.0)
     ended = threading.Event()
 
     def endless(request: object) -> Iterator[bytes]:
@@ -122,7 +123,7 @@ async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatc
 async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, on_loop: bool
 ) -> None:
-    monkeypatch.setattr("penstock.workers.outlet.LAPSE_S", 0.2)
+    monkeypatch.setattr("penstock.workers.consuming.stream_sender.LAPSE_S", 0.2)
     made, ended = list[int](), threading.Event()
 
     def endless(request: object) -> Iterator[str]:
@@ -157,7 +158,7 @@ async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
                 lambda _: Change({TAG: served, shadow: backend}, {"e": endpoint})
             )
             await client.caller.watcher.wait_for(version, 5)
-            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            outcome: asyncio.Future[CallOutcome] = asyncio.get_running_loop().create_future()
             client.caller.dispatch(endpoint, Header(codec="none", window=WINDOW), b"", outcome.set_result)
             assert await rest_of(await begun(outcome)) == [b"0", b"1", b"2"]
             await wait_until_async(ended.is_set)
@@ -192,7 +193,7 @@ async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> N
 
 
 async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.handles.caller.REPEAT_S", 0.05)
+    monkeypatch.setattr("penstock.handles.calls.request_client.REPEAT_S", 0.05)
     values = [b"%d" % n * 1000 for n in range(1000)]
 
     def give(request: object) -> Iterator[bytes]:
@@ -285,17 +286,17 @@ def flatten(fields: dict[bytes, bytes]) -> list[bytes]:
 
 
 class Wire:
-    """An outlet whose parts are taken by an `Incoming`, which grants as its reader takes them."""
+    """An outlet whose parts are taken by an `IncomingStream`, which grants as its reader takes them."""
 
     def __init__(self, window: int) -> None:
         self.window = window
         self.parts: deque[list[bytes]] = deque()
         self.begun = 0
 
-    def begin(self, flow: Outflow) -> None:
+    def begin(self, flow: StreamWriter) -> None:
         self.begun += 1
 
-    def send(self, flow: Outflow, part: Part) -> None:
+    def send(self, flow: StreamWriter, part: Part) -> None:
         assert len(part.body) <= 2 * CHUNK
         self.parts.append(part.fields())
 
@@ -311,8 +312,8 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
     async def run() -> None:
         entry = Entry("id", "caller", Header(window=window))
         wire = Wire(window)
-        flow = Outflow(wire, asyncio.get_running_loop(), entry)
-        incoming: Incoming | None = None
+        flow = StreamWriter(wire, asyncio.get_running_loop(), entry)
+        incoming: IncomingStream | None = None
         got: list[tuple[str, bytes]] = []
         unfinished = b""
 
@@ -331,7 +332,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
                 while wire.parts:
                     part = Part.of(wire.parts.popleft())
                     if incoming is None:
-                        incoming = Incoming(part, "b", lambda: "r", window, flow.taken, flow.stop)
+                        incoming = IncomingStream(part, "b", lambda: "r", window, flow.taken, flow.stop)
                     incoming.take(part)
             if ended and incoming is not None:
                 incoming.end(Reply("id", codec="stream", body=b"%d" % flow.parts))
@@ -356,7 +357,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
 def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> None:
     async def run() -> None:
         parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(5)]
-        incoming = Incoming(parts[order[0]], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
+        incoming = IncomingStream(parts[order[0]], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
         good = 0
         for n in order:
             try:
@@ -375,7 +376,7 @@ def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> 
 
 async def test_parts_that_were_sent_again_are_taken_once() -> None:
     parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(4)]
-    incoming = Incoming(parts[0], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
+    incoming = IncomingStream(parts[0], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     for n in (0, 1, 2, 1, 2, 3):
         incoming.take(parts[n])
     incoming.end(Reply("id", codec="stream", body=b"4"))
@@ -392,7 +393,7 @@ async def test_parts_that_were_sent_again_are_taken_once() -> None:
 )
 async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> None:
     part = Part("id", 0, "text", [1], body=b"a")
-    incoming = Incoming(part, "b", lambda: "r", 1000, lambda taken: None, lambda: None)
+    incoming = IncomingStream(part, "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     incoming.take(part)
     incoming.end(end)
     assert len(await incoming.pieces()) == 1
@@ -403,11 +404,11 @@ async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> No
 async def test_a_thread_that_waits_for_room_is_stopped() -> None:
     wire = Wire(1)
     loop = asyncio.get_running_loop()
-    flow = Outflow(wire, loop, Entry("id", "caller", Header(window=1)))
+    flow = StreamWriter(wire, loop, Entry("id", "caller", Header(window=1)))
     flow.put("text", b"a")
     waiting = loop.run_in_executor(None, flow.put, "text", b"b")
     await wait_until_async(lambda: wire.parts)
     assert not waiting.done()
     flow.stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(StreamStopped):
         await waiting

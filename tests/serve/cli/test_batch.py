@@ -23,7 +23,7 @@ import orjson
 import pytest
 from redis import Redis
 
-from penstock.broker.keys import Keys
+from penstock.broker.wire.keys import Keys
 from tests.handles.site import INSTANCE, Site
 from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal
 from tests.waiting import wait_until
@@ -256,8 +256,8 @@ def test_an_interrupted_batch_that_is_no_job_leaves_nothing_queued(site: Site, t
 REPLICA = """
 import asyncio, os, sys
 from penstock.workers import target
-from penstock.workers.runner import Runner
-from penstock.workers.worker import Worker
+from penstock.workers.executing.runner import Runner
+from penstock.workers.replica import Worker
 
 async def slowly(request):
     await asyncio.sleep(0.008)

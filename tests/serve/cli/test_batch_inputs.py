@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from penstock.broker import exact_json
+from penstock.broker.wire import exact_json
 from tests.handles.site import Site, echo
 from tests.serve.cli.conftest import COMMAND, Penstock, environment
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import orjson
 
-from penstock.broker.connection import Connection
-from penstock.broker.embedded import EmbeddedServer
-from penstock.broker.keys import Keys
-from penstock.broker.registry import Registry
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
 from penstock.serve.settings import Settings
 from tests.handles.site import INSTANCE
 from tests.serve.cli.conftest import COMMAND, environment, on_terminal
@@ -21,7 +21,7 @@ from tests.serve.cli.conftest import COMMAND, environment, on_terminal
 
 async def declare(url: str) -> None:
     """Leave in the broker what an instance leaves there when nothing of it runs."""
-    connection = Connection(url, name="test")
+    connection = RedisConnection(url, name="test")
     await connection.open()
     await Settings(owner="nobody", node="none").write(Registry(connection, Keys(INSTANCE)))
     await connection.close()

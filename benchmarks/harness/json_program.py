@@ -1,0 +1,42 @@
+"""Programs of ``systems/`` that run to their end and tell, in lines of JSON, what they saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import environment
+from benchmarks.harness.catalogue import PROGRAMS, RAY_QUIET
+from benchmarks.harness.processes import Program, ProgramFailed
+
+START_WITHIN_S = 180.0
+MARK = "@@"
+"""What a line begins with that tells something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teller:
+    """One such program."""
+
+    name: str
+    title: str
+    program: str
+    is_peer: bool = True
+    """It runs with the packages of the other systems."""
+
+    def told(self, *words: str, within_s: float = 0.0) -> list[dict[str, Any]]:
+        """Run it with these words on its command line: what takes it ``within_s`` beyond its start.
+
+        Raises:
+            ProgramFailed: it failed, took too long or told nothing.
+        """
+        python = environment.PYTHON if self.is_peer else Path(sys.executable)
+        with Program([str(python), str(PROGRAMS / self.program), *words], env=RAY_QUIET) as program:
+            printed = program.run_to_end(within_s=START_WITHIN_S + within_s)
+        told = [json.loads(line.removeprefix(MARK)) for line in printed.splitlines() if line.startswith(MARK)]
+        if not told:
+            raise ProgramFailed(f"told nothing:\n{printed[-2_000:]}")
+        return told

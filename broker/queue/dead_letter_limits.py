@@ -1,0 +1,43 @@
+"""Limits of a backend's dead letters: how many are kept, and for how long. The oldest are dropped, and counted."""
+
+from __future__ import annotations
+
+from ..transport.commands import Script
+
+MAX_DEAD_LETTERS = 10_000
+"""Where a backend's configuration does not say how many are kept."""
+
+MAX_AGE_S = 14 * 24 * 3600
+"""Older ones are dropped by the replicas, which look once a minute."""
+
+DROPPED = b"dead_dropped"
+"""The field of the backend's sums that counts them; see ``broker/queue/stats.py``."""
+
+# Drops the oldest of ``letters`` until there are at most ``most`` and none has died before the age limit, with their
+# large bodies, whose keys begin with ``bodies``.
+DROP_OLDEST = f"""
+local function drop_oldest(letters, sums, most, bodies)
+  local time, dropped, left = redis.call('TIME'), 0, redis.call('XLEN', letters)
+  local earliest = time[1] * 1000 - {MAX_AGE_S * 1000}
+  while left > 0 do
+    local letter = redis.call('XRANGE', letters, '-', '+', 'COUNT', 1)[1]
+    if left <= most and tonumber(string.match(letter[1], '^%d+')) >= earliest then break end
+    local id, large
+    for i = 1, #letter[2], 2 do
+      if letter[2][i] == 'id' then id = letter[2][i + 1] end
+      if letter[2][i] == 'large' then large = letter[2][i + 1] == '1' end
+    end
+    if id and large then redis.call('UNLINK', bodies .. id) end
+    redis.call('XDEL', letters, letter[1])
+    dropped, left = dropped + 1, left - 1
+  end
+  if dropped > 0 then redis.call('HINCRBY', sums, '{DROPPED.decode()}', dropped) end
+  return dropped
+end
+"""
+
+# KEYS: the dead letters, the backend's sums. ARGV: how many are kept, what the keys of bodies begin with.
+DROP = Script(f"""#!lua flags=allow-oom
+{DROP_OLDEST}
+return drop_oldest(KEYS[1], KEYS[2], tonumber(ARGV[1]), ARGV[2])
+""")

@@ -1,0 +1,129 @@
+"""Leases: keys with an expiry that prove that a replica or a proxy is alive.
+
+A lease is renewed by a thread with a connection of its own. Neither user code that blocks the event loop nor a long
+reply delays the renewal; only code that holds the interpreter lock for longer than the lease does. In that case another
+replica redelivers work that is still running, and the caller ignores the second reply.
+
+A lease also expires when the broker takes no renewals: it refuses writes, it hangs, it is restarted. Then the leases of
+all replicas expire together, and an expired lease proves nothing. So the value of a lease is the time since when it has
+been renewed without a gap, and the time of the last renewal, both by the broker's clock. A replica whose own lease has
+a gap within the last `TTL_S` seconds does not take over from others: they may not have come to renew theirs
+(`TAKE_OVER`). A lease that the controller marks as `DROPPED`, because Ray reported the death, is proof at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url  # pyright: ignore[reportUnknownVariableType]
+from redis.retry import Retry
+
+from ..errors import BrokerUnavailable
+from ..transport import outages
+from ..transport.dial import error_of, reason_of
+from ..transport.refusals import NOT_PRIMARY, TEMPORARY, code_of
+from ..transport.url import redis_options, shown_url
+
+TTL_S = 2.0
+RENEW_S = 0.5
+_GAP_MS = int(2 * RENEW_S * 1000)
+"""Without a renewal for longer than this, the lease of another replica may have expired for the same reason."""
+assert 2 * _GAP_MS <= TTL_S * 1000, "who has no gap must know that no other lease can have expired without a death"
+
+DROPPED = "dropped"
+"""The value of the lease of a replica that is known to be dead."""
+
+# KEYS: the lease. ARGV: milliseconds until it expires. A broker that is out of memory refuses SET, and a replica that
+# serves must not count as dead for that.
+_RENEW = f"""#!lua flags=allow-oom
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local since, last = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (%d+)$')
+if not since or now - last > {_GAP_MS} then since = now end
+return redis.call('SET', KEYS[1], string.format('%.0f %.0f', since, now), 'PX', ARGV[1])
+"""
+
+TAKE_OVER = f"""
+local function judge(leases, me)
+  local now = redis.call('TIME')
+  now = now[1] * 1000 + math.floor(now[2] / 1000)
+  local mine = redis.call('GET', leases .. me)
+  local since, last = string.match(mine or '', '^(%d+) (%d+)$')
+  local is_unbroken = mine and (not since or (now - last <= {_GAP_MS} and now - since >= {int(TTL_S * 1000)}))
+  return function(name)
+    local lease = redis.call('GET', leases .. name)
+    return lease == '{DROPPED}' or (is_unbroken and not lease)
+  end
+end
+"""
+"""A Lua function: what the keys of leases begin with, and a replica. Returns a function which returns whether that
+replica may take over from the replica of a name. A lease of an earlier release, which has no times, counts as unbroken.
+"""
+
+
+class Lease:
+    """Renews ``key`` from `start` until `stop`.
+
+    Args:
+        url: of the broker.
+        key: of the lease.
+        ttl_s: seconds after which the key expires when it is not renewed.
+        every_s: seconds between renewals; less than half of ``ttl_s``, so that one failure does not lose the lease.
+    """
+
+    def __init__(self, url: str, key: str, *, ttl_s: float = TTL_S, every_s: float = RENEW_S) -> None:
+        assert every_s * 2 < ttl_s, "one lost renewal must not cost the lease"
+        self._url, self._key, self._ttl_ms, self._every_s = url, key, int(ttl_s * 1000), every_s
+        self._shown_url = shown_url(url)
+        options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
+        options.update(protocol=2, client_name="penstock-lease", retry=Retry(NoBackoff(), 0))
+        options.update(socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2)
+        self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Acquire the lease and renew it in the background.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, rejects the login, or refuses writes at present.
+            BrokerRefused: the broker answered with another error.
+        """
+        self._renew()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop renewing and delete the key. Blocks for a few seconds at most; an unreachable broker is no error."""
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join(self._ttl_ms / 1000)
+        outages.report_ended(self._shown_url, self, closing=True)
+        with contextlib.suppress(redis.RedisError):
+            self._redis.delete(self._key)
+        self._redis.connection_pool.disconnect()
+
+    def _keep_renewing(self) -> None:
+        while not self._ended.wait(self._every_s):
+            try:
+                self._renew()
+            except Exception as e:  # whatever it is, the next renewal may go through
+                outages.report_began(self._shown_url, self, f"cannot renew the lease {self._key}: {e}")
+            else:
+                outages.report_ended(self._shown_url, self)
+
+    def _renew(self) -> None:
+        try:
+            self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
+        except redis.ResponseError as e:
+            code = code_of(e)
+            if code in NOT_PRIMARY:
+                self._redis.connection_pool.disconnect()  # the address may lead to the primary by now
+            if code in NOT_PRIMARY or code in TEMPORARY:
+                raise BrokerUnavailable(self._shown_url, f"it refuses writes: {e}") from None
+            said = f"{code} {e}" if code == "NOPERM" else f"ERR {e}"
+            raise error_of(said, [b"EVAL", b"", b"1", self._key.encode()], self._url) from None
+        except redis.RedisError as e:
+            raise BrokerUnavailable(self._shown_url, reason_of(e)) from None

@@ -1,0 +1,195 @@
+"""The registry of an instance in Redis: each change is one script, which bumps the version and appends to the feed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import orjson
+
+from ..errors import BrokerFull, ConfigError, PenstockError, StringTooLong, WireError
+from ..queue import ownership
+from ..queue.leases import DROPPED
+from ..transport.commands import Arg, Script
+from ..transport.connection import RedisConnection
+from ..wire._fields import LARGEST
+from ..wire.keys import Keys
+from .records import BackendRecord, Change, EndpointRecord, ReportKind, Snapshot, parse_records, read_record
+
+log = logging.getLogger(__name__)
+
+_DROPPED_MS = 60_000
+"""How long it is known that a replica is dead. Its lease has expired long before."""
+
+
+# A reader sees all of a version or nothing of it.
+_SNAPSHOT = Script("""#!lua flags=no-writes
+return {redis.call('GET', KEYS[1]) or '0', redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}
+""")
+
+# KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, then for each record the
+# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version; 0 if it was overtaken.
+_CHANGE = Script("""#!lua flags=allow-oom
+if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
+for i = 2, #ARGV, 3 do
+  local hash = KEYS[tonumber(ARGV[i])]
+  if ARGV[i + 2] == '' then
+    redis.call('HDEL', hash, ARGV[i + 1])
+  else
+    redis.call('HSET', hash, ARGV[i + 1], ARGV[i + 2])
+  end
+end
+local version = redis.call('INCR', KEYS[1])
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version)
+return version
+""")
+
+# Leaves nothing for a watcher to see, and lets it look. KEYS: as above.
+_CLEAR = Script("""#!lua flags=allow-oom
+redis.call('DEL', KEYS[2], KEYS[3])
+redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
+""")
+
+_PUT_SETTINGS = Script("""#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], ARGV[1])
+""")
+
+_REPORT = Script("""#!lua flags=allow-oom
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+""")
+
+
+class Registry:
+    """Reads and changes the registry of one instance."""
+
+    def __init__(self, connection: RedisConnection, keys: Keys) -> None:
+        self._connection, self._keys = connection, keys
+
+    async def snapshot(self) -> Snapshot:
+        keys = self._keys
+        reply = await self._connection.run_script(
+            _SNAPSHOT, [keys.version, keys.backends, keys.endpoints], [], repeat=True
+        )
+        version, backends, endpoints = reply
+        return Snapshot(
+            int(version),
+            {tag: read_record(BackendRecord, tag, record) for tag, record in parse_records(backends)},
+            {name: read_record(EndpointRecord, name, record) for name, record in parse_records(endpoints)},
+        )
+
+    async def change(self, decide: Callable[[Snapshot], Change]) -> int:
+        """Write what ``decide`` makes of the current state, and return the version that has it.
+
+        ``decide`` must be pure: it runs again whenever somebody else's change came first. What it raises is raised
+        here, and nothing is written. An empty change writes nothing and returns the current version.
+
+        Raises:
+            BrokerUnavailable: if the connection broke in the middle, the change may have been made.
+        """
+        keys = self._keys
+        while True:
+            seen = await self.snapshot()
+            change = decide(seen)
+            args: list[Arg] = [seen.version]
+            for tag, backend in change.backends.items():
+                args += [2, tag, b"" if backend is None else orjson.dumps(asdict(backend))]
+            for name, endpoint in change.endpoints.items():
+                args += [3, name, b"" if endpoint is None else orjson.dumps(asdict(endpoint))]
+            if len(args) == 1:
+                return seen.version
+            version = await self._connection.run_script(
+                _CHANGE, [keys.version, keys.backends, keys.endpoints, keys.feed], args
+            )
+            if version:
+                return int(version)
+
+    async def put_code(self, blob: bytes) -> str:
+        """Store a backend's code, or the files that come with it, and return its digest (SHA-256).
+
+        Raises:
+            ConfigError: it is larger than Redis takes.
+            PenstockError: the broker is out of memory.
+        """
+        if len(blob) > (limit := min(LARGEST, self._connection.longest)):
+            raise _too_large(blob, str(limit) if limit == LARGEST else f"{limit} or less")
+        digest = hashlib.sha256(blob).hexdigest()
+        try:
+            await self._connection.send("SET", self._keys.code(digest), blob, repeat=True, bulky=True)
+        except StringTooLong:
+            raise _too_large(blob, f"{len(blob) - 1} or less") from None
+        except BrokerFull:
+            raise PenstockError(f"the broker has no memory left for {len(blob)} bytes of code") from None
+        return digest
+
+    async def get_code(self, digest: str) -> bytes:
+        """Return what `put_code` stored.
+
+        Raises:
+            PenstockError: it is gone.
+            WireError: it is not what was stored.
+        """
+        blob = cast("bytes | None", await self._connection.send("GET", self._keys.code(digest), repeat=True))
+        if blob is None:
+            raise PenstockError(f"the registry has no code {digest[:12]}…")
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise WireError(f"the registry's code {digest[:12]}… does not match its digest")
+        return blob
+
+    async def delete_code(self, digest: str) -> None:
+        await self._connection.send("UNLINK", self._keys.code(digest), repeat=True)
+
+    async def report(self, kind: ReportKind, name: str, record: Mapping[str, Any] | None) -> None:
+        """Say how ``name`` is doing; None takes it back."""
+        key = self._keys.reports(kind)
+        if record is None:
+            await self._connection.send("HDEL", key, name, repeat=True)
+        else:
+            await self._connection.run_script(_REPORT, [key], [name, orjson.dumps(record)], repeat=True)
+
+    async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
+        """Return what the parts of one kind last said of themselves; some of them may be dead by now."""
+        return dict(parse_records(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True)))
+
+    async def get_settings(self) -> dict[str, Any] | None:
+        """Return how the instance was started, or None if there is no such instance."""
+        raw = cast("bytes | None", await self._connection.send("GET", self._keys.settings, repeat=True))
+        return None if raw is None else cast("dict[str, Any]", orjson.loads(raw))
+
+    async def put_settings(self, settings: Mapping[str, Any]) -> None:
+        await self._connection.run_script(_PUT_SETTINGS, [self._keys.settings], [orjson.dumps(settings)], repeat=True)
+
+    async def own(self, owner: str, ttl_s: float) -> bool:
+        """Take or renew the lease of the instance for ``ttl_s`` seconds; False if somebody else holds it."""
+        return await ownership.acquire_ownership(self._connection, self._keys.owner, owner, ttl_s)
+
+    async def disown(self, owner: str) -> None:
+        await ownership.release_ownership(self._connection, self._keys.owner, owner)
+
+    async def drop_lease(self, backend: str, replica: str) -> None:
+        """Let the requests of a replica that is known to be dead be taken over now, not only when its lease expires."""
+        await self._connection.send("SET", self._keys.alive(backend, replica), DROPPED, "PX", _DROPPED_MS, repeat=True)
+
+    async def erase(self) -> None:
+        """Delete every key of the instance, after telling all watchers that nothing is left."""
+        keys = [self._keys.version, self._keys.backends, self._keys.endpoints, self._keys.feed]
+        await self._connection.run_script(_CLEAR, keys, [], repeat=True)
+        cursor: bytes | int = 0
+        while True:
+            cursor, found = await self._connection.send(
+                "SCAN", cursor, "MATCH", self._keys.pattern, "COUNT", 1000, repeat=True
+            )
+            # One by one: the keys of several backends are in several slots of a cluster.
+            await asyncio.gather(*[self._connection.send("UNLINK", key, repeat=True) for key in found])
+            if int(cursor) == 0:
+                return
+
+
+def _too_large(blob: bytes, limit: str) -> ConfigError:
+    return ConfigError(
+        f"{len(blob)} bytes of code and arguments are more than Redis takes (its proto-max-bulk-len is {limit}): "
+        "let replicas read what is large, such as a model, from a file"
+    )

@@ -1,0 +1,83 @@
+"""Redis URLs: which are accepted, and how they are shown without their password."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError
+
+REDIS_URL = "PENSTOCK_REDIS_URL"
+"""The environment variable that names the broker where no ``redis_url`` is given."""
+
+MAX_MEMORY = "PENSTOCK_MAX_MEMORY_BYTES"
+"""The environment variable with the memory limit of the embedded server where no ``max_memory_bytes`` is given."""
+
+_SCHEMES = ("redis", "rediss", "unix")
+_TAKEN = frozenset(
+    ("connection_class", "db", "host", "password", "path", "port", "socket_keepalive", "username"),
+)
+# What other clients of the same URL may need; ours is decided by those who connect.
+_IGNORED = frozenset(
+    (
+        "client_name",
+        "decode_responses",
+        "encoding",
+        "encoding_errors",
+        "health_check_interval",
+        "legacy_responses",
+        "max_connections",
+        "protocol",
+        "retry_on_timeout",
+        "socket_connect_timeout",
+        "socket_read_size",
+        "socket_timeout",
+        "timeout",
+    )
+)
+
+
+def shown_url(url: str) -> str:
+    """Return ``url`` for messages and logs: without its user, password and options."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:  # it is no URL, but may have a password in it all the same
+        scheme, rest = "", url
+    # Up to the last "@" wherever it is: a password that was not percent-encoded may hold any of "/", "?" and "#".
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of redis-py's connections for ``url``; ``parse`` is its ``parse_url``, for asyncio or not.
+
+    Raises:
+        TypeError: ``url`` is not a ``str``.
+        ConfigError: it is not a Redis URL, or has an option that is not known.
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"a Redis URL must be a str, not {type(url).__name__}")
+    shown = shown_url(url)
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in _SCHEMES:
+            raise ConfigError(f"{shown!r} is not a Redis URL: it must begin with redis://, rediss:// or unix://")
+        options = dict(parse(url))
+    except ConfigError:
+        raise
+    except ValueError:
+        # Its message would quote what it took for a port, which may be a piece of the password.
+        raise ConfigError(
+            f"{shown!r} is not a Redis URL: its port or an option cannot be read "
+            "(in a password, '/', '?', '#', '@' and ':' must be percent-encoded)"
+        ) from None
+    if parts.scheme == "unix":
+        if not options.get("path"):
+            raise ConfigError(f"{shown!r} is not a Redis URL: it has no path, as in unix:///run/redis.sock")
+    elif (database := parts.path.strip("/").rpartition("@")[2]) and "db" not in options:
+        raise ConfigError(f"{shown!r} is not a Redis URL: the database {database!r} must be a number")
+    for name in list(options):
+        if name in _IGNORED:
+            del options[name]
+        elif name not in _TAKEN and not (name.startswith("ssl_") and parts.scheme == "rediss"):
+            raise ConfigError(f"{shown!r} has the option {name!r}, which is unknown for {parts.scheme}://")
+    return options

@@ -1,0 +1,1 @@
+"""The formats on the wire: requests, replies, keys and entry references. No I/O."""

@@ -1,0 +1,83 @@
+"""The fields that requests and replies have in common: names, version, limits, and reading them safely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from reprlib import repr as shortened
+from typing import Any, cast
+
+import orjson
+
+from ..errors import WireError
+from . import exact_json
+
+VERSION = b"1"
+LARGE = 256 * 1024
+"""A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
+LARGEST = 512 * 1024 * 1024
+"""What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
+
+VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
+SIZE_FIELD = b"size"
+"""The bytes of head and body of a request that is not small, written by the script that publishes it."""
+
+RAW_PATH_SAFE = "!\"$&'()*+,-./:;<=>@[\\]^_`{|}~"
+"""Besides letters and digits, what a client may have sent in a path as it is; other raw paths are in the header."""
+
+Pairs = list[tuple[str, str]]
+
+
+def named_fields(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes = VERSION) -> Mapping[bytes, bytes]:
+    if not isinstance(fields, Mapping):
+        if len(fields) % 2:
+            raise WireError("an entry has a field without a value")
+        fields = dict(zip(fields[::2], fields[1::2]))  # noqa: B905 - `strict` costs, and the lengths are equal
+    if (version := fields.get(VERSION_FIELD)) != wanted:
+        raise WireError(f"cannot read wire version {shortened(version)}; this process reads {wanted!r}")
+    return fields
+
+
+def wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
+    if isinstance(error, KeyError):
+        return WireError(f"an entry has no field {error.args[0]!r}")
+    return WireError(f"{shortened(error.object)} is not UTF-8")
+
+
+def load_header(raw: bytes) -> dict[str, Any]:
+    try:
+        return load_members(raw)
+    except WireError as e:
+        try:
+            members = exact_json.loads(raw)  # keyword arguments may have lone surrogates
+        except ValueError:
+            raise e from None
+        if type(members) is not dict:
+            raise
+        return cast("dict[str, Any]", members)
+
+
+def load_members(raw: bytes) -> dict[str, Any]:
+    try:
+        members = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        raise WireError(f"the header is not JSON: {e}") from None
+    if type(members) is not dict:
+        raise WireError(f"the header must be a JSON object, not {type(members).__name__}")
+    return cast("dict[str, Any]", members)
+
+
+def wrong_member(members: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> WireError:
+    for name, allowed in types.items():
+        if name in members and type(members[name]) not in allowed:
+            return WireError(f"the header's {name!r} cannot be a {type(members[name]).__name__}")
+    raise AssertionError("a member that was of the wrong type is of the right one")
+
+
+def load_pairs(raw: Any) -> Pairs:
+    try:
+        pairs = [(key, value) for key, value in raw if type(key) is str and type(value) is str]
+        if len(pairs) == len(raw):
+            return pairs
+    except (TypeError, ValueError):
+        pass
+    raise WireError("the header's 'headers' must be pairs of strings")

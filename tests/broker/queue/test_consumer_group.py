@@ -1,0 +1,635 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+import pytest
+
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.errors import BrokerRefused, BrokerUnavailable
+from penstock.broker.queue.consumer_group import RETURNED, ConsumerGroup, RedeliveredEntry
+from penstock.broker.queue.leases import Lease
+from penstock.broker.queue.stats import read_stats
+from penstock.broker.registry.store import Registry
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry, Header
+from tests.broker.conftest import Connect
+from tests.faults.refusing_proxy import ERRORS, RefusingProxy
+from tests.waiting import wait_until_async
+
+TAG = "model"
+Joining = Callable[..., Awaitable["Replica"]]
+
+
+class Replica:
+    """One replica's claims, and what they are about."""
+
+    def __init__(self, commands: RedisConnection, reads: RedisConnection, keys: Keys, name: str) -> None:
+        self.name = name
+        self.claims = ConsumerGroup(commands, reads, keys, TAG, name)
+        self._commands, self._lease = commands, keys.alive(TAG, name)
+
+    async def claim(self, up_to: int = 10) -> dict[bytes, str]:
+        """Return the places and the request ids of what was claimed."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.claims.claim(up_to, future.set_result)
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return {place: Entry.of(fields).id for place, fields in result}
+
+    async def take(self) -> None:
+        """Claim one entry, readable or not."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.claims.claim(1, future.set_result)
+        assert len(await future) == 1
+
+    async def pending(self) -> dict[bytes, str | None]:
+        pending = await self.claims.reclaim(await self.claims.pending_places())
+        return {one.place: None if one.fields is None else Entry.of(one.fields).id for one in pending}
+
+    async def live(self) -> None:
+        await self._commands.send("SET", self._lease, "1", "PX", 60_000)
+
+    async def die(self) -> None:
+        """Let the lease lapse."""
+        await self._commands.send("DEL", self._lease)
+
+
+@pytest.fixture
+def join(broker_url: str, commands: RedisConnection, connect: Connect, keys: Keys) -> Joining:
+    """Makes replicas that are alive."""
+
+    async def join(name: str) -> Replica:
+        replica = Replica(commands, await connect(broker_url), keys, name)
+        await replica.claims.ensure_group()
+        await replica.live()
+        return replica
+
+    return join
+
+
+@pytest.fixture
+def publish(commands: RedisConnection, keys: Keys) -> Callable[..., Awaitable[list[bytes]]]:
+    async def publish(*ids: str) -> list[bytes]:
+        return [
+            await commands.send("XADD", keys.requests(TAG), "*", *Entry(id_, "me", Header()).fields()) for id_ in ids
+        ]
+
+    return publish
+
+
+@pytest.fixture
+def left(commands: RedisConnection, keys: Keys) -> Callable[[], Awaitable[tuple[int, int]]]:
+    """Asks how many entries are on the stream, and how many are pending."""
+
+    async def left() -> tuple[int, int]:
+        pending = await commands.send("XPENDING", keys.requests(TAG), "replicas")
+        return await commands.send("XLEN", keys.requests(TAG)), pending[0]
+
+    return left
+
+
+Publish = Callable[..., Awaitable[list[bytes]]]
+Left = Callable[[], Awaitable[tuple[int, int]]]
+
+
+async def test_what_was_published_before_the_first_replica_is_claimed(join: Joining, publish: Publish) -> None:
+    places = await publish("1", "2")
+    replica = await join("a")
+    await replica.claims.ensure_group()
+    assert await replica.claim() == dict(zip(places, ["1", "2"], strict=True))
+
+
+async def test_no_entry_is_claimed_twice(join: Joining, publish: Publish) -> None:
+    replicas = [await join(name) for name in "abc"]
+    places = await publish(*map(str, range(30)))
+    claimed = await asyncio.gather(*[replica.claim(7) for replica in replicas for _ in range(2)])
+    all_places = [place for places in claimed for place in places]
+    assert sorted(all_places) == sorted(places)
+
+
+async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Joining, publish: Publish) -> None:
+    replica = await join("a")
+    claiming = asyncio.ensure_future(replica.claim(5))
+    await asyncio.sleep(0.05)
+    assert not claiming.done()
+    (place,) = await publish("1")
+    assert await asyncio.wait_for(claiming, 10) == {place: "1"}
+
+
+async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
+    replica = await join("a")
+    await publish("1", "2", "3")
+    replica.claims.settle(list(await replica.claim()))
+    assert await left() == (0, 0)
+    assert await replica.pending() == {}
+
+
+async def test_what_is_claimed_and_not_settled_can_be_read_again(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("a")
+    places = await publish(*map(str, range(150)))
+    for _ in range(3):
+        await replica.claim(50)
+    await commands.send("XDEL", keys.requests(TAG), places[120])
+    ids: list[str | None] = [str(n) for n in range(150)]
+    ids[120] = None
+    assert await replica.pending() == dict(zip(places, ids, strict=True))
+    assert await replica.claims.pending_places(60_000) == []
+
+
+async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining, publish: Publish) -> None:
+    slow, heir = await join("slow"), await join("heir")
+    places = await publish("1", "2")
+    await slow.claim()
+    await slow.die()
+    assert await heir.claims.adopt() is not None
+    assert [one.place for one in await slow.claims.reclaim(places)] == places[1:]
+
+
+async def test_the_number_of_its_own_pending_entries_is_seen_with_what_there_is_to_take_over(
+    join: Joining, publish: Publish
+) -> None:
+    replica = await join("a")
+    await publish("1", "2")
+    assert (await replica.claims.look()).own == 0
+    await replica.claim()
+    assert (await replica.claims.look()).own == 2
+
+
+async def test_work_waits_while_an_entry_is_unclaimed(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("a")
+    assert not await replica.claims.is_work_waiting()
+    places = await publish("1", "2", "3")
+    assert await replica.claims.is_work_waiting()
+    await replica.claim(2)
+    assert await replica.claims.is_work_waiting()
+    await commands.send("XDEL", keys.requests(TAG), places[2])
+    assert not await replica.claims.is_work_waiting()
+
+
+async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish: Publish) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    for _ in range(5):
+        assert list((await dead.pending()).values()) == ["1"]
+    await dead.die()
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    assert taken.deliveries == 1
+
+
+async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publish: Publish) -> None:
+    busy, idle = await join("busy"), await join("idle")
+    await publish("1")
+    await busy.claim()
+    assert (await idle.claims.look())[:2] == (0, 0)
+    assert await idle.claims.adopt() is None
+
+
+@pytest.mark.parametrize(
+    ("renewed_since_s", "renewed_s", "may"),
+    [(5.0, 0.0, True), (2.1, 0.9, True), (1.5, 0.0, False), (5.0, 1.5, False), (0.0, 0.0, False)],
+)
+async def test_only_who_could_renew_its_own_lease_lately_adopts(
+    join: Joining,
+    publish: Publish,
+    commands: RedisConnection,
+    keys: Keys,
+    renewed_since_s: float,
+    renewed_s: float,
+    may: bool,
+) -> None:
+    silent, heir = await join("silent"), await join("heir")
+    await publish("1")
+    await silent.claim()
+    await silent.die()
+    now_ms = commands.now_ms()
+    times = f"{now_ms - 1000 * renewed_since_s:.0f} {now_ms - 1000 * renewed_s:.0f}"
+    await commands.send("SET", keys.alive(TAG, "heir"), times, "PX", 60_000)
+    assert (await heir.claims.look())[0] == int(may)
+    assert (await heir.claims.adopt() is not None) == may
+
+
+async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) -> None:
+    silent, heir = await join("silent"), await join("heir")
+    await publish("1")
+    await silent.claim()
+    await silent.die()
+    await heir.die()
+    assert await heir.claims.adopt() is None
+    await heir.live()
+    assert await heir.claims.adopt() is not None
+
+
+async def test_a_lease_that_was_dropped_is_proof_for_anybody(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    await heir.die()
+    await Registry(commands, keys).drop_lease(TAG, "dead")
+    assert (await heir.claims.look())[:2] == (1, 0)
+    assert await heir.claims.adopt() is not None
+
+
+async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
+    redis_url: str, connect: Connect, keys: Keys
+) -> None:
+    commands = await connect(redis_url)
+    key = keys.alive(TAG, "a")
+
+    async def times() -> list[int]:
+        return [int(time) for time in ((await commands.send("GET", key)) or b"0 0").split()]
+
+    with RefusingProxy(redis_url) as between:
+        lease = Lease(between.url, key)
+        await asyncio.to_thread(lease.start)
+        try:
+            first = await times()
+            assert first[0] == first[1]
+
+            async def is_renewed() -> bool:
+                return (await times())[1] > first[1]
+
+            await wait_until_async(is_renewed)
+            between.error = ERRORS["NOREPLICAS"]
+
+            async def is_gone() -> bool:
+                return await times() == [0, 0]
+
+            await wait_until_async(is_gone)
+            between.error = ""
+
+            async def is_back() -> bool:
+                return (await times())[0] > first[0]
+
+            await wait_until_async(is_back)
+        finally:
+            await asyncio.to_thread(lease.stop)
+    assert await commands.send("EXISTS", key) == 0
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"OOM"}))
+async def test_a_lease_that_cannot_be_taken_for_now_is_an_unavailable_broker(
+    redis_url: str, keys: Keys, code: str
+) -> None:
+    with RefusingProxy(redis_url) as between:
+        between.error = ERRORS[code]
+        lease = Lease(between.url, keys.alive(TAG, "a"))
+        with pytest.raises(BrokerUnavailable):
+            await asyncio.to_thread(lease.start)
+        await asyncio.to_thread(lease.stop)
+
+
+async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join: Joining, publish: Publish) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    places = await publish("1", "2")
+    await dead.claim()
+    await dead.die()
+    assert (await heir.claims.look())[:2] == (2, 0)
+
+    taken = [await heir.claims.adopt(), await heir.claims.adopt()]
+    assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
+        (places[0], 1, "1"),
+        (places[1], 1, "2"),
+    ]
+    assert await heir.claims.adopt() is None
+    assert (await heir.claims.look())[:2] == (0, 0)
+    assert await heir.pending() == {places[0]: "1", places[1]: "2"}
+
+
+async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining, publish: Publish) -> None:
+    dead = await join("dead")
+    heirs = [await join(f"heir{n}") for n in range(4)]
+    places = await publish(*map(str, range(10)))
+    await dead.claim()
+    await dead.die()
+    taken = await asyncio.gather(*[heir.claims.adopt() for heir in heirs for _ in range(5)])
+    assert sorted(one.entry for one in taken if one) == places
+
+
+async def test_deaths_are_counted_and_written_into_the_history(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    await publish("1")
+    first = await join("first")
+    await first.claim()
+    await first.die()
+    taken: RedeliveredEntry | None = None
+    for deaths, name in enumerate(("second", "third"), start=1):
+        heir = await join(name)
+        taken = await heir.claims.adopt()
+        assert taken is not None
+        assert taken.deliveries == deaths
+        await heir.die()
+    assert taken is not None
+    history = await commands.send("LRANGE", keys.history(TAG, taken.entry.decode()), 0, -1)
+    assert history[::2] == [b"first", b"second"]
+    assert all(abs(int(died) - commands.now_ms()) < 5_000 for died in history[1::2])
+
+
+async def test_an_orphan_that_its_caller_withdrew_is_dropped(
+    join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    places = await publish("1", "2")
+    await dead.claim()
+    await dead.die()
+    await commands.send("XDEL", keys.requests(TAG), places[0])
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    assert taken.entry == places[1]
+    heir.claims.settle([taken.entry])
+    assert await left() == (0, 0)
+
+
+async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, publish: Publish) -> None:
+    """However often: it was never started, so nobody's death can be its fault."""
+    replicas = [await join("a"), await join("b")]
+    (place,) = await publish("1")
+    await replicas[0].claim()
+    for round_ in range(4):
+        giver, taker = replicas[round_ % 2], replicas[(round_ + 1) % 2]
+        giver.claims.give_back([place])
+        assert (await taker.claims.look())[:2] == (0, 1)
+        assert [(found, Entry.of(fields).id) for found, fields in await taker.claims.retake(5)] == [(place, "1")]
+        assert (await taker.claims.look())[:2] == (0, 0)
+        assert await giver.pending() == {}
+    await replicas[0].die()
+    taken = await replicas[1].claims.adopt()
+    assert taken is not None
+    assert taken.deliveries == 1
+
+
+async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Publish) -> None:
+    late, heir = await join("late"), await join("heir")
+    (place,) = await publish("1")
+    await late.claim()
+    await late.die()
+    assert await heir.claims.adopt() is not None
+    late.claims.give_back([place])
+    await late.claims.look()
+    assert await heir.pending() == {place: "1"}
+
+
+async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
+    join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
+) -> None:
+    dead, heir = await join("dead"), await join("heir")
+    await publish("1")
+    await dead.claim()
+    await dead.die()
+    taken = await heir.claims.adopt()
+    assert taken is not None
+    for _ in range(2):  # the second time does nothing
+        await heir.claims.bury(taken, "every replica died")
+
+    ((_, fields),) = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    history = orjson.loads(dict(zip(fields[::2], fields[1::2], strict=True))[b"history"])
+    assert history["error"] == "every replica died"
+    assert [delivery["replica"] for delivery in history["deliveries"]] == ["dead"]
+    assert Entry.of(fields).id == "1", "a dead letter can be read as the entry that it was"
+    assert await left() == (0, 0)
+    assert await commands.send("EXISTS", keys.history(TAG, taken.entry.decode())) == 0
+
+
+async def test_garbage_of_any_size_can_be_buried(
+    join: Joining, left: Left, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("a")
+    garbage = [str(n) for n in range(20_000)]
+    place = await commands.send("XADD", keys.requests(TAG), "*", *garbage)
+    claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    replica.claims.claim(1, claimed.set_result)
+    ((_, fields),) = await claimed
+    await replica.claims.bury(RedeliveredEntry(place, 0, fields), "cannot be read")
+    assert await left() == (0, 0)
+    assert await commands.send("XLEN", keys.dead(TAG)) == 1
+
+
+async def test_a_replica_that_holds_something_is_not_forgotten(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    """Deleting a consumer loses what it holds (redis#8635)."""
+
+    async def consumers() -> set[str]:
+        return {
+            consumer[1].decode()
+            for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
+        }
+
+    leaving, other = await join("leaving"), await join("other")
+    (place,) = await publish("1")
+    await leaving.claim()
+    await leaving.claims.leave()
+    assert await consumers() == {"leaving"}
+    leaving.claims.settle([place])
+    await leaving.claims.leave()
+    assert await consumers() == set()
+
+    (place,) = await publish("2")
+    await leaving.claim()
+    await leaving.die()
+    await other.claims.look()
+    assert await consumers() == {"leaving"}
+    leaving.claims.settle([place])
+    await other.claims.look()
+    assert await consumers() == set()
+
+
+async def test_the_home_of_what_was_given_back_is_never_forgotten(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("a")
+    (place,) = await publish("1")
+    await replica.claim()
+    replica.claims.give_back([place])
+    await replica.claims.retake(1)
+    replica.claims.settle([place])
+    await replica.claims.look()
+    names = [
+        consumer[1].decode() for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
+    ]
+    assert RETURNED in names
+
+
+async def test_the_group_can_be_made_anew(
+    join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
+) -> None:
+    """Redis lost its data (faststream#2611)."""
+    replica = await join("a")
+    await commands.send("DEL", keys.requests(TAG))
+    with pytest.raises(BrokerRefused, match="NOGROUP"):
+        await replica.claim()
+    (place,) = await publish("1")
+    await replica.claims.ensure_group()
+    assert await replica.claim() == {place: "1"}
+
+
+async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
+    join: Joining, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("a")
+    replica.claims.reply("gone", Reply("1").fields())
+    await commands.send("XADD", keys.replies("here"), "*", "", "")
+    replica.claims.reply("here", Reply("1", body=b"x").fields())
+    assert await commands.send("EXISTS", keys.replies("gone")) == 0
+    *_, (_, fields) = await commands.send("XRANGE", keys.replies("here"), "-", "+")
+    assert Reply.of(fields) == Reply("1", body=b"x")
+
+
+async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
+    server: EmbeddedServer, connect: Connect, keys: Keys
+) -> None:
+    commands = await connect(server.url)
+    dead, heir = [Replica(commands, await connect(server.url), keys, name) for name in ("dead", "heir")]
+    await heir.claims.ensure_group()
+    await heir.live()
+    for n in range(4):
+        await commands.send("XADD", keys.requests(TAG), "*", *Entry(str(n), "me", Header()).fields())
+    await commands.send("XADD", keys.replies("me"), "*", "", "")
+    await dead.claim(2)
+    await commands.send("CONFIG", "SET", "maxmemory", 1)
+
+    await heir.claims.ensure_group()  # as each replica does that starts or comes back
+    assert (await heir.claims.look())[:2] == (2, 0)
+    first, second = await heir.claims.adopt(), await heir.claims.adopt()
+    assert first is not None
+    assert second is not None
+    await heir.claims.bury(first, "poison")
+    (third, *_) = await heir.claim(1)
+    heir.claims.give_back([third])
+    ((retaken, _),) = await heir.claims.retake(1)
+    for place in (second.entry, retaken):
+        reply = Reply(place.decode(), large=True)
+        heir.claims.reply_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
+        heir.claims.settle([place])
+    await heir.claims.leave()
+
+    replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
+    assert [Reply.of(fields).id for fields in replies] == [second.entry.decode(), retaken.decode()]
+    assert await commands.send("STRLEN", keys.reply_body("me", retaken.decode())) == 1_000
+    assert await commands.send("XLEN", keys.dead(TAG)) == 1
+    assert await commands.send("XLEN", keys.requests(TAG)) == 1
+
+
+async def test_a_reply_and_its_settling_wait_together_for_the_broker(
+    server: EmbeddedServer, connect: Connect, keys: Keys
+) -> None:
+    """If the reply gave up and the settling went through, a request would be lost."""
+    commands = await connect(server.url)
+    commands.patience_s = 0.0
+    replica = Replica(commands, await connect(server.url), keys, "a")
+    await commands.send("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    other = await connect(server.url)
+    await other.send("XADD", keys.replies("me"), "*", "", "")
+    other.post(lambda reply: None, "CLIENT", "KILL", "ID", await commands.send("CLIENT", "ID"))
+    await wait_until_async(lambda: not commands.connected)
+    replica.claims.reply("me", Reply("1").fields())
+    replica.claims.settle([b"1-1"])
+    await wait_until_async(lambda: commands.connected)
+    assert await other.send("XLEN", keys.replies("me")) == 2
+
+
+async def dead_ids(commands: RedisConnection, keys: Keys) -> list[bytes]:
+    return [id_ for id_, _ in await commands.send("XRANGE", keys.dead(TAG), "-", "+")]
+
+
+async def dropped(commands: RedisConnection, keys: Keys) -> int:
+    return (await read_stats(commands, keys, TAG)).dead_letters_dropped
+
+
+async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
+    join: Joining, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    for n in range(12):
+        place = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
+        await replica.take()
+        await replica.claims.bury(
+            RedeliveredEntry(place, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5
+        )
+        assert len(await dead_ids(commands, keys)) == min(n + 1, 5)
+    letters = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    assert [fields[-1] for _, fields in letters] == [b"7", b"8", b"9", b"10", b"11"]
+    assert await dropped(commands, keys) == 7
+
+
+async def test_a_dropped_dead_letter_takes_its_large_body_along(
+    join: Joining, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    for id_ in ("first", "second"):
+        fields = Entry(id_, "me", Header(), large=True).fields()
+        await commands.send("SET", keys.body(TAG, id_), b"body", "PX", 60_000)
+        place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+        await replica.take()
+        await replica.claims.bury(RedeliveredEntry(place, 0, fields), "it died", max_dead_letters=1)
+    assert await commands.send("EXISTS", keys.body(TAG, "first")) == 0
+    assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
+
+
+async def test_dead_letters_are_dropped_after_fourteen_days_and_when_fewer_are_kept(
+    join: Joining, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    seconds, _ = await commands.send("TIME")
+    ages_s = [20 * 86_400, 14 * 86_400 + 60, 14 * 86_400 - 60, 3600, 60]
+    ids = [
+        await commands.send("XADD", keys.dead(TAG), f"{(int(seconds) - age_s) * 1000}-0", "v", "1") for age_s in ages_s
+    ]
+    await replica.claims.drop_old_letters(100)
+    assert await dead_ids(commands, keys) == ids[2:]
+    await replica.claims.drop_old_letters(2)
+    assert await dead_ids(commands, keys) == ids[3:]
+    assert await dropped(commands, keys) == 3
+
+
+async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
+    join: Joining, commands: RedisConnection, keys: Keys
+) -> None:
+    replica = await join("replica")
+    fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
+    place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+    await replica.take()
+    await replica.claims.bury(RedeliveredEntry(place, 0, fields), "cannot be read")
+    [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
+    assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
+
+
+async def test_what_is_refused_of_dead_letters_and_of_what_is_given_back_is_sent_again(
+    redis_url: str, connect: Connect, keys: Keys
+) -> None:
+    straight = await connect(redis_url)
+    with RefusingProxy(redis_url) as between:
+        commands = await connect(between.url)
+        claims = ConsumerGroup(commands, await connect(redis_url), keys, TAG, "a")
+        await claims.ensure_group()
+        for n in range(3):
+            await straight.send("XADD", keys.requests(TAG), f"1-{n + 1}", "n", n)
+        claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        claims.claim(3, claimed.set_result)
+        (first, fields), (second, _), (third, _) = await claimed
+        between.error = ERRORS["NOREPLICAS"]
+        burying = asyncio.ensure_future(claims.bury(RedeliveredEntry(first, 3, fields), "it died"))
+        claims.give_back([second])
+        claims.settle([third])
+        claims.forget_history(third)
+        await wait_until_async(lambda: len(between.refused) > 4)
+        assert await straight.send("XLEN", keys.requests(TAG)) == 3
+        between.error = ""
+        await asyncio.wait_for(burying, 20)
+        await commands.wait_for_patient(20)
+        assert await straight.send("XLEN", keys.dead(TAG)) == 1
+        assert [place for place, _ in await claims.retake(5)] == [second]
+        assert await straight.send("XLEN", keys.requests(TAG)) == 1
+        await Registry(straight, keys).erase()

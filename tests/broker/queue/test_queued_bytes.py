@@ -1,0 +1,322 @@
+"""A queue's limit of bytes: exact at any number of callers, and right again whatever removes an entry."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from penstock.broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from penstock.broker.queue.dead_letters import DeadLetterStream
+from penstock.broker.queue.load import read_depth
+from penstock.broker.queue.publisher import Published, Publisher, QueueFull
+from penstock.broker.queue.purge import retire
+from penstock.broker.queue.queued_bytes import SET_ASIDE, SMALL, reservation_of
+from penstock.broker.transport.connection import RedisConnection
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.keys import Keys
+from penstock.broker.wire.requests import Entry, Header, RawEntry
+from tests.broker.conftest import Connect
+from tests.waiting import wait_until_async
+
+TAG = "model"
+ASIDE = (SET_ASIDE - 1) * SMALL
+"""What is charged for requests that may yet come."""
+MIDDLE = 10_000
+"""The size of a body that is neither small nor in a key of its own."""
+
+
+def entry(id_: str, body_bytes: int = 0) -> RawEntry:
+    body = bytes(body_bytes)
+    large = len(body) > LARGE
+    return RawEntry(id_.encode(), b"me", Header().dump(), None if large else body, len(body) if large else 0)
+
+
+def charge_of(raw: RawEntry) -> int:
+    return max(SMALL, raw.size_bytes)
+
+
+def publish(
+    publisher: Publisher, raw: RawEntry, limit_bytes: int, *, batch: bool = False, limit: int = 10_000
+) -> asyncio.Future[Published]:
+    future: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
+    publisher.publish(TAG, raw, limit, future.set_result, batch=batch, limit_bytes=limit_bytes)
+    return future
+
+
+def reserve(publisher: Publisher, raw: RawEntry, limit_bytes: int) -> asyncio.Future[QueueFull | Exception | None]:
+    future: asyncio.Future[QueueFull | Exception | None] = asyncio.get_running_loop().create_future()
+    publisher.reserve(TAG, raw, 10_000, future.set_result, limit_bytes=limit_bytes)
+    return future
+
+
+@pytest.fixture
+async def publishers(broker_url: str, commands: RedisConnection, connect: Connect, keys: Keys) -> list[Publisher]:
+    """Five callers of one backend, each with a connection of its own."""
+    return [Publisher(commands, keys), *[Publisher(await connect(broker_url), keys) for _ in range(4)]]
+
+
+@pytest.fixture
+def join(
+    broker_url: str, commands: RedisConnection, connect: Connect, keys: Keys
+) -> Callable[[str], Awaitable[ConsumerGroup]]:
+    """Makes replicas whose leases are held."""
+
+    async def join(name: str) -> ConsumerGroup:
+        claims = ConsumerGroup(commands, await connect(broker_url), keys, TAG, name)
+        await claims.ensure_group()
+        await commands.send("SET", keys.alive(TAG, name), "1", "PX", 60_000)
+        return claims
+
+    return join
+
+
+@pytest.fixture
+def queued_bytes(commands: RedisConnection, keys: Keys) -> Callable[[], Awaitable[int]]:
+    async def queued_bytes() -> int:
+        return (await read_depth(commands, keys, TAG)).queued_bytes
+
+    return queued_bytes
+
+
+async def claim(claims: ConsumerGroup) -> dict[bytes, Entry]:
+    """Claim as a consumer does, which notes the entries whose size is on record."""
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    claims.claim(100, future.set_result)
+    claimed = {place: Entry.of(fields) for place, fields in await future}
+    for place, one in claimed.items():
+        if one.size_bytes:
+            claims.hold_sized(place)
+    return claimed
+
+
+async def accepted(result: Awaitable[Published]) -> bytes:
+    place = await result
+    assert isinstance(place, bytes)
+    return place
+
+
+async def test_the_limit_holds_exactly_for_any_sizes_at_any_number_of_callers(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys, queued_bytes: Callable[[], Awaitable[int]]
+) -> None:
+    limit_bytes, chance = 2_000_000, random.Random(7)
+    raws = [entry(str(n), chance.choice((0, 100, MIDDLE, 60_000, 200_000))) for n in range(300)]
+    asked = [publish(publishers[n % 5], raw, limit_bytes, batch=n % 3 == 0) for n, raw in enumerate(raws)]
+    results = await asyncio.gather(*asked)
+    taken = sum(charge_of(raw) for raw, result in zip(raws, results, strict=True) if isinstance(result, bytes))
+    refused = [(raw, result) for raw, result in zip(raws, results, strict=True) if isinstance(result, QueueFull)]
+    assert refused
+    assert taken == await queued_bytes() <= limit_bytes
+    for raw, result in refused:
+        assert result.in_bytes
+        assert result.depth + charge_of(raw) > limit_bytes
+        assert taken + charge_of(raw) > limit_bytes
+
+
+async def test_as_much_fits_again_as_was_settled(
+    publishers: list[Publisher],
+    join: Callable[[str], Awaitable[ConsumerGroup]],
+    queued_bytes: Callable[[], Awaitable[int]],
+) -> None:
+    raws = [entry(str(n), MIDDLE) for n in range(20)]
+    limit_bytes = 8 * charge_of(raws[0]) + ASIDE - 7 * SMALL  # 8 requests stand in the room of 8 small ones
+    replica = await join("replica")
+    for _ in range(3):
+        results = await asyncio.gather(*[publish(publishers[n % 5], raw, limit_bytes) for n, raw in enumerate(raws)])
+        assert sum(isinstance(result, bytes) for result in results) == 8
+        held = await claim(replica)
+        replica.settle(held)
+        replica.settle(held)  # as after a redelivery
+        assert len(held) == 8
+        await wait_until_async(lambda: _is_zero(queued_bytes))
+
+
+async def test_small_requests_are_charged_alike_and_refused_when_the_bytes_are_used_up(
+    publishers: list[Publisher],
+) -> None:
+    limit_bytes = 100 * SMALL
+    results = await asyncio.gather(
+        *[publish(publishers[n % 5], entry(str(n), n % 50), limit_bytes, batch=n % 2 == 0) for n in range(150)]
+    )
+    assert sum(isinstance(result, bytes) for result in results) == 100
+    assert QueueFull(limit_bytes, 1.0, in_bytes=True) in results
+
+
+async def test_a_short_queue_takes_small_requests_though_large_ones_have_used_up_the_rest(
+    publishers: list[Publisher], queued_bytes: Callable[[], Awaitable[int]]
+) -> None:
+    limit_bytes = 1_000_000
+    large = await asyncio.gather(*[publish(publishers[0], entry(str(n), 90_000), limit_bytes) for n in range(20)])
+    assert any(isinstance(result, QueueFull) for result in large)
+    for n in range(SET_ASIDE - sum(isinstance(result, bytes) for result in large)):
+        await accepted(publish(publishers[1], entry(f"small-{n}"), limit_bytes))
+    assert await queued_bytes() <= limit_bytes
+
+
+async def test_the_limit_of_requests_comes_first(publishers: list[Publisher]) -> None:
+    await accepted(publish(publishers[0], entry("1", MIDDLE), 1_000_000, limit=1))
+    assert await publish(publishers[1], entry("2", MIDDLE), 1_000_000, limit=1) == QueueFull(1, 1.0)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_whatever_ends_a_request_releases_its_bytes(
+    batch: bool,
+    publishers: list[Publisher],
+    commands: RedisConnection,
+    keys: Keys,
+    join: Callable[[str], Awaitable[ConsumerGroup]],
+    queued_bytes: Callable[[], Awaitable[int]],
+) -> None:
+    async def one() -> bytes:
+        return await accepted(publish(publishers[0], entry("r", MIDDLE), 1_000_000, batch=batch))
+
+    replica, heir = await join("replica"), await join("heir")
+
+    publishers[1].withdraw(TAG, await one(), batch=batch)
+    await wait_until_async(lambda: _is_zero(queued_bytes))
+
+    await one()
+    [(place, held)] = (await claim(replica)).items()
+    await replica.bury(RedeliveredEntry(place, 0, held.fields()), "cannot be read")
+    assert await queued_bytes() == 0
+
+    await one()
+    held_places = list(await claim(replica))
+    replica.give_back(held_places)
+    [(place, fields)] = await _retaken(heir)
+    assert Entry.of(fields).size_bytes == charge_of(entry("r", MIDDLE))
+    heir.hold_sized(place)
+    heir.settle([place])
+    await wait_until_async(lambda: _is_zero(queued_bytes))
+
+    await one()
+    await claim(replica)
+    await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
+    taken = await heir.adopt()
+    assert taken is not None
+    heir.hold_sized(taken.entry)
+    heir.settle([taken.entry])
+    replica.settle([taken.entry])  # it was not dead, but late
+    await wait_until_async(lambda: _is_zero(queued_bytes))
+
+    await one()
+    await retire(commands, keys, TAG, 503, {"kind": "BackendNotFound", "args": [TAG, []]})
+    assert await queued_bytes() == 0
+    assert not await commands.send("EXISTS", keys.sizes(TAG))
+
+
+async def test_nothing_is_left_on_record_when_all_is_settled(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys, join: Callable[[str], Awaitable[ConsumerGroup]]
+) -> None:
+    replica = await join("replica")
+    for n in range(10):
+        await accepted(publish(publishers[0], entry(str(n), n * 2_000), 1_000_000))
+    replica.settle(await claim(replica))
+    await wait_until_async(lambda: _is_gone(commands, keys.sizes(TAG)))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_what_others_removed_from_the_stream_is_not_charged_for_ever(
+    batch: bool, publishers: list[Publisher], commands: RedisConnection, keys: Keys
+) -> None:
+    stream = keys.batch(TAG) if batch else keys.requests(TAG)
+    raws = [entry(str(n), 50_000) for n in range(20)]
+    limit_bytes = 10 * charge_of(raws[0]) + ASIDE
+    for raw in raws[:10]:
+        await accepted(publish(publishers[0], raw, limit_bytes, batch=batch))
+    assert isinstance(await publish(publishers[0], raws[10], limit_bytes, batch=batch), QueueFull)
+    await commands.send("XTRIM", stream, "MAXLEN", 4)
+
+    async def fits() -> bool:
+        return isinstance(await publish(publishers[1], raws[11], limit_bytes, batch=batch), bytes)
+
+    await wait_until_async(fits)
+    room = [await publish(publishers[1], raw, limit_bytes, batch=batch) for raw in raws[12:]]
+    assert sum(isinstance(result, bytes) for result in room) == 5
+
+
+async def test_a_body_is_stored_only_with_room_for_it(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys, queued_bytes: Callable[[], Awaitable[int]]
+) -> None:
+    raws = [entry(str(n), 1_000_000) for n in range(10)]
+    limit_bytes = 3 * charge_of(raws[0]) + ASIDE
+    answers = await asyncio.gather(*[reserve(publishers[n % 5], raw, limit_bytes) for n, raw in enumerate(raws)])
+    reserved = [raw for raw, answer in zip(raws, answers, strict=True) if answer is None]
+    assert len(reserved) == 3
+    assert all(isinstance(answer, QueueFull) and answer.in_bytes for answer in answers if answer is not None)
+    assert await reserve(publishers[0], reserved[0], limit_bytes) is None  # repeated by the connection
+    assert isinstance(await publish(publishers[0], entry("other", MIDDLE), limit_bytes), QueueFull)
+    for raw in reserved[:2]:
+        await accepted(publish(publishers[0], raw, limit_bytes))
+    assert await queued_bytes() == 3 * charge_of(raws[0])
+    publishers[0].forget_reservation(TAG, reserved[2])
+    assert await reserve(publishers[1], raws[9], limit_bytes) is None
+
+
+async def test_a_reservation_whose_caller_died_lapses(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys
+) -> None:
+    dead, heir = entry("dead", 1_000_000), entry("heir", 1_000_000)
+    limit_bytes = charge_of(dead) + ASIDE
+    assert await reserve(publishers[0], dead, limit_bytes) is None
+    assert isinstance(await reserve(publishers[1], heir, limit_bytes), QueueFull)
+    # A minute passes.
+    name = reservation_of(dead.id)
+    assert dead.id not in name
+    size, _, since_ms = (await commands.send("HGET", keys.sizes(TAG), name)).partition(b":")
+    await commands.send("HSET", keys.sizes(TAG), name, b"%b:%d" % (size, int(since_ms) - 61_000))
+
+    async def fits() -> bool:
+        return await reserve(publishers[1], heir, limit_bytes) is None
+
+    await wait_until_async(fits)
+    await accepted(publish(publishers[1], heir, limit_bytes))
+    # The one that was only late is judged anew.
+    assert isinstance(await publish(publishers[0], dead, limit_bytes), QueueFull)
+
+
+async def test_a_replayed_dead_letter_is_charged_as_a_request(
+    publishers: list[Publisher],
+    commands: RedisConnection,
+    keys: Keys,
+    join: Callable[[str], Awaitable[ConsumerGroup]],
+    queued_bytes: Callable[[], Awaitable[int]],
+) -> None:
+    replica, dead = await join("replica"), DeadLetterStream(commands, keys, TAG)
+    raw = entry("r", 50_000)
+    limit_bytes = charge_of(raw) + ASIDE
+    await accepted(publish(publishers[0], raw, limit_bytes))
+    [(place, held)] = (await claim(replica)).items()
+    await replica.bury(RedeliveredEntry(place, 0, held.fields()), "it died")
+    [letter] = [letter async for letter in dead.letters()]
+    blocking = await accepted(publish(publishers[0], entry("s", MIDDLE), limit_bytes))
+    refused = await dead.replay(letter, 100, limit_bytes)
+    assert isinstance(refused, QueueFull)
+    assert refused.in_bytes
+    publishers[0].withdraw(TAG, blocking)
+    assert isinstance(await dead.replay(letter, 100, limit_bytes), str)
+    assert await queued_bytes() == charge_of(raw)
+    replica.settle(await claim(replica))
+    await wait_until_async(lambda: _is_zero(queued_bytes))
+
+
+async def _is_zero(queued_bytes: Callable[[], Awaitable[int]]) -> bool:
+    return await queued_bytes() == 0
+
+
+async def _is_gone(commands: RedisConnection, key: str) -> bool:
+    return not await commands.send("EXISTS", key)
+
+
+async def _retaken(heir: ConsumerGroup) -> list[tuple[bytes, list[bytes]]]:
+    taken: list[tuple[bytes, list[bytes]]] = []
+
+    async def some() -> bool:
+        taken.extend(await heir.retake(10))
+        return bool(taken)
+
+    await wait_until_async(some)
+    return taken

@@ -1,0 +1,508 @@
+"""The core of all handles: what becomes of a request, whatever happens to its connection."""
+
+import asyncio
+import gc
+import os
+import re
+import signal
+import threading
+import weakref
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.registry.records import BackendRecord, EndpointRecord
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Header
+from penstock.handles.calls.call import Call, CallOutcome
+from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.errors import (
+    BackendNotFound,
+    BrokerUnavailable,
+    Overloaded,
+    PayloadTooLarge,
+    RequestCancelled,
+    RequestTimeout,
+    WireError,
+)
+from tests.handles.site import CONFIG, INSTANCE, Lingering, Site, echo
+from tests.waiting import wait_until_async
+
+BACKEND = BackendRecord(tag="model", version="1", code="", config=CONFIG)
+
+
+@pytest.fixture
+async def caller(site: Site) -> AsyncIterator[RequestClient]:
+    caller = RequestClient(site.url, INSTANCE)
+    await caller.open()
+    yield caller
+    await caller.close()
+
+
+def send(
+    caller: RequestClient, body: bytes = b"", *, backend: BackendRecord = BACKEND, timeout_s: float | None = None
+) -> "tuple[Call, asyncio.Future[Reply]]":
+    """Send a request; return it, and the future of its reply or of why there is none."""
+    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    def then(outcome: CallOutcome) -> None:
+        assert not future.done(), "an outcome is heard once"
+        if isinstance(outcome, Reply):
+            future.set_result(outcome)
+        else:
+            assert isinstance(outcome, BaseException), "parts were not asked for"
+            future.set_exception(outcome)
+            future.exception()
+
+    return caller.submit(backend, Header(codec="bytes"), body, then, timeout_s=timeout_s), future
+
+
+def cut(url: str) -> None:
+    """Cut every connection to the broker."""
+    with Redis.from_url(url) as redis:
+        redis.client_kill_filter(_type="normal", skipme=True)
+
+
+async def kill(server: EmbeddedServer) -> None:
+    pid = server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await wait_until_async(lambda: server.pid not in (None, pid))
+
+
+async def test_every_request_gets_its_own_answer(site: Site, caller: RequestClient) -> None:
+    site.serve(echo)
+    futures = [send(caller, b"%d" % n)[1] for n in range(1_000)]
+    replies = await asyncio.gather(*futures)
+    assert [reply.body for reply in replies] == [b"%d" % n for n in range(1_000)]
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_acceptance_means_that_the_request_is_on_its_stream(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    call, _ = send(caller)
+    accepted = asyncio.ensure_future(call.accepted())
+    assert not accepted.done()
+    await accepted
+    assert site.depth() == 1
+    call.cancel()
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_a_refused_request_says_how_many_stood_in_its_way(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    small = BackendRecord(tag="model", version="1", code="", config={"max_queued_requests": 2})
+    calls = [send(caller, backend=small) for _ in range(3)]
+    await asyncio.gather(*[call.accepted() for call, _ in calls[:2]])
+    for refused in (calls[2][0].accepted(), calls[2][1]):
+        with pytest.raises(Overloaded, match="2 unsettled requests \\(max_queued_requests is 2\\)"):
+            await refused
+    for call, _ in calls[:2]:
+        assert call.cancel()
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_a_refused_large_request_leaves_no_body(site: Site, caller: RequestClient) -> None:
+    full = BackendRecord(tag="model", version="1", code="", config={"max_queued_requests": 0})
+    with pytest.raises(Overloaded):
+        await send(caller, bytes(LARGE + 1), backend=full)[1]
+    await wait_until_async(lambda: site.keys_left() == set())
+
+
+async def test_bodies_of_refused_requests_never_reach_the_broker(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    body = bytes(2 * 1024 * 1024)
+    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 5 * len(body)})
+    with Redis.from_url(site.url) as redis:
+        redis.config_resetstat()
+        calls = [send(caller, body, backend=narrow) for _ in range(25)]
+        outcomes = await asyncio.gather(*[call.accepted() for call, _ in calls], return_exceptions=True)
+        stored = redis.info("commandstats").get("cmdstat_set", {"calls": 0})["calls"]
+    refused = [error for error in outcomes if error is not None]
+    assert len(outcomes) - len(refused) == stored == 4  # and their heads
+    assert all(isinstance(error, Overloaded) for error in refused)
+    assert re.search(r"take \d+ bytes, and this one has 20\d+ more \(max_queued_bytes is 10485760\)", str(refused[0]))
+    for call, outcome in calls:
+        call.cancel()
+        outcome.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
+
+
+async def test_a_request_that_is_given_up_before_its_body_is_stored_leaves_nothing(
+    site: Site, caller: RequestClient
+) -> None:
+    site.declare()
+    call, outcome = send(caller, bytes(LARGE + 1))
+    assert call.cancel()
+    outcome.cancel()
+    other, answer = send(caller, bytes(LARGE + 1))
+    await other.accepted()
+    assert site.depth() == 1
+    other.cancel()
+    answer.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
+
+
+async def test_a_request_that_could_never_be_queued_is_too_large(caller: RequestClient) -> None:
+    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 1024 * 1024})
+    with pytest.raises(PayloadTooLarge, match=r"max_queued_bytes of 'model' is 1048576"):
+        send(caller, bytes(1024 * 1024), backend=narrow)
+
+
+async def test_a_stream_without_ids_left_is_repaired_by_deleting_it_and_cutting_the_connections(
+    site: Site, caller: RequestClient
+) -> None:
+    """As ``docs/operations.md`` says: what callers wait for is published again."""
+    site.declare()
+    first, answer = send(caller, b"first")
+    await first.accepted()
+    requests = caller.keys.requests("model")
+    with Redis.from_url(site.url) as redis:
+        redis.xadd(requests, {"x": ""}, id="18446744073709551615-18446744073709551615")
+        with pytest.raises(BrokerUnavailable, match="exhausted the last possible ID"):
+            await send(caller, b"second")[1]
+        redis.delete(requests)
+    cut(site.url)
+    site.serve(echo)
+    assert (await answer).body == b"first"
+    assert (await send(caller, b"third")[1]).body == b"third"
+
+
+async def test_an_endpoint_without_backends_is_refused(caller: RequestClient) -> None:
+    for traffic in ({}, {"gone": 1.0}):
+        with pytest.raises(BackendNotFound):
+            caller.dispatch(EndpointRecord(name="e", traffic=traffic), Header(), b"", lambda outcome: None)
+
+
+async def test_a_deadline_is_kept_without_any_replica(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    loop = asyncio.get_running_loop()
+    started_at = loop.time()
+    with pytest.raises(RequestTimeout, match=r"backend 'model' did not answer within 0\.3 s"):
+        await send(caller, timeout_s=0.3)[1]
+    assert 0.29 < loop.time() - started_at < 5
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_a_deadline_is_kept_without_a_broker(durable: EmbeddedServer) -> None:
+    """Of the request, and of whoever waits for its acceptance."""
+    caller = RequestClient(durable.url, INSTANCE)
+    await caller.open()
+    durable.stop()
+    await wait_until_async(lambda: not caller.connected)
+    call, future = send(caller, timeout_s=0.2)
+    for waiting in (call.accepted(), future):
+        with pytest.raises(RequestTimeout):
+            await waiting
+    await caller.close()
+
+
+async def test_a_caller_without_a_deadline_hears_that_the_broker_is_gone(durable: EmbeddedServer) -> None:
+    caller = RequestClient(durable.url, INSTANCE)
+    await caller.open()
+    durable.stop()
+    await wait_until_async(lambda: not caller.connected)
+    call, future = send(caller)
+    for waiting in (call.accepted(), future):
+        with pytest.raises(BrokerUnavailable):
+            await asyncio.wait_for(waiting, 20)
+    await caller.close()
+
+
+async def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, caller: RequestClient) -> None:
+    started: list[bytes] = []
+
+    def note(request: Any) -> None:
+        started.append(request.data)
+
+    site.declare()
+    cancelled, kept = send(caller, b"cancelled"), send(caller, b"kept")
+    await asyncio.gather(cancelled[0].accepted(), kept[0].accepted())
+    assert cancelled[0].cancel()
+    assert not cancelled[0].cancel(), "it is given up once"
+    await wait_until_async(lambda: site.depth() == 1)
+    site.serve(note)
+    await kept[1]
+    await wait_until_async(lambda: site.depth() == 0)
+    assert started == [b"kept"]
+    assert not cancelled[1].done()
+
+
+async def test_cancelling_before_the_broker_has_answered_takes_the_request_back(
+    site: Site, caller: RequestClient
+) -> None:
+    site.declare()
+    call, _ = send(caller, bytes(LARGE + 1))
+    waiting = call.accepted()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await caller.registry.snapshot()  # the same connection: what was sent before has been answered
+    await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
+
+
+async def test_cancelling_a_running_request_cancels_it(site: Site, caller: RequestClient) -> None:
+    lingering = Lingering()
+    site.serve(lingering.run)
+    call, _ = send(caller)
+    await wait_until_async(lingering.running.is_set)
+    call.cancel()
+    await wait_until_async(lingering.cancelled.is_set)
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_large_bodies_travel_both_ways_and_leave_nothing(site: Site, caller: RequestClient) -> None:
+    site.serve(echo)
+    bodies = [os.urandom(size) for size in (LARGE, LARGE + 1, 5 * LARGE)]
+    replies = await asyncio.gather(*[send(caller, body)[1] for body in bodies])
+    assert [reply.body for reply in replies] == bodies
+    await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
+
+
+async def test_a_reply_whose_body_has_gone_is_an_error(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    call, future = send(caller)
+    await call.accepted()
+    with Redis.from_url(site.url) as redis:
+        fields = Reply(call.id, large=True).fields()
+        redis.execute_command("XADD", caller.keys.replies(caller.id), "*", *fields)
+    with pytest.raises(WireError, match="has expired"):
+        await future
+
+
+async def test_garbage_among_the_replies_hurts_nobody_else(site: Site, caller: RequestClient) -> None:
+    running, release = threading.Event(), threading.Event()
+
+    def hold(request: Any) -> bytes:
+        running.set()
+        release.wait(20)
+        return b"well"
+
+    site.serve(hold)
+    call, future = send(caller)
+    await wait_until_async(running.is_set)
+    with Redis.from_url(site.url) as redis:
+        key = caller.keys.replies(caller.id)
+        redis.xadd(key, {"garbage": "x"})
+        redis.xadd(key, {"v": "1", "id": "somebody else's", "h": "{}"})
+        redis.xadd(key, {"v": "9", "id": "unheard-of"})
+    release.set()
+    assert (await future).body == b"well"
+    assert call.entry is not None
+
+
+async def test_a_reply_that_cannot_be_read_fails_its_request(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    call, future = send(caller)
+    await call.accepted()
+    with Redis.from_url(site.url) as redis:
+        redis.xadd(caller.keys.replies(caller.id), {"v": "2", "id": call.id})
+    with pytest.raises(WireError, match="version b'2'"):
+        await future
+    with Redis.from_url(site.url) as redis:
+        redis.delete(caller.keys.requests("model"))
+
+
+async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, caller: RequestClient) -> None:
+    heard: list[bytes] = []
+
+    def shadow(request: Any) -> None:
+        heard.append(request.data)
+        raise RuntimeError("on purpose")
+
+    site.serve(echo)
+    site.serve(shadow, tag="candidate", name="other")
+    site.send_traffic("ask", {"model": 1.0}, {"candidate": 1.0, "gone": 1.0})
+    await caller.watcher.wait_for(3, 5)
+    bodies = [b"small", bytes(LARGE + 1)]
+    for body in bodies:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        caller.dispatch(caller.snapshot.endpoints["ask"], Header(codec="bytes"), body, future.set_result)
+        assert (await future).body == body
+    await wait_until_async(lambda: heard == bodies)
+    await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
+    assert (caller.shadows.copies["candidate"].queued, caller.shadows.copies["candidate"].refused) == (2, 0)
+
+
+# -- broken connections
+
+
+async def test_requests_are_answered_while_connections_are_cut(site: Site, caller: RequestClient) -> None:
+    """In whatever phase a cut meets them, each is answered, and its caller sees no error."""
+    site.serve(echo)
+    answered = 0
+
+    async def keep_asking(n: int) -> None:
+        nonlocal answered
+        while answered < 3_000:
+            body = b"%d" % n if n % 10 else bytes(LARGE + 1)
+            reply = await asyncio.wait_for(send(caller, body)[1], 15)
+            assert (reply.error, reply.body) == (None, body)
+            answered += 1
+
+    asking = asyncio.gather(*[keep_asking(n) for n in range(50)])
+    while not asking.done():
+        await asyncio.sleep(0.2)
+        cut(site.url)
+    await asking
+    await wait_until_async(lambda: site.depth() == 0)
+
+
+async def test_what_redis_forgot_is_published_again(durable: EmbeddedServer) -> None:
+    """The entry, its large body, the caller's stream and the group are gone: as if the disk had lost them."""
+    site = Site(durable.url)
+    site.declare()
+    caller = RequestClient(durable.url, INSTANCE)
+    await caller.open()
+    bodies = [b"small", bytes(LARGE + 1)]
+    calls = [send(caller, body) for body in bodies]
+    await asyncio.gather(*[call.accepted() for call, _ in calls])
+    with Redis.from_url(durable.url) as redis:
+        redis.flushall()
+    await kill(durable)
+    site.serve(echo)
+    for (_, future), body in zip(calls, bodies, strict=True):
+        assert (await asyncio.wait_for(future, 10)).body == body
+    await caller.close()
+    site.close()
+
+
+async def test_an_accepted_request_is_answered_after_the_broker_was_killed(durable: EmbeddedServer) -> None:
+    site = Site(durable.url)
+    release = threading.Event()
+    runs: list[bytes] = []
+
+    def hold(request: Any) -> bytes:
+        runs.append(request.data)
+        release.wait(20)
+        return b"done"
+
+    site.serve(hold)
+    caller = RequestClient(durable.url, INSTANCE)
+    await caller.open()
+    (_, running), (_, queued) = send(caller, b"running"), send(caller, b"queued")
+    await wait_until_async(lambda: runs == [b"running"])
+    await kill(durable)
+    release.set()
+    for future in (running, queued):
+        assert (await asyncio.wait_for(future, 10)).body == b"done"
+    await wait_until_async(lambda: site.depth() == 0)
+    await caller.close()
+    site.close()
+
+
+async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable: EmbeddedServer) -> None:
+    """It was sent, and nobody knew whether it had arrived."""
+    site = Site(durable.url)
+    site.declare()
+    caller = RequestClient(durable.url, INSTANCE)
+    await caller.open()
+    pid = durable.pid
+    assert pid is not None
+    started: list[bytes] = []
+
+    def note(request: Any) -> None:
+        started.append(request.data)
+
+    call, _ = send(caller, b"cancelled")
+    await asyncio.sleep(0)  # it has been written, and no answer read
+    await asyncio.sleep(0)
+    cut(durable.url)
+    await wait_until_async(lambda: call.unsure or call.entry is not None)
+    call.cancel()
+    await wait_until_async(lambda: caller.connected)
+    await wait_until_async(lambda: site.depth() == 0)
+    site.serve(note)
+    assert (await send(caller, b"kept")[1]).status == 200
+    assert started == [b"kept"]
+    await caller.close()
+    site.close()
+
+
+# -- beginning and end
+
+
+async def test_all_who_ask_in_one_loop_share_a_caller(site: Site) -> None:
+    first, *others = await asyncio.gather(*[RequestClient.get(site.url, INSTANCE) for _ in range(5)])
+    assert others == [first] * 4
+    await first.close()
+    second = await RequestClient.get(site.url, INSTANCE)
+    assert second is not first
+    assert not second.closed
+    await second.close()
+
+
+async def test_one_who_gives_up_connecting_leaves_the_others_waiting(site: Site) -> None:
+    asking = [asyncio.ensure_future(RequestClient.get(site.url, INSTANCE)) for _ in range(3)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    second, third = await asyncio.gather(*asking[1:])
+    assert second is third
+    assert second is await RequestClient.get(site.url, INSTANCE)
+    await second.close()
+
+
+async def test_a_caller_that_could_not_connect_is_tried_anew(durable: EmbeddedServer) -> None:
+    with Redis.from_url(durable.url) as admin:
+        admin.config_set("requirepass", "geheim")
+        for _ in range(2):
+            with pytest.raises(BrokerUnavailable, match="Authentication required"):
+                await RequestClient.get(durable.url, INSTANCE)
+        admin.config_set("requirepass", "")
+    caller = await RequestClient.get(durable.url, INSTANCE)
+    assert caller.connected
+    await caller.close()
+
+
+async def test_closing_tells_what_is_in_flight_and_leaves_nothing(site: Site) -> None:
+    site.declare()
+    caller = RequestClient(site.url, INSTANCE)
+    await caller.open()
+    call, future = send(caller, bytes(LARGE + 1))
+    unheard, _ = send(caller)
+    await call.accepted()
+    acceptance = unheard.accepted()
+    await caller.close()
+    with pytest.raises(RequestCancelled):
+        await future
+    assert isinstance(await asyncio.gather(acceptance, return_exceptions=True), list)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        await send(caller)[1]
+    await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
+    with Redis.from_url(site.url) as redis:
+        assert not redis.exists(caller.keys.replies(caller.id))
+
+
+async def test_closing_while_connecting_ends_both(site: Site) -> None:
+    caller = RequestClient(site.url, INSTANCE)
+    opening = asyncio.ensure_future(caller.open())
+    await asyncio.sleep(0.001)
+    await caller.close()
+    await asyncio.gather(opening, return_exceptions=True)
+    assert caller.closed
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_a_loop_that_ends_without_closing_takes_its_caller_along(site: Site) -> None:
+    """No "task was destroyed", no unclosed transport, no caller that is kept for ever."""
+    site.serve(echo)
+
+    async def ask() -> RequestClient:
+        caller = await RequestClient.get(site.url, INSTANCE)
+        assert (await send(caller, b"x")[1]).body == b"x"
+        send(caller, b"left in flight")
+        return caller
+
+    left: list[weakref.ref[RequestClient]] = []
+    for _ in range(3):
+        caller = asyncio.run(ask())
+        assert caller.closed
+        assert not caller.connected
+        left.append(weakref.ref(caller))
+        del caller
+    gc.collect()
+    assert [caller() for caller in left] == [None] * 3

@@ -1,0 +1,149 @@
+"""The controller comes and goes, and nobody notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import ray
+
+from penstock import serve
+from penstock.broker.queue.consumer_group import ConsumerGroup
+from penstock.serve.controller.actors import actor_name
+from penstock.workers.actor import NAMESPACE
+from tests.serve.backends import SMALL, Slow, answering, replicas
+from tests.serve.load import load
+from tests.waiting import wait_until
+
+
+def controller_pid(instance: str = "default") -> int:
+    controller = cast(Any, ray.get_actor(actor_name(instance, "controller"), namespace=NAMESPACE))
+    return cast(int, ray.get(controller.pid.remote()))
+
+
+def kill_controller(instance: str = "default") -> None:
+    """With -9, as the kernel does when memory is short."""
+    os.kill(controller_pid(instance), signal.SIGKILL)
+
+
+def test_a_controller_that_is_killed_comes_back_and_restarts_nothing(client: serve.Client) -> None:
+    client.create_backend("f", Slow, config={"num_replicas": 2}, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle, before = client.get_handle("e"), replicas(client)
+    with load(lambda: handle.remote().result(timeout=30)) as calls:
+        kill_controller()
+        calls.goes_on()
+        client.update_backend_config("f", {"num_replicas": 3})
+    assert replicas(client).items() > before.items()
+    os.kill(next(iter(before.values())), signal.SIGKILL)
+    wait_until(lambda: len(replicas(client)) == 3 and not replicas(client).items() >= before.items())
+
+
+CHANGES: dict[str, Callable[[serve.Client], None]] = {
+    "scaling": lambda client: client.update_backend_config("f", {"num_replicas": 3}),
+    "new code": lambda client: client.update_backend("f", Slow, "new"),
+    "a new backend": lambda client: client.create_backend("g", Slow, ray_actor_options=SMALL),
+    "deleting": lambda client: client.delete_backend("unused"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_survives_the_death_of_the_controller_in_its_middle(
+    client: serve.Client, change: Callable[[serve.Client], None]
+) -> None:
+    client.create_backend("f", Slow, ray_actor_options=SMALL)
+    client.create_backend("unused", answering(0), ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    with load(lambda: handle.remote().result(timeout=30)) as calls:
+        changing = threading.Thread(target=change, args=(client,))
+        changing.start()
+        kill_controller()
+        changing.join(60)
+        assert not changing.is_alive()
+        calls.goes_on()
+    wanted = {tag: config.num_replicas for tag, config in client.list_backends().items()}
+    wait_until(lambda: {tag: len(replicas(client, tag)) for tag in wanted} == wanted)
+
+
+def test_a_replica_that_is_not_well_is_replaced(client: serve.Client) -> None:
+    class Falling:
+        def __init__(self) -> None:
+            self.ill = False
+
+        def check_health(self) -> None:
+            if self.ill:
+                raise RuntimeError("I do not feel well")
+
+        def __call__(self, request: serve.Request) -> int:
+            self.ill = self.ill or bool(request.data)
+            return os.getpid()
+
+    client.create_backend("f", Falling, config={"health_check_period_s": 0.2}, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    ill = handle.remote(True).result(timeout=10)
+    wait_until(lambda: handle.remote().result(timeout=10) != ill)
+
+
+def test_one_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None:
+    class Stopping:
+        def __call__(self, request: serve.Request) -> int:
+            if request.data:
+                # What a fault of Penstock's would do: claims are never answered any more.
+                def drop(*args: Any, **options: Any) -> None: ...
+
+                setattr(ConsumerGroup, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
+            return os.getpid()
+
+    client.create_backend("f", Stopping, config={"health_check_period_s": 0.2}, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    stopped = handle.remote(True).result(timeout=10)
+    # A claim that was under way may serve one more.
+    wait_until(lambda: handle.remote().result(timeout=60) != stopped, timeout_s=120)
+
+
+def test_one_that_hangs_is_replaced(client: serve.Client) -> None:
+    class Hanging:
+        async def __call__(self, request: serve.Request) -> int:
+            if request.data:
+                threading.Event().wait(60)  # blocks the loop, as a mistake in user code does
+            return os.getpid()
+
+    config = {"health_check_period_s": 0.2, "health_check_timeout_s": 0.5, "max_deliveries": 2}
+    client.create_backend("f", Hanging, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    handle = client.get_handle("e")
+    healthy = handle.remote().result(timeout=10)
+    hanging = handle.remote(True)
+    with pytest.raises(serve.errors.DeliveryLimitExceeded):
+        hanging.result(timeout=30)
+    assert handle.remote().result(timeout=30) != healthy
+
+
+def test_a_version_that_comes_apart_later_is_tried_again_and_said(client: serve.Client, tmp_path: Any) -> None:
+    broken = tmp_path / "broken"
+
+    class Fragile:
+        def __init__(self, broken: str) -> None:
+            if os.path.exists(broken):
+                raise RuntimeError("the weights are gone")
+
+        def __call__(self, request: serve.Request) -> str:
+            return "well"
+
+    client.create_backend("f", Fragile, str(broken), ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    broken.touch()
+    (replica,) = replicas(client).values()
+    os.kill(replica, signal.SIGKILL)
+    waiting = client.get_handle("e").remote()
+    wait_until(lambda: "the weights are gone" in str(client.status()["backends"]["f"]["failing"]))
+    broken.unlink()
+    assert waiting.result(timeout=20) == "well"
+    wait_until(lambda: client.status()["backends"]["f"]["failing"] is None)

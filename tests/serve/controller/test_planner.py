@@ -1,0 +1,471 @@
+"""The planner against every state that a cluster can be in, and against a cluster that moves on by itself."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from penstock.serve.controller.placement import Node
+from penstock.serve.controller.planner import (
+    STEADY_AFTER_S,
+    ActorState,
+    DesiredBackend,
+    DesiredProxies,
+    DesiredState,
+    DrainProxy,
+    DrainReplica,
+    Failures,
+    ForgetProxy,
+    ForgetReplica,
+    KillProxy,
+    KillReplica,
+    ObservedProxy,
+    ObservedReplica,
+    ObservedState,
+    RefusedChange,
+    RetireBackend,
+    StartProxy,
+    StartReplica,
+    Step,
+    lacking,
+    plan,
+    refusal,
+    status,
+)
+
+TAGS, VERSIONS, NODES = ("f", "g"), ("v1", "v2"), ("node-a", "node-b", "node-c")
+ROOMY = (Node("node-a", {"CPU": 100.0}),)
+
+_numbers = itertools.count()
+
+
+def backend(tag: str = "f", version: str = "v1", replicas: int = 1, *, cpus: float = 1.0) -> DesiredBackend:
+    return DesiredBackend(tag=tag, version=version, replicas=replicas, asks={"CPU": cpus} if cpus else {})
+
+
+def replica(
+    state: ActorState, version: str = "v1", tag: str = "f", node: str = "node-a", *, cpus: float = 1.0
+) -> ObservedReplica:
+    asks = {"CPU": cpus}
+    return ObservedReplica(
+        id=f"{tag}#{next(_numbers)}", backend=tag, version=version, state=state, node=node, asks=asks
+    )
+
+
+def want(*backends: DesiredBackend, http: DesiredProxies | None = None) -> DesiredState:
+    return DesiredState(backends={backend.tag: backend for backend in backends}, http=http or DesiredProxies())
+
+
+def see(*replicas: ObservedReplica, nodes: Sequence[Node] = ROOMY, **others: object) -> ObservedState:
+    return replace(ObservedState(replicas=replicas, nodes=nodes), **others)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@st.composite
+def desired_states(draw: st.DrawFn) -> DesiredState:
+    backends = [
+        DesiredBackend(
+            tag=tag,
+            version=draw(st.sampled_from(VERSIONS)),
+            replicas=draw(st.integers(0, 4)),
+            asks=draw(st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}, {"CPU": 2.0}])),
+        )
+        for tag in draw(st.sets(st.sampled_from(TAGS)))
+    ]
+    http = DesiredProxies(
+        nodes=tuple(sorted(draw(st.sets(st.sampled_from(NODES))))),
+        per_node=draw(st.integers(1, 3)),
+        port=draw(st.sampled_from([0, 8000])),
+    )
+    return DesiredState(backends={backend.tag: backend for backend in backends}, http=http)
+
+
+@st.composite
+def seen_states(draw: st.DrawFn) -> ObservedState:
+    replicas = draw(
+        st.lists(
+            st.builds(
+                ObservedReplica,
+                id=st.uuids().map(str),
+                backend=st.sampled_from(TAGS),
+                version=st.sampled_from(VERSIONS),
+                state=st.sampled_from(ActorState),
+                node=st.sampled_from(["", *NODES]),
+                asks=st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}]),
+                attended=st.booleans(),
+            ),
+            max_size=8,
+            unique_by=lambda replica: replica.id,
+        )
+    )
+    slots = draw(st.sets(st.tuples(st.sampled_from(NODES), st.integers(0, 3)), max_size=6))
+    proxies = [
+        ObservedProxy(
+            id=f"{node}.{i}",
+            node=node,
+            state=draw(st.sampled_from(ActorState)),
+            port=draw(st.sampled_from([0, 8000])),
+            attended=draw(st.booleans()),
+        )
+        for node, i in slots
+    ]
+    keys = st.tuples(st.sampled_from(TAGS), st.sampled_from(VERSIONS))
+    return ObservedState(
+        now_s=100.0,
+        replicas=replicas,
+        proxies=proxies,
+        nodes=[Node(node, {"CPU": float(draw(st.integers(0, 8)))}) for node in NODES],
+        failures=draw(st.dictionaries(keys, st.builds(Failures, st.integers(0, 50), st.floats(0, 100)))),
+        proven=frozenset(draw(st.sets(keys))),
+        came_about=frozenset((*key, 1) for key in draw(st.sets(keys))),
+        reported=frozenset(draw(st.sets(st.sampled_from(TAGS)))),
+    )
+
+
+def apply(steps: Iterable[Step], seen: ObservedState, desired: DesiredState) -> ObservedState:
+    """Do what ``steps`` say, as far as that is done at once: what drains goes on draining."""
+    asks = {tag: wanted.asks for tag, wanted in desired.backends.items()}
+    replicas = {replica.id: replica for replica in seen.replicas}
+    proxies = {proxy.id: proxy for proxy in seen.proxies}
+    reported = set(seen.reported)
+    for step in steps:
+        match step:
+            case StartReplica(tag, version):
+                new = ObservedReplica(
+                    id=f"new{next(_numbers)}",
+                    backend=tag,
+                    version=version,
+                    state=ActorState.STARTING,
+                    asks=asks.get(tag, {}),
+                )
+                replicas[new.id] = new
+                reported.add(tag)
+            case DrainReplica(id):
+                replicas[id] = replace(replicas[id], state=ActorState.DRAINING, attended=True)
+            case KillReplica(id):
+                replicas[id] = replace(replicas[id], state=ActorState.GONE)
+            case ForgetReplica(id):
+                del replicas[id]
+            case RetireBackend(tag):
+                reported.remove(tag)
+            case StartProxy(id, node, port):
+                assert id not in proxies, "a slot holds one proxy"
+                proxies[id] = ObservedProxy(id=id, node=node, state=ActorState.STARTING, port=port)
+            case DrainProxy(id):
+                proxies[id] = replace(proxies[id], state=ActorState.DRAINING, attended=True)
+            case KillProxy(id):
+                proxies[id] = replace(proxies[id], state=ActorState.GONE)
+            case ForgetProxy(id):
+                del proxies[id]
+    return replace(seen, replicas=list(replicas.values()), proxies=list(proxies.values()), reported=frozenset(reported))
+
+
+def let_time_pass(seen: ObservedState, seconds: float = 100.0) -> ObservedState:
+    """Everything that starts becomes ready, everything that drains ends."""
+    replicas = [
+        replace(
+            replica,
+            state={ActorState.STARTING: ActorState.READY, ActorState.DRAINING: ActorState.GONE}.get(
+                replica.state, replica.state
+            ),
+            node=replica.node or "node-a",
+        )
+        for replica in seen.replicas
+    ]
+    proxies = [
+        replace(
+            proxy,
+            state={ActorState.STARTING: ActorState.READY, ActorState.DRAINING: ActorState.GONE}.get(
+                proxy.state, proxy.state
+            ),
+            port=proxy.port or 8000,
+        )
+        for proxy in seen.proxies
+    ]
+    return replace(seen, replicas=replicas, proxies=proxies, now_s=seen.now_s + seconds)
+
+
+def of(seen: ObservedState, tag: str, version: str, *states: ActorState) -> list[ObservedReplica]:
+    return [r for r in seen.replicas if r.backend == tag and r.version == version and r.state in states]
+
+
+# -- what always holds
+
+
+@given(desired_states(), seen_states())
+def test_the_plan_settles(desired: DesiredState, seen: ObservedState) -> None:
+    for _ in range(20):
+        seen = let_time_pass(apply(plan(desired, seen), seen, desired))
+    assert plan(desired, seen) == []
+    for proxy in seen.proxies:
+        assert proxy.node in desired.http.nodes
+    assert len(seen.proxies) == len(desired.http.nodes) * desired.http.per_node
+    assert {replica.backend for replica in seen.replicas} | seen.reported <= {*desired.backends}
+
+
+@given(desired_states(), seen_states())
+def test_with_room_enough_it_settles_on_what_is_desired(desired: DesiredState, seen: ObservedState) -> None:
+    seen = replace(seen, nodes=ROOMY)
+    for _ in range(20):
+        seen = let_time_pass(apply(plan(desired, seen), seen, desired))
+    for tag, wanted in desired.backends.items():
+        assert len(of(seen, tag, wanted.version, ActorState.READY)) == wanted.replicas
+        assert status(wanted, seen, None).came_about
+    assert len(seen.replicas) == sum(wanted.replicas for wanted in desired.backends.values())
+
+
+@given(desired_states(), seen_states())
+def test_it_never_starts_more_than_was_asked(desired: DesiredState, seen: ObservedState) -> None:
+    before = seen
+    after = apply(plan(desired, seen), seen, desired)
+    for tag, wanted in desired.backends.items():
+        was = len(of(before, tag, wanted.version, ActorState.STARTING, ActorState.READY))
+        now = len(of(after, tag, wanted.version, ActorState.STARTING, ActorState.READY))
+        assert now <= max(wanted.replicas, was)
+    for step in plan(desired, seen):
+        if isinstance(step, StartReplica):
+            assert step.version == desired.backends[step.backend].version
+
+
+@given(desired_states(), seen_states())
+def test_it_never_stops_the_last_ready_replicas_before_the_next_are_ready(
+    desired: DesiredState, seen: ObservedState
+) -> None:
+    after = apply(plan(desired, seen), seen, desired)
+    for tag, wanted in desired.backends.items():
+        was = sum(r.backend == tag and r.state is ActorState.READY for r in seen.replicas)
+        now = sum(r.backend == tag and r.state is ActorState.READY for r in after.replicas)
+        assert now >= min(was, wanted.replicas)
+
+
+@given(desired_states(), seen_states())
+def test_it_places_no_more_than_the_nodes_can_hold(desired: DesiredState, seen: ObservedState) -> None:
+    for tag, wanted in desired.backends.items():
+        alone = replace(seen, replicas=[])
+        started = [s for s in plan(want(wanted), alone) if isinstance(s, StartReplica)]
+        held = sum(int(node.resources["CPU"] / wanted.asks["CPU"]) for node in seen.nodes) if wanted.asks else 99
+        assert len(started) <= held, tag
+
+
+@given(desired_states(), seen_states())
+def test_a_step_is_about_something_that_is_there(desired: DesiredState, seen: ObservedState) -> None:
+    """And each about something else: there is one decision for each replica and each proxy."""
+    named = [step.id for step in plan(desired, seen) if not isinstance(step, (StartReplica, StartProxy, RetireBackend))]
+    assert len(named) == len(set(named))
+    assert set(named) <= {replica.id for replica in seen.replicas} | {proxy.id for proxy in seen.proxies}
+
+
+@settings(max_examples=50)
+@given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 4))
+def test_a_roll_over_keeps_as_many_ready_as_are_wanted_whatever_the_order(
+    chance: random.Random, before: int, wanted: int
+) -> None:
+    seen = see(*(replica(ActorState.READY, "v1") for _ in range(before)))
+    desired = want(backend(version="v2", replicas=wanted))
+    lowest = before
+    moves = {ActorState.STARTING: ActorState.READY, ActorState.DRAINING: ActorState.GONE}
+    while True:
+        seen = apply(plan(desired, seen), seen, desired)
+        lowest = min(lowest, sum(r.state is ActorState.READY for r in seen.replicas))
+        replicas = list(seen.replicas)
+        moving = [i for i, r in enumerate(replicas) if r.state in moves]
+        if not moving:
+            break
+        at = chance.choice(moving)
+        replicas[at] = replace(replicas[at], state=moves[replicas[at].state])
+        seen = replace(seen, replicas=replicas)
+    assert lowest >= min(before, wanted)
+    assert {(r.version, r.state) for r in seen.replicas} == {("v2", ActorState.READY)}
+    assert len(seen.replicas) == wanted
+
+
+# -- one case each
+
+
+def test_what_is_missing_is_started() -> None:
+    assert plan(want(backend(replicas=2)), see()) == [StartReplica("f", "v1")] * 2
+
+
+def test_scaling_down_stops_those_that_do_not_serve_yet_and_then_the_youngest() -> None:
+    oldest, youngest, starting = replica(ActorState.READY), replica(ActorState.READY), replica(ActorState.STARTING)
+    steps = plan(want(backend(replicas=1)), see(oldest, youngest, starting))
+    assert steps == [KillReplica(starting.id), DrainReplica(youngest.id, 20.0)]
+
+
+def test_a_new_version_starts_beside_the_old_one() -> None:
+    old = replica(ActorState.READY, "v1")
+    assert plan(want(backend(version="v2")), see(old)) == [StartReplica("f", "v2")]
+    starting = replica(ActorState.STARTING, "v2")
+    assert plan(want(backend(version="v2")), see(old, starting)) == []
+    ready = replace(starting, state=ActorState.READY)
+    assert plan(want(backend(version="v2")), see(old, ready)) == [DrainReplica(old.id, 20.0)]
+
+
+def test_a_new_version_that_cannot_start_leaves_the_old_one_serving() -> None:
+    old, failed = replica(ActorState.READY, "v1"), replica(ActorState.FAILED, "v2")
+    failures = {("f", "v2"): Failures(1, 0.0)}
+    assert plan(want(backend(version="v2")), see(old, failed, failures=failures)) == [KillReplica(failed.id)]
+
+
+def test_going_back_to_the_old_version_stops_only_the_new_one() -> None:
+    old, new = replica(ActorState.READY, "v1"), replica(ActorState.STARTING, "v2")
+    assert plan(want(backend(version="v1")), see(old, new)) == [KillReplica(new.id)]
+
+
+def test_a_roll_over_on_a_full_cluster_needs_one_free_place() -> None:
+    old = [replica(ActorState.READY, "v1") for _ in range(2)]
+    desired = want(backend(version="v2", replicas=2))
+    nodes = [Node("node-a", {"CPU": 3.0})]
+    assert plan(desired, see(*old, nodes=nodes)) == [StartReplica("f", "v2")]
+    assert lacking(desired.backends["f"], see(*old, nodes=nodes)) is None
+    full = see(*old, nodes=[Node("node-a", {"CPU": 2.0})])
+    assert plan(desired, full) == []
+    assert "1 replica with CPU 1 each asked for, room for 0: node node-a has CPU 2 (0 unused)" in (
+        lacking(desired.backends["f"], full) or ""
+    )
+
+
+def test_what_does_not_fit_is_not_started_and_said() -> None:
+    big = backend(cpus=64, replicas=2)
+    seen = see(nodes=[Node("node-a", {"CPU": 2.0})])
+    assert plan(want(big), seen) == []
+    assert lacking(big, seen) == "2 replicas with CPU 64 each asked for, room for 0: node node-a has CPU 2"
+    assert status(big, seen, None).lacking == lacking(big, seen)
+
+
+def test_what_fits_in_part_is_not_started_at_all_unless_it_once_did_fit() -> None:
+    many = backend(replicas=5)
+    seen = see(replica(ActorState.READY), nodes=[Node("node-a", {"CPU": 3.0})])
+    says = "5 replicas with CPU 1 each asked for, room for 3: node node-a has CPU 3"
+    assert plan(want(many), seen) == []
+    assert lacking(many, seen) == says
+    lost_a_node = replace(seen, came_about=frozenset({("f", "v1", 1)}))
+    assert plan(want(many), lost_a_node) == [StartReplica("f", "v1")] * 2
+    assert lacking(many, apply(plan(want(many), lost_a_node), lost_a_node, want(many))) == says
+
+
+def test_a_replica_that_died_is_forgotten_and_replaced_in_one_pass() -> None:
+    gone = replica(ActorState.GONE)
+    seen = see(gone, failures={("f", "v1"): Failures(1, 0.0)}, proven=frozenset({("f", "v1")}))
+    assert plan(want(backend()), seen) == [ForgetReplica(gone.id), StartReplica("f", "v1")]
+
+
+def test_a_version_that_keeps_failing_is_tried_again_ever_more_slowly() -> None:
+    failures, now_s, pauses = Failures(), 0.0, list[float]()
+    for _ in range(9):
+        failures = failures.and_one_more(now_s)
+        failed_at_s = now_s
+        while plan(want(backend()), see(failures={("f", "v1"): failures}, now_s=now_s)) == []:
+            now_s += 0.5
+        pauses.append(now_s - failed_at_s)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 5, 20, 1_000])
+def test_what_has_worked_is_back_within_two_seconds_however_often_it_died(deaths: int) -> None:
+    failures = Failures()
+    for number in range(deaths):
+        failures = failures.and_one_more(5.0 * number)
+    assert failures.allow_start(failures.last_s + 2.0, proven=True)
+
+
+def test_failures_of_long_ago_do_not_count() -> None:
+    failures = Failures(10, last_s=0.0)
+    assert failures.and_one_more(61.0) == Failures(1, 61.0)
+    assert failures.allow_start(61.0, proven=False)
+
+
+def test_what_was_ready_for_a_while_is_replaced_at_once_however_often_it_dies() -> None:
+    young = Failures().and_one_more(0.0).and_one_more(1.0)
+    assert not young.allow_start(1.0, proven=True)
+    assert Failures().and_one_more(0.0, ready_s=STEADY_AFTER_S) == Failures()
+    # Nor does it make up for those that died young.
+    assert young.and_one_more(1.2, ready_s=STEADY_AFTER_S) == young
+
+
+def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
+    left = [replica(state) for state in ActorState]
+    named = {r.state: r.id for r in left}
+    assert set(plan(want(), see(*left, reported=frozenset({"f"})))) == {
+        KillReplica(named[ActorState.STARTING]),
+        DrainReplica(named[ActorState.READY], 0.0),
+        KillReplica(named[ActorState.FAILED]),
+        ForgetReplica(named[ActorState.GONE]),
+    }
+    assert plan(want(), see(reported=frozenset({"f"}))) == [RetireBackend("f")]
+
+
+def test_a_restarted_controller_drains_on() -> None:
+    draining = replace(replica(ActorState.DRAINING), attended=False)
+    assert plan(want(backend(replicas=0)), see(draining)) == [DrainReplica(draining.id, 20.0)]
+    assert plan(want(backend(replicas=0)), see(replace(draining, attended=True))) == []
+
+
+def test_proxies_fill_their_slots() -> None:
+    http = DesiredProxies(nodes=("node-a", "node-b"), per_node=2, port=8000)
+    steps = plan(want(http=http), see())
+    assert [(step.id, step.node, step.port) for step in steps if isinstance(step, StartProxy)] == [
+        ("node-a.0", "node-a", 8000),
+        ("node-a.1", "node-a", 8000),
+        ("node-b.0", "node-b", 8000),
+        ("node-b.1", "node-b", 8000),
+    ]
+
+
+def test_any_port_will_do_but_all_proxies_take_the_same() -> None:
+    http = DesiredProxies(nodes=("node-a",), per_node=3, port=0)
+    assert plan(want(http=http), see()) == [StartProxy("node-a.0", "node-a", 0)]
+    first = ObservedProxy(id="node-a.0", node="node-a", state=ActorState.STARTING)
+    assert plan(want(http=http), see(proxies=[first])) == []
+    found = replace(first, state=ActorState.READY, port=41234)
+    assert plan(want(http=http), see(proxies=[found])) == [
+        StartProxy("node-a.1", "node-a", 41234),
+        StartProxy("node-a.2", "node-a", 41234),
+    ]
+
+
+def test_proxies_follow_the_nodes() -> None:
+    http = DesiredProxies(nodes=("node-b",))
+    leaving = ObservedProxy(id="node-a.0", node="node-a", state=ActorState.READY, port=8000)
+    assert plan(want(http=http), see(proxies=[leaving])) == [
+        DrainProxy("node-a.0"),
+        StartProxy("node-b.0", "node-b", 8000),
+    ]
+
+
+@pytest.mark.parametrize(("state", "step"), [(ActorState.GONE, ForgetProxy), (ActorState.FAILED, KillProxy)])
+def test_a_proxy_that_is_no_more_is_replaced(state: ActorState, step: type[Step]) -> None:
+    http = DesiredProxies(nodes=("node-a",))
+    steps = plan(want(http=http), see(proxies=[ObservedProxy(id="node-a.0", node="node-a", state=state)]))
+    assert isinstance(steps[0], step)
+    assert steps[1:] == ([StartProxy("node-a.0", "node-a", 8000)] if state is ActorState.GONE else [])
+
+
+def test_a_backend_has_come_about_when_every_replica_has_its_configuration() -> None:
+    wanted = replace(backend(replicas=2), config_version=2)
+    old_config, new_config = replica(ActorState.READY), replace(replica(ActorState.READY), config_version=2)
+    assert not status(wanted, see(new_config, old_config), None).came_about
+    assert status(wanted, see(new_config, replace(old_config, config_version=2)), None).came_about
+    assert not status(wanted, see(new_config, new_config, replica(ActorState.READY, "v0")), None).came_about
+    assert status(wanted, see(new_config, new_config, replica(ActorState.DRAINING, "v0")), None).came_about
+    takes = replace(replica(ActorState.DRAINING, "v0"), takes=True)
+    assert not status(wanted, see(new_config, new_config, takes), None).came_about
+
+
+def test_what_was_refused_is_told_until_a_later_change_has_come_about() -> None:
+    error = {"kind": "BackendError", "args": ["ValueError", "no"]}
+    wanted = replace(backend(replicas=1, version="v1"), config_version=3)
+    failed = status(replace(wanted, version="v2", config_version=2), see(replica(ActorState.READY)), error)
+    assert refusal(None, failed) is None
+    back = status(wanted, see(replica(ActorState.READY)), None)
+    refused = refusal(asdict(failed), back)
+    assert refused == RefusedChange(version="v2", failing=error, lacking=None, undone_by=3)
+    back = replace(back, refused=refused, came_about=True)
+    assert refusal(asdict(back), back) == refused
+    changing = replace(back, config_version=4, came_about=False, refused=None)
+    assert refusal(asdict(back), changing) == refused
+    assert refusal(asdict(replace(changing, refused=refused)), replace(changing, came_about=True)) is None

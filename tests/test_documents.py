@@ -1,0 +1,29 @@
+"""The documents beside the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+_FOLDERS = "broker|handles|proxy|workers|serve|runtime|tests|benchmarks|examples|docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(rf"`((?:{_FOLDERS})/[\w./-]+\.(?:py|md))`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_folder_is_a_table_of_contents() -> None:
+    """At most 14 modules in a folder, so that it can be read at a glance."""
+    folders = {file.parent for name in _FOLDERS.split("|")[:6] for file in (ROOT / name).rglob("*.py")}
+    counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("[!_]*.py"))) for folder in folders}
+    assert {folder: count for folder, count in counts.items() if count > 14} == {}

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from hypothesis import given, settings, strategies as st
+
+from penstock.workers.consuming.fairness import Fairness
+
+shares = st.floats(0.0, 1.0)
+rooms = st.lists(st.integers(1, 64), min_size=1, max_size=200)
+
+
+@settings(deadline=None)
+@given(shares, rooms)
+def test_under_constant_interactive_load_batch_items_get_their_share_and_no_more(
+    share: float, rooms: list[int]
+) -> None:
+    """After every claim, not only in the end; less than one place apart."""
+    fairness, claimed, batch = Fairness(share), 0, 0
+    for room in rooms:
+        owed = fairness.owed(room)
+        fairness = fairness.after(room - owed, owed, waiting=True)
+        claimed, batch = claimed + room, batch + owed
+        assert share * claimed - 1 < batch + 1e-6
+        assert batch <= share * claimed + 1e-6
+
+
+@settings(deadline=None)
+@given(shares, st.lists(st.tuples(st.integers(1, 64), st.integers(0, 64)), max_size=100))
+def test_what_nobody_else_wanted_is_not_held_against_batch_items(share: float, claims: list[tuple[int, int]]) -> None:
+    """Whatever went before, the next stretch of constant interactive load begins with no debt of theirs."""
+    fairness = Fairness(share)
+    for room, wanted in claims:
+        interactive = min(room, wanted)
+        fairness = fairness.after(interactive, room - interactive, waiting=True)
+    claimed = batch = 0
+    for _ in range(50):
+        owed = fairness.owed(8)
+        fairness = fairness.after(8 - owed, owed, waiting=True)
+        claimed, batch = claimed + 8, batch + owed
+    assert batch > share * claimed - 1 - 1e-6
+
+
+@settings(deadline=None)
+@given(shares, rooms)
+def test_nothing_is_owed_to_those_who_were_not_there(share: float, rooms: list[int]) -> None:
+    fairness = Fairness(share)
+    for room in rooms:
+        fairness = fairness.after(room, 0, waiting=False)
+    assert fairness == Fairness(share)
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 1e6), shares, st.integers(0, 1_000))
+def test_no_more_is_owed_than_there_is_room_for(credit: float, share: float, room: int) -> None:
+    assert 0 <= Fairness(share, credit).owed(room) <= room
+
+
+def test_a_tenth_of_single_places_is_every_tenth() -> None:
+    fairness, turns = Fairness(0.1), list[int]()
+    for _ in range(30):
+        turns.append(owed := fairness.owed(1))
+        fairness = fairness.after(1 - owed, owed, waiting=True)
+    assert [turn for turn, owed in enumerate(turns, 1) if owed] == [10, 20, 30]

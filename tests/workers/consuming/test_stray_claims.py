@@ -1,0 +1,214 @@
+"""Entries that are pending in a replica's name and that it does not hold, and faults that could leave some."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from penstock.broker.wire._fields import LARGE
+from penstock.broker.wire.replies import Reply
+from penstock.broker.wire.requests import Entry
+from penstock.handles.errors import BackendError, DeliveryLimitExceeded, from_wire
+from penstock.workers.consuming.settlement import Settlement
+from penstock.workers.executing.runner import Runner
+from tests.waiting import wait_until_async
+from tests.workers.serving import TAG, Client, calling, serving
+
+
+class Held:
+    """A backend that runs one request at a time, and the first one until it is released."""
+
+    def __init__(self) -> None:
+        self.busy, self.released = threading.Event(), threading.Event()
+        self.ran: Counter[bytes] = Counter()
+
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        def run(request: Any) -> Any:
+            self.ran[request.data] += 1
+            if request.data == b"first":
+                self.busy.set()
+                self.released.wait(30)
+            return request.data
+
+        return run
+
+
+def echo(request: Any) -> Any:
+    return request.data
+
+
+async def _claim_behind_its_back(client: Client, replica: str, *, batch: bool = False) -> bytes:
+    """Claim one entry in the name of a replica that knows nothing of it, and return its id."""
+    stream = (client.caller.keys.batch if batch else client.caller.keys.requests)(TAG)
+    reply: Any = await client.redis.xreadgroup("replicas", replica, {stream: ">"}, count=1)
+    ((_, ((entry, _),)),) = reply
+    return bytes(entry)
+
+
+async def _is_settled(client: Client) -> bool:
+    return await client.depth() == 0 and await client.claimed() == 0
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_what_is_pending_in_a_replicas_name_unknown_to_it_is_run_once(redis_url: str, batch: bool) -> None:
+    held = Held()
+    async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
+        first = client.call(b"first")[1]
+        await wait_until_async(held.busy.is_set)
+        call, second = client.call(b"second", batch=batch)
+        await call.accepted()
+        await _claim_behind_its_back(client, worker.replica, batch=batch)
+        held.released.set()
+        assert (await asyncio.wait_for(second, 30)).body == b"second"
+        await first
+        await wait_until_async(lambda: _is_settled(client))
+    assert held.ran == {b"first": 1, b"second": 1}
+
+
+async def test_a_stray_that_its_caller_has_withdrawn_is_settled(redis_url: str) -> None:
+    held = Held()
+    async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
+        first = client.call(b"first")[1]
+        await wait_until_async(held.busy.is_set)
+        call, _ = client.call(b"second")
+        await call.accepted()
+        await _claim_behind_its_back(client, worker.replica)
+        call.cancel()
+        held.released.set()
+        await first
+        await wait_until_async(lambda: _is_settled(client))
+    assert held.ran == {b"first": 1}
+
+
+async def test_a_stray_that_replicas_have_died_with_is_judged_as_every_redelivered_entry(redis_url: str) -> None:
+    held = Held()
+    async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
+        first = client.call(b"first")[1]
+        await wait_until_async(held.busy.is_set)
+        call, second = client.call(b"second")
+        await call.accepted()
+        entry = await _claim_behind_its_back(client, worker.replica)
+        stream = client.caller.keys.requests(TAG)
+        await client.redis.xclaim(stream, "replicas", worker.replica, 0, [entry], retrycount=4)
+        held.released.set()
+        error = (await asyncio.wait_for(second, 30)).error
+        assert error is not None
+        assert isinstance(from_wire(error), DeliveryLimitExceeded)
+        await first
+        await wait_until_async(lambda: _is_settled(client))
+    assert held.ran == {b"first": 1}
+
+
+async def test_a_search_for_strays_runs_nothing_twice_under_load(redis_url: str) -> None:
+    ran: Counter[bytes] = Counter()
+
+    async def run(request: Any) -> Any:
+        ran[request.data] += 1
+        await asyncio.sleep(2.5 if request.data.startswith(b"slow") else 0)
+        return request.data
+
+    async with calling(redis_url) as client, serving(redis_url, run):
+        slow = [client.call(b"slow%d" % n)[1] for n in range(120)]
+        quick = 0
+        while not all(answer.done() for answer in slow):
+            await asyncio.gather(*(client.ask(b"%d" % (quick + n)) for n in range(20)))
+            quick += 20
+        await wait_until_async(lambda: _is_settled(client))
+    assert len(ran) == 120 + quick
+    assert set(ran.values()) == {1}
+
+
+async def test_a_body_that_the_broker_refuses_to_give_is_fetched_again(redis_url: str) -> None:
+    body = b"x" * (LARGE + 1)
+    async with calling(redis_url) as client:
+        call, answer = client.call(body)
+        await call.accepted()
+        key = client.caller.keys.body(TAG, call.id)
+        await client.redis.rename(key, key + ":aside")
+        await client.redis.lpush(key, "what GET does not take")
+        async with serving(redis_url, echo):
+            assert (await client.ask(b"behind")).body == b"behind"
+            assert not answer.done()
+            await client.redis.rename(key + ":aside", key)
+            assert (await asyncio.wait_for(answer, 30)).body == body
+            await wait_until_async(lambda: _is_settled(client))
+
+
+async def _publish(client: Client, bodies: Sequence[bytes]) -> list[asyncio.Future[Reply]]:
+    calls = [client.call(body) for body in bodies]
+    await asyncio.gather(*(call.accepted() for call, _ in calls))
+    return [answer for _, answer in calls]
+
+
+async def test_an_entry_that_cannot_be_read_by_a_fault_of_ours_leaves_those_behind_it_alone(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Entry.of
+
+    def fail_at_times(fields: Any) -> Entry:
+        entry = read(fields)
+        if entry.body == b"bad":
+            raise RuntimeError("a fault")
+        return entry
+
+    monkeypatch.setattr(Entry, "of", fail_at_times)
+    async with calling(redis_url) as client:
+        answers = await _publish(client, [b"0", b"bad", b"2", b"bad", b"4"])
+        async with serving(redis_url, echo):
+            assert [(await answers[n]).body for n in (0, 2, 4)] == [b"0", b"2", b"4"]
+            assert (await client.ask(b"later")).body == b"later"
+
+            async def are_dead_letters() -> bool:
+                return await client.dead() == 2
+
+            await wait_until_async(are_dead_letters)
+            await wait_until_async(lambda: _is_settled(client))
+
+
+async def test_an_answer_that_cannot_be_written_is_replaced_by_an_error(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Settlement.reply
+
+    def fail_at_times(answers: Settlement, place: bytes, caller: str, reply: Reply) -> None:
+        if reply.body == b"bad":
+            raise RuntimeError("a fault")
+        write(answers, place, caller, reply)
+
+    monkeypatch.setattr(Settlement, "reply", fail_at_times)
+    async with calling(redis_url) as client:
+        answers = await _publish(client, [b"0", b"bad", b"2"])
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*answers)
+            assert [reply.status for reply in replies] == [200, 500, 200]
+            assert (await client.ask(b"later")).body == b"later"
+            await wait_until_async(lambda: _is_settled(client))
+
+
+async def test_a_call_that_cannot_be_started_by_a_fault_of_ours_is_answered(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Runner.run
+
+    def fail_at_times(runner: Runner, entries: Sequence[Entry], done: Any) -> Any:
+        if entries[0].body == b"bad":
+            raise RuntimeError("a fault")
+        return run(runner, entries, done)
+
+    monkeypatch.setattr(Runner, "run", fail_at_times)
+    async with calling(redis_url) as client:
+        answers = await _publish(client, [b"0", b"bad", b"2"])
+        async with serving(redis_url, echo):
+            replies = await asyncio.gather(*answers)
+            assert [reply.status for reply in replies] == [200, 500, 200]
+            error = replies[1].error
+            assert error is not None
+            assert isinstance(from_wire(error), BackendError)
+            assert (await client.ask(b"later")).body == b"later"
+            await wait_until_async(lambda: _is_settled(client))

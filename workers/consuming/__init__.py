@@ -1,0 +1,1 @@
+"""Claims: which entries a replica takes, when it starts them, and how it settles them."""

@@ -1,0 +1,118 @@
+"""Settlement: the reply to the caller, then acknowledge and delete."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ...broker.queue.consumer_group import ConsumerGroup
+from ...broker.transport.connection import RedisConnection
+from ...broker.wire._fields import LARGE
+from ...broker.wire.entry_ref import id_of
+from ...broker.wire.keys import Keys
+from ...broker.wire.replies import Reply
+from ...broker.wire.requests import Entry
+from ...handles.calls.large_bodies import too_long as too_long_of
+from ...handles.errors import BackendError, PayloadTooLarge, PenstockError, StreamBroken, to_wire
+
+log = logging.getLogger(__name__)
+
+_REPLY_BODY_MS = 120_000
+_ALIKE_BYTES = 1024
+"""Of the replies of one tick that are no longer than this, those that are alike lie on their caller's stream as one
+entry: one costs the broker, and whoever writes and reads it, about as much as many.
+"""
+_ALIKE = 64
+
+
+class Settlement:
+    """Replies and settlings of one replica, in this order and in one write."""
+
+    def __init__(
+        self, commands: RedisConnection, claims: ConsumerGroup, keys: Keys, backend: str, replica: str
+    ) -> None:
+        self._commands, self._claims, self._keys = commands, claims, keys
+        self._backend, self._replica = backend, replica
+        self._settled: list[bytes] = []
+        self._replies: list[tuple[bytes, str, Reply]] = []
+        """To be written when their entries are settled."""
+
+    def reply(self, place: bytes, caller: str, reply: Reply) -> None:
+        """Write the reply to ``caller`` for the entry at ``place``, which is to be settled next."""
+        if len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
+            self._replies.append((place, caller, reply))
+            return
+        reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
+        if len(reply.body) > LARGE:
+            body, longest = reply.body, self._commands.longest
+
+            def too_long() -> list[bytes]:
+                said = str(too_long_of(body, min(longest, len(body) - 1)))
+                error = to_wire(BackendError(PayloadTooLarge.__name__, said))
+                return Reply(reply.id, 500, error=error, replica=self._replica, run_ms=reply.run_ms).fields()
+
+            if len(body) > longest:
+                self._claims.reply(caller, too_long())
+                return
+            reply.body, reply.large = b"", True
+            self._claims.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
+        else:
+            self._claims.reply(caller, reply.fields())
+
+    def _reply_together(self) -> None:
+        alike: dict[tuple[str, str, int], list[Reply]] = {}
+        now_ms = self._commands.now_ms()
+        written, self._replies = self._replies, []
+        for place, caller, reply in written:
+            reply.queue_ms = _queue_ms(place, reply, now_ms)
+            key = caller, reply.codec, reply.status
+            if (together := alike.get(key)) is None:
+                alike[key] = [reply]
+            else:
+                together.append(reply)
+        for (caller, _, _), replies in alike.items():
+            for start in range(0, len(replies), _ALIKE):
+                self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
+
+    def settle(self, place: bytes) -> None:
+        # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
+        # order loses one.
+        if not self._settled:
+            self._commands.join_write(self._flush_settled)
+        self._settled.append(place)
+
+    def _flush_settled(self) -> None:
+        settled, self._settled = self._settled, []
+        if self._replies:
+            self._reply_together()
+        self._claims.settle(settled)
+
+    def drop_body(self, entry: Entry) -> None:
+        if entry.large:
+            self._commands.post(
+                _log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True, patient=True
+            )
+
+    def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
+        """Tell the caller that an answer which streams cannot go on: it must not be run again."""
+        log.warning("the answer to request %s of %r breaks off: %s", entry.shown_id, self._backend, reason)
+        self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
+        if entry.size_bytes:
+            self._claims.hold_sized(place)
+        self.settle(place)
+        self.drop_body(entry)
+
+    def tell(self, entry: Entry, error: PenstockError) -> None:
+        if entry.caller:
+            reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
+            self._claims.reply(entry.caller, reply.fields())
+
+
+def _queue_ms(place: bytes, reply: Reply, now_ms: float) -> float:
+    published_ms = int(id_of(place).partition(b"-")[0])
+    return max(0.0, round(now_ms - reply.run_ms - published_ms, 3))
+
+
+def _log_failure(result: Any) -> None:
+    if isinstance(result, Exception):
+        log.error("the broker did not delete the body of a request: %s", result)

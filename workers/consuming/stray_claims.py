@@ -1,0 +1,72 @@
+"""Stray claims: entries that are pending in this replica's name and that the replica does not hold.
+
+A claim whose reply was lost with its connection leaves them, and so would any fault in the claim loop. Their consumer
+is alive, so no other replica redelivers them. They are searched for after each reconnect, and every few seconds if the
+number of pending entries differs from the number of those held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+from ...broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from .consumer import Consumer
+
+_EVERY_S = (3.0, 5.0)
+"""Bounds of the random time between two searches."""
+
+_IDLE_MS = 2_000
+"""What was claimed less long ago may be on its way here."""
+
+
+class StrayClaims:
+    """Finds them and hands them to the consumer. Only for the loop of the consumer."""
+
+    def __init__(self, consumer: Consumer, claims: ConsumerGroup) -> None:
+        self._consumer, self._claims = consumer, claims
+        self._searching = asyncio.Lock()
+        self._next_at_s = 0.0
+
+    def may_exist(self, pending: int, held: int) -> bool:
+        """Return whether to search now: the broker has counted ``pending`` entries when ``held`` were held."""
+        now_s = time.monotonic()
+        if pending == held or now_s < self._next_at_s:
+            return False
+        self._next_at_s = now_s + random.uniform(*_EVERY_S)
+        return True
+
+    async def take_fresh(self) -> None:
+        """Hand the consumer what was claimed for the first time and lost. For after a reconnect."""
+        await self._take(0, redelivered=False)
+
+    async def take_all(self) -> list[RedeliveredEntry]:
+        """Hand the consumer what was claimed some time ago and lost.
+
+        Returns the entries that were redelivered to this replica: those must run in quarantine.
+        """
+        return await self._take(_IDLE_MS, redelivered=True)
+
+    async def _take(self, idle_ms: int, *, redelivered: bool) -> list[RedeliveredEntry]:
+        consumer = self._consumer
+        async with self._searching:
+            while True:
+                # What is settled or given back while the answers are on their way was held when they were made.
+                released = consumer.let_go = set[bytes]()
+                try:
+                    pending = await self._claims.pending_places(idle_ms)
+                    lost = [place for place in pending if place not in consumer.held and place not in released]
+                    found = await self._claims.reclaim(lost) if lost else []
+                finally:
+                    consumer.let_go = None
+                if not self._claims.keeps_commands:
+                    break
+                # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
+        found = [one for one in found if one.place not in consumer.held and one.place not in released]
+        fresh = [(one.place, one.fields) for one in found if one.is_fresh]
+        if consumer.draining:
+            self._claims.give_back([place for place, _ in fresh])
+            return []
+        consumer.take_all(fresh)
+        return [one.taken() for one in found if not one.is_fresh] if redelivered else []

@@ -1,0 +1,1 @@
+"""User code: how it is loaded, called, and turned into replies."""

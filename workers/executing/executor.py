@@ -1,0 +1,170 @@
+"""The executor: runs user code on the loop or on threads, and turns its results into replies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from contextvars import Context
+from time import perf_counter
+from typing import Any, TypeVar, Union, cast
+
+from starlette.responses import Response
+
+from ...broker.wire.replies import Reply
+from ...broker.wire.requests import Entry
+from ...handles.calls.large_bodies import check_size
+from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
+from .errors import failed_reply, raised_reply
+from .results import Encoded, encode, is_at_hand
+from .stream_writer import GENERATORS, StreamSink, StreamWriter, Values
+from .threads import Threads
+from .user_code import Method
+
+T = TypeVar("T")
+
+CallResult = Union[Reply, Response, Values]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""What the user's code has made of a request: its reply, or what the reply is still to be made of."""
+
+_PLAIN = frozenset((dict, list, str, int, float, bool, bytes, type(None)))
+"""What most results are: neither an exception nor a response, without asking each."""
+
+OnReply = Callable[[Entry, Reply], None]
+"""Takes the complete answer to one request.
+
+Called on the loop, once for each, and never from within the ``run`` or ``cancel`` that it follows from.
+"""
+
+
+class Executor:
+    """Where the user's code of one replica runs, and what it takes to answer from there."""
+
+    def __init__(self, backend: str, replica: str, threads: Threads, context: Context) -> None:
+        self.backend, self.replica = backend, replica
+        self.threads = threads
+        self.loop = asyncio.get_running_loop()
+        self.allow_pickle = False
+        self.outlet: StreamSink | None = None
+        """Where answers in parts go; without it, none are sent."""
+        self.now_ms: Callable[[], float] = _never
+        """Unix time by the clock that deadlines are in; may be called on any thread."""
+        self.abandoned = False
+        """Nobody hears any more of what still runs."""
+        self.starting = threading.Lock()
+        """Held for the moment in which a request either starts or is cancelled."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """All that have not ended."""
+        self._context = context
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run it as a task in this replica's context, and see that it is not lost until it ends."""
+        task = self.spawn_brief(coroutine)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def spawn_brief(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Like `spawn`, but it takes itself off ``tasks`` as it ends: a callback is another turn of the loop."""
+        task = self._context.run(self.loop.create_task, coroutine)
+        self.tasks.add(task)
+        return task
+
+    async def close(self, timeout_s: float) -> bool:
+        """Wait for all tasks. Returns False if some had to be abandoned after ``timeout_s`` seconds."""
+        if self.tasks and timeout_s > 0:
+            await asyncio.wait(self.tasks, timeout=timeout_s)
+        self.abandoned = True
+        if not self.tasks:
+            return True
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks, timeout=1.0)
+        return False
+
+    def outcomes(self, method: Method, entries: Sequence[Entry], result: object, run_ms: float) -> Sequence[CallResult]:
+        """Return what becomes of each entry after ``method`` returned ``result`` for them.
+
+        That is its reply, or what must be run on before there is one: a response that is called on the loop, or a
+        generator.
+        """
+        if not method.accepts_batch:
+            if type(result) in GENERATORS and self.streams(entries[0]):
+                return [cast("Values", result)]
+            return [self._outcome(entries[0], result, run_ms)]
+        try:
+            results = _one_each(result, len(entries), self.backend)
+        except BaseException as e:  # what it returned may iterate by code of its own
+            return self.failures(entries, e, run_ms)
+        return [self._outcome(entry, one, run_ms) for entry, one in zip(entries, results, strict=True)]
+
+    def streams(self, entry: Entry) -> bool:
+        """Return whether the answer to ``entry`` may be sent in parts."""
+        return entry.header.window > 0 and self.outlet is not None
+
+    def flow(self, entry: Entry) -> StreamWriter:
+        """Begin to answer in parts. To be called only if the entry `streams`; may be called on any thread."""
+        assert self.outlet is not None
+        return StreamWriter(self.outlet, self.loop, entry)
+
+    def ended(self, flow: StreamWriter, run_ms: float) -> Reply:
+        """Return the answer that ends a stream, once it is complete."""
+        flow.finish()
+        return self.reply(flow.entry, Encoded(200, "stream", [], b"%d" % flow.parts), run_ms)
+
+    def broken(self, flow: StreamWriter, error: BaseException, run_ms: float) -> Reply:
+        """Return the answer that ends a stream, if the user's code raised ``error`` or was stopped."""
+        flow.flush()
+        if flow.stopped_because:
+            return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.shown_id, flow.stopped_because))
+        if flow.stopped:
+            return self.cancelled(flow.entry)
+        reply = failed_reply if flow.parts else raised_reply
+        return reply(flow.entry, error, self.replica, run_ms)
+
+    def failures(self, entries: Sequence[Entry], error: BaseException, run_ms: float) -> list[Reply]:
+        return [raised_reply(entry, error, self.replica, run_ms) for entry in entries]
+
+    def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
+        status, codec, headers, body = encoded
+        try:
+            check_size(body)
+        except PayloadTooLarge as e:
+            return failed_reply(entry, e, self.replica, run_ms)
+        return Reply(entry.id, status, codec, headers, None, self.replica, 0.0, run_ms, body)
+
+    def refusal(self, entry: Entry, error: PenstockError) -> Reply:
+        return Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
+
+    def cancelled(self, entry: Entry) -> Reply:
+        return self.refusal(entry, RequestCancelled(entry.shown_id))
+
+    def _outcome(self, entry: Entry, result: object, run_ms: float) -> CallResult:
+        try:
+            if type(result) not in _PLAIN:
+                if isinstance(result, BaseException):
+                    return raised_reply(entry, result, self.replica, run_ms)
+                if isinstance(result, Response) and not is_at_hand(result):
+                    return result
+            return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
+        except BaseException as e:  # besides what `encode` raises, what the methods of the result do
+            return failed_reply(entry, e, self.replica, run_ms)
+
+
+def ms_since(began_at: float) -> float:
+    return (perf_counter() - began_at) * 1000.0
+
+
+def _never() -> float:
+    return 0.0
+
+
+def _one_each(results: Any, wanted: int, backend: str) -> Sequence[object]:
+    # Arrays and tensors are lists as far as their first dimension goes.
+    if not isinstance(results, (list, tuple)) and not hasattr(results, "tolist"):
+        kind = type(results).__name__
+        raise TypeError(
+            f"backend {backend!r} must return a list of {wanted} results for {wanted} requests, not a {kind}"
+        )
+    each = list(cast("Sequence[object]", results))
+    if len(each) != wanted:
+        raise ValueError(f"backend {backend!r} returned {len(each)} results for a batch of {wanted} requests")
+    return each

@@ -1,0 +1,248 @@
+"""The request that user code receives: a Starlette request whose body has arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from typing import Any, NoReturn, cast
+from urllib.parse import quote, urlencode
+
+from starlette import requests
+from starlette.datastructures import Address, FormData, Headers, ImmutableMultiDict, QueryParams
+from starlette.formparsers import MultiPartException
+from starlette.types import Message, Scope
+
+from ...broker.wire._fields import RAW_PATH_SAFE
+from ...broker.wire.path_params import PathParam
+from ...broker.wire.requests import HTTP_CODEC, Entry
+from ...handles.codec import decode, load_json
+from ...handles.errors import MalformedBody
+from ...handles.json_bounds import read_bounded
+from .forms import check_fields, parse_form
+
+_NOT_READ: Any = object()
+
+# The version from which on Starlette's responses need nobody to listen for a disconnect.
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+
+_SCOPE_TEXTS = ("scheme", "http_version", "root_path")
+
+
+class Request(requests.Request):
+    """One request, from HTTP or from a handle.
+
+    All that Starlette's ``Request`` offers works, and nothing of it waits: the body came with the request. ``data``
+    needs no ``await`` and is the same thing for sync and for async code.
+    """
+
+    # Most backends read a body and little else: what is asked for is built when it is asked for, the ASGI scope last.
+    _scope: Scope | None = None
+    _path_params: dict[str, PathParam] | None = None
+    _data: Any = _NOT_READ
+    _form: FormData | None = None
+    _stream_consumed = False
+    _is_disconnected = False
+    _received = False
+
+    def __init__(self, entry: Entry, allow_pickle: bool = False) -> None:
+        # Starlette's constructor is left out on purpose: it wants the scope.
+        self._entry = entry
+        self._allow_pickle = allow_pickle
+        self._body = entry.body
+
+    @property
+    def scope(self) -> Scope:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The ASGI scope (https://asgi.readthedocs.io/en/latest/specs/www.html#http-connection-scope)."""
+        if self._scope is None:
+            self._scope = self._build_scope()
+        return self._scope
+
+    @scope.setter
+    def scope(self, scope: Scope) -> None:
+        self._scope = scope
+
+    @property
+    def method(self) -> str:
+        return self._entry.header.method
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        """The values of the route's parameters, of the types that its convertors made: str, int, float or UUID."""
+        if self._path_params is None:
+            # Its own: requests of a batch share one header.
+            self._path_params = dict(self._entry.header.path_params)
+        return cast("dict[str, Any]", self._path_params)
+
+    @property
+    def headers(self) -> Headers:
+        if not hasattr(self, "_headers"):
+            self._headers = Headers(raw=[(_latin(name), _latin(value)) for name, value in self._entry.header.headers])
+        return self._headers
+
+    @property
+    def query_params(self) -> QueryParams:
+        """The query of the URL, or the keyword arguments of a handle, as the values they were."""
+        if not hasattr(self, "_query_params"):
+            query = self._entry.header.query
+            self._query_params = QueryParams(query) if isinstance(query, str) else _Keywords(query)
+        return self._query_params
+
+    @property
+    def client(self) -> Address | None:
+        header = self._entry.header
+        if header.scope is not None and (address := _address(header.scope.get("client"))) is not None:
+            return Address(address[0], cast("int", address[1]))  # without a port where the proxy knew none
+        host, _, port = header.client.rpartition(":")
+        return Address(host, int(port)) if host and port.isdecimal() else None
+
+    @property
+    def request_id(self) -> str:
+        """The ``X-Request-Id``: taken from the caller or made for it, echoed to it, and in every log line."""
+        return self._entry.header.request_id
+
+    @property
+    def data(self) -> Any:
+        """The body, decoded: the value that a handle sent; from HTTP what JSON says if it is JSON, else bytes.
+
+        Without a body it is None if a handle sent none or the content type says JSON, else ``b""``.
+
+        Raises:
+            MalformedBody: it is not what its content type says, or is pickled and the backend does not allow it. Not
+                caught, it becomes a 400.
+        """
+        if self._data is _NOT_READ:
+            self._data = self._read()
+        return self._data
+
+    async def body(self) -> bytes:
+        return self._body
+
+    async def json(self) -> Any:
+        """Return what the body says as JSON, whatever its content type; None if there is no body.
+
+        Raises:
+            MalformedBody: it is not JSON.
+        """
+        if not hasattr(self, "_json"):
+            self._json = read_bounded(load_json, self._body) if self._body else None
+        return self._json
+
+    async def is_disconnected(self) -> bool:
+        """Return False. A caller who leaves cancels ``async def`` code and does not tell other code."""
+        return False
+
+    async def _get_form(self, *, max_fields: float = 1000, **limits: Any) -> FormData:
+        if self._form is not None:
+            return self._form
+        check_fields(self.headers.get("content-type", ""), self._body, max_fields)
+        try:
+            return await parse_form(super()._get_form(max_fields=max_fields, **limits), len(self._body))
+        # What python-multipart raises is a ValueError, and a missing boundary or an unknown charset a LookupError.
+        except (MultiPartException, ValueError, LookupError) as e:
+            raise MalformedBody(f"the body is not a form: {e}") from e
+
+    async def _receive(self) -> Message:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self._received:
+            await asyncio.Event().wait()  # for a disconnect, which never comes
+        self._received = True
+        return {"type": "http.request", "body": self._body, "more_body": False}
+
+    async def _send(self, message: Message) -> NoReturn:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise RuntimeError(f"a backend answers by what it returns; it cannot send {message.get('type')!r}")
+
+    def _read(self) -> Any:
+        if (codec := self._entry.header.codec) != HTTP_CODEC:
+            return decode(codec, self._body, allow_pickle=self._allow_pickle)
+        if not self._is_json():
+            return self._body
+        return read_bounded(load_json, self._body) if self._body else None
+
+    def _is_json(self) -> bool:
+        for name, value in self._entry.header.headers:
+            if name == "content-type":
+                kind = value.partition(";")[0].strip().lower()
+                return kind == "application/json" or kind.endswith("+json")
+        return False
+
+    def _build_scope(self) -> Scope:
+        header = self._entry.header
+        query = header.query if isinstance(header.query, str) else _urlencode(header.query)
+        headers = self.headers
+        scope: Scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": "1.1",
+            "method": header.method,
+            "scheme": "http",
+            "path": header.path,
+            "raw_path": quote(header.path, safe=RAW_PATH_SAFE, errors="surrogatepass").encode(),
+            "query_string": _latin(query),
+            "root_path": "",
+            "headers": headers.raw,
+            "client": self.client,
+            "server": _server(headers.get("host")),
+            "path_params": self.path_params,
+            "state": {},
+            "extensions": {},
+        }
+        if header.scope is not None:
+            scope.update(_carried(header.scope))
+        return scope
+
+
+class _Keywords(QueryParams):
+    """Keyword arguments in the place of a query, with values that need not be strings."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        # QueryParams would make a string of each.
+        ImmutableMultiDict.__init__(self, arguments)  # pyright: ignore[reportUnknownMemberType]
+
+    def __str__(self) -> str:
+        return _urlencode(dict(self))
+
+
+def _urlencode(arguments: dict[str, Any]) -> str:
+    return urlencode({key: value if isinstance(value, str) else _compact(value) for key, value in arguments.items()})
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _latin(text: str) -> bytes:
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:  # from a handle; HTTP has only what latin-1 has
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _carried(members: dict[str, Any]) -> Scope:
+    """Return what `proxy.scopes` sent of a scope. What another release means by other members is ignored."""
+    scope: Scope = {name: members[name] for name in _SCOPE_TEXTS if isinstance(members.get(name), str)}
+    if isinstance(raw_path := members.get("raw_path"), str):
+        scope["raw_path"] = _latin(raw_path)
+    if (server := _address(members.get("server"))) is not None:
+        scope["server"] = server
+    if isinstance(state := members.get("state"), dict):
+        scope["state"] = copy.deepcopy(
+            cast("dict[str, Any]", state)
+        )  # its own: requests that follow each other can share a header
+    return scope
+
+
+def _address(value: Any) -> tuple[str, int | None] | None:
+    try:
+        host, port = value
+    except (TypeError, ValueError):
+        return None
+    if not isinstance(host, str) or not isinstance(port, int | None):
+        return None
+    return host, port
+
+
+def _server(host: str | None) -> tuple[str, int | None] | None:
+    if not host:
+        return None
+    name, colon, port = host.rpartition(":")
+    return (name, int(port)) if colon and port.isdecimal() else (host, None)

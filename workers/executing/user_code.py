@@ -1,0 +1,165 @@
+"""User code: a function, or an instance of a class with its methods."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+from ray import cloudpickle
+
+from .accept_batch import accepts_batch, marks, put_marks
+from .methods import CALL, has_method, is_callable_from_outside, is_public, methods_callable_from_outside
+
+
+class NotCallable(Exception):
+    """The name of a method that callers may not use, or that the backend does not have."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Method(NamedTuple):
+    """One way to call a backend."""
+
+    function: Callable[..., Any]
+    is_async: bool
+    accepts_batch: bool
+
+
+class LoadedCode(NamedTuple):
+    """What was deployed, loaded but not yet constructed."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, blob: bytes) -> LoadedCode:
+        """Read what `dump` wrote, importing the modules that it names. Raises whatever that raises."""
+        target, args, kwargs, marked = cloudpickle.loads(blob)
+        if isinstance(target, str):
+            target = _imported(target)
+        if not callable(target):
+            raise TypeError(f"a backend is a function or a class, not a {type(target).__name__}")
+        if isinstance(target, type):
+            if not any(CALL in base.__dict__ for base in target.__mro__):  # `getattr` finds what calls the class itself
+                raise TypeError(f"the class {target.__qualname__} has no __call__ method")
+        elif args or kwargs:
+            raise TypeError(f"{_name(target)} is not a class: there is no constructor to give arguments to")
+        put_marks(target, marked)
+        return cls(target, tuple(args), dict(kwargs))
+
+    @property
+    def is_async(self) -> bool:
+        """Whether its ``__call__`` is ``async def``, be it a generator or not."""
+        return _is_async(self.target)
+
+    def construct(self) -> UserCode:
+        """Call the constructor if it is a class. Raises whatever that raises."""
+        if isinstance(self.target, type):
+            return UserCode(self.target(*self.args, **self.kwargs), has_methods=True)
+        return UserCode(self.target, has_methods=False)
+
+
+def dump(
+    target: Callable[..., Any] | str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> bytes:
+    """Write a function, a class with its arguments, or where to import either from (``"module:Name"``)."""
+    what = (target, args, dict(kwargs or {}), marks(target))
+    return cast("bytes", cloudpickle.dumps(what))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+
+
+class UserCode:
+    """A function, or an object with methods, ready to be called."""
+
+    def __init__(self, target: Callable[..., Any], *, has_methods: bool) -> None:
+        self._target = target
+        self._has_methods = has_methods
+        self._methods: dict[str, Method] = {}
+        self.call = self.method(CALL)
+
+    def method(self, name: str) -> Method:
+        """Return the method that callers know as ``name``.
+
+        Raises:
+            NotCallable: there is none (404), or it is not for callers (400).
+            BaseException: whatever a descriptor of the user's class raises.
+        """
+        method = self._methods.get(name)
+        if method is None:
+            # Only those that exist are remembered: a caller can make up any name.
+            method = self._methods[name] = self._find(name)
+        return method
+
+    @property
+    def accepts_batch(self) -> bool:
+        """Whether any of its methods does."""
+        return any(self._accepts_batch(name) for name in self._names())
+
+    def hook(self, name: str) -> Method | None:
+        """Return one of the methods that Penstock calls itself, if there is one."""
+        if not self._has_methods or not has_method(type(self._target), name):
+            return None
+        return _method(getattr(self._target, name))
+
+    def __repr__(self) -> str:
+        return _name(type(self._target) if self._has_methods else self._target)
+
+    def _find(self, name: str) -> Method:
+        if name == CALL:
+            return _method(getattr(self._target, CALL) if self._has_methods else self._target)
+        if not is_public(name):
+            raise NotCallable(f"the method {name!r} is not for callers", 400)
+        if not self._has_methods:
+            raise NotCallable(f"{self} is a function and has no method {name!r}", 404)
+        if not is_callable_from_outside(type(self._target), name):
+            known = ", ".join(map(repr, self._names()))
+            raise NotCallable(f"{self} has no method {name!r} that callers may use; it has {known}", 404)
+        return _method(getattr(self._target, name))
+
+    def _names(self) -> list[str]:
+        return methods_callable_from_outside(type(self._target)) if self._has_methods else [CALL]
+
+    def _accepts_batch(self, name: str) -> bool:
+        try:
+            return self.method(name).accepts_batch
+        except Exception:  # a descriptor raises: so does every call of it, and each is answered with that
+            return False
+
+
+def _method(function: Callable[..., Any]) -> Method:
+    if not _is_async(function):
+        return Method(function, False, accepts_batch(function))
+    if _is_any(function, inspect.iscoroutinefunction):
+        return Method(function, True, accepts_batch(function))
+
+    async def generate(argument: Any) -> Any:
+        return function(argument)  # a generator that has not begun
+
+    return Method(generate, True, accepts_batch(function))
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return _is_any(function, inspect.iscoroutinefunction) or _is_any(function, inspect.isasyncgenfunction)
+
+
+def _is_any(function: Callable[..., Any], kind: Callable[[Any], bool]) -> bool:
+    # The second: an object, or a class, with `async def __call__`.
+    return kind(function) or kind(getattr(function, CALL))
+
+
+def _imported(path: str) -> Any:
+    module, colon, names = path.partition(":")
+    if not (module and colon and names):
+        raise ValueError(f"an import path is written 'module:Name', not {path!r}")
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _name(target: object) -> str:
+    return getattr(target, "__qualname__", None) or type(target).__qualname__

@@ -1,0 +1,213 @@
+"""Local directories of a ``runtime_env``: packed at the call, unpacked by each replica that needs them.
+
+Ray takes such directories for whole jobs only, not for actors. So they lie in the registry, beside the code that
+imports from them: a replica finds them on whatever node and however long after the call it starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+from ray._private.thirdparty import pathspec
+
+from ..broker.errors import ConfigError, PenstockError
+
+MAX_BYTES = 128 * 1024 * 1024
+"""More than this of files may not travel: the registry and the controller's copy of it hold them."""
+
+WORKING_DIR, PY_MODULES, EXCLUDES = "working_dir", "py_modules", "excludes"
+
+_NEVER = (".git", ".venv", "venv", "__pycache__")
+"""What Ray leaves out, whatever is said of it."""
+_IGNORE_FILES = (".gitignore", ".rayignore")
+
+# One that is named so belongs to a replica that lives, or to nobody.
+_PREFIX = "penstock-code-"
+
+Excluded = Callable[[Path], bool]
+
+
+def for_ray(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is left for Ray: all but the local directories."""
+    left = {name: value for name, value in runtime_env.items() if name not in (WORKING_DIR, PY_MODULES, EXCLUDES)}
+    if (working_dir := runtime_env.get(WORKING_DIR)) is not None and not _is_local(working_dir):
+        left[WORKING_DIR] = working_dir
+    if modules := [module for module in runtime_env.get(PY_MODULES) or () if not _is_local(module)]:
+        left[PY_MODULES] = modules
+    return left
+
+
+def pack(runtime_env: Mapping[str, Any], version: str) -> bytes:
+    """Return the local directories as one archive; nothing if there are none.
+
+    The same files give the same bytes, but for ``version``, which makes the digest this version's own: whoever deletes
+    his code cannot delete that of another backend with the same. What ``excludes``, ``.gitignore`` and ``.rayignore``
+    name is left out, as Ray does.
+
+    Raises:
+        ConfigError: one is no directory, cannot be read, or they hold more than `MAX_BYTES`.
+    """
+    excludes = cast("list[str]", runtime_env.get(EXCLUDES) or [])
+    folders: list[tuple[str, str, Path]] = []
+    if (working_dir := runtime_env.get(WORKING_DIR)) is not None and _is_local(working_dir):
+        folders.append((WORKING_DIR, WORKING_DIR, _directory(WORKING_DIR, working_dir)))
+    for number, module in enumerate(runtime_env.get(PY_MODULES) or ()):
+        if _is_local(module):
+            folder = _directory(PY_MODULES, module)
+            # A module is imported by the name of its directory.
+            folders.append((PY_MODULES, f"{PY_MODULES}/{number}/{folder.name}", folder))
+    if not folders:
+        return b""
+    try:
+        members = [
+            (f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+            for _, prefix, folder in folders
+            for path in _walk(folder, [_matcher(folder, (*_NEVER, *excludes))], ())
+        ]
+        files = [path.stat().st_size for _, path in members if not path.is_dir()]
+        if sum(files) > MAX_BYTES:
+            named = " and ".join(f"{kind} {str(folder)!r}" for kind, _, folder in folders)
+            raise ConfigError(
+                f"runtime_env: {named} come to {sum(files) / 2**20:.1f} MiB in {len(files)} files, and at most "
+                f"{MAX_BYTES / 2**20:g} MiB may travel: name in 'excludes' what replicas do not need, or give a URI"
+            )
+        return _zipped([prefix for _, prefix, _ in folders], members, version)
+    except OSError as e:
+        raise ConfigError(f"runtime_env: a directory cannot be read: {e}") from e
+
+
+class UnpackedRuntimeEnv:
+    """The directories of one replica, in one of its own that goes with it.
+
+    Raises:
+        PenstockError: they cannot be written.
+    """
+
+    def __init__(self, archive: bytes) -> None:
+        _remove_abandoned()
+        self._before: tuple[str, list[str]] | None = None
+        try:
+            self._root, self._lock = _make()
+            with ZipFile(BytesIO(archive)) as members:
+                for member in members.infolist():
+                    os.chmod(members.extract(member, self._root), stat.S_IMODE(member.external_attr >> 16))
+        except OSError as e:
+            raise PenstockError(f"cannot unpack the directories of runtime_env: {e}") from e
+
+    def enter(self) -> None:
+        """Make this process work in the working directory, and import from it and from the modules."""
+        self._before = os.getcwd(), list(sys.path)
+        modules = self._root / PY_MODULES
+        if modules.is_dir():
+            sys.path[:0] = [str(path) for path in sorted(modules.iterdir(), key=lambda path: int(path.name))]
+        working_dir = self._root / WORKING_DIR
+        if working_dir.is_dir():
+            os.chdir(working_dir)
+            sys.path.insert(0, str(working_dir))
+
+    def remove(self) -> None:
+        """Leave them and delete them."""
+        if self._before is not None:
+            directory, sys.path[:] = self._before
+            os.chdir(directory)
+        shutil.rmtree(self._root, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def _directory(kind: str, path: str) -> Path:
+    folder = Path(os.path.abspath(path))
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{kind} of runtime_env must be a directory of this machine, or a URI such as 'https://…/code.zip'; "
+            f"there is no directory {path!r}"
+        )
+    return folder
+
+
+def _walk(folder: Path, excluded: Sequence[Excluded], above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files and directories in ``folder``, each directory before what is in it, in an order of their own."""
+    here = folder.resolve()
+    if here in above:
+        raise ConfigError(f"runtime_env: the link {str(folder)!r} leads back to a directory that it is in")
+    ignored = [folder / name for name in _IGNORE_FILES if (folder / name).is_file()]
+    patterns = [_matcher(folder, path.read_text(encoding="utf-8").splitlines()) for path in ignored]
+    excluded = [*excluded, *patterns]
+    for path in sorted(folder.iterdir()):
+        if any(is_excluded(path) for is_excluded in excluded):
+            continue
+        if path.is_dir():
+            yield path
+            yield from _walk(path, excluded, (*above, here))
+        elif path.is_file():
+            yield path
+
+
+def _matcher(folder: Path, patterns: Sequence[str]) -> Excluded:
+    spec = cast("Any", pathspec).PathSpec.from_lines("gitwildmatch", patterns)
+
+    def is_excluded(path: Path) -> bool:
+        relative = path.relative_to(folder).as_posix()
+        return bool(spec.match_file(f"{relative}/" if path.is_dir() else relative))
+
+    return is_excluded
+
+
+def _zipped(folders: Sequence[str], members: Sequence[tuple[str, Path]], version: str) -> bytes:
+    packed = BytesIO()
+    with ZipFile(packed, "w", ZIP_DEFLATED) as archive:
+        for name in folders:
+            archive.writestr(_info(f"{name}/", 0o755), b"")
+        for name, path in members:
+            if path.is_dir():
+                archive.writestr(_info(f"{name}/", 0o755), b"")
+            else:
+                executable = path.stat().st_mode & stat.S_IXUSR
+                archive.writestr(_info(name, 0o755 if executable else 0o644), path.read_bytes())
+        archive.comment = version.encode()
+    return packed.getvalue()
+
+
+def _info(name: str, mode: int) -> ZipInfo:
+    info = ZipInfo(name)  # of 1980, whenever it was written
+    info.external_attr = mode << 16
+    info.compress_type = ZIP_DEFLATED
+    return info
+
+
+def _make() -> tuple[Path, int]:
+    """Return a new directory, and what holds the lock on it for as long as this process lives."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+    lock = os.open(hidden, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return hidden.rename(hidden.with_name(hidden.name[1:])), lock
+
+
+def _remove_abandoned() -> None:
+    """Delete what replicas that were killed have left on this node."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # it has just gone, or is another user's
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its replica lives
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
