@@ -27,3 +27,14 @@ def test_every_folder_is_a_table_of_contents() -> None:
     folders = {file.parent for name in _FOLDERS.split("|")[:6] for file in (ROOT / name).rglob("*.py")}
     counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("[!_]*.py"))) for folder in folders}
     assert {folder: count for folder, count in counts.items() if count > 14} == {}
+
+
+def test_every_constant_of_the_tuning_page_is_where_it_says() -> None:
+    rows = re.findall(
+        r"^\| (`[A-Z_`, ]+) \| [^|]+ \| `([\w/.]+)` \|", (ROOT / "docs/tuning.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 10
+    for names, file in rows:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"[A-Z_]+", names):
+            assert re.search(rf"^{name}\b.* = ", text, re.MULTILINE), f"{file} has no {name}"
