@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.harness.json_program import Teller
-from benchmarks.harness.report import Figure, ms, table
+from .json_program import Teller
+from .report import Figure, ms, table
 
 PROGRAM = Teller("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
 

@@ -1,4 +1,4 @@
-"""Programs under test: started under a keeper, watched, and ended by their ids."""
+"""Programs under test: started under a reaper, watched, and ended by their ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from benchmarks.harness import reaper
+from . import reaper
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRACE_S = 3.0
@@ -39,7 +39,7 @@ class Program:
         environment = {**os.environ, "TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch), **(env or {})}
         environment.pop("RAY_ADDRESS", None)  # a cluster that happens to run here is none of our business
         with self._log.open("wb") as log:
-            self._keeper = subprocess.Popen(
+            self._reaper = subprocess.Popen(
                 [sys.executable, reaper.__file__, str(GRACE_S), *command],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 env=environment, cwd=self.scratch, start_new_session=True,
@@ -58,8 +58,8 @@ class Program:
         began = time.monotonic()
         while not ready():
             took_s = time.monotonic() - began
-            if self._keeper.poll() is not None:
-                raise ProgramFailed(f"left with {self._keeper.returncode} before it was ready:\n{self.output()}")
+            if self._reaper.poll() is not None:
+                raise ProgramFailed(f"left with {self._reaper.returncode} before it was ready:\n{self.output()}")
             if took_s > within_s:
                 raise ProgramFailed(f"was not ready after {took_s:.0f} s:\n{self.output()}")
             time.sleep(0.02)
@@ -72,7 +72,7 @@ class Program:
             ProgramFailed: it left with an error, or not in time.
         """
         try:
-            code = self._keeper.wait(within_s)
+            code = self._reaper.wait(within_s)
         except subprocess.TimeoutExpired:
             raise ProgramFailed(f"was still running after {within_s:.0f} s:\n{self.output()}") from None
         if code != 0:
@@ -81,17 +81,17 @@ class Program:
 
     def cpu_s(self) -> dict[int, tuple[str, float]]:
         """Name and CPU seconds so far of every process of it that lives."""
-        return cpu_s_below(self._keeper.pid)
+        return cpu_s_below(self._reaper.pid)
 
     def end(self) -> None:
         """End all of its processes and remove its folder. May be called twice."""
-        if self._keeper.stdin is not None:
-            self._keeper.stdin.close()
+        if self._reaper.stdin is not None:
+            self._reaper.stdin.close()
         try:
-            self._keeper.wait(END_WITHIN_S)
+            self._reaper.wait(END_WITHIN_S)
         except subprocess.TimeoutExpired:
-            self._keeper.kill()
-            self._keeper.wait()
+            self._reaper.kill()
+            self._reaper.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __enter__(self) -> Self:

@@ -1,11 +1,11 @@
 """Run one command, and end everything it ever started.
 
 Servers leave processes behind that no process group holds: Ray's daemons, an HAProxy that outlives ``ray stop``.
-The keeper is the *subreaper* of the command, so such orphans become its children and are found by their parent's
+The reaper is the *subreaper* of the command, so such orphans become its children and are found by their parent's
 id. It ends them when its standard input closes, which also happens when the benchmark itself is killed; when it is
 told to by SIGTERM; or when the command has left by itself.
 
-    python keeper.py GRACE_S COMMAND [ARGUMENT…]
+    python reaper.py GRACE_S COMMAND [ARGUMENT…]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PID = "BENCHMARK_KEEPER"
-"""The environment variable by which programs know their keeper."""
+"""The environment variable by which programs know their reaper."""
 PR_SET_CHILD_SUBREAPER = 36
 KILL_WITHIN_S = 10.0
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from harness import keeper, processes
+from harness import reaper, processes
 
 
 def parse() -> int:
@@ -57,7 +57,7 @@ def measure(what: str, items: int, run: Callable[[int], Sequence[object]]) -> No
 
 
 def _cpu_s() -> dict[int, tuple[str, float]]:
-    return processes.cpu_s_below(int(os.environ[keeper.PID]))
+    return processes.cpu_s_below(int(os.environ[reaper.PID]))
 
 
 async def at_once(items: int, count: int, call: Callable[[int], Awaitable[object]]) -> list[object]:

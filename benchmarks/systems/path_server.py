@@ -53,7 +53,7 @@ async def serve(url: str, port: int) -> None:
     """Run the proxy until this process ends."""
     await fill_registry(url)
     replica = str(Path(__file__).with_name("path_replica.py"))
-    await asyncio.create_subprocess_exec(sys.executable, replica, url, INSTANCE, BACKEND)  # its keeper ends it
+    await asyncio.create_subprocess_exec(sys.executable, replica, url, INSTANCE, BACKEND)  # its reaper ends it
     options: dict[str, Any] = {"port": port}
     if bare_path.is_asked_for():
         options["request_timeout_s"] = None

@@ -1,7 +1,7 @@
 """What every server under test is asked for, on its command line: a port, a workload, a number of replicas.
 
 A server program answers ``POST`` (and ``GET`` where its system has a word for it) on 127.0.0.1 alone, runs until
-it is ended, and need not clean up: its keeper ends whatever it started.
+it is ended, and need not clean up: its reaper ends whatever it started.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from harness import keeper, processes
+from harness import reaper, processes
 
 IDLE_S = 3.0
 """What a process has just done may still be in its memory, and is not what it takes when idle."""
@@ -66,7 +66,7 @@ def tell_memory(clock: Clock, of: dict[str, str]) -> None:
     clock.step("a bare actor")
     of = {**of, "Bare": "bare Ray actor"}
     time.sleep(IDLE_S)
-    for pid in keeper.descendants(int(os.environ[keeper.PID])):
+    for pid in reaper.descendants(int(os.environ[reaper.PID])):
         name = processes.name_of(pid)
         if (title := next((title for part, title in of.items() if part in name), None)) is not None:
             print("\n@@" + json.dumps({"process": title, **memory_mib(pid)}), flush=True)
