@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from harness import reaper, processes
+from harness import processes, reaper
 
 IDLE_S = 3.0
 """What a process has just done may still be in its memory, and is not what it takes when idle."""
