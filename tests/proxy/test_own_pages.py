@@ -68,7 +68,9 @@ class TestItsOwnPages:
         assert [line for line in lines if line.startswith("penstock_backend_")] == [
             'penstock_backend_requests_queued{backend="alpha"} 1',
             'penstock_backend_requests_in_progress{backend="alpha"} 0',
+            'penstock_backend_queued_bytes{backend="alpha"} 4096',
             'penstock_backend_dead_letters{backend="alpha"} 0',
+            'penstock_backend_dead_letters_dropped_total{backend="alpha"} 0',
             'penstock_backend_served_total{backend="alpha"} 4',
             'penstock_backend_failed_total{backend="alpha"} 2',
             'penstock_backend_run_seconds_total{backend="alpha"} 0.015',
