@@ -9,7 +9,7 @@ from ..executing.calls import RunningCall
 
 
 class Claim:
-    """An entry from its claim to its settling."""
+    """An entry that this replica has claimed, until it is settled or given back."""
 
     __slots__ = ("claimed_ms", "entry", "place", "recalled", "running", "suspect")
 
@@ -18,4 +18,4 @@ class Claim:
         self.running: RunningCall | None = None
         self.recalled = False
         self.suspect: asyncio.Event | None = None
-        """That of one whose last holder died, to be set when it is done."""
+        """Set when a redelivered entry is done; None for an entry that was claimed for the first time."""

@@ -18,15 +18,16 @@ from ...handles.errors import BackendError, PayloadTooLarge, PenstockError, Stre
 log = logging.getLogger(__name__)
 
 _REPLY_BODY_MS = 120_000
-_ALIKE_BYTES = 1024
-"""Of the replies of one tick that are no longer than this, those that are alike lie on their caller's stream as one
-entry: one costs the broker, and whoever writes and reads it, about as much as many.
+_COMBINED_MAX_BYTES = 1024
+"""Longest body of a reply that is combined with others. Replies of one tick with the same caller, codec and status
+share one entry of the reply stream: writing and reading one entry costs about as much as one with many replies.
 """
-_ALIKE = 64
+_COMBINED_MAX_REPLIES = 64
+"""Most replies in one such entry."""
 
 
 class Settlement:
-    """Replies and settlings of one replica, in this order and in one write."""
+    """Replies to callers and settles entries, for one replica. A reply precedes its settlement in the same write."""
 
     def __init__(
         self, commands: RedisConnection, claims: ConsumerGroup, keys: Keys, backend: str, replica: str
@@ -35,11 +36,11 @@ class Settlement:
         self._backend, self._replica = backend, replica
         self._settled: list[bytes] = []
         self._replies: list[tuple[bytes, str, Reply]] = []
-        """To be written when their entries are settled."""
+        """Small replies, combined and written when their entries are settled."""
 
     def reply(self, place: bytes, caller: str, reply: Reply) -> None:
-        """Write the reply to ``caller`` for the entry at ``place``, which is to be settled next."""
-        if len(reply.body) <= _ALIKE_BYTES and reply.error is None and not reply.headers:
+        """Send ``reply`` to ``caller``. The next call must be `settle` with the same entry ref, ``place``."""
+        if len(reply.body) <= _COMBINED_MAX_BYTES and reply.error is None and not reply.headers:
             self._replies.append((place, caller, reply))
             return
         reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
@@ -71,12 +72,12 @@ class Settlement:
             else:
                 together.append(reply)
         for (caller, _, _), replies in alike.items():
-            for start in range(0, len(replies), _ALIKE):
-                self._claims.reply(caller, Reply.fields_of(replies[start : start + _ALIKE]))
+            for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
+                self._claims.reply(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
 
     def settle(self, place: bytes) -> None:
-        # Goes out behind the reply in the same write, never before it: dying in between repeats a request, the other
-        # order loses one.
+        """Acknowledge and delete the entry, behind its reply in the same write."""
+        # Never before the reply: a death in between repeats a request, while the other order would lose one.
         if not self._settled:
             self._commands.join_write(self._flush_settled)
         self._settled.append(place)
@@ -94,8 +95,8 @@ class Settlement:
             )
 
     def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
-        """Tell the caller that an answer which streams cannot go on: it must not be run again."""
-        log.warning("the answer to request %s of %r breaks off: %s", entry.shown_id, self._backend, reason)
+        """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""
+        log.warning("streamed reply to request %s of backend %r broke off: %s", entry.shown_id, self._backend, reason)
         self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
         if entry.size_bytes:
             self._claims.hold_sized(place)
@@ -115,4 +116,4 @@ def _queue_ms(place: bytes, reply: Reply, now_ms: float) -> float:
 
 def _log_failure(result: Any) -> None:
     if isinstance(result, Exception):
-        log.error("the broker did not delete the body of a request: %s", result)
+        log.error("cannot delete the body of a request: %s", result)
