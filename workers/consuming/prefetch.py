@@ -1,13 +1,12 @@
 """Just-in-time prefetch for blocking code: claims the next request shortly before the running call ends.
 
-Blocking code whose calls take over 10 ms has nothing waiting for it, so that nobody waits behind a slow call while a
-replica is idle. But then, after each call, its thread waits for a claim to be written and answered and for two
-hand-overs between threads. Where calls take about as long as each other, the claim goes out so early that it is
-answered when the call ends, and no earlier: which replica gets a request is still decided when one has room for it.
-Replicas that are idle have asked before, and are served first.
+A replica whose calls take longer than 10 ms does not prefetch, so that no request waits behind a slow call while
+another replica is idle. The price is a gap after every call: a round trip for the claim and two thread hand-overs. When
+recent calls took nearly the same time, the end of the running call is predictable, and the claim is sent just early
+enough to be answered at that moment. An idle replica still wins, because its claim is already waiting.
 
-This is for code that runs one call at a time. Of several at once each has the others to fill its gap with, and a batch
-that was asked for early would be one that had less time to fill up.
+Used only for code that runs one call at a time. Concurrent calls fill each other's gaps, and a batch that is claimed
+early has less time to fill up.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from __future__ import annotations
 from collections import deque
 
 _CALLS = 8
-"""So many in a row must have been alike."""
+"""Number of consecutive calls that must agree before a prediction is made."""
 _ALIKE_S = 0.002
-"""They are, if the shortest and the longest are no further apart."""
+"""Largest difference between the shortest and the longest of them."""
 _SHORT_S = 0.1
-"""Of a longer call the gap behind it is too small a share to be worth anybody's waiting."""
+"""Longest call worth predicting: after longer ones the gap is a negligible share."""
 _LEAD_S = 0.002
-"""What a claim takes on a busy machine with the broker at hand, and what a timer may be late by."""
+"""Time that a claim needs on a busy machine with a nearby broker, including the lateness of a timer."""
 _TIMER_S = 0.0015
-"""Timers may go off so much too soon, or too late: uvloop's are of whole milliseconds, by a clock of such."""
-assert _LEAD_S > _TIMER_S, "a claim that goes out after the end of the call is no use"
+"""Largest error of a timer, early or late: uvloop's timers and clock have a resolution of 1 ms."""
+assert _LEAD_S > _TIMER_S, "a claim must be sent before the call ends"
 _PATIENCE_S = 0.005
-"""After the time of the longest call, whoever waits behind one that has not ended waits so long and no longer."""
+"""A prefetched request waits this long after the predicted end of a call that overruns its longest predecessor."""
 
 
 class CallTimePredictor:
-    """What one replica knows of how long its calls take, and so of the one that runs."""
+    """Predicts when the running call ends from the durations of previous ones. Pure: the caller passes the clock."""
 
     def __init__(self) -> None:
         self._took_s: deque[float] = deque(maxlen=_CALLS)
@@ -38,7 +37,7 @@ class CallTimePredictor:
         self._foreseen = False
 
     def begin(self, now_s: float) -> float | None:
-        """Hear that a call begins. Return when to ask for the next request; None if that is to wait for its end."""
+        """Record that a call begins. Return when to claim the next request; None if its end cannot be predicted."""
         shortest_s, longest_s = min(self._took_s, default=0.0), max(self._took_s, default=0.0)
         self._foreseen = len(self._took_s) == _CALLS and longest_s - shortest_s <= _ALIKE_S and longest_s <= _SHORT_S
         if not self._foreseen:
@@ -48,14 +47,14 @@ class CallTimePredictor:
         return self._ask_at_s
 
     def end(self, run_s: float) -> None:
-        """Hear that the call has ended, and how long it took."""
+        """Record that the call ended after ``run_s``."""
         self._took_s.append(run_s)
         self._foreseen = False
 
     def nears_end(self, now_s: float) -> bool:
-        """Say whether the running call will end in the next moment: if it is late, nobody knows when it will."""
+        """Return whether the running call is about to end; False if it overran, as its end is then unpredictable."""
         return self._foreseen and self._ask_at_s - _TIMER_S <= now_s < self._late_at_s
 
     def patience_s(self, now_s: float, *, unforeseen: float) -> float:
-        """Return how long one may still wait behind the running call; ``unforeseen``, if its end was not foreseen."""
+        """Return how long a request may still wait for the running call; ``unforeseen`` if its end is unpredictable."""
         return max(0.0, self._late_at_s - now_s) if self._foreseen else unforeseen
