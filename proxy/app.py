@@ -362,14 +362,14 @@ class App:
         return responses.of_text("ok")
 
     async def _scraped(self) -> HTTPResponse:
-        figures: Mapping[str, BackendStats] | None = None
+        backend_stats: Mapping[str, BackendStats] | None = None
         try:
-            figures = await asyncio.wait_for(self._caller.figures(), _SCRAPE_S)
+            backend_stats = await asyncio.wait_for(self._caller.backend_stats(), _SCRAPE_S)
         except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
             # What we counted ourselves is worth telling, above all now.
             logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
         return responses.of_text(
-            self.metrics.render(self._caller.shadows.copies, figures), content_type=metrics.CONTENT_TYPE
+            self.metrics.render(self._caller.shadows.copies, backend_stats), content_type=metrics.CONTENT_TYPE
         )
 
 

@@ -48,28 +48,28 @@ class Metrics:
         return series
 
     def render(
-        self, copies: Mapping[str, ShadowCopies] | None = None, figures: Mapping[str, BackendStats] | None = None
+        self, copies: Mapping[str, ShadowCopies] | None = None, backend_stats: Mapping[str, BackendStats] | None = None
     ) -> str:
-        """Return them all, with those of each backend: the copies that were sent to shadows, and its ``figures``."""
-        lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(figures or {}))
+        """Return them all, with those of each backend: the copies sent to shadows, and its ``backend_stats``."""
+        lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(backend_stats or {}))
         return "".join(f"{line}\n" for line in lines)
 
     def _lines(self) -> Iterator[str]:
-        series = [(f'endpoint="{escape(name)}"', figures) for name, figures in sorted(self._series.items())]
+        series = [(f'endpoint="{escape(name)}"', backend_stats) for name, backend_stats in sorted(self._series.items())]
 
         yield "# HELP penstock_http_requests_total HTTP requests answered; 499: the client hung up first."
         yield "# TYPE penstock_http_requests_total counter"
-        for label, figures in series:
-            for status, count in sorted(figures.by_status.items()):
+        for label, backend_stats in series:
+            for status, count in sorted(backend_stats.by_status.items()):
                 yield f'penstock_http_requests_total{{{label},status="{status}"}} {count}'
 
         yield "# HELP penstock_http_request_duration_seconds From the request's head to the end of its answer."
         yield "# TYPE penstock_http_request_duration_seconds histogram"
-        for label, figures in series:
-            counts = list(accumulate(figures.in_buckets))
+        for label, backend_stats in series:
+            counts = list(accumulate(backend_stats.in_buckets))
             for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts, strict=True):
                 yield f'penstock_http_request_duration_seconds_bucket{{{label},le="{bound}"}} {count}'
-            yield f"penstock_http_request_duration_seconds_sum{{{label}}} {figures.sum_s:.6f}"
+            yield f"penstock_http_request_duration_seconds_sum{{{label}}} {backend_stats.sum_s:.6f}"
             yield f"penstock_http_request_duration_seconds_count{{{label}}} {counts[-1]}"
 
         yield "# HELP penstock_http_requests_in_flight HTTP requests being answered."
@@ -103,11 +103,11 @@ _OF_BACKENDS: tuple[tuple[str, str, str, Callable[[BackendStats], float]], ...] 
 )
 
 
-def _lines_of_backends(figures: Mapping[str, BackendStats]) -> Iterator[str]:
+def _lines_of_backends(backend_stats: Mapping[str, BackendStats]) -> Iterator[str]:
     """Every proxy tells the same of them: they are the broker's."""
-    if not figures:
+    if not backend_stats:
         return
-    labelled = [(f'backend="{escape(name)}"', of) for name, of in sorted(figures.items())]
+    labelled = [(f'backend="{escape(name)}"', of) for name, of in sorted(backend_stats.items())]
     for name, kind, about, value in _OF_BACKENDS:
         yield f"# HELP penstock_backend_{name} {about} The same at every proxy."
         yield f"# TYPE penstock_backend_{name} {kind}"

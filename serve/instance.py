@@ -277,20 +277,20 @@ class Instance:
         return "alive" if said is None else f"waiting for {said['waits_for']}"
 
     async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
-        figures = await read_stats(self._connection, self._keys, tag)
-        answered = figures.served + figures.failed
+        backend_stats = await read_stats(self._connection, self._keys, tag)
+        answered = backend_stats.served + backend_stats.failed
         return {
             **said,
             "failing": explained(said.get("failing")),
             "refused": explained_refusal(said.get("refused")),
-            "queued": figures.queued,
-            "in_progress": figures.in_progress,
-            "queued_bytes": figures.queued_bytes,
-            "dead_letters": figures.dead_letters,
-            "dead_letters_dropped": figures.dead_letters_dropped,
-            "served": figures.served,
-            "failed": figures.failed,
-            "mean_run_ms": round(1000 * figures.run_s / answered, 3) if answered else 0.0,
+            "queued": backend_stats.queued,
+            "in_progress": backend_stats.in_progress,
+            "queued_bytes": backend_stats.queued_bytes,
+            "dead_letters": backend_stats.dead_letters,
+            "dead_letters_dropped": backend_stats.dead_letters_dropped,
+            "served": backend_stats.served,
+            "failed": backend_stats.failed,
+            "mean_run_ms": round(1000 * backend_stats.run_s / answered, 3) if answered else 0.0,
         }
 
     # -- endpoints

@@ -230,15 +230,15 @@ class Serving:
 
     async def _count(self, worker: Replica) -> None:
         """Say what was done since this was said last."""
-        tally, worker.tally = worker.tally, stats.RunStats()
-        if not tally or self._connection is None:
+        run_stats, worker.run_stats = worker.run_stats, stats.RunStats()
+        if not run_stats or self._connection is None:
             return
         try:
-            await stats.add_stats(self._connection, self._keys, self._backend, tally)
+            await stats.add_stats(self._connection, self._keys, self._backend, run_stats)
         except FateUnknown:
             pass  # rather not counted than twice
         except BrokerUnavailable:
-            worker.tally.take(tally)
+            worker.run_stats.take(run_stats)
         except BrokerRefused as e:
             log.warning("cannot count what %s has done: %s", self._replica, e)
 

@@ -36,15 +36,15 @@ class Replica:
         keys = Keys(instance)
         commands = self._commands = RedisConnection(url, name=f"penstock-{replica}")
         reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims")
-        claims = self._claims = ConsumerGroup(commands, reads, keys, backend, replica)
+        claims = self._group = ConsumerGroup(commands, reads, keys, backend, replica)
         answers = Settlement(commands, claims, keys, backend, replica)
         self._consumer = Consumer(runner, commands, claims, answers, keys, backend, replica)
-        self._outlet = self._consumer.outlet
+        self._stream_sender = self._consumer.stream_sender
         self._strays = StrayClaims(self._consumer, claims)
-        self._take_over = Redelivery(self._consumer, claims, answers, self._strays, backend)
+        self._redelivery = Redelivery(self._consumer, claims, answers, self._strays, backend)
         self._lease = Lease(url, keys.alive(backend, replica))
         self._signals = Signals(url, keys, backend, self._on_signal)
-        self._look: asyncio.Task[None] | None = None
+        self._scan: asyncio.Task[None] | None = None
         self._claim_watch = ClaimWatch()
         self._observing: asyncio.TimerHandle | None = None
 
@@ -58,13 +58,13 @@ class Replica:
         return len(self._consumer.held)
 
     @property
-    def tally(self) -> RunStats:
+    def run_stats(self) -> RunStats:
         """What was done since it was last set."""
-        return self._consumer.tally
+        return self._consumer.run_stats
 
-    @tally.setter
-    def tally(self, tally: RunStats) -> None:
-        self._consumer.tally = tally
+    @run_stats.setter
+    def run_stats(self, run_stats: RunStats) -> None:
+        self._consumer.run_stats = run_stats
 
     async def start(self) -> None:
         """Connect, take the lease and begin to claim. The runner must have started.
@@ -74,7 +74,7 @@ class Replica:
         """
         loop = asyncio.get_running_loop()
         self._consumer.open()
-        self._runner.stream_to(self._outlet)
+        self._runner.stream_to(self._stream_sender)
         self._runner.keep_time_by(self._commands.now_ms)
         await self._commands.open()
         await self._reads.open()
@@ -83,10 +83,10 @@ class Replica:
         self._reads.on_reconnect(self._recover)
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
         await loop.run_in_executor(None, self._lease.start)
-        await self._claims.ensure_group()
+        await self._group.ensure_group()
         await self._signals.open()
         self._consumer.configure()
-        self._look = loop.create_task(self._take_over.keep_looking(), name="take-over")
+        self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="take-over")
         self._observe_claims()
         self._consumer.ask()
 
@@ -99,7 +99,7 @@ class Replica:
         if not self._claim_watch.has_stopped:
             return
         try:
-            is_work_waiting = await asyncio.wait_for(self._claims.is_work_waiting(), _IS_WAITING_S)
+            is_work_waiting = await asyncio.wait_for(self._group.is_work_waiting(), _IS_WAITING_S)
         except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
             log.warning("cannot see whether requests wait for backend %r: %s", self.backend, str(e) or type(e).__name__)
             return
@@ -130,9 +130,9 @@ class Replica:
     async def stop(self) -> None:
         """Drop the lease and disconnect. What is still held is taken over by other replicas, so `drain` first."""
         self._consumer.draining = True
-        if self._look is not None:
-            self._look.cancel()
-            await asyncio.wait([self._look])
+        if self._scan is not None:
+            self._scan.cancel()
+            await asyncio.wait([self._scan])
         if self._observing is not None:
             self._observing.cancel()
         self._consumer.close()
@@ -142,7 +142,7 @@ class Replica:
         await asyncio.get_running_loop().run_in_executor(None, self._lease.stop)
         try:
             if self._commands.connected:
-                await self._claims.leave()
+                await self._group.leave()
         except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("left without a farewell: %s", e)
         await self._commands.close()
@@ -151,7 +151,7 @@ class Replica:
         if signal == LOOK:
             self._consumer.wake.set()
         elif signal.startswith(TAKEN):
-            self._outlet.hear(signal)
+            self._stream_sender.hear(signal)
         else:
             self._consumer.withdraw(signal)
 
@@ -162,5 +162,5 @@ class Replica:
         self._claim_watch.observe(consumer.claims_answered, could_claim, loop.time())
 
     async def _recover(self) -> None:
-        await self._claims.ensure_group()
+        await self._group.ensure_group()
         await self._strays.take_fresh()

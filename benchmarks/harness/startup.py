@@ -87,7 +87,7 @@ def markdown(seen: list[Started]) -> str:
 
 
 def _memory_lines(title: str, seen: list[Started]) -> list[list[str]]:
-    def figures(process: str) -> list[float]:
+    def backend_stats(process: str) -> list[float]:
         # There may be several of a kind in one start-up: their mean, and the median of that over the rounds.
         return [
             median(mean(of(one) for one in each.memory if one.process == process) for each in seen)
@@ -95,9 +95,9 @@ def _memory_lines(title: str, seen: list[Started]) -> list[list[str]]:
         ]
 
     lines = []
-    bare = figures(BARE)
+    bare = backend_stats(BARE)
     for process in dict.fromkeys(one.process for one in seen[0].memory):
-        mine = figures(process)
+        mine = backend_stats(process)
         over = [f"{ours - theirs:+.1f}" for ours, theirs in zip(mine, bare, strict=True)]
         told = over if process not in (BARE, "broker") else [""] * 3
         lines.append([title, process, *(f"{mib:.1f}" for mib in mine), *told])

@@ -171,13 +171,13 @@ class BatchJobReplies(ReplyStream):
             self._waiting = False
             self._read()
 
-    def forget(self, place: bytes) -> None:
-        """Delete what lies on the stream up to ``place``."""
-        self._delete_up_to(place)
+    def forget(self, ref: bytes) -> None:
+        """Delete what lies on the stream up to ``ref``."""
+        self._delete_up_to(ref)
 
-    def drop(self, place: bytes) -> None:
+    def drop(self, ref: bytes) -> None:
         """Delete one result."""
-        self._commands.post(_ignore, "XDEL", self._key, place, repeat=True)
+        self._commands.post(_ignore, "XDEL", self._key, ref, repeat=True)
 
     async def close(self) -> None:
         """Stop reading."""

@@ -1,15 +1,14 @@
 """The consumer group of a backend, as one replica uses it: claim, settle, redeliver, give back.
 
-There are two: one for interactive requests, and one for what batch producers publish. Entries of both are named by
-their `places`.
+A backend has two streams: one for interactive requests and one for batch items. An entry ref names an entry of either.
 
 Each stream has one consumer group, and each replica is a consumer of it. An entry is in the group's pending list from
-its claim to its settling, so a replica that dies leaves a record of exactly what it held.
+its claim to its settlement, so a replica that dies leaves a record of exactly what it held.
 
 Redis counts the deliveries of each pending entry. More than one means that a replica died while it held the entry.
-`ConsumerGroup.adopt` claims such entries one at a time, so that the replica decides what runs beside them.
+`ConsumerGroup.claim_redelivered` claims such entries one at a time, so that the replica decides what runs beside them.
 
-All of this is about work that was accepted, so none of it is refused by a broker that is out of memory.
+All of this concerns accepted requests, so a broker that is out of memory refuses none of it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import orjson
 from ..errors import BrokerFull, StringTooLong
 from ..transport.commands import COPIED_BYTES, Arg, Script
 from ..transport.connection import BLOCK_MS, RedisConnection
-from ..wire.entry_ref import apart, id_of, is_batch, place_of
+from ..wire.entry_ref import apart, id_of, is_batch, ref_of
 from ..wire.keys import Keys
 from .dead_letter_limits import DROP, DROP_OLDEST, MAX_DEAD_LETTERS
 from .leases import TAKE_OVER
@@ -36,42 +35,42 @@ log = logging.getLogger(__name__)
 
 GROUP = "replicas"
 RETURNED = "-returned-"
-"""The consumer that holds what replicas gave back unstarted. It is never alive, so anybody takes over from it."""
+"""The consumer of entries that were given back. It never has a lease, so every replica may claim them."""
 
 HISTORY_S = 7 * 24 * 3600
 HISTORY = b"history"
-"""The field of a dead letter that tells how it came to be one (JSON); its other fields are those of the entry."""
+"""The field of a dead letter with its error and its deliveries (JSON); the other fields are those of the entry."""
 
 _BLOCK = ("BLOCK", BLOCK_MS)
 _FULL_S = 1.0
 _SETTLED_TOGETHER = 500
-"""Lua cannot hand on any number of arguments."""
+"""Entries in one settlement script: Lua's ``unpack`` has a limit."""
 _BURIED_FIELDS = 2_000
-"""Garbage of more names and values than this is cut short: Lua cannot hand on any number of them."""
+"""Most field names and values of a dead letter, the rest is cut off: Lua's ``unpack`` has a limit."""
 _BURIED_BYTES = 1024 * 1024
-"""So are names and values beyond as many bytes. What our callers publish has fewer, but for a very long query."""
+"""Most bytes of its names and values. Requests of Penstock's callers have fewer, except for a very long query."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedeliveredEntry:
-    """An entry taken over from a consumer that is gone."""
+    """An entry whose consumer's lease expired."""
 
     entry: bytes
-    """Its place."""
+    """Its entry ref."""
     deliveries: int
-    """How many replicas have held it and died."""
+    """The number of replicas that died while they held it."""
     fields: list[bytes]
     streamed: bool = False
-    """Its answer had begun to stream."""
+    """Its reply had begun to stream."""
 
 
 class Look(NamedTuple):
-    """What the pending lists of a backend hold, in numbers of entries."""
+    """Numbers of entries in the pending lists of a backend."""
 
     orphans: int
-    """Of replicas that are gone."""
+    """Held by consumers whose lease expired."""
     returned: int
-    """Given back by their replicas."""
+    """Given back, and waiting for a replica."""
     own: int
     """Of the replica that looks."""
 
@@ -79,9 +78,9 @@ class Look(NamedTuple):
 class Reclaimed(NamedTuple):
     """An entry that is pending in this replica's name, read again."""
 
-    place: bytes
+    ref: bytes
     deaths: int
-    """How many replicas have held it and died."""
+    """The number of replicas that died while they held it."""
     fields: list[bytes] | None
     """None where the caller has withdrawn it."""
     streamed: bool
@@ -92,7 +91,7 @@ class Reclaimed(NamedTuple):
         return self.fields is None or not (self.deaths or self.streamed)
 
     def taken(self) -> RedeliveredEntry:
-        return RedeliveredEntry(self.place, self.deaths, self.fields or [], self.streamed)
+        return RedeliveredEntry(self.ref, self.deaths, self.fields or [], self.streamed)
 
 
 # Makes the streams and their groups where they are not there. KEYS: the streams. ARGV: group.
@@ -400,13 +399,13 @@ class ConsumerGroup:
             bulky=bulky,
         )
 
-    def mark_streamed(self, place: bytes) -> None:
+    def mark_streamed(self, ref: bytes) -> None:
         """Write down that an answer begins to stream; call it before its first `part`."""
-        key, ttl_ms = self._streamed + place.decode(), HISTORY_S * 1000
+        key, ttl_ms = self._streamed + ref.decode(), HISTORY_S * 1000
         self._commands.post_script(_log_failure, _PUT, [key], [b"", ttl_ms], repeat=True, patient=True)
 
-    def forget_streamed(self, place: bytes) -> None:
-        self._commands.post(_log_failure, "UNLINK", self._streamed + place.decode(), repeat=True, patient=True)
+    def forget_streamed(self, ref: bytes) -> None:
+        self._commands.post(_log_failure, "UNLINK", self._streamed + ref.decode(), repeat=True, patient=True)
 
     def part(self, caller: str, fields: Sequence[bytes], on_gone: Callable[[], None]) -> None:
         """Append a part of an answer to a caller's stream, in order; ``on_gone`` hears that there is none any more."""
@@ -471,30 +470,30 @@ class ConsumerGroup:
         self._commands.post(after_body, "SET", stored, body, "PX", ttl_ms, bulky=True, **wait)
         self._commands.post_script(after_reply, _REPLY_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
 
-    def hold_sized(self, place: bytes) -> None:
+    def hold_sized(self, ref: bytes) -> None:
         """Note that this entry has a size on record (`Entry.size_bytes`): it is to be settled together with that."""
-        self._sized.add(place)
+        self._sized.add(ref)
 
-    def settle(self, places: Iterable[bytes]) -> None:
+    def settle(self, refs: Iterable[bytes]) -> None:
         """Acknowledge and delete, together: an entry that is only acknowledged stays on its stream for ever."""
         if self._sized:
-            places = self._settle_sized(places)
-        for stream, entries in zip(self._streams, apart(places), strict=True):
+            refs = self._settle_sized(refs)
+        for stream, entries in zip(self._streams, apart(refs), strict=True):
             if entries:
                 # Patient, as replies are: if one of the two gave up while the broker is away, the other must not go
                 # through.
                 self._commands.post(_log_failure, "XACK", stream, GROUP, *entries, repeat=True, patient=True)
                 self._commands.post(_log_failure, "XDEL", stream, *entries, repeat=True, patient=True)
 
-    def _settle_sized(self, places: Iterable[bytes]) -> list[bytes]:
-        """Settle those of ``places`` whose size is on record; return the others."""
+    def _settle_sized(self, refs: Iterable[bytes]) -> list[bytes]:
+        """Settle those of ``refs`` whose size is on record; return the others."""
         others: list[bytes] = []
         sized: list[bytes] = []
-        for place in places:
-            (sized if place in self._sized else others).append(place)
+        for ref in refs:
+            (sized if ref in self._sized else others).append(ref)
         self._sized.difference_update(sized)
         for batch, stream in enumerate(self._streams):
-            on_stream = [place for place in sized if is_batch(place) == bool(batch)]
+            on_stream = [ref for ref in sized if is_batch(ref) == bool(batch)]
             for start in range(0, len(on_stream), _SETTLED_TOGETHER):
                 some = on_stream[start : start + _SETTLED_TOGETHER]
                 args: list[Arg] = [GROUP, len(some), *map(id_of, some), *some]
@@ -503,8 +502,8 @@ class ConsumerGroup:
                 )
         return others
 
-    def forget_history(self, place: bytes) -> None:
-        self._commands.post(_log_failure, "DEL", self._history + place.decode(), repeat=True, patient=True)
+    def forget_history(self, ref: bytes) -> None:
+        self._commands.post(_log_failure, "DEL", self._history + ref.decode(), repeat=True, patient=True)
 
     async def look(self) -> Look:
         """Return what there is to take over, and how much is pending in this replica's own name."""
@@ -529,31 +528,31 @@ class ConsumerGroup:
         interactive, batch = await self._commands.run_script(
             _PENDING_IDS, self._streams, args, repeat=True, patient=True
         )
-        return [*interactive, *(place_of(entry, batch=True) for entry in batch)]
+        return [*interactive, *(ref_of(entry, batch=True) for entry in batch)]
 
-    async def reclaim(self, places: Iterable[bytes]) -> list[Reclaimed]:
+    async def reclaim(self, refs: Iterable[bytes]) -> list[Reclaimed]:
         """Read entries again that are pending in this replica's name, leaving out those that are not any more.
 
         Replies and settlements that the broker has refused are sent again first, so none of theirs is read. It does not
         count as a delivery, unlike reading them by XREADGROUP: deliveries stand for deaths.
         """
         found: list[Reclaimed] = []
-        for batch, (stream, entries) in enumerate(zip(self._streams, apart(places), strict=True)):
+        for batch, (stream, entries) in enumerate(zip(self._streams, apart(refs), strict=True)):
             if not entries:
                 continue
             args: list[Arg] = [GROUP, self._replica, self._streamed, *entries]
             reply = await self._commands.run_script(_RECLAIM, [stream], args, repeat=True, patient=True)
             for entry, deliveries, fields, streamed in reply:
-                place = place_of(entry, batch=True) if batch else entry
-                found.append(Reclaimed(place, max(0, deliveries - 1), fields, bool(streamed) and not batch))
+                ref = ref_of(entry, batch=True) if batch else entry
+                found.append(Reclaimed(ref, max(0, deliveries - 1), fields, bool(streamed) and not batch))
         return found
 
-    async def adopt(self, *, streamed: bool = False) -> RedeliveredEntry | None:
+    async def claim_redelivered(self, *, streamed: bool = False) -> RedeliveredEntry | None:
         """Claim the oldest entry of a replica that is gone, and write that death into the entry's history.
 
         With ``streamed``, only one whose answer had begun to stream: there is nothing of it to run.
         """
-        histories = (self._history, self._history + place_of(b"", batch=True).decode())
+        histories = (self._history, self._history + ref_of(b"", batch=True).decode())
         args: list[Arg] = [GROUP, self._replica, self._leases, RETURNED, HISTORY_S, *histories]
         args += [self._streamed, int(streamed)]
         # Prompt: sent again after an outage, it would come before others could renew their leases.
@@ -561,9 +560,9 @@ class ConsumerGroup:
         if not reply:
             return None
         entry, deliveries, fields, stream, had_begun = reply
-        return RedeliveredEntry(place_of(entry, batch=stream == 2), deliveries, fields, had_begun == 1)
+        return RedeliveredEntry(ref_of(entry, batch=stream == 2), deliveries, fields, had_begun == 1)
 
-    async def retake(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
+    async def claim_returned(self, up_to: int) -> list[tuple[bytes, list[bytes]]]:
         """Claim the oldest of what was given back."""
         args: list[Arg] = [GROUP, self._replica, RETURNED, up_to]
         interactive, batch = await self._commands.run_script(_RETAKE, self._streams, args)
@@ -604,11 +603,11 @@ class ConsumerGroup:
         """Drop dead letters that are too many or too old."""
         await self._commands.run_script(DROP, [self._dead, self._sums], [max_dead_letters, self._bodies], repeat=True)
 
-    def give_back(self, places: Iterable[bytes]) -> None:
+    def give_back(self, refs: Iterable[bytes]) -> None:
         """Return what was claimed and not started, for any replica to take, as if it had never been claimed."""
-        places = list(places)
-        self._sized.difference_update(places)
-        for stream, entries in zip(self._streams, apart(places), strict=True):
+        refs = list(refs)
+        self._sized.difference_update(refs)
+        for stream, entries in zip(self._streams, apart(refs), strict=True):
             if entries:
                 args: list[Arg] = [GROUP, self._replica, RETURNED, *entries]
                 self._commands.post_script(_log_failure, _GIVE_BACK, [stream], args, repeat=True, patient=True)
@@ -623,7 +622,7 @@ _FieldsT = TypeVar("_FieldsT", list[bytes], "list[bytes] | None")
 
 
 def _on_batch(entries: list[tuple[bytes, _FieldsT]]) -> list[tuple[bytes, _FieldsT]]:
-    return [(place_of(entry, batch=True), fields) for entry, fields in entries]
+    return [(ref_of(entry, batch=True), fields) for entry, fields in entries]
 
 
 def _cut(taken: RedeliveredEntry) -> list[bytes]:

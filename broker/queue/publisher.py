@@ -15,7 +15,7 @@ from typing import Any, Union
 from ..transport.commands import COPIED_BYTES, Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, SIZE_FIELD, VERSION, VERSION_FIELD
-from ..wire.entry_ref import place_of
+from ..wire.entry_ref import ref_of
 from ..wire.keys import Keys
 from ..wire.replies import LARGE_FIELD
 from ..wire.requests import RawEntry
@@ -346,10 +346,10 @@ class Publisher:
         Deleting it is the mark that lasts: whoever takes it over finds it gone. The signal is for who holds it now.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
-        place = place_of(entry, batch=batch)
+        ref = ref_of(entry, batch=batch)
         keys = [stream, self._keys.sizes(backend)]
-        self._connection.post_script(_ignore, WITHDRAW, keys, [entry, place], repeat=True, patient=True)
-        signal(self._connection, self._keys, backend, place)
+        self._connection.post_script(_ignore, WITHDRAW, keys, [entry, ref], repeat=True, patient=True)
+        signal(self._connection, self._keys, backend, ref)
 
 
 def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:

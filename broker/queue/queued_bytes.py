@@ -31,7 +31,7 @@ RESERVATION_S = 60
 _CHECK_S = 1
 """While requests are refused for their size, look this often for records whose entry is gone."""
 
-# Deletes the records of ``places``, and what they held from the total.
+# Deletes the records of ``refs``, and what they held from the total.
 RELEASE = """
 local function release(records, places)
   local freed = 0

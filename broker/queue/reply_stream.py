@@ -52,7 +52,7 @@ class ReplyStream:
     ) -> None:
         self._commands, self._key = commands, keys.replies(caller)
         self._ttl_ms = int(ttl_s * 1000)
-        self.place = b"0"
+        self.ref = b"0"
         """Of the reply that is being handed over."""
         self._reads = RedisConnection(commands.url, name="penstock-replies")
         self._on_reply, self._on_loss = on_reply, on_loss
@@ -112,8 +112,8 @@ class ReplyStream:
             asyncio.get_running_loop().call_soon(self._read)
         else:
             self._read()
-        for place, fields in entries:
-            self.place = place
+        for ref, fields in entries:
+            self.ref = ref
             try:
                 self._on_reply(fields)
             except Exception:
@@ -169,8 +169,8 @@ class ReplyStream:
             self._trimmed = self._last
             self._delete_up_to(self._last)
 
-    def _delete_up_to(self, place: bytes) -> None:
-        time_ms, sequence = order_of(place)
+    def _delete_up_to(self, ref: bytes) -> None:
+        time_ms, sequence = order_of(ref)
         after = f"{time_ms}-{sequence + 1}"
         self._commands.post(_ignore, "XTRIM", self._key, "MINID", after, repeat=True)
 

@@ -36,11 +36,11 @@ class Watcher:
     async def start(self) -> None:
         """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`, or `BrokerRefused`."""
         await self._feed.open()
-        place = await self._place()
+        position = await self._read_position()
         # Whoever may not follow is to know it, rather than to see what was for ever.
         await self._feed.send("XREAD", "COUNT", 1, "STREAMS", self._keys.feed, "$", repeat=True)
         await self.refresh()
-        self._task = asyncio.get_running_loop().create_task(self._follow(place), name="registry watcher")
+        self._task = asyncio.get_running_loop().create_task(self._follow(position), name="registry watcher")
 
     async def close(self) -> None:
         if self._task is not None:
@@ -79,17 +79,17 @@ class Watcher:
         except asyncio.TimeoutError:
             pass
 
-    async def _place(self) -> bytes:
+    async def _read_position(self) -> bytes:
         last = await self._feed.send("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1, repeat=True)
         return cast(bytes, last[0][0]) if last else b"0"
 
-    async def _follow(self, place: bytes) -> None:
+    async def _follow(self, position: bytes) -> None:
         while True:
             try:
-                await self._feed.send("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, place)
+                await self._feed.send("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, position)
                 # Whatever that said: a feed that began anew can have ids that are not after the last. The place comes
                 # before the snapshot, so that nothing falls between them.
-                place = await self._place()
+                position = await self._read_position()
                 await self.refresh()
             except BrokerUnavailable:
                 await asyncio.sleep(0.2)  # the connection comes back by itself

@@ -12,17 +12,17 @@ _BATCH = b"b"
 """No id begins with it: they begin with a digit."""
 
 
-def place_of(entry: bytes, *, batch: bool) -> bytes:
+def ref_of(entry: bytes, *, batch: bool) -> bytes:
     return _BATCH + entry if batch else entry
 
 
-def is_batch(place: bytes) -> bool:
-    return place.startswith(_BATCH)
+def is_batch(ref: bytes) -> bool:
+    return ref.startswith(_BATCH)
 
 
-def id_of(place: bytes) -> bytes:
+def id_of(ref: bytes) -> bytes:
     """Return the id of the entry on its stream."""
-    return place[1:] if place.startswith(_BATCH) else place
+    return ref[1:] if ref.startswith(_BATCH) else ref
 
 
 def order_of(entry: bytes) -> tuple[int, int]:
@@ -31,13 +31,13 @@ def order_of(entry: bytes) -> tuple[int, int]:
     return int(time_ms), int(sequence or 0)
 
 
-def apart(places: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+def apart(refs: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     """Return the ids on the interactive stream, and those on the batch stream."""
     interactive: list[bytes] = []
     batch: list[bytes] = []
-    for place in places:
-        if place.startswith(_BATCH):
-            batch.append(place[1:])
+    for ref in refs:
+        if ref.startswith(_BATCH):
+            batch.append(ref[1:])
         else:
-            interactive.append(place)
+            interactive.append(ref)
     return interactive, batch

@@ -515,7 +515,7 @@ class BatchPipeline:
             )
             if has_failed and self._source.retry_errors:
                 assert self._caller.results is not None
-                self._caller.results.drop(self._caller.results.place)  # the item's next result takes its place
+                self._caller.results.drop(self._caller.results.ref)  # the item's next result takes its place
                 return
             self._deliver(index, result)
 
@@ -525,7 +525,7 @@ class BatchPipeline:
             self._accepted.pop(index, None)
             if index in self._skip or index in self._seen or index in self._held:
                 return
-            self._places[index] = self._forgettable = results.place
+            self._places[index] = self._forgettable = results.ref
             if self._input is not None and index >= self._input.verified:
                 self._held[index] = result
                 self._land(index)

@@ -472,7 +472,7 @@ class RequestClient:
 
     # -- looking
 
-    async def figures(self) -> dict[str, BackendStats]:
+    async def backend_stats(self) -> dict[str, BackendStats]:
         """Return what each backend has to do and has done, by tag. Raises `BrokerUnavailable`."""
         tags = sorted(self.watcher.snapshot.backends)
         found = await asyncio.gather(*[read_stats(self._connection, self.keys, tag) for tag in tags])

@@ -106,10 +106,10 @@ class Site:
         # Not only until it is cancelled: redis-py can swallow that while it connects.
         while not self._closed:
             claimed: Any = await self.redis.xreadgroup(GROUP, "tests", {stream: ">"}, 16, 200)
-            for place, fields in claimed[0][1] if claimed else ():
-                self._tasks.add(asyncio.create_task(self._answer(backend, place, Entry.of(fields), answer)))
+            for ref, fields in claimed[0][1] if claimed else ():
+                self._tasks.add(asyncio.create_task(self._answer(backend, ref, Entry.of(fields), answer)))
 
-    async def _answer(self, backend: str, place: bytes, entry: Entry, answer: Answerer) -> None:
+    async def _answer(self, backend: str, ref: bytes, entry: Entry, answer: Answerer) -> None:
         if entry.large:
             entry.body = cast(bytes, await self.redis.get(self.keys.body(backend, entry.id)))
         self.started.append(entry)
@@ -123,8 +123,8 @@ class Site:
             pipe.xadd(
                 self.keys.replies(entry.caller), dict(zip(fields[::2], fields[1::2], strict=True)), nomkstream=True
             )
-            pipe.xack(self.keys.requests(backend), GROUP, place)
-            pipe.xdel(self.keys.requests(backend), place)
+            pipe.xack(self.keys.requests(backend), GROUP, ref)
+            pipe.xdel(self.keys.requests(backend), ref)
             await pipe.execute()
 
     async def queued(self, backend: str = "e") -> int:

@@ -164,7 +164,7 @@ async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
             await wait_until_async(ended.is_set)
             await wait_until_async(lambda: worker.in_progress == 0)
             assert len(made) * CHUNK > WINDOW  # it did not wait for a reader either
-            assert worker.tally.failed == 0
+            assert worker.run_stats.failed == 0
 
             async def nothing_is_kept() -> bool:
                 kept = await client.redis.keys("*:streamed:*") + await client.redis.keys("*:body:*")
@@ -201,14 +201,14 @@ async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, mo
 
     async with calling(redis_url) as client, serving(redis_url, give) as worker:
         heard: list[bytes] = []
-        hear = worker._outlet.hear  # pyright: ignore[reportPrivateUsage]
+        hear = worker._stream_sender.hear  # pyright: ignore[reportPrivateUsage]
 
         def hear_every_third(word: bytes) -> None:
             heard.append(word)
             if len(heard) % 3 == 0:
                 hear(word)
 
-        worker._outlet.hear = hear_every_third  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+        worker._stream_sender.hear = hear_every_third  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
         assert await rest_of(await begun(ask(client)[1])) == values
         assert len(heard) >= 3
 

@@ -11,11 +11,11 @@ from ..executing.calls import RunningCall
 class Claim:
     """An entry that this replica has claimed, until it is settled or given back."""
 
-    __slots__ = ("claimed_ms", "entry", "place", "recalled", "running", "suspect")
+    __slots__ = ("claimed_ms", "entry", "quarantine_ended", "recalled", "ref", "running")
 
-    def __init__(self, place: bytes, entry: Entry, claimed_ms: float) -> None:
-        self.place, self.entry, self.claimed_ms = place, entry, claimed_ms
+    def __init__(self, ref: bytes, entry: Entry, claimed_ms: float) -> None:
+        self.ref, self.entry, self.claimed_ms = ref, entry, claimed_ms
         self.running: RunningCall | None = None
         self.recalled = False
-        self.suspect: asyncio.Event | None = None
+        self.quarantine_ended: asyncio.Event | None = None
         """Set when a redelivered entry is done; None for an entry that was claimed for the first time."""

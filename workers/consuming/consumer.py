@@ -58,7 +58,7 @@ _RETRY_S = 0.2
 
 
 class Consumer:
-    """What one replica holds, from the claim of each entry to its settling. Only for the loop in which it is opened."""
+    """The claims of one replica, from claiming each entry to settling it. Bound to the loop in which it is opened."""
 
     def __init__(
         self,
@@ -70,81 +70,81 @@ class Consumer:
         backend: str,
         replica: str,
     ) -> None:
-        self._runner, self._commands, self._claims, self._keys = runner, commands, claims, keys
+        self._runner, self._commands, self._group, self._keys = runner, commands, claims, keys
         self._backend, self._replica = backend, replica
-        self._answers = answers
+        self._settlement = answers
         self._reply, self._settle, self._drop_body = answers.reply, answers.settle, answers.drop_body
-        self.outlet = StreamSender(commands, claims, self._place_of)
+        self.stream_sender = StreamSender(commands, claims, self._ref_of)
         self.held: dict[bytes, Claim] = {}
-        """By their place: all that is claimed and not settled, started or not."""
+        """All claims that are not settled, started or not, by their entry refs."""
         self._by_entry: dict[int, Claim] = {}
-        self.let_go: set[bytes] | None = None
+        self.released: set[bytes] | None = None
         """Entries released while a search for stray claims is in flight; its result must ignore them."""
         self.unstarted: deque[Claim] = deque()
-        """Parked: for a batch to fill up, while suspects run, or until there is room."""
+        """Claims that wait: for a batch to fill up, for the end of a quarantine, or for a free slot."""
         self._crowded = False
-        """We hold more than there was room for: both streams answered the same claim."""
+        """The last claim brought more than there was room for: both streams returned entries."""
         self._fairness = Fairness()
         self._sharing = False
-        """Batch items waited when we last claimed."""
+        """Batch items were waiting at the last claim."""
         self._considerate_until = 0.0
         self._withdrawn: dict[bytes, None] = {}
         self._batches = Batching(commands.now_ms, self._is_considerate, self.start_unstarted, self.ask)
         self._recall: asyncio.TimerHandle | None = None
         self._claiming = False
         self._returning: list[bytes] = []
-        """Places of this tick to give back."""
+        """Refs of the entries to give back in this loop tick."""
         self.claims_answered = 0
         """How many claims the broker has answered, if only with nothing or with an error."""
         self.returned = False
-        """There was more given back than we had room for."""
-        self.nursing = False
+        """Other replicas have given back more than this one had room for."""
+        self.is_quarantining = False
         self.draining = False
-        self._prospects = LoadShedding()
+        self._load_shedding = LoadShedding()
         self._run_s = 1.0
-        """How long a call takes: an average that believes slowness at once and quickness slowly."""
+        """Run time of a call, in seconds: rises at once to a slower call, and falls slowly."""
         self._last_done = 0.0
-        self._foresight = CallTimePredictor()
-        self._nearing: asyncio.TimerHandle | None = None
-        """Goes off when the running call is about to end."""
+        self._call_times = CallTimePredictor()
+        self._near_end_timer: asyncio.TimerHandle | None = None
+        """Fires shortly before the running call ends."""
         self.idle = asyncio.Event()
         self.wake = asyncio.Event()
         self._loading: set[asyncio.Task[None]] = set()
-        self.tally = RunStats()
+        self.run_stats = RunStats()
 
     @property
     def capacity(self) -> int:
-        """How many requests run here at a time when all of it is busy."""
+        """The number of requests that run at a time when all slots are occupied."""
         return self._concurrency * max(1, self.batch_size)
 
     @property
     def could_claim(self) -> bool:
-        """Whether it has room and nothing forbids to claim: then a claim is under way."""
-        if self.nursing or self.draining or (self.batch_size and self._batches.is_busy):
+        """Whether a claim should be in flight: there is room, and neither quarantine nor draining forbids it."""
+        if self.is_quarantining or self.draining or (self.batch_size and self._batches.is_busy):
             return False
         return self.room() > 0
 
     def open(self) -> None:
-        """Belong to the running loop from now on."""
+        """Bind to the running loop."""
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
-        """Drop what is held; answers that stream break off."""
+        """Drop all claims; streamed replies break off."""
         self._batches.close()
-        for timer in (self._recall, self._nearing):
+        for timer in (self._recall, self._near_end_timer):
             if timer is not None:
                 timer.cancel()
         for task in self._loading:
             task.cancel()
-        for flow in self.outlet.flows:
+        for flow in self.stream_sender.flows:
             if (held := self._by_entry.get(id(flow.entry))) is not None:
-                self._answers.break_off(held.place, flow.entry, "its replica was stopped")
+                self._settlement.break_off(held.ref, flow.entry, "its replica was stopped")
                 self._forget(held)
             flow.stop()
-        self.outlet.close()
+        self.stream_sender.close()
 
     def configure(self) -> None:
-        """Take what the runner's configuration says, now and whenever that is another."""
+        """Apply the runner's configuration, now and after each change of it."""
         config = self._runner.config
         self._concurrency = self._runner.concurrency()
         self.max_deliveries: int = config.get("max_deliveries", 3)
@@ -160,7 +160,7 @@ class Consumer:
         self._fairness = Fairness(config.get("batch_share", BATCH_SHARE))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Stop claiming, give back what was only prefetched, and finish the rest.
+        """Stop claiming, give back claims that have not started, and finish the others.
 
         Returns False if some of it was still running after ``timeout_s`` seconds.
         """
@@ -177,26 +177,26 @@ class Consumer:
     # -- claiming
 
     def room(self) -> int:
-        """Return how many entries there is room for here; less than none if it holds more."""
+        """Return the number of free slots; negative if more is claimed than there are slots."""
         if self.batch_size:
             return self._batches.room(len(self.unstarted))
         if self._runner.blocking and self._run_s <= _SLOW_S:
             capacity = self._concurrency + max(1, min(_PREFETCH, int(_PREFETCH_S / max(self._run_s, 1e-6))))
         else:
             capacity = self._concurrency
-            # Not while batch items wait: whoever comes in that last moment would wait behind one of them.
-            if self.held and not self._sharing and self._foresight.nears_end(monotonic()):
+            # Not while batch items wait: an interactive request that arrives now would wait behind one of them.
+            if self.held and not self._sharing and self._call_times.nears_end(monotonic()):
                 capacity += 1
         return capacity - len(self.held)
 
     def ask(self, *, block: bool = True) -> None:
-        """Claim, if there is room; without ``block``, only what is there already."""
-        if self._claiming or self.nursing or self.draining:
+        """Claim if there is room; without ``block``, only entries that are waiting already."""
+        if self._claiming or self.is_quarantining or self.draining:
             return
         if (room := self.room()) <= 0:
             return
         if self.returned:
-            self.wake.set()  # what was given back is older
+            self.wake.set()  # entries that were given back are older
             return
         self._claiming = True
         up_to = min(room, self.claim_size if self._sharing else self._next_claim)
@@ -206,12 +206,12 @@ class Consumer:
                 self._batches.fetch_began(up_to)
         if self._sharing:
             owed = self._fairness.owed(up_to)
-            self._claims.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
+            self._group.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
         else:
-            self._claims.claim(up_to, partial(self._on_claimed, up_to), block=block)
+            self._group.claim(up_to, partial(self._on_claimed, up_to), block=block)
 
     def fill_up(self) -> None:
-        """Claim what is there already for an incomplete batch that is about to start."""
+        """Claim waiting entries for an incomplete batch that is about to start."""
         if self.batch_size and self._batches.needs_more(len(self.unstarted)):
             self.ask(block=False)
 
@@ -223,7 +223,7 @@ class Consumer:
             if isinstance(result, Exception):
                 self._sharing = False
             else:
-                batch = sum(is_batch(place) for place, _ in result)
+                batch = sum(is_batch(ref) for ref, _ in result)
                 self._sharing = len(result) == up_to and batch >= owed
                 if batch < len(result):
                     self._considerate_until = self._loop.time() + _CONSIDERATE_S
@@ -246,7 +246,7 @@ class Consumer:
             self._take_claimed(result, room)
 
     def _take_claimed(self, result: Any, room: int | None = None) -> None:
-        """Take all of a claim, and start what there is ``room`` for: all of it unless that is said."""
+        """Hold all entries of a claim, and start as many as there is ``room`` for; all of them by default."""
         self._claiming = False
         self.claims_answered += 1
         if isinstance(result, Exception):
@@ -257,9 +257,9 @@ class Consumer:
             self._batches.fetch_ended(0)
             self.start_unstarted()
             return
-        if self.draining:  # it was asked for before
+        if self.draining:  # the claim was sent before
             if result:
-                self._claims.give_back([place for place, _ in result])
+                self._group.give_back([ref for ref, _ in result])
             return
         try:
             if room is not None and room < len(result):
@@ -271,63 +271,62 @@ class Consumer:
             self.start_unstarted()
         finally:
             if len(result) == 1:
-                # Behind what quick code answers at once: its caller waits for that, and the broker is woken once for
-                # both.
+                # After the reply of a quick call, which its caller is waiting for: one write then carries both.
                 self._loop.call_soon(self.ask)
             else:
                 self.ask()
 
     async def _retry_claim(self, error: Exception) -> None:
         if isinstance(error, BrokerRefused) and error.said.startswith("NOGROUP"):
-            log.warning("the broker has lost the group of %r: making it anew", self._backend)
+            log.warning("the consumer group of backend %r is gone: creating it again", self._backend)
         elif not isinstance(error, BrokerUnavailable):
-            log.error("cannot claim from %r: %s", self._backend, error)
+            log.error("cannot claim from backend %r: %s", self._backend, error)
         try:
             await asyncio.sleep(_RETRY_S)
-            await self._claims.ensure_group()
+            await self._group.ensure_group()
         except (BrokerUnavailable, BrokerRefused) as e:
-            log.debug("cannot make the group of %r: %s", self._backend, e)
+            log.debug("cannot create the consumer group of backend %r: %s", self._backend, e)
         finally:
             self._claiming = False
             self.ask()
 
     def take_all(self, entries: Iterable[tuple[bytes, list[bytes] | None]]) -> None:
-        """`take` each entry, and start what may start."""
+        """`take` each entry, and start as many as may start."""
         self._take_each(entries)
         self.start_unstarted()
 
     def _take_each(self, entries: Iterable[tuple[bytes, list[bytes] | None]]) -> None:
-        """`take` each entry, whatever becomes of those before it."""
-        for place, fields in entries:
+        """`take` each entry; one that fails does not affect the next."""
+        for ref, fields in entries:
             try:
-                self.take(place, fields)
+                self.take(ref, fields)
             except Exception as e:
-                self._fail(place, e)
+                self._fail(ref, e)
 
-    def _fail(self, place: bytes, error: Exception) -> None:
-        """Answer an entry whose handling failed by a fault of this module or of what it calls."""
-        log.error("cannot handle entry %s of %r", place.decode(), self._backend, exc_info=error)
-        if (held := self.held.get(place)) is not None:
+    def _fail(self, ref: bytes, error: Exception) -> None:
+        """Reply with an error to an entry whose handling failed by a fault of Penstock."""
+        log.error("cannot handle entry %s of %r", ref.decode(), self._backend, exc_info=error)
+        if (held := self.held.get(ref)) is not None:
             self._on_done(held.entry, failed_reply(held.entry, error, self._replica))
 
-    def take(self, place: bytes, fields: list[bytes] | None) -> None:
-        """Hold an entry and start it as soon as may be, if there is anything to run and it is not held already."""
-        if place in self.held:
+    def take(self, ref: bytes, fields: list[bytes] | None) -> None:
+        """Hold an entry and start it as soon as possible, unless it is held already or was withdrawn."""
+        if ref in self.held:
             return
         if fields is None:
-            self._withdrawn.pop(place, None)
-            self._settle(place)
+            self._withdrawn.pop(ref, None)
+            self._settle(ref)
             return
         try:
             entry = Entry.of(fields)
         except Exception as e:  # a `WireError`; garbage can bring about others
-            shown = place.decode()
+            shown = ref.decode()
             log.error("entry %s of %r cannot be read and goes to the dead letters: %s", shown, self._backend, e)
             self._task(
-                self._claims.bury(RedeliveredEntry(place, 0, fields), str(e), max_dead_letters=self.max_dead_letters)
+                self._group.bury(RedeliveredEntry(ref, 0, fields), str(e), max_dead_letters=self.max_dead_letters)
             )
             return
-        if (held := self.hold(place, entry)) is None:
+        if (held := self.hold(ref, entry)) is None:
             return
         if entry.large:
             self._batches.loading.add(held)
@@ -335,26 +334,26 @@ class Consumer:
         else:
             self.offer(held)
 
-    def hold(self, place: bytes, entry: Entry) -> Claim | None:
-        """Hold an entry that is to run; None, and it is settled, if nobody waits for it or will by its end."""
+    def hold(self, ref: bytes, entry: Entry) -> Claim | None:
+        """Hold an entry. Return None, and settle it, if its caller withdrew it or it would miss its deadline."""
         if entry.size_bytes:
-            self._claims.hold_sized(place)
+            self._group.hold_sized(ref)
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
-        # Whoever set a deadline is told by a clock of its own.
-        if place in self._withdrawn or (
-            deadline_ms and not self._prospects.are_good(deadline_ms - now_ms, self._loop.time())
+        # No reply: a caller with a deadline has a timer of its own.
+        if ref in self._withdrawn or (
+            deadline_ms and not self._load_shedding.should_start(deadline_ms - now_ms, self._loop.time())
         ):
-            self._withdrawn.pop(place, None)
-            self._settle(place)
+            self._withdrawn.pop(ref, None)
+            self._settle(ref)
             self._drop_body(entry)
             return None
-        held = self.held[place] = Claim(place, entry, now_ms)
+        held = self.held[ref] = Claim(ref, entry, now_ms)
         self._by_entry[id(entry)] = held
         return held
 
     async def load_body(self, held: Claim) -> None:
-        """Fetch the large body of an entry that is held, and offer it."""
+        """Fetch the large body of a claim, then offer the claim."""
         key = self._keys.body(self._backend, held.entry.id)
         try:
             body = await self._commands.send("GET", key, repeat=True, patient=True, bulky_reply=True)
@@ -371,7 +370,7 @@ class Consumer:
         try:
             self.offer(held)
         except Exception as e:
-            self._fail(held.place, e)
+            self._fail(held.ref, e)
 
     async def _load_claimed(self, held: Claim) -> None:
         try:
@@ -379,27 +378,27 @@ class Consumer:
         finally:
             self._batches.loaded(held)
             self.start_unstarted()
-            self.ask()  # it may be held no more
+            self.ask()  # the claim may have been dropped
 
     # -- running
 
     def offer(self, held: Claim) -> None:
-        """Start what was claimed, unless a suspect has the floor, a batch is to fill up or there is no room."""
-        if held.suspect is None and (self.nursing or self.batch_size or self._crowded):
+        """Start a claim, unless a quarantine is in progress, a batch is filling up or there is no free slot."""
+        if held.quarantine_ended is None and (self.is_quarantining or self.batch_size or self._crowded):
             self.unstarted.append(held)
         else:
             self._start([held])
 
-    def start_suspects(self, suspects: list[Claim]) -> None:
-        """Start what was held by replicas that died, in as few calls as may be."""
+    def start_redelivered(self, redelivered: list[Claim]) -> None:
+        """Start redelivered entries, in as few calls as possible."""
         size = max(1, self.batch_size)
-        for start in range(0, len(suspects), size):
-            self._start(suspects[start : start + size])
+        for start in range(0, len(redelivered), size):
+            self._start(redelivered[start : start + size])
 
     def start_unstarted(self) -> None:
-        """Start what waits, as far as it may: in batches, if the user's code takes them."""
+        """Start waiting claims as far as possible: in batches, if user code takes batches."""
         waiting = self.unstarted
-        if self.nursing or not waiting:
+        if self.is_quarantining or not waiting:
             if waiting:
                 self._watch_for_slowness()
             return
@@ -425,7 +424,7 @@ class Consumer:
         if self._runner.blocking and len(self.held) > self._concurrency:
             self._watch_for_slowness()
         elif self._one_by_one:
-            self._foresee_end()
+            self._predict_end()
 
     def _start_batch(self, batch: list[Claim]) -> None:
         run, left = self._batches.start(len(batch)), len(batch)
@@ -461,19 +460,19 @@ class Consumer:
             finally:
                 finish_done()
 
-        self.tally.count_batch(len(batch))
+        self.run_stats.count_batch(len(batch))
         running = self._runner.run([held.entry for held in batch], on_done)
         for held in batch:
             held.running = running
 
-    def _foresee_end(self) -> None:
-        """A call begins: ask for the next request shortly before its end, if that can be told."""
-        if self._nearing is not None:
-            self._nearing.cancel()
-            self._nearing = None
+    def _predict_end(self) -> None:
+        """Schedule the next claim shortly before the end of the call that begins now, if that is predictable."""
+        if self._near_end_timer is not None:
+            self._near_end_timer.cancel()
+            self._near_end_timer = None
         now_s = monotonic()  # the loop's time may be one of whole milliseconds
-        if self._run_s > _SLOW_S and (ask_at_s := self._foresight.begin(now_s)) is not None:
-            self._nearing = self._loop.call_later(ask_at_s - now_s, self.ask)
+        if self._run_s > _SLOW_S and (ask_at_s := self._call_times.begin(now_s)) is not None:
+            self._near_end_timer = self._loop.call_later(ask_at_s - now_s, self.ask)
 
     def _on_done(self, entry: Entry, reply: Reply) -> None:
         self._finish(entry, reply)
@@ -484,22 +483,22 @@ class Consumer:
             self.ask()
 
     def _finish(self, entry: Entry, reply: Reply) -> None:
-        """Reply, settle and forget. Never raises."""
+        """Reply, settle and drop the claim. Never raises."""
         held = self._by_entry.get(id(entry))
         if held is None:
             return
         try:
             self._conclude(held, reply)
         except Exception as e:
-            log.exception("cannot send the answer to request %s of %r", entry.shown_id, self._backend)
-            # In place of an answer that cannot be sent, one that can.
+            log.exception("cannot send the reply to request %s of backend %r", entry.shown_id, self._backend)
+            # Reply with an error instead, which can be sent.
             if entry.caller:
-                self._reply(held.place, entry.caller, failed_reply(entry, e, self._replica))
-            self._settle(held.place)
+                self._reply(held.ref, entry.caller, failed_reply(entry, e, self._replica))
+            self._settle(held.ref)
             self._forget(held)
         finally:
-            if held.suspect is not None:
-                held.suspect.set()
+            if held.quarantine_ended is not None:
+                held.quarantine_ended.set()
             if self.returned:
                 self.wake.set()
 
@@ -509,23 +508,23 @@ class Consumer:
         was_cancelled = reply.error is not None and reply.error["kind"] == "RequestCancelled"
         if was_cancelled and held.recalled:
             self._forget(held)
-            self._give_back(held.place)
+            self._give_back(held.ref)
         else:
             if not was_cancelled:
                 self._learn(held, reply.run_ms)
             if reply.error is None:
-                self.tally.served += 1
-                self.tally.run_ms += reply.run_ms
+                self.run_stats.served += 1
+                self.run_stats.run_ms += reply.run_ms
             elif not was_cancelled:
-                self.tally.failed += 1
-                self.tally.run_ms += reply.run_ms
+                self.run_stats.failed += 1
+                self.run_stats.run_ms += reply.run_ms
             if entry.caller and not was_cancelled:
-                self._reply(held.place, entry.caller, reply)
-            self._settle(held.place)
+                self._reply(held.ref, entry.caller, reply)
+            self._settle(held.ref)
             self._drop_body(entry)
             self._forget(held)
-            if self.outlet.carries(held.place):
-                self._commands.join_write(partial(self.outlet.end, entry, held.place))
+            if self.stream_sender.carries(held.ref):
+                self._commands.join_write(partial(self.stream_sender.end, entry, held.ref))
             if not self.held:
                 self._commands.hurry()
 
@@ -533,58 +532,58 @@ class Consumer:
         run_s, deadline_ms = run_ms / 1000, held.entry.header.deadline_ms
         self._run_s = max(run_s, 0.7 * self._run_s + 0.3 * run_s)
         left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
-        self._prospects.saw(run_ms, left_ms, self._last_done)
+        self._load_shedding.record_finish(run_ms, left_ms, self._last_done)
         if self._one_by_one:
-            # What streams may do so from the loop, and has left the thread free: nothing else shall begin there yet.
-            self._foresight.end(math.inf if self.outlet.carries(held.place) else run_s)
+            # A stream may run on the loop and leave the thread free, but no other call may begin there yet.
+            self._call_times.end(math.inf if self.stream_sender.carries(held.ref) else run_s)
             if len(self.held) > 1:
-                self._foresee_end()  # of the next, which was at hand
+                self._predict_end()  # of the next, which was at hand
 
-    def _place_of(self, entry: Entry) -> bytes | None:
+    def _ref_of(self, entry: Entry) -> bytes | None:
         held = self._by_entry.get(id(entry))
-        return None if held is None else held.place
+        return None if held is None else held.ref
 
     def _forget(self, held: Claim) -> None:
-        self.held.pop(held.place, None)
+        self.held.pop(held.ref, None)
         self._by_entry.pop(id(held.entry), None)
-        if self.let_go is not None:
-            self.let_go.add(held.place)
+        if self.released is not None:
+            self.released.add(held.ref)
         if not self.held:
             self.idle.set()
 
     # -- giving up and giving back
 
-    def withdraw(self, place: bytes) -> None:
-        """Give up an entry whose caller wants it no more: not started if it waits, cancelled if it runs."""
-        held = self.held.get(place)
+    def withdraw(self, ref: bytes) -> None:
+        """Drop a request that its caller withdrew: it is not started if it waits, and cancelled if it runs."""
+        held = self.held.get(ref)
         if held is None:
-            # It may be on its way to us: the claim's reply and this signal travel on different connections.
-            self._withdrawn[place] = None
+            # The entry may arrive later: the claim's reply and this signal travel on different connections.
+            self._withdrawn[ref] = None
             if len(self._withdrawn) > _REMEMBER:
                 del self._withdrawn[next(iter(self._withdrawn))]
         elif held.running is not None:
             held.running.cancel(held.entry.id)
         elif held in self.unstarted:
             self.unstarted.remove(held)
-            self._settle(place)
+            self._settle(ref)
             self._drop_body(held.entry)
             self._forget(held)
             self.ask()
 
     def _watch_for_slowness(self) -> None:
-        """Nobody shall wait behind a slow call while another replica may be idle."""
+        """Schedule a check that no claim waits behind a slow call while another replica may be idle."""
         if self._recall is None:
             self._recall = self._loop.call_later(self._patience_s(_STUCK_S), self._on_stuck)
 
     def _patience_s(self, unforeseen_s: float) -> float:
         if self.batch_size:
             return self._batches.patience_s(unforeseen_s)
-        return self._foresight.patience_s(monotonic(), unforeseen=unforeseen_s)
+        return self._call_times.patience_s(monotonic(), unforeseen=unforeseen_s)
 
     def _on_stuck(self) -> None:
         self._recall = None
         any_wait = self._batches.holds_up(len(self.unstarted)) if self.batch_size else len(self.held) > self.capacity
-        if not any_wait and not self.nursing:
+        if not any_wait and not self.is_quarantining:
             return
         if self._patience_s(self._last_done + _STUCK_S - self._loop.time()) > 0:
             self._watch_for_slowness()
@@ -593,28 +592,28 @@ class Consumer:
         self._batches.overran(self._run_s)
         self._recall_unstarted()
 
-    def _give_back(self, place: bytes) -> None:
+    def _give_back(self, ref: bytes) -> None:
         if not self._returning:
             self._loop.call_soon(self._give_back_together)
-        self._returning.append(place)
+        self._returning.append(ref)
 
     def _give_back_together(self) -> None:
-        places, self._returning = self._returning, []
-        self._claims.give_back(places)
+        refs, self._returning = self._returning, []
+        self._group.give_back(refs)
         self.returned = True
 
     def _recall_unstarted(self) -> None:
-        places = [held.place for held in self.unstarted]
+        refs = [held.ref for held in self.unstarted]
         for held in self.unstarted:
             self._forget(held)
         self.unstarted.clear()
         self._crowded = False
-        if places:
-            self._claims.give_back(places)
+        if refs:
+            self._group.give_back(refs)
             self.returned = True
         if self._runner.blocking:
             for held in list(self.held.values()):
-                if held.running is not None and held.suspect is None:
+                if held.running is not None and held.quarantine_ended is None:
                     held.recalled = held.running.recall(held.entry.id)
 
     def _task(self, coroutine: Any) -> None:

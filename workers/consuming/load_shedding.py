@@ -31,7 +31,7 @@ class LoadShedding:
         self._last_finish_s = 0.0
         self._overloaded_until_s = 0.0
 
-    def are_good(self, left_ms: float, now_s: float) -> bool:
+    def should_start(self, left_ms: float, now_s: float) -> bool:
         """Return whether to start a request whose deadline is ``left_ms`` away."""
         if left_ms <= 0:
             self._overloaded_until_s = now_s + _OVERLOAD_S
@@ -44,7 +44,7 @@ class LoadShedding:
             return False
         return True
 
-    def saw(self, run_ms: float, left_ms: float, now_s: float) -> None:
+    def record_finish(self, run_ms: float, left_ms: float, now_s: float) -> None:
         """Record that a request ran for ``run_ms`` and finished ``left_ms`` before its deadline."""
         self._average_run_ms = (
             (1 - _SMOOTHING) * self._average_run_ms + _SMOOTHING * run_ms if self._average_run_ms else run_ms

@@ -43,22 +43,22 @@ class Redelivery:
     def __init__(
         self, consumer: Consumer, claims: ConsumerGroup, answers: Settlement, strays: StrayClaims, backend: str
     ) -> None:
-        self._consumer, self._claims, self._answers, self._backend = consumer, claims, answers, backend
+        self._consumer, self._group, self._settlement, self._backend = consumer, claims, answers, backend
         self._strays = strays
         self._own_redelivered: list[RedeliveredEntry] = []
         """Stray claims of this replica that are redelivered entries and have not run yet."""
 
-    async def keep_looking(self) -> None:
+    async def scan_until_drained(self) -> None:
         """Scan at short intervals, and whenever the consumer is woken, until the replica drains."""
         drop_at_s = 0.0
         while not self._consumer.draining:
             self._consumer.wake.clear()
             try:
                 if monotonic() >= drop_at_s:
-                    await self._claims.drop_old_letters(self._consumer.max_dead_letters)
+                    await self._group.drop_old_letters(self._consumer.max_dead_letters)
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
                 held = len(self._consumer.held)
-                expired, returned, pending = await self._claims.look()
+                expired, returned, pending = await self._group.look()
                 if expired:
                     await self._break_off_streams()
                     await self._run_in_quarantine()
@@ -66,7 +66,7 @@ class Redelivery:
                     await self._run_in_quarantine(own)
                 while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
                     wanted = min(room, self._consumer.claim_size)
-                    retaken = await self._claims.retake(wanted)
+                    retaken = await self._group.claim_returned(wanted)
                     for ref, fields in retaken:
                         self._consumer.take(ref, fields)
                     returned = len(retaken) if len(retaken) == wanted else 0
@@ -89,20 +89,20 @@ class Redelivery:
 
     async def _break_off_streams(self) -> None:
         """Break off the streamed replies of dead replicas. They cannot be continued, so nothing runs again."""
-        while (redelivered := await self._claims.adopt(streamed=True)) is not None:
+        while (redelivered := await self._group.claim_redelivered(streamed=True)) is not None:
             await self._break_off_stream(redelivered)
 
     async def _break_off_stream(self, redelivered: RedeliveredEntry) -> None:
         if (entry := await self._read(redelivered)) is None:
             return
-        self._answers.break_off(redelivered.entry, entry, "its replica died")
-        self._claims.forget_history(redelivered.entry)
-        self._claims.forget_streamed(redelivered.entry)
+        self._settlement.break_off(redelivered.entry, entry, "its replica died")
+        self._group.forget_history(redelivered.entry)
+        self._group.forget_streamed(redelivered.entry)
 
     async def _run_in_quarantine(self, own: Sequence[RedeliveredEntry] = ()) -> None:
         """Run redelivered entries in isolation until none is left, ``own`` first; claim nothing meanwhile."""
         self._own_redelivered = list(own)
-        self._consumer.nursing = True
+        self._consumer.is_quarantining = True
         try:
             while not self._consumer.draining:
                 if not await self._wait_until_alone():
@@ -110,7 +110,7 @@ class Redelivery:
                 if not await self._run_next():
                     return
         finally:
-            self._consumer.nursing = False
+            self._consumer.is_quarantining = False
             self._consumer.start_unstarted()
             self._consumer.ask()
 
@@ -122,7 +122,9 @@ class Redelivery:
         together: list[RedeliveredEntry] = []
         try:
             while len(together) < min(_MAX_CONCURRENT, self._consumer.capacity) and not self._consumer.draining:
-                redelivered = self._own_redelivered.pop() if self._own_redelivered else await self._claims.adopt()
+                redelivered = (
+                    self._own_redelivered.pop() if self._own_redelivered else await self._group.claim_redelivered()
+                )
                 if redelivered is None:
                     break
                 if redelivered.streamed:
@@ -138,7 +140,7 @@ class Redelivery:
             # Run what was adopted before: it is pending for this live replica, so no other replica redelivers it.
             log.debug("cannot redeliver more entries of backend %r: %s", self._backend, e)
         if self._consumer.draining:
-            self._claims.give_back([redelivered.entry for redelivered in together])
+            self._group.give_back([redelivered.entry for redelivered in together])
             return False
         await self._run(together)
         return bool(together)
@@ -153,7 +155,7 @@ class Redelivery:
             try:
                 await asyncio.wait_for(self._consumer.idle.wait(), _SCAN_EVERY_S)
             except asyncio.TimeoutError:
-                none_left = not self._own_redelivered and not (await self._claims.look()).orphans
+                none_left = not self._own_redelivered and not (await self._group.look()).orphans
                 if none_left or self._consumer.draining:
                     return False
         return True
@@ -166,7 +168,7 @@ class Redelivery:
             entry = await self._read(redelivered)
             if entry is None or (claim := self._consumer.hold(redelivered.entry, entry)) is None:
                 continue
-            claim.suspect = done = asyncio.Event()
+            claim.quarantine_ended = done = asyncio.Event()
             done_events.append(done)
             if not entry.large:
                 ready.append(claim)
@@ -174,18 +176,18 @@ class Redelivery:
             await self._consumer.load_body(claim)
             if redelivered.entry not in self._consumer.held:
                 done.set()
-        self._consumer.start_suspects(ready)
+        self._consumer.start_redelivered(ready)
         for done in done_events:
             await done.wait()
         for redelivered in entries:
-            self._claims.forget_history(redelivered.entry)
+            self._group.forget_history(redelivered.entry)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""
         try:
             return Entry.of(redelivered.fields)
         except WireError as e:
-            await self._claims.bury(redelivered, str(e), max_dead_letters=self._consumer.max_dead_letters)
+            await self._group.bury(redelivered, str(e), max_dead_letters=self._consumer.max_dead_letters)
             return None
 
     async def _reject_poison_request(self, redelivered: RedeliveredEntry) -> None:
@@ -196,5 +198,5 @@ class Redelivery:
             self._backend, entry.shown_id, redelivered.deliveries, self._consumer.max_deliveries
         )
         log.error("%s", error)
-        tell = partial(self._answers.tell, entry, error)
-        await self._claims.bury(redelivered, str(error), tell, max_dead_letters=self._consumer.max_dead_letters)
+        tell = partial(self._settlement.tell, entry, error)
+        await self._group.bury(redelivered, str(error), tell, max_dead_letters=self._consumer.max_dead_letters)

@@ -32,18 +32,18 @@ class Settlement:
     def __init__(
         self, commands: RedisConnection, claims: ConsumerGroup, keys: Keys, backend: str, replica: str
     ) -> None:
-        self._commands, self._claims, self._keys = commands, claims, keys
+        self._commands, self._group, self._keys = commands, claims, keys
         self._backend, self._replica = backend, replica
         self._settled: list[bytes] = []
         self._replies: list[tuple[bytes, str, Reply]] = []
         """Small replies, combined and written when their entries are settled."""
 
-    def reply(self, place: bytes, caller: str, reply: Reply) -> None:
-        """Send ``reply`` to ``caller``. The next call must be `settle` with the same entry ref, ``place``."""
+    def reply(self, ref: bytes, caller: str, reply: Reply) -> None:
+        """Send ``reply`` to ``caller``. The next call must be `settle` with the same entry ref, ``ref``."""
         if len(reply.body) <= _COMBINED_MAX_BYTES and reply.error is None and not reply.headers:
-            self._replies.append((place, caller, reply))
+            self._replies.append((ref, caller, reply))
             return
-        reply.queue_ms = _queue_ms(place, reply, self._commands.now_ms())
+        reply.queue_ms = _queue_ms(ref, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
             body, longest = reply.body, self._commands.longest
 
@@ -53,19 +53,19 @@ class Settlement:
                 return Reply(reply.id, 500, error=error, replica=self._replica, run_ms=reply.run_ms).fields()
 
             if len(body) > longest:
-                self._claims.reply(caller, too_long())
+                self._group.reply(caller, too_long())
                 return
             reply.body, reply.large = b"", True
-            self._claims.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
+            self._group.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
         else:
-            self._claims.reply(caller, reply.fields())
+            self._group.reply(caller, reply.fields())
 
     def _reply_together(self) -> None:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
         now_ms = self._commands.now_ms()
         written, self._replies = self._replies, []
-        for place, caller, reply in written:
-            reply.queue_ms = _queue_ms(place, reply, now_ms)
+        for ref, caller, reply in written:
+            reply.queue_ms = _queue_ms(ref, reply, now_ms)
             key = caller, reply.codec, reply.status
             if (together := alike.get(key)) is None:
                 alike[key] = [reply]
@@ -73,20 +73,20 @@ class Settlement:
                 together.append(reply)
         for (caller, _, _), replies in alike.items():
             for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
-                self._claims.reply(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
+                self._group.reply(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
 
-    def settle(self, place: bytes) -> None:
+    def settle(self, ref: bytes) -> None:
         """Acknowledge and delete the entry, behind its reply in the same write."""
         # Never before the reply: a death in between repeats a request, while the other order would lose one.
         if not self._settled:
             self._commands.join_write(self._flush_settled)
-        self._settled.append(place)
+        self._settled.append(ref)
 
     def _flush_settled(self) -> None:
         settled, self._settled = self._settled, []
         if self._replies:
             self._reply_together()
-        self._claims.settle(settled)
+        self._group.settle(settled)
 
     def drop_body(self, entry: Entry) -> None:
         if entry.large:
@@ -94,23 +94,23 @@ class Settlement:
                 _log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True, patient=True
             )
 
-    def break_off(self, place: bytes, entry: Entry, reason: str) -> None:
+    def break_off(self, ref: bytes, entry: Entry, reason: str) -> None:
         """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""
         log.warning("streamed reply to request %s of backend %r broke off: %s", entry.shown_id, self._backend, reason)
         self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
         if entry.size_bytes:
-            self._claims.hold_sized(place)
-        self.settle(place)
+            self._group.hold_sized(ref)
+        self.settle(ref)
         self.drop_body(entry)
 
     def tell(self, entry: Entry, error: PenstockError) -> None:
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
-            self._claims.reply(entry.caller, reply.fields())
+            self._group.reply(entry.caller, reply.fields())
 
 
-def _queue_ms(place: bytes, reply: Reply, now_ms: float) -> float:
-    published_ms = int(id_of(place).partition(b"-")[0])
+def _queue_ms(ref: bytes, reply: Reply, now_ms: float) -> float:
+    published_ms = int(id_of(ref).partition(b"-")[0])
     return max(0.0, round(now_ms - reply.run_ms - published_ms, 3))
 
 

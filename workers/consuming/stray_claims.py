@@ -25,7 +25,7 @@ class StrayClaims:
     """Finds them and hands them to the consumer. Only for the loop of the consumer."""
 
     def __init__(self, consumer: Consumer, claims: ConsumerGroup) -> None:
-        self._consumer, self._claims = consumer, claims
+        self._consumer, self._group = consumer, claims
         self._searching = asyncio.Lock()
         self._next_at_s = 0.0
 
@@ -53,20 +53,20 @@ class StrayClaims:
         async with self._searching:
             while True:
                 # What is settled or given back while the answers are on their way was held when they were made.
-                released = consumer.let_go = set[bytes]()
+                released = consumer.released = set[bytes]()
                 try:
-                    pending = await self._claims.pending_places(idle_ms)
-                    lost = [place for place in pending if place not in consumer.held and place not in released]
-                    found = await self._claims.reclaim(lost) if lost else []
+                    pending = await self._group.pending_places(idle_ms)
+                    lost = [ref for ref in pending if ref not in consumer.held and ref not in released]
+                    found = await self._group.reclaim(lost) if lost else []
                 finally:
-                    consumer.let_go = None
-                if not self._claims.keeps_commands:
+                    consumer.released = None
+                if not self._group.keeps_commands:
                     break
                 # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
-        found = [one for one in found if one.place not in consumer.held and one.place not in released]
-        fresh = [(one.place, one.fields) for one in found if one.is_fresh]
+        found = [one for one in found if one.ref not in consumer.held and one.ref not in released]
+        fresh = [(one.ref, one.fields) for one in found if one.is_fresh]
         if consumer.draining:
-            self._claims.give_back([place for place, _ in fresh])
+            self._group.give_back([ref for ref, _ in fresh])
             return []
         consumer.take_all(fresh)
         return [one.taken() for one in found if not one.is_fresh] if redelivered else []

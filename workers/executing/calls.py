@@ -49,9 +49,9 @@ class RunningCall(Protocol):
 class RefusedCall:
     """Requests that the user's code never sees."""
 
-    def __init__(self, place: Executor, entries: Sequence[Entry], error: PenstockError, done: OnReply) -> None:
+    def __init__(self, executor: Executor, entries: Sequence[Entry], error: PenstockError, done: OnReply) -> None:
         for entry in entries:
-            place.loop.call_soon(done, entry, place.refusal(entry, error))
+            executor.loop.call_soon(done, entry, executor.refusal(entry, error))
 
     def cancel(self, entry_id: str) -> None:
         pass
@@ -77,8 +77,8 @@ class CallGroup:
 class _Call:
     """One call of the user's code: for one request or, if its method takes them, a batch."""
 
-    def __init__(self, place: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
-        self._place, self._method, self._entries, self._done = place, method, entries, done
+    def __init__(self, executor: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
+        self._executor, self._method, self._entries, self._done = executor, method, entries, done
         self._started = False
         self._requests: Sequence[Request] = ()
         self._late: list[Entry] = []
@@ -94,12 +94,12 @@ class _Call:
 
     def recall(self, entry_id: str) -> bool:
         dropped: list[Entry] = []
-        with self._place.starting:
+        with self._executor.starting:
             if not self._started:
                 dropped = [entry for entry in self._entries if entry.id == entry_id]
                 self._entries = [entry for entry in self._entries if entry.id != entry_id]
         for entry in dropped:
-            self._place.loop.call_soon(self._done, entry, self._place.cancelled(entry))
+            self._executor.loop.call_soon(self._done, entry, self._executor.cancelled(entry))
         return bool(dropped)
 
     def _interrupt(self, entry_id: str) -> None:
@@ -110,27 +110,27 @@ class _Call:
 
         None of them may be left: those that have waited here for too long are dropped now.
         """
-        place = self._place
-        with place.starting:
+        executor = self._executor
+        with executor.starting:
             self._started = True
         for entry in self._entries:
-            if (deadline_ms := entry.header.deadline_ms) and deadline_ms <= place.now_ms():
+            if (deadline_ms := entry.header.deadline_ms) and deadline_ms <= executor.now_ms():
                 self._late.append(entry)
         if self._late:
             self._entries = [entry for entry in self._entries if entry not in self._late]
         if not self._method.accepts_batch and self._entries:  # for the one there is, without a list comprehension
             entry = self._entries[0]
-            request = Request(entry, place.allow_pickle)
+            request = Request(entry, executor.allow_pickle)
             self._requests = (request,)
             work_on(((entry.header.request_id, entry.id),))
             return request
         work_on([(entry.header.request_id, entry.id) for entry in self._entries])
-        self._requests = [Request(entry, place.allow_pickle) for entry in self._entries]
+        self._requests = [Request(entry, executor.allow_pickle) for entry in self._entries]
         return self._requests if self._entries else None
 
     def _deliver(self, outcomes: Sequence[CallResult]) -> None:
         for entry in self._late:
-            self._done(entry, self._place.cancelled(entry))
+            self._done(entry, self._executor.cancelled(entry))
         # There is no outcome if all entries were dropped.
         for index, (entry, outcome) in enumerate(zip(self._entries, outcomes, strict=False)):
             if isinstance(outcome, Reply):
@@ -139,34 +139,34 @@ class _Call:
             try:
                 self._further.append(self._go_on(index, entry, outcome))
             except Exception as e:  # such as a thread that the system does not start
-                log.exception("cannot go on with an answer of backend %r", self._place.backend)
-                self._done(entry, failed_reply(entry, e, self._place.replica))
+                log.exception("cannot go on with an answer of backend %r", self._executor.backend)
+                self._done(entry, failed_reply(entry, e, self._executor.replica))
         for entry in self._entries[len(outcomes) :] if len(outcomes) < len(self._entries) else ():
-            error = RuntimeError(f"backend {self._place.backend!r} has made no answer to this request")
-            self._done(entry, failed_reply(entry, error, self._place.replica))
+            error = RuntimeError(f"backend {self._executor.backend!r} has made no answer to this request")
+            self._done(entry, failed_reply(entry, error, self._executor.replica))
 
     def _go_on(self, index: int, entry: Entry, outcome: Response | Values) -> _Further:
         if isinstance(outcome, Response):
-            streams = not self._method.accepts_batch and self._place.streams(entry)
-            return Responding(self._place, entry, self._requests[index], outcome, self._done, streams)
+            streams = not self._method.accepts_batch and self._executor.streams(entry)
+            return Responding(self._executor, entry, self._requests[index], outcome, self._done, streams)
         if isinstance(outcome, GeneratorType):
-            return StreamingOnThread(self._place, entry, outcome, self._done)
+            return StreamingOnThread(self._executor, entry, outcome, self._done)
         assert isinstance(outcome, AsyncGeneratorType)
-        return StreamingOnLoop(self._place, entry, outcome, self._done)
+        return StreamingOnLoop(self._executor, entry, outcome, self._done)
 
 
 class ThreadCall(_Call, ThreadJob):
     """A call of code that blocks."""
 
-    def __init__(self, place: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
-        super().__init__(place, method, entries, done)
+    def __init__(self, executor: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
+        super().__init__(executor, method, entries, done)
         self._outcomes: Sequence[CallResult] = ()
         self._stream: OnThisThread | None = None
         self._given_up = False
-        place.threads.submit(self)
+        executor.threads.submit(self)
 
     def _interrupt(self, entry_id: str) -> None:
-        with self._place.starting:
+        with self._executor.starting:
             self._given_up = True
             stream = self._stream
         if stream is not None:
@@ -180,17 +180,17 @@ class ThreadCall(_Call, ThreadJob):
                 return
             result = self._method.function(argument)
         except BaseException as e:
-            self._outcomes = self._place.failures(self._entries, e, ms_since(began_at))
+            self._outcomes = self._executor.failures(self._entries, e, ms_since(began_at))
         else:
-            self._outcomes = self._place.outcomes(self._method, self._entries, result, ms_since(began_at))
+            self._outcomes = self._executor.outcomes(self._method, self._entries, result, ms_since(began_at))
             if isinstance(values := self._outcomes[0], GeneratorType):
                 self._stream_here(values, began_at)
         work_on(())  # a health check may be next on this thread
 
     def _stream_here(self, values: Generator[Any, Any, Any], began_at: float) -> None:
         """Run a generator to its end, so that no other request of one that is alone on its thread comes between."""
-        with self._place.starting:
-            stream = self._stream = OnThisThread(self._place, self._entries[0], values)
+        with self._executor.starting:
+            stream = self._stream = OnThisThread(self._executor, self._entries[0], values)
             given_up = self._given_up
         if given_up:
             stream.flow.stop()
@@ -206,10 +206,10 @@ class ThreadCall(_Call, ThreadJob):
 class LoopCall(_Call):
     """A call of ``async def`` code."""
 
-    def __init__(self, place: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
-        super().__init__(place, method, entries, done)
+    def __init__(self, executor: Executor, method: Method, entries: Sequence[Entry], done: OnReply) -> None:
+        super().__init__(executor, method, entries, done)
         self._given_up: set[str] = set()
-        self._task = place.spawn_brief(self._run())
+        self._task = executor.spawn_brief(self._run())
 
     def _interrupt(self, entry_id: str) -> None:
         self._given_up.add(entry_id)
@@ -217,24 +217,24 @@ class LoopCall(_Call):
             self._task.cancel()
 
     async def _run(self) -> None:
-        place, began_at = self._place, perf_counter()
+        executor, began_at = self._executor, perf_counter()
         outcomes: Sequence[CallResult]
         try:
             argument = self._start()
             if not self._entries:
-                place.tasks.discard(self._task)
+                executor.tasks.discard(self._task)
                 self._deliver(())
                 return
             result = await self._method.function(argument)
         except BaseException as e:
-            place.tasks.discard(self._task)
-            if place.abandoned or not place.loop.is_running():
+            executor.tasks.discard(self._task)
+            if executor.abandoned or not executor.loop.is_running():
                 return  # cancelled because the replica ends, or thrown away with the loop
             if self._given_up and isinstance(e, asyncio.CancelledError):
-                outcomes = [place.cancelled(entry) for entry in self._entries]
+                outcomes = [executor.cancelled(entry) for entry in self._entries]
             else:
-                outcomes = place.failures(self._entries, e, ms_since(began_at))
+                outcomes = executor.failures(self._entries, e, ms_since(began_at))
         else:
-            place.tasks.discard(self._task)
-            outcomes = place.outcomes(self._method, self._entries, result, ms_since(began_at))
+            executor.tasks.discard(self._task)
+            outcomes = executor.outcomes(self._method, self._entries, result, ms_since(began_at))
         self._deliver(outcomes)

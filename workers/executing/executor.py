@@ -44,7 +44,7 @@ class Executor:
         self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.allow_pickle = False
-        self.outlet: StreamSink | None = None
+        self.stream_sink: StreamSink | None = None
         """Where answers in parts go; without it, none are sent."""
         self.now_ms: Callable[[], float] = _never
         """Unix time by the clock that deadlines are in; may be called on any thread."""
@@ -98,12 +98,12 @@ class Executor:
 
     def streams(self, entry: Entry) -> bool:
         """Return whether the answer to ``entry`` may be sent in parts."""
-        return entry.header.window > 0 and self.outlet is not None
+        return entry.header.window > 0 and self.stream_sink is not None
 
     def flow(self, entry: Entry) -> StreamWriter:
         """Begin to answer in parts. To be called only if the entry `streams`; may be called on any thread."""
-        assert self.outlet is not None
-        return StreamWriter(self.outlet, self.loop, entry)
+        assert self.stream_sink is not None
+        return StreamWriter(self.stream_sink, self.loop, entry)
 
     def ended(self, flow: StreamWriter, run_ms: float) -> Reply:
         """Return the answer that ends a stream, once it is complete."""

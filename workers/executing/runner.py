@@ -41,9 +41,9 @@ class Runner:
         self.config = dict(config)
         self._blob = blob
 
-    def stream_to(self, outlet: StreamSink) -> None:
-        """Send what generators and streaming responses make to ``outlet``, for callers who take answers in parts."""
-        self._place.outlet = outlet
+    def stream_to(self, stream_sink: StreamSink) -> None:
+        """Send the parts of streamed replies to ``stream_sink``, for callers that accept parts."""
+        self._executor.stream_sink = stream_sink
 
     def keep_time_by(self, now_ms: Callable[[], float]) -> None:
         """Start nothing whose deadline has passed by ``now_ms``, Unix time by the clock that deadlines are in.
@@ -51,7 +51,7 @@ class Runner:
         What is not started is answered as what was cancelled is: its caller no longer waits. Any thread may ask for the
         time.
         """
-        self._place.now_ms = now_ms
+        self._executor.now_ms = now_ms
 
     async def start(self) -> None:
         """Load and construct the user's code, and configure it if there is a ``user_config``.
@@ -63,8 +63,8 @@ class Runner:
         """
         context = context_of(self.backend, self.replica)
         self._threads = Threads(self.replica, self._thread_limit(), context)
-        self._place = Executor(self.backend, self.replica, self._threads, context)
-        self._place.allow_pickle = self._allow_pickle()
+        self._executor = Executor(self.backend, self.replica, self._threads, context)
+        self._executor.allow_pickle = self._allow_pickle()
         code: LoadedCode = await self._threads.call(_guarded, LoadedCode.load, self._blob)
         self._target: UserCode
         if code.is_async:
@@ -87,7 +87,7 @@ class Runner:
         if (user_config := config.get("user_config")) != self.config.get("user_config"):
             await self._configure(user_config)
         self.config = dict(config)
-        self._place.allow_pickle = self._allow_pickle()
+        self._executor.allow_pickle = self._allow_pickle()
         self._threads.limit = self._thread_limit()
 
     async def check_health(self) -> None:
@@ -108,9 +108,9 @@ class Runner:
 
         if hook.is_async:
             started.set()
-            call = self._place.spawn(_guarded_async(hook.function))
+            call = self._executor.spawn(_guarded_async(hook.function))
         else:
-            call = self._place.spawn(self._threads.call(_guarded, check))
+            call = self._executor.spawn(self._threads.call(_guarded, check))
         await started.wait()
         timeout_s = self.config.get("health_check_timeout_s") or _HEALTH_CHECK_TIMEOUT_S
         await asyncio.wait([call], timeout=timeout_s)
@@ -157,13 +157,13 @@ class Runner:
         ends_at = loop.time() + timeout_s
         threads_ended = await self._threads.stop(timeout_s)
         # What was on a thread may have gone on in a task, but not the other way round.
-        return await self._place.close(max(0.0, ends_at - loop.time())) and threads_ended
+        return await self._executor.close(max(0.0, ends_at - loop.time())) and threads_ended
 
     def _run(self, call: str, entries: Sequence[Entry], done: OnReply) -> RunningCall:
         try:
             method = self._target.method(call)
         except NotCallable as e:
-            return RefusedCall(self._place, entries, BackendError("AttributeError", str(e), status=e.status), done)
+            return RefusedCall(self._executor, entries, BackendError("AttributeError", str(e), status=e.status), done)
         except BaseException as e:  # a descriptor is the user's code, and may raise anything
             return self._fail(entries, e, done)
         if len(entries) > 1 and not method.accepts_batch:
@@ -172,13 +172,13 @@ class Runner:
 
     def _start(self, method: Method, entries: Sequence[Entry], done: OnReply) -> RunningCall:
         try:
-            return (LoopCall if method.is_async else ThreadCall)(self._place, method, entries, done)
+            return (LoopCall if method.is_async else ThreadCall)(self._executor, method, entries, done)
         except Exception as e:  # such as a thread that the system does not start
             log.exception("cannot start a call of backend %r", self.backend)
             return self._fail(entries, e, done)
 
     def _fail(self, entries: Sequence[Entry], error: BaseException, done: OnReply) -> RunningCall:
-        return RefusedCall(self._place, entries, failure(error), done)
+        return RefusedCall(self._executor, entries, failure(error), done)
 
     def _allow_pickle(self) -> bool:
         return bool(self.config.get("allow_pickle", False))
@@ -197,7 +197,7 @@ class Runner:
         if (hook := self._target.hook(RECONFIGURE)) is None:
             raise ConfigError(f"user_config is given, but {self._target} has no method reconfigure to take it")
         if hook.is_async:
-            call = self._place.spawn(_guarded_async(hook.function, user_config))
+            call = self._executor.spawn(_guarded_async(hook.function, user_config))
             await asyncio.wait([call])
             _result(call)
         else:

@@ -41,7 +41,7 @@ class StreamSink(Protocol):
 class StreamWriter:
     """One answer on its way out."""
 
-    def __init__(self, outlet: StreamSink, loop: asyncio.AbstractEventLoop, entry: Entry) -> None:
+    def __init__(self, stream_sink: StreamSink, loop: asyncio.AbstractEventLoop, entry: Entry) -> None:
         self.entry = entry
         self.stopped = False
         self.stopped_because = ""
@@ -50,7 +50,7 @@ class StreamWriter:
         """Interrupts code on the loop, wherever it is; what is on a thread finds out when it yields."""
         self.parts = 0
         """How many were sent."""
-        self._outlet, self._loop = outlet, loop
+        self._sink, self._loop = stream_sink, loop
         # Nobody takes anything of a copy to a shadow, and nothing of it is sent.
         self._window: float = entry.header.window if entry.caller else inf
         self._put = self._taken = 0
@@ -123,11 +123,11 @@ class StreamWriter:
                 sizes.append(len(body))
                 size += len(body) + VALUE_COST
             if self.parts == 0:
-                self._outlet.begin(self)
+                self._sink.begin(self)
             part = Part(self.entry.id, self.parts, codec, sizes, more, self._status, self._headers, b"".join(bodies))
             self._head_due = False
             self.parts += 1
-            self._outlet.send(self, part)
+            self._sink.send(self, part)
 
     def _is_full(self) -> bool:
         return self._put - self._taken >= self._window

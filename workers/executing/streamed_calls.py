@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 class OnThisThread:
     """A generator that runs to its end on one thread, and what comes of it."""
 
-    def __init__(self, place: Executor, entry: Entry, values: Generator[Any, Any, Any]) -> None:
-        self.flow = place.flow(entry)
-        self._place, self._values = place, values
+    def __init__(self, executor: Executor, entry: Entry, values: Generator[Any, Any, Any]) -> None:
+        self.flow = executor.flow(entry)
+        self._executor, self._values = executor, values
         self._error: BaseException | None = None
         self._run_ms = 0.0
 
     def run(self, began_at: float) -> None:
-        place = self._place
+        executor = self._executor
         try:
-            pump(self.flow, self._values, place.backend, place.allow_pickle)
+            pump(self.flow, self._values, executor.backend, executor.allow_pickle)
         except BaseException as e:
             self._error = e
         self._run_ms = ms_since(began_at)
@@ -45,17 +45,17 @@ class OnThisThread:
     def reply(self) -> Reply:
         """Return what ends it. To be called on the loop, after `run`."""
         if self._error is not None:
-            return self._place.broken(self.flow, self._error, self._run_ms)
-        return self._place.ended(self.flow, self._run_ms)
+            return self._executor.broken(self.flow, self._error, self._run_ms)
+        return self._executor.ended(self.flow, self._run_ms)
 
 
 class StreamingOnThread(ThreadJob):
     """A generator that blocks, made by ``async def`` code."""
 
-    def __init__(self, place: Executor, entry: Entry, values: Generator[Any, Any, Any], done: OnReply) -> None:
+    def __init__(self, executor: Executor, entry: Entry, values: Generator[Any, Any, Any], done: OnReply) -> None:
         self._entry, self._done = entry, done
-        self._stream = OnThisThread(place, entry, values)
-        place.threads.submit(self)
+        self._stream = OnThisThread(executor, entry, values)
+        executor.threads.submit(self)
 
     def cancel(self, entry_id: str) -> None:
         self._stream.flow.stop()
@@ -72,11 +72,11 @@ class StreamingOnThread(ThreadJob):
 class StreamingOnLoop:
     """An asynchronous generator."""
 
-    def __init__(self, place: Executor, entry: Entry, values: AsyncGenerator[Any, Any], done: OnReply) -> None:
-        self._place, self._entry, self._values, self._done = place, entry, values, done
-        self._flow = place.flow(entry)
+    def __init__(self, executor: Executor, entry: Entry, values: AsyncGenerator[Any, Any], done: OnReply) -> None:
+        self._executor, self._entry, self._values, self._done = executor, entry, values, done
+        self._flow = executor.flow(entry)
         self._started = False
-        self._task = place.spawn(self._run())
+        self._task = executor.spawn(self._run())
         self._flow.on_stop = self._interrupt
 
     def cancel(self, entry_id: str) -> None:
@@ -87,18 +87,18 @@ class StreamingOnLoop:
             self._task.cancel()
 
     async def _run(self) -> None:
-        place, flow = self._place, self._flow
+        executor, flow = self._executor, self._flow
         work_on([(self._entry.header.request_id, self._entry.id)])
         began_at = perf_counter()
         self._started = True
         try:
-            await pump_soon(flow, self._values, place.backend, place.allow_pickle)
+            await pump_soon(flow, self._values, executor.backend, executor.allow_pickle)
         except BaseException as e:
-            if place.abandoned or not place.loop.is_running():
+            if executor.abandoned or not executor.loop.is_running():
                 return
-            self._done(self._entry, place.broken(flow, e, ms_since(began_at)))
+            self._done(self._entry, executor.broken(flow, e, ms_since(began_at)))
         else:
-            self._done(self._entry, place.ended(flow, ms_since(began_at)))
+            self._done(self._entry, executor.ended(flow, ms_since(began_at)))
 
 
 class Responding:
@@ -109,16 +109,22 @@ class Responding:
     """
 
     def __init__(
-        self, place: Executor, entry: Entry, request: Request, response: Response, done: OnReply, streams: bool
+        self, executor: Executor, entry: Entry, request: Request, response: Response, done: OnReply, streams: bool
     ) -> None:
-        self._place, self._entry, self._request, self._response, self._done = place, entry, request, response, done
+        self._executor, self._entry, self._request, self._response, self._done = (
+            executor,
+            entry,
+            request,
+            response,
+            done,
+        )
         self._collector = Collector()
-        self._flow = place.flow(entry) if streams else None
+        self._flow = executor.flow(entry) if streams else None
         self._passing_on = False
         """Its head has gone out, so what follows does as well."""
         self._began_at = perf_counter()
         self._started = self._given_up = False
-        self._task = place.spawn(self._run())
+        self._task = executor.spawn(self._run())
         if self._flow is not None:
             self._flow.on_stop = self._interrupt
 
@@ -137,7 +143,7 @@ class Responding:
             self._task.cancel()
 
     async def _run(self) -> None:
-        place, entry = self._place, self._entry
+        executor, entry = self._executor, self._entry
         work_on([(entry.header.request_id, entry.id)])
         self._started = True
         try:
@@ -147,16 +153,16 @@ class Responding:
             if not self._collector.complete:
                 raise RuntimeError(f"the {type(self._response).__name__} ended before its body was complete")
         except BaseException as e:
-            if place.abandoned or not place.loop.is_running():
+            if executor.abandoned or not executor.loop.is_running():
                 return
             if self._collector.complete:
-                log.exception("the background task of a response failed (backend %s)", place.backend)
+                log.exception("the background task of a response failed (backend %s)", executor.backend)
             elif self._flow is not None:
-                self._done(entry, place.broken(self._flow, e, ms_since(self._began_at)))
+                self._done(entry, executor.broken(self._flow, e, ms_since(self._began_at)))
             elif self._given_up and isinstance(e, asyncio.CancelledError):
-                self._done(entry, place.cancelled(entry))
+                self._done(entry, executor.cancelled(entry))
             else:
-                self._done(entry, raised_reply(entry, e, place.replica, ms_since(self._began_at)))
+                self._done(entry, raised_reply(entry, e, executor.replica, ms_since(self._began_at)))
         finally:
             # Starlette leaves it to the garbage collector to close what a response was still to read from.
             values: Any = getattr(self._response, "body_iterator", None)
@@ -167,17 +173,17 @@ class Responding:
         try:
             await values.aclose()
         except (Exception, SystemExit, KeyboardInterrupt):  # the last two would stop the loop, and with it the replica
-            log.exception("a response of backend %s cannot be closed", self._place.backend)
+            log.exception("a response of backend %s cannot be closed", self._executor.backend)
 
     async def _send(self, message: Message) -> None:
-        place, entry, collector, flow = self._place, self._entry, self._collector, self._flow
+        executor, entry, collector, flow = self._executor, self._entry, self._collector, self._flow
         if not self._passing_on:
             if (encoded := collector.take(message)) is not None:
-                self._done(entry, place.reply(entry, encoded, ms_since(self._began_at)))
+                self._done(entry, executor.reply(entry, encoded, ms_since(self._began_at)))
             if flow is None or collector.complete:
                 return
             if message["type"] == "http.response.start":
-                place.loop.call_soon(self._pass_on)  # without a body in this turn, its head goes alone
+                executor.loop.call_soon(self._pass_on)  # without a body in this turn, its head goes alone
                 return
             self._pass_on()
         if flow is not None and message["type"] == "http.response.body" and not collector.complete:
@@ -185,7 +191,7 @@ class Responding:
                 await flow.put_soon("response", body)
             if not message.get("more_body", False):
                 collector.complete = True
-                self._done(entry, place.ended(flow, ms_since(self._began_at)))
+                self._done(entry, executor.ended(flow, ms_since(self._began_at)))
 
     def _pass_on(self) -> None:
         if self._flow is not None and not self._passing_on and not self._collector.complete:

@@ -38,7 +38,7 @@ class Replica:
         result = await future
         if isinstance(result, Exception):
             raise result
-        return {place: Entry.of(fields).id for place, fields in result}
+        return {ref: Entry.of(fields).id for ref, fields in result}
 
     async def take(self) -> None:
         """Claim one entry, readable or not."""
@@ -48,7 +48,7 @@ class Replica:
 
     async def pending(self) -> dict[bytes, str | None]:
         pending = await self.claims.reclaim(await self.claims.pending_places())
-        return {one.place: None if one.fields is None else Entry.of(one.fields).id for one in pending}
+        return {one.ref: None if one.fields is None else Entry.of(one.fields).id for one in pending}
 
     async def live(self) -> None:
         await self._commands.send("SET", self._lease, "1", "PX", 60_000)
@@ -97,18 +97,18 @@ Left = Callable[[], Awaitable[tuple[int, int]]]
 
 
 async def test_what_was_published_before_the_first_replica_is_claimed(join: Joining, publish: Publish) -> None:
-    places = await publish("1", "2")
+    refs = await publish("1", "2")
     replica = await join("a")
     await replica.claims.ensure_group()
-    assert await replica.claim() == dict(zip(places, ["1", "2"], strict=True))
+    assert await replica.claim() == dict(zip(refs, ["1", "2"], strict=True))
 
 
 async def test_no_entry_is_claimed_twice(join: Joining, publish: Publish) -> None:
     replicas = [await join(name) for name in "abc"]
-    places = await publish(*map(str, range(30)))
+    refs = await publish(*map(str, range(30)))
     claimed = await asyncio.gather(*[replica.claim(7) for replica in replicas for _ in range(2)])
-    all_places = [place for places in claimed for place in places]
-    assert sorted(all_places) == sorted(places)
+    all_places = [ref for refs in claimed for ref in refs]
+    assert sorted(all_places) == sorted(refs)
 
 
 async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Joining, publish: Publish) -> None:
@@ -116,8 +116,8 @@ async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Join
     claiming = asyncio.ensure_future(replica.claim(5))
     await asyncio.sleep(0.05)
     assert not claiming.done()
-    (place,) = await publish("1")
-    assert await asyncio.wait_for(claiming, 10) == {place: "1"}
+    (ref,) = await publish("1")
+    assert await asyncio.wait_for(claiming, 10) == {ref: "1"}
 
 
 async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
@@ -132,23 +132,23 @@ async def test_what_is_claimed_and_not_settled_can_be_read_again(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
-    places = await publish(*map(str, range(150)))
+    refs = await publish(*map(str, range(150)))
     for _ in range(3):
         await replica.claim(50)
-    await commands.send("XDEL", keys.requests(TAG), places[120])
+    await commands.send("XDEL", keys.requests(TAG), refs[120])
     ids: list[str | None] = [str(n) for n in range(150)]
     ids[120] = None
-    assert await replica.pending() == dict(zip(places, ids, strict=True))
+    assert await replica.pending() == dict(zip(refs, ids, strict=True))
     assert await replica.claims.pending_places(60_000) == []
 
 
 async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining, publish: Publish) -> None:
     slow, heir = await join("slow"), await join("heir")
-    places = await publish("1", "2")
+    refs = await publish("1", "2")
     await slow.claim()
     await slow.die()
-    assert await heir.claims.adopt() is not None
-    assert [one.place for one in await slow.claims.reclaim(places)] == places[1:]
+    assert await heir.claims.claim_redelivered() is not None
+    assert [one.ref for one in await slow.claims.reclaim(refs)] == refs[1:]
 
 
 async def test_the_number_of_its_own_pending_entries_is_seen_with_what_there_is_to_take_over(
@@ -166,11 +166,11 @@ async def test_work_waits_while_an_entry_is_unclaimed(
 ) -> None:
     replica = await join("a")
     assert not await replica.claims.is_work_waiting()
-    places = await publish("1", "2", "3")
+    refs = await publish("1", "2", "3")
     assert await replica.claims.is_work_waiting()
     await replica.claim(2)
     assert await replica.claims.is_work_waiting()
-    await commands.send("XDEL", keys.requests(TAG), places[2])
+    await commands.send("XDEL", keys.requests(TAG), refs[2])
     assert not await replica.claims.is_work_waiting()
 
 
@@ -181,7 +181,7 @@ async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish:
     for _ in range(5):
         assert list((await dead.pending()).values()) == ["1"]
     await dead.die()
-    taken = await heir.claims.adopt()
+    taken = await heir.claims.claim_redelivered()
     assert taken is not None
     assert taken.deliveries == 1
 
@@ -191,7 +191,7 @@ async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publi
     await publish("1")
     await busy.claim()
     assert (await idle.claims.look())[:2] == (0, 0)
-    assert await idle.claims.adopt() is None
+    assert await idle.claims.claim_redelivered() is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ async def test_only_who_could_renew_its_own_lease_lately_adopts(
     times = f"{now_ms - 1000 * renewed_since_s:.0f} {now_ms - 1000 * renewed_s:.0f}"
     await commands.send("SET", keys.alive(TAG, "heir"), times, "PX", 60_000)
     assert (await heir.claims.look())[0] == int(may)
-    assert (await heir.claims.adopt() is not None) == may
+    assert (await heir.claims.claim_redelivered() is not None) == may
 
 
 async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) -> None:
@@ -224,9 +224,9 @@ async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) 
     await silent.claim()
     await silent.die()
     await heir.die()
-    assert await heir.claims.adopt() is None
+    assert await heir.claims.claim_redelivered() is None
     await heir.live()
-    assert await heir.claims.adopt() is not None
+    assert await heir.claims.claim_redelivered() is not None
 
 
 async def test_a_lease_that_was_dropped_is_proof_for_anybody(
@@ -238,7 +238,7 @@ async def test_a_lease_that_was_dropped_is_proof_for_anybody(
     await heir.die()
     await Registry(commands, keys).drop_lease(TAG, "dead")
     assert (await heir.claims.look())[:2] == (1, 0)
-    assert await heir.claims.adopt() is not None
+    assert await heir.claims.claim_redelivered() is not None
 
 
 async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
@@ -292,29 +292,29 @@ async def test_a_lease_that_cannot_be_taken_for_now_is_an_unavailable_broker(
 
 async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join: Joining, publish: Publish) -> None:
     dead, heir = await join("dead"), await join("heir")
-    places = await publish("1", "2")
+    refs = await publish("1", "2")
     await dead.claim()
     await dead.die()
     assert (await heir.claims.look())[:2] == (2, 0)
 
-    taken = [await heir.claims.adopt(), await heir.claims.adopt()]
+    taken = [await heir.claims.claim_redelivered(), await heir.claims.claim_redelivered()]
     assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
-        (places[0], 1, "1"),
-        (places[1], 1, "2"),
+        (refs[0], 1, "1"),
+        (refs[1], 1, "2"),
     ]
-    assert await heir.claims.adopt() is None
+    assert await heir.claims.claim_redelivered() is None
     assert (await heir.claims.look())[:2] == (0, 0)
-    assert await heir.pending() == {places[0]: "1", places[1]: "2"}
+    assert await heir.pending() == {refs[0]: "1", refs[1]: "2"}
 
 
 async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining, publish: Publish) -> None:
     dead = await join("dead")
     heirs = [await join(f"heir{n}") for n in range(4)]
-    places = await publish(*map(str, range(10)))
+    refs = await publish(*map(str, range(10)))
     await dead.claim()
     await dead.die()
-    taken = await asyncio.gather(*[heir.claims.adopt() for heir in heirs for _ in range(5)])
-    assert sorted(one.entry for one in taken if one) == places
+    taken = await asyncio.gather(*[heir.claims.claim_redelivered() for heir in heirs for _ in range(5)])
+    assert sorted(one.entry for one in taken if one) == refs
 
 
 async def test_deaths_are_counted_and_written_into_the_history(
@@ -327,7 +327,7 @@ async def test_deaths_are_counted_and_written_into_the_history(
     taken: RedeliveredEntry | None = None
     for deaths, name in enumerate(("second", "third"), start=1):
         heir = await join(name)
-        taken = await heir.claims.adopt()
+        taken = await heir.claims.claim_redelivered()
         assert taken is not None
         assert taken.deliveries == deaths
         await heir.die()
@@ -341,13 +341,13 @@ async def test_an_orphan_that_its_caller_withdrew_is_dropped(
     join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
     dead, heir = await join("dead"), await join("heir")
-    places = await publish("1", "2")
+    refs = await publish("1", "2")
     await dead.claim()
     await dead.die()
-    await commands.send("XDEL", keys.requests(TAG), places[0])
-    taken = await heir.claims.adopt()
+    await commands.send("XDEL", keys.requests(TAG), refs[0])
+    taken = await heir.claims.claim_redelivered()
     assert taken is not None
-    assert taken.entry == places[1]
+    assert taken.entry == refs[1]
     heir.claims.settle([taken.entry])
     assert await left() == (0, 0)
 
@@ -355,30 +355,30 @@ async def test_an_orphan_that_its_caller_withdrew_is_dropped(
 async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, publish: Publish) -> None:
     """However often: it was never started, so nobody's death can be its fault."""
     replicas = [await join("a"), await join("b")]
-    (place,) = await publish("1")
+    (ref,) = await publish("1")
     await replicas[0].claim()
     for round_ in range(4):
         giver, taker = replicas[round_ % 2], replicas[(round_ + 1) % 2]
-        giver.claims.give_back([place])
+        giver.claims.give_back([ref])
         assert (await taker.claims.look())[:2] == (0, 1)
-        assert [(found, Entry.of(fields).id) for found, fields in await taker.claims.retake(5)] == [(place, "1")]
+        assert [(found, Entry.of(fields).id) for found, fields in await taker.claims.claim_returned(5)] == [(ref, "1")]
         assert (await taker.claims.look())[:2] == (0, 0)
         assert await giver.pending() == {}
     await replicas[0].die()
-    taken = await replicas[1].claims.adopt()
+    taken = await replicas[1].claims.claim_redelivered()
     assert taken is not None
     assert taken.deliveries == 1
 
 
 async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Publish) -> None:
     late, heir = await join("late"), await join("heir")
-    (place,) = await publish("1")
+    (ref,) = await publish("1")
     await late.claim()
     await late.die()
-    assert await heir.claims.adopt() is not None
-    late.claims.give_back([place])
+    assert await heir.claims.claim_redelivered() is not None
+    late.claims.give_back([ref])
     await late.claims.look()
-    assert await heir.pending() == {place: "1"}
+    assert await heir.pending() == {ref: "1"}
 
 
 async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
@@ -388,7 +388,7 @@ async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
     await publish("1")
     await dead.claim()
     await dead.die()
-    taken = await heir.claims.adopt()
+    taken = await heir.claims.claim_redelivered()
     assert taken is not None
     for _ in range(2):  # the second time does nothing
         await heir.claims.bury(taken, "every replica died")
@@ -407,11 +407,11 @@ async def test_garbage_of_any_size_can_be_buried(
 ) -> None:
     replica = await join("a")
     garbage = [str(n) for n in range(20_000)]
-    place = await commands.send("XADD", keys.requests(TAG), "*", *garbage)
+    ref = await commands.send("XADD", keys.requests(TAG), "*", *garbage)
     claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     replica.claims.claim(1, claimed.set_result)
     ((_, fields),) = await claimed
-    await replica.claims.bury(RedeliveredEntry(place, 0, fields), "cannot be read")
+    await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "cannot be read")
     assert await left() == (0, 0)
     assert await commands.send("XLEN", keys.dead(TAG)) == 1
 
@@ -428,20 +428,20 @@ async def test_a_replica_that_holds_something_is_not_forgotten(
         }
 
     leaving, other = await join("leaving"), await join("other")
-    (place,) = await publish("1")
+    (ref,) = await publish("1")
     await leaving.claim()
     await leaving.claims.leave()
     assert await consumers() == {"leaving"}
-    leaving.claims.settle([place])
+    leaving.claims.settle([ref])
     await leaving.claims.leave()
     assert await consumers() == set()
 
-    (place,) = await publish("2")
+    (ref,) = await publish("2")
     await leaving.claim()
     await leaving.die()
     await other.claims.look()
     assert await consumers() == {"leaving"}
-    leaving.claims.settle([place])
+    leaving.claims.settle([ref])
     await other.claims.look()
     assert await consumers() == set()
 
@@ -450,11 +450,11 @@ async def test_the_home_of_what_was_given_back_is_never_forgotten(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
-    (place,) = await publish("1")
+    (ref,) = await publish("1")
     await replica.claim()
-    replica.claims.give_back([place])
-    await replica.claims.retake(1)
-    replica.claims.settle([place])
+    replica.claims.give_back([ref])
+    await replica.claims.claim_returned(1)
+    replica.claims.settle([ref])
     await replica.claims.look()
     names = [
         consumer[1].decode() for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
@@ -470,9 +470,9 @@ async def test_the_group_can_be_made_anew(
     await commands.send("DEL", keys.requests(TAG))
     with pytest.raises(BrokerRefused, match="NOGROUP"):
         await replica.claim()
-    (place,) = await publish("1")
+    (ref,) = await publish("1")
     await replica.claims.ensure_group()
-    assert await replica.claim() == {place: "1"}
+    assert await replica.claim() == {ref: "1"}
 
 
 async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
@@ -502,17 +502,17 @@ async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
 
     await heir.claims.ensure_group()  # as each replica does that starts or comes back
     assert (await heir.claims.look())[:2] == (2, 0)
-    first, second = await heir.claims.adopt(), await heir.claims.adopt()
+    first, second = await heir.claims.claim_redelivered(), await heir.claims.claim_redelivered()
     assert first is not None
     assert second is not None
     await heir.claims.bury(first, "poison")
     (third, *_) = await heir.claim(1)
     heir.claims.give_back([third])
-    ((retaken, _),) = await heir.claims.retake(1)
-    for place in (second.entry, retaken):
-        reply = Reply(place.decode(), large=True)
+    ((retaken, _),) = await heir.claims.claim_returned(1)
+    for ref in (second.entry, retaken):
+        reply = Reply(ref.decode(), large=True)
         heir.claims.reply_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
-        heir.claims.settle([place])
+        heir.claims.settle([ref])
     await heir.claims.leave()
 
     replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
@@ -553,10 +553,10 @@ async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
 ) -> None:
     replica = await join("replica")
     for n in range(12):
-        place = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
+        ref = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
         await replica.take()
         await replica.claims.bury(
-            RedeliveredEntry(place, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5
+            RedeliveredEntry(ref, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5
         )
         assert len(await dead_ids(commands, keys)) == min(n + 1, 5)
     letters = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
@@ -571,9 +571,9 @@ async def test_a_dropped_dead_letter_takes_its_large_body_along(
     for id_ in ("first", "second"):
         fields = Entry(id_, "me", Header(), large=True).fields()
         await commands.send("SET", keys.body(TAG, id_), b"body", "PX", 60_000)
-        place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+        ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
         await replica.take()
-        await replica.claims.bury(RedeliveredEntry(place, 0, fields), "it died", max_dead_letters=1)
+        await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "it died", max_dead_letters=1)
     assert await commands.send("EXISTS", keys.body(TAG, "first")) == 0
     assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
 
@@ -599,9 +599,9 @@ async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
 ) -> None:
     replica = await join("replica")
     fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
-    place = await commands.send("XADD", keys.requests(TAG), "*", *fields)
+    ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
     await replica.take()
-    await replica.claims.bury(RedeliveredEntry(place, 0, fields), "cannot be read")
+    await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "cannot be read")
     [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
 
@@ -630,6 +630,6 @@ async def test_what_is_refused_of_dead_letters_and_of_what_is_given_back_is_sent
         await asyncio.wait_for(burying, 20)
         await commands.wait_for_patient(20)
         assert await straight.send("XLEN", keys.dead(TAG)) == 1
-        assert [place for place, _ in await claims.retake(5)] == [second]
+        assert [ref for ref, _ in await claims.claim_returned(5)] == [second]
         assert await straight.send("XLEN", keys.requests(TAG)) == 1
         await Registry(straight, keys).erase()

@@ -34,11 +34,11 @@ def publish(
     return future
 
 
-async def place_of(publisher: Publisher, id_: str) -> bytes:
+async def ref_of(publisher: Publisher, id_: str) -> bytes:
     """Publish a request that is accepted."""
-    place = await publish(publisher, id_)
-    assert isinstance(place, bytes)
-    return place
+    ref = await publish(publisher, id_)
+    assert isinstance(ref, bytes)
+    return ref
 
 
 async def depth(commands: RedisConnection, keys: Keys) -> int:
@@ -48,9 +48,9 @@ async def depth(commands: RedisConnection, keys: Keys) -> int:
 async def test_what_is_published_lies_on_the_stream_in_order(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
-    places = await asyncio.gather(*[publish(publishers[0], str(n)) for n in range(50)])
+    refs = await asyncio.gather(*[publish(publishers[0], str(n)) for n in range(50)])
     on_stream = await commands.send("XRANGE", keys.requests(TAG), "-", "+")
-    assert [place for place, _ in on_stream] == places
+    assert [ref for ref, _ in on_stream] == refs
     assert [Entry.of(fields).id for _, fields in on_stream] == [str(n) for n in range(50)]
 
 
@@ -65,9 +65,9 @@ async def test_what_entries_of_one_tick_have_in_common_and_what_they_have_not_is
     published = [asyncio.get_running_loop().create_future() for _ in sent]
     for one, future in zip(sent, published, strict=True):
         publishers[0].publish(TAG, one.raw(), 100, future.set_result)
-    places = await asyncio.gather(*published)
+    refs = await asyncio.gather(*published)
     on_stream = await commands.send("XRANGE", keys.requests(TAG), "-", "+")
-    assert [(place, Entry.of(fields)) for place, fields in on_stream] == list(zip(places, sent, strict=True))
+    assert [(ref, Entry.of(fields)) for ref, fields in on_stream] == list(zip(refs, sent, strict=True))
 
 
 async def test_the_limit_holds_exactly_at_any_number_of_callers(
@@ -145,21 +145,21 @@ async def test_requests_are_found_by_their_ids_or_places(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     publisher = publishers[0]
-    places = {str(n): await place_of(publisher, str(n)) for n in range(5)}
-    await commands.send("XDEL", keys.requests(TAG), places["1"], places["3"])
+    refs = {str(n): await ref_of(publisher, str(n)) for n in range(5)}
+    await commands.send("XDEL", keys.requests(TAG), refs["1"], refs["3"])
 
     by_id = await publisher.find(TAG, [(str(n), None) for n in range(6)], 0)
-    assert by_id == [places["0"], None, places["2"], None, places["4"], None]
+    assert by_id == [refs["0"], None, refs["2"], None, refs["4"], None]
 
-    assert await publisher.find(TAG, list(places.items()), 0) == by_id[:5]
-    assert await publisher.find(TAG, [("2", places["0"])], 0) == [None], "another request lies there"
+    assert await publisher.find(TAG, list(refs.items()), 0) == by_id[:5]
+    assert await publisher.find(TAG, [("2", refs["0"])], 0) == [None], "another request lies there"
 
 
 async def test_requests_are_found_on_a_long_stream(publishers: list[Publisher]) -> None:
-    places = await asyncio.gather(*[publish(publishers[0], str(n), limit=3_000) for n in range(1_700)])
+    refs = await asyncio.gather(*[publish(publishers[0], str(n), limit=3_000) for n in range(1_700)])
     wanted = [1_699, 0, 501, 500, 499, 1_000]
     found = await publishers[0].find(TAG, [(str(n), None) for n in wanted], 0)
-    assert found == [places[n] for n in wanted]
+    assert found == [refs[n] for n in wanted]
 
 
 async def test_what_is_withdrawn_is_gone_and_its_replicas_are_told(
@@ -168,12 +168,12 @@ async def test_what_is_withdrawn_is_gone_and_its_replicas_are_told(
     heard: list[bytes] = []
     signals = Signals(broker_url, keys, TAG, heard.append)
     await signals.open()
-    place = await place_of(publishers[0], "1")
+    ref = await ref_of(publishers[0], "1")
 
     async def told() -> bool:
-        publishers[0].withdraw(TAG, place)
+        publishers[0].withdraw(TAG, ref)
         await asyncio.sleep(0.02)
-        return place in heard
+        return ref in heard
 
     await wait_until_async(told)
     assert await depth(commands, keys) == 0
@@ -206,5 +206,5 @@ async def test_after_a_lost_connection_nobody_is_told_what_is_not_known(
     results = await asyncio.gather(*asked)
     await killed
     found = await publisher.find(TAG, [(str(n), None) for n in range(3)], 0)
-    for result, place in zip(results, found, strict=True):
-        assert isinstance(result, FateUnknown) or result == place
+    for result, ref in zip(results, found, strict=True):
+        assert isinstance(result, FateUnknown) or result == ref

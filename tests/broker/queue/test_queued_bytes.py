@@ -86,17 +86,17 @@ async def claim(claims: ConsumerGroup) -> dict[bytes, Entry]:
     """Claim as a consumer does, which notes the entries whose size is on record."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     claims.claim(100, future.set_result)
-    claimed = {place: Entry.of(fields) for place, fields in await future}
-    for place, one in claimed.items():
+    claimed = {ref: Entry.of(fields) for ref, fields in await future}
+    for ref, one in claimed.items():
         if one.size_bytes:
-            claims.hold_sized(place)
+            claims.hold_sized(ref)
     return claimed
 
 
 async def accepted(result: Awaitable[Published]) -> bytes:
-    place = await result
-    assert isinstance(place, bytes)
-    return place
+    ref = await result
+    assert isinstance(ref, bytes)
+    return ref
 
 
 async def test_the_limit_holds_exactly_for_any_sizes_at_any_number_of_callers(
@@ -179,23 +179,23 @@ async def test_whatever_ends_a_request_releases_its_bytes(
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
-    [(place, held)] = (await claim(replica)).items()
-    await replica.bury(RedeliveredEntry(place, 0, held.fields()), "cannot be read")
+    [(ref, held)] = (await claim(replica)).items()
+    await replica.bury(RedeliveredEntry(ref, 0, held.fields()), "cannot be read")
     assert await queued_bytes() == 0
 
     await one()
     held_places = list(await claim(replica))
     replica.give_back(held_places)
-    [(place, fields)] = await _retaken(heir)
+    [(ref, fields)] = await _retaken(heir)
     assert Entry.of(fields).size_bytes == charge_of(entry("r", MIDDLE))
-    heir.hold_sized(place)
-    heir.settle([place])
+    heir.hold_sized(ref)
+    heir.settle([ref])
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
     await claim(replica)
     await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
-    taken = await heir.adopt()
+    taken = await heir.claim_redelivered()
     assert taken is not None
     heir.hold_sized(taken.entry)
     heir.settle([taken.entry])
@@ -289,8 +289,8 @@ async def test_a_replayed_dead_letter_is_charged_as_a_request(
     raw = entry("r", 50_000)
     limit_bytes = charge_of(raw) + ASIDE
     await accepted(publish(publishers[0], raw, limit_bytes))
-    [(place, held)] = (await claim(replica)).items()
-    await replica.bury(RedeliveredEntry(place, 0, held.fields()), "it died")
+    [(ref, held)] = (await claim(replica)).items()
+    await replica.bury(RedeliveredEntry(ref, 0, held.fields()), "it died")
     [letter] = [letter async for letter in dead.letters()]
     blocking = await accepted(publish(publishers[0], entry("s", MIDDLE), limit_bytes))
     refused = await dead.replay(letter, 100, limit_bytes)
@@ -315,7 +315,7 @@ async def _retaken(heir: ConsumerGroup) -> list[tuple[bytes, list[bytes]]]:
     taken: list[tuple[bytes, list[bytes]]] = []
 
     async def some() -> bool:
-        taken.extend(await heir.retake(10))
+        taken.extend(await heir.claim_returned(10))
         return bool(taken)
 
     await wait_until_async(some)

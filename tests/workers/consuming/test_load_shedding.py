@@ -7,27 +7,27 @@ from penstock.workers.consuming.load_shedding import LoadShedding
 
 def test_what_has_time_left_is_started_as_long_as_nothing_expires() -> None:
     prospects = LoadShedding()
-    prospects.saw(1_000, left_ms=1, now_s=0)
-    assert prospects.are_good(1, now_s=0)
+    prospects.record_finish(1_000, left_ms=1, now_s=0)
+    assert prospects.should_start(1, now_s=0)
 
 
 def test_what_has_expired_is_not_started() -> None:
-    assert not LoadShedding().are_good(0, now_s=0)
+    assert not LoadShedding().should_start(0, now_s=0)
 
 
 def test_while_others_expire_what_cannot_end_in_time_is_left() -> None:
     prospects = LoadShedding()
-    prospects.saw(100, left_ms=1, now_s=10)
-    assert not prospects.are_good(-1, now_s=10)
-    assert not prospects.are_good(90, now_s=10)
-    assert prospects.are_good(200, now_s=10)
-    assert prospects.are_good(90, now_s=12)  # nothing has expired for a while
+    prospects.record_finish(100, left_ms=1, now_s=10)
+    assert not prospects.should_start(-1, now_s=10)
+    assert not prospects.should_start(90, now_s=10)
+    assert prospects.should_start(200, now_s=10)
+    assert prospects.should_start(90, now_s=12)  # nothing has expired for a while
 
 
 def test_what_ended_too_late_says_that_others_will() -> None:
     prospects = LoadShedding()
-    prospects.saw(100, left_ms=-1, now_s=10)
-    assert not prospects.are_good(90, now_s=10)
+    prospects.record_finish(100, left_ms=-1, now_s=10)
+    assert not prospects.should_start(90, now_s=10)
 
 
 @given(
@@ -49,10 +49,10 @@ def test_servers_of_one_queue_answer_in_time_nearly_as_often_as_they_can(
         number += 1
         now_ms = max(now_ms, came_ms)
         left_ms = came_ms + deadline_ms - now_ms
-        if prospects[server].are_good(left_ms, now_ms / 1000):
+        if prospects[server].should_start(left_ms, now_ms / 1000):
             now_ms += service_ms
             left_ms -= service_ms
-            prospects[server].saw(service_ms, left_ms, now_ms / 1000)
+            prospects[server].record_finish(service_ms, left_ms, now_ms / 1000)
             answered += left_ms >= 0
         free_ms[server] = now_ms
     assert answered >= 0.9 * servers * ends_ms / service_ms - 2 * servers
@@ -61,6 +61,6 @@ def test_servers_of_one_queue_answer_in_time_nearly_as_often_as_they_can(
 @given(first_ms=st.floats(1, 100_000), left_ms=st.floats(10, 1_000))
 def test_a_slow_request_does_not_close_the_door_for_ever(first_ms: float, left_ms: float) -> None:
     prospects = LoadShedding()
-    prospects.saw(first_ms, left_ms=1, now_s=0)
-    prospects.are_good(-1, now_s=0)
-    assert any(prospects.are_good(left_ms, now_s=n / 100) for n in range(2_000))
+    prospects.record_finish(first_ms, left_ms=1, now_s=0)
+    prospects.should_start(-1, now_s=0)
+    assert any(prospects.should_start(left_ms, now_s=n / 100) for n in range(2_000))

@@ -176,10 +176,10 @@ async def test_an_answer_that_cannot_be_written_is_replaced_by_an_error(
 ) -> None:
     write = Settlement.reply
 
-    def fail_at_times(answers: Settlement, place: bytes, caller: str, reply: Reply) -> None:
+    def fail_at_times(answers: Settlement, ref: bytes, caller: str, reply: Reply) -> None:
         if reply.body == b"bad":
             raise RuntimeError("a fault")
-        write(answers, place, caller, reply)
+        write(answers, ref, caller, reply)
 
     monkeypatch.setattr(Settlement, "reply", fail_at_times)
     async with calling(redis_url) as client:
