@@ -139,7 +139,7 @@ CALLABLE = {
 
 @pytest.mark.parametrize("name", CALLABLE)
 async def test_what_the_author_wrote_as_a_method_can_be_called(start: Start, name: str) -> None:
-    assert await (await start("tests.workers.test_methods:Author")).ask("two", call=name) == CALLABLE[name]
+    assert await (await start("tests.workers.executing.test_methods:Author")).ask("two", call=name) == CALLABLE[name]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ async def test_what_the_author_wrote_as_a_method_can_be_called(start: Start, nam
     ],
 )
 async def test_nothing_else_can_and_the_replica_serves_on(start: Start, name: str) -> None:
-    replica = await start("tests.workers.test_methods:Author")
+    replica = await start("tests.workers.executing.test_methods:Author")
     reply = await replica.call(from_http(call=name))
     assert reply.status == (400 if name.startswith("_") else 404)
     assert repr(name) in backend_error_of(reply).message
@@ -263,7 +263,7 @@ class Broken:
 
 @pytest.mark.parametrize("name", ["attribute", "leaves", "interrupts", "cancels"])
 async def test_a_descriptor_that_raises_is_the_error_of_that_request(start: Start, name: str) -> None:
-    replica = await start("tests.workers.test_methods:Broken")
+    replica = await start("tests.workers.executing.test_methods:Broken")
     reply = await replica.call(from_handle(call=name))
     assert reply.status == 500
     assert backend_error_of(reply).type_name.rpartition(".")[2] in (
