@@ -1,6 +1,6 @@
 """Record what the broker counts of a real backend that scales, under a load that rises, bursts and ends.
 
-``python -m tests.serve.record_load > tests/serve/load_curve.csv`` takes about a minute and a half; `test_autoscaling`
+``python -m tests.serve.record_load > tests/serve/controller/load_curve.csv`` takes about a minute and a half; `test_autoscaler`
 runs the policy on what it writes.
 """
 
