@@ -1,7 +1,7 @@
 """Record what the broker counts of a real backend that scales, under a load that rises, bursts and ends.
 
-``python -m tests.serve.record_load > tests/serve/controller/load_curve.csv`` takes about a minute and a half; `test_autoscaler`
-runs the policy on what it writes.
+``python -m tests.serve.record_load > tests/serve/controller/load_curve.csv`` takes about a minute and a half;
+`test_autoscaler` runs the policy on what it writes.
 """
 
 from __future__ import annotations

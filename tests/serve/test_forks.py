@@ -10,8 +10,8 @@ from penstock.broker.embedded.server import EmbeddedServer
 SCRIPT = """
 import os, sys
 from penstock import serve
-from penstock.broker.transport.connection import Connection
-from penstock.handles import background
+from penstock.broker.transport.connection import RedisConnection
+from penstock.handles import background_loop
 from penstock.serve.client import Client
 from penstock.serve.instance import Instance
 from penstock.serve.settings import Settings
@@ -21,7 +21,7 @@ async def open_():
     await Settings(owner="nobody", node="none").write(instance.registry)
     return instance
 
-client = Client(background.run(open_()), None, owns=True, keep=False)
+client = Client(background_loop.run(open_()), None, owns=True, keep=False)
 assert client.list_backends() == {}
 child = os.fork()
 if child == 0:
@@ -33,7 +33,7 @@ if child == 0:
     sys.exit(0)  # and here what has to be undone at exit is undone
 assert os.waitpid(child, 0)[1] == 0
 assert client.list_backends() == {}
-assert background.run(client._core.registry.get_settings()) is not None, "the child has ended the instance"
+assert background_loop.run(client._core.registry.get_settings()) is not None, "the child has ended the instance"
 """
 
 

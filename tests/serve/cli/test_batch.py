@@ -255,9 +255,9 @@ def test_an_interrupted_batch_that_is_no_job_leaves_nothing_queued(site: Site, t
 
 REPLICA = """
 import asyncio, os, sys
-from penstock.workers import target
+from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
-from penstock.workers.replica import Worker
+from penstock.workers.replica import Replica
 
 async def slowly(request):
     await asyncio.sleep(0.008)
@@ -265,9 +265,9 @@ async def slowly(request):
 
 async def main(url):
     replica = f"model#{os.getpid()}"
-    runner = Runner("model", replica, target.dump(slowly), {"max_deliveries": 100, "max_concurrent_queries": 8})
+    runner = Runner("model", replica, user_code.dump(slowly), {"max_deliveries": 100, "max_concurrent_queries": 8})
     await runner.start()
-    await Worker(url, "default", "model", replica, runner).start()
+    await Replica(url, "default", "model", replica, runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 
