@@ -228,7 +228,8 @@ async def test_commands_wait_in_the_beginning_of_an_outage_and_fail_at_once_late
 
 
 async def test_the_next_outage_has_a_patience_of_its_own(server: EmbeddedServer, connect: Connect) -> None:
-    connection = await connect(server.url, patience_s=0.05)
+    connection = await connect(server.url)
+    connection.patience_s = 0.0
     await kill(server, connection)
     with pytest.raises(BrokerUnavailable):
         await connection.send("PING")
