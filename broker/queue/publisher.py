@@ -1,8 +1,8 @@
-"""Publisher: admission and append in one script, all requests of a loop tick in one call.
+"""Publisher: admits and appends requests. One Lua script does both, in one call for all requests of a loop tick.
 
-Admission counts what is unsettled, waiting and running, over all callers, at the broker: ``XLEN`` has every entry until
-it is settled (acknowledged and deleted), and ``broker/queue/queued_bytes.py`` its bytes. So both limits hold exactly at
-any number of callers.
+The script counts the unsettled entries of the backend, waiting and running, of all callers: ``XLEN`` includes an entry
+until it is settled (acknowledged and deleted), and ``broker/queue/queued_bytes.py`` counts its bytes. Both limits
+therefore hold exactly at any number of callers.
 """
 
 from __future__ import annotations
@@ -27,44 +27,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class QueueFull:
-    """The queue was full."""
+    """The result of a request that admission refused, because the queue has reached a limit."""
 
     depth: int
-    """How many unsettled entries stood in the way; where ``in_bytes``, how many bytes they are charged for."""
+    """Number of unsettled entries; if ``in_bytes``, the number of bytes that they are charged for."""
     retry_after_s: float
+    """Seconds after which to publish the request again; see `retry_after_s`."""
     in_bytes: bool = False
-    """It was the limit of bytes that refused the request."""
+    """Whether the queue has reached its limit of bytes, not of entries."""
 
 
 Published = Union[bytes, QueueFull, Exception]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""The entry's id on its stream; or that there was no room; or what went wrong."""
+"""The result of publishing: the entry's id on its stream, the refusal by admission, or the error."""
 
 _RETRY_S = (1.0, 60.0)
 
 
 def retry_after_s(oldest_ms: float) -> float:
-    """Return when to come back to a full queue whose oldest unsettled entry was accepted ``oldest_ms`` ago.
+    """Return after how many seconds to publish again to a full queue. Its oldest entry is ``oldest_ms`` old.
 
-    While that one waited, all before it were worked off, and the queue filled up behind it. So that is how long the
-    queue takes to drain at the rate at which it has drained lately. Where the oldest runs for much longer than the
-    others, it is less; at most a minute is asked for in any case, and at least a second.
+    While the oldest unsettled entry waited, all entries before it were settled, and the queue filled up behind it. Its
+    age therefore estimates how long the queue takes to drain at its recent rate. The estimate is too long if the oldest
+    entry runs for much longer than the others. The result is at least 1 second and at most 60.
     """
     at_least, at_most = _RETRY_S
     return min(max(at_least, oldest_ms / 1000), at_most)
 
 
-# Both scripts that publish take and answer the same. KEYS: the stream to append to, the interactive stream, the batch
-# stream, the records of sizes. ARGV: the limit of requests, the limit of bytes, then what some entries in a row have in
-# common, which is their number, caller and header, and for each of these its id and the name and value of its body's
-# field; of a large body, the value is its length. (As whole entries, five arguments of six were the same for all the
-# calls of a handle.) They answer for each entry its id; the depth that refused it; or -1 less the bytes that refused
-# it. Then, if any was refused, how many milliseconds ago the oldest on the streams was accepted. A server out of memory
-# refuses the whole call before it starts, so that nothing is half done.
+# Both publishing scripts have the same arguments and the same reply. KEYS: the stream to append to, the interactive
+# stream, the batch stream, the records of sizes. ARGV: the limit of requests, the limit of bytes, then groups of
+# consecutive entries with the same caller and header. A group is the number of its entries, their caller, their header,
+# and for each entry its id and the name and value of its body field; the value of a large body is its length. (Without
+# groups, five arguments of six were the same for all the calls of a handle.) The reply has for each entry its id, or
+# the depth of the queue if that refused it, or -1 minus the bytes in use if those did. If any entry was refused, the
+# age of the oldest entry on the streams follows, in milliseconds. A server out of memory refuses the whole call before
+# the script starts, so that no part of it is done.
 _FIELDS = f"""'{VERSION_FIELD.decode()}', '{VERSION.decode()}',
         '{ID_FIELD.decode()}', ARGV[i], '{CALLER_FIELD.decode()}', caller, '{HEADER_FIELD.decode()}', header"""
 
-# For small entries, each of which is charged the same: the limit of bytes is one of requests, and the records need no
-# look while the queue is short. A look costs the broker a microsecond, as much as a twelfth of the call.
+# Publishes small entries. All of them are charged the same, so the limit of bytes amounts to a limit of requests, and
+# while the queue is short the script need not read the records. Reading them costs the broker a microsecond, a twelfth
+# of the call.
 _PUBLISH = Script(f"""#!lua
 local depth = redis.call('XLEN', KEYS[2]) + redis.call('XLEN', KEYS[3])
 local limit = tonumber(ARGV[1])
@@ -101,7 +104,7 @@ end
 return out
 """)
 
-# For entries of any size.
+# Publishes entries of any size.
 _PUBLISH_ANY = Script(f"""#!lua
 {RECOUNT}
 {OLDEST}
@@ -155,9 +158,9 @@ if refused then out[#out + 1] = oldest_ms(KEYS[2], KEYS[3]) end
 return out
 """)
 
-# Which of these requests are on the stream? KEYS: the stream. ARGV: the entry id to search from, the name of the field
-# that has the request's id, then for each request its id and its entry's, or '' if that is to be searched for. Answers
-# with the entry id of each, or ''.
+# Looks up requests on a stream. KEYS: the stream. ARGV: the entry id to search from, the name of the field that has the
+# request's id, then for each request its id and the id of its entry, or '' to search for the entry. Returns for each
+# request the id of its entry, or '' if it is not on the stream.
 _FIND = Script("""#!lua flags=no-writes
 local wanted, out, searching = {}, {}, false
 local function match(page)
@@ -190,8 +193,8 @@ end
 return out
 """)
 
-# What of one caller is on the stream? KEYS: the stream. ARGV: the names of the fields that have the caller and the
-# request's id, then the caller. Answers with the id of each request and that of its entry in turn.
+# Finds all requests of one caller on a stream. KEYS: the stream. ARGV: the names of the fields that have the caller and
+# the request's id, then the caller. Returns for each request its id, followed by the id of its entry.
 _FIND_OF = Script("""#!lua flags=no-writes
 local out, from = {}, '-'
 while from do
@@ -211,13 +214,14 @@ return out
 
 _BATCH_BYTES = 512 * 1024
 _BATCH = 64
-"""More than either in one script call would hold up the broker's other clients: 500 entries took 4 to 7 ms, and with
-128 the web's 99th percentile beside 100,000 items was 4.3 ms and not 3.6, for no more items a second.
+"""Limits of one script call: a larger one would delay the broker's other clients. A call of 500 entries took 4 to 7 ms.
+With 128 entries the 99th percentile of HTTP requests beside 100,000 batch items was 4.3 ms instead of 3.6, without more
+items per second.
 """
 
 
 class Publisher:
-    """Publishes the requests of one process and loop."""
+    """Publishes, finds and withdraws the requests of one process and event loop."""
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
@@ -233,11 +237,20 @@ class Publisher:
         batch: bool = False,
         limit_bytes: int = NO_LIMIT,
     ) -> None:
-        """Append an entry unless the backend has ``limit`` unsettled ones, or they and it take over ``limit_bytes``.
+        """Append an entry at the end of this loop tick, if the queue of the backend has room.
 
-        ``then`` hears what became of it, in the reader of the connection.
-        Nothing here is repeated by itself: after `FateUnknown` the entry may be on its stream; `find` tells. While the
-        broker refuses writes it is `BrokerUnavailable`, at once.
+        The entry is never appended twice: publishing is not repeated after an error. The result may be an exception:
+        `FateUnknown` if the connection broke and the entry may be on its stream (`find` looks it up), and
+        `BrokerUnavailable`, without waiting, while the broker refuses writes. With ``limit=NO_LIMIT`` the entry counts
+        as accepted before, and waits until the broker takes writes again.
+
+        Args:
+            backend: tag of the backend.
+            entry: the request, in its wire form.
+            limit: refuse the entry if the backend has this many unsettled entries.
+            then: called with the result, in the reader of the connection.
+            batch: append to the stream of batch producers.
+            limit_bytes: refuse the entry if it and the unsettled entries would take more bytes than this.
         """
         if not self._tick:
             self._connection.join_write(self._flush)
@@ -246,7 +259,7 @@ class Publisher:
     def _flush(self) -> None:
         tick, self._tick = self._tick, {}
         for (backend, limit, limit_bytes, batch), entries in tick.items():
-            # Without a limit: it was accepted before, and the broker has lost it. It waits while the broker refuses it.
+            # An entry without a limit was accepted before, and the broker lost it: it waits until writes are possible.
             was_accepted = limit == NO_LIMIT
             wait = {"patient": was_accepted, "prompt": not was_accepted}
             requests, batches = self._keys.requests(backend), self._keys.batch(backend)
@@ -290,9 +303,10 @@ class Publisher:
         batch: bool = False,
         limit_bytes: int = NO_LIMIT,
     ) -> None:
-        """Ask for room for an entry with a large body, before that is stored; `publish` then uses what was reserved.
+        """Reserve room for an entry with a large body, before the body is stored. `publish` uses the reservation.
 
-        ``then`` gets None if there is room; else what it gets from `publish`.
+        The arguments are those of `publish`. ``then`` is called with None if the room was reserved, else with the
+        refusal or the exception. A reservation that is not used lapses after `RESERVATION_S` (queued_bytes.py).
         """
 
         def read(reply: Any) -> None:
@@ -308,9 +322,9 @@ class Publisher:
         self._connection.post_script(read, RESERVE, keys, args, repeat=True, prompt=True)
 
     def forget_reservation(self, backend: str, entry: RawEntry) -> None:
-        """Release what was reserved for an entry that will not be published."""
+        """Release the reservation of an entry that will not be published."""
         self._connection.post_script(
-            _ignore, FORGET, [self._keys.sizes(backend)], [reservation_of(entry.id)], repeat=True, patient=True
+            _ignore_result, FORGET, [self._keys.sizes(backend)], [reservation_of(entry.id)], repeat=True, patient=True
         )
 
     async def find(
@@ -321,10 +335,13 @@ class Publisher:
         *,
         batch: bool = False,
     ) -> list[bytes | None]:
-        """Return the entry id of each request that is still on its stream; None for one that is settled or never came.
+        """Return for each request the id of its entry; None if it was settled, or never reached the stream.
 
-        ``requests`` are their ids and, where they are known, those of their entries; for the others the stream is
-        searched from ``since_ms`` on, Unix time by the broker's clock.
+        Args:
+            backend: tag of the backend.
+            requests: pairs of a request's id and the id of its entry, or None where that is unknown.
+            since_ms: where to start searching for unknown entries: milliseconds of Unix time by the broker's clock.
+            batch: search the stream of batch producers.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         args: list[Arg] = [f"{max(0, int(since_ms))}-0", ID_FIELD]
@@ -334,21 +351,22 @@ class Publisher:
         return [entry or None for entry in found]
 
     async def find_of(self, backend: str, caller: str) -> dict[bytes, bytes]:
-        """Return what of a caller lies on a backend's batch stream: the entry's id by that of the request."""
+        """Return the requests of a caller on a backend's batch stream: request id to entry id."""
         found = await self._connection.run_script(
             _FIND_OF, [self._keys.batch(backend)], [CALLER_FIELD, ID_FIELD, caller], repeat=True
         )
         return dict(zip(found[::2], found[1::2], strict=True))
 
     def withdraw(self, backend: str, entry: bytes, *, batch: bool = False) -> None:
-        """Take a request back: never started if it is still waiting, cancelled if a replica holds it and can.
+        """Withdraw a request. A waiting one never starts; a running one is cancelled if its code allows that.
 
-        Deleting it is the mark that lasts: whoever takes it over finds it gone. The signal is for who holds it now.
+        The entry is deleted, so that a replica which redelivers it later does not run it. A signal informs the replica
+        that has claimed it now. Errors are ignored: the request then runs, and its caller ignores the reply.
         """
         stream = self._keys.batch(backend) if batch else self._keys.requests(backend)
         ref = ref_of(entry, batch=batch)
         keys = [stream, self._keys.sizes(backend)]
-        self._connection.post_script(_ignore, WITHDRAW, keys, [entry, ref], repeat=True, patient=True)
+        self._connection.post_script(_ignore_result, WITHDRAW, keys, [entry, ref], repeat=True, patient=True)
         signal(self._connection, self._keys, backend, ref)
 
 
@@ -372,9 +390,9 @@ def _read(reply: list[Any], count: int) -> list[Published]:
 
 
 def refusal(depth: int, after_s: float = _RETRY_S[0]) -> QueueFull:
-    """Read how the scripts answer for a refused request: its depth, or -1 less the bytes."""
+    """Return the refusal that a publishing script reported: ``depth`` is the depth, or -1 minus the bytes in use."""
     return QueueFull(depth, after_s) if depth >= 0 else QueueFull(-1 - depth, after_s, in_bytes=True)
 
 
-def _ignore(reply: Any) -> None:
-    """A withdrawal is a courtesy: if it fails, the request runs and its reply is dropped."""
+def _ignore_result(reply: Any) -> None:
+    """Ignore the result of a withdrawal, or of the release of a reservation, which lapses anyway."""
