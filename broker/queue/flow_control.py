@@ -1,8 +1,9 @@
-"""Flow control of streamed replies: the reader grants how much may be in flight.
+"""Flow control of streamed replies: the reader grants credit, which limits the bytes in flight.
 
-A replica sends up to a window's worth ahead of that, so what a slow reader leaves on its caller's stream is bounded.
-The grant is a signal to all replicas of the backend (``broker/queue/signals.py``) with the total read since the
-beginning, so a lost one does no harm. It is repeated every `REPEAT_S` seconds, which also shows that the reader lives.
+A replica sends at most one window more than the reader has read, so that a slow reader leaves a bounded number of bytes
+on the caller's reply stream. The reader reports the total that it has read since the beginning, in a signal to all
+replicas of the backend (``broker/queue/signals.py``), so a lost signal does no harm. It repeats the signal every
+`REPEAT_S` seconds, which also proves that it is alive.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from ..wire.keys import Keys
 from .signals import signal
 
 WINDOW = 256 * 1024
-"""What callers ask for; see ``wire.Header.window``."""
+"""Window that callers request, in bytes; see ``wire.Header.window``."""
 CHUNK = 64 * 1024
-"""The body of a part has at most so many bytes: values that are larger are cut."""
+"""Most bytes in the body of one part. A larger value is split."""
 REPEAT_S = 2.0
+"""Seconds between two signals of a reader."""
 LAPSE_S = 20.0
-"""A caller that has said nothing for so long is gone."""
+"""Seconds without a signal after which the reader counts as dead."""
 
 TAKEN = b"+"
-"""What such a signal begins with. The place of an entry begins with a digit or a letter."""
+"""First byte of such a signal. A signal that names an entry ref begins with a digit or a letter."""
 
 
 def tell_taken(connection: RedisConnection, keys: Keys, backend: str, request: str, taken: int) -> None:
-    """Tell the replica that answers ``request`` how much of it was taken."""
+    """Report to the replica that runs ``request`` that the reader has read ``taken`` bytes of the reply in total."""
     signal(connection, keys, backend, b"%b%b %d" % (TAKEN, request.encode(), taken))
 
 
 def read_taken(word: bytes) -> tuple[str, int]:
-    """Return the request and how much was taken. Raises ``ValueError`` for what `tell_taken` did not write.
+    """Return the request's id and the bytes read, from a signal of `tell_taken`. Raises ``ValueError`` for another one.
 
     >>> read_taken(b"+c0ffee-7 4096")
     ('c0ffee-7', 4096)

@@ -1,6 +1,6 @@
-"""Exclusive leases: one owner at a time for an instance or a batch job.
+"""Ownership: an exclusive lease, which gives an instance or a batch job one owner at a time.
 
-Unlike a replica's sign of life (``broker/queue/leases.py``), such a one is renewed over the connection of its holder.
+Unlike the lease of a replica (``broker/queue/leases.py``), it is renewed over the connection of its owner.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..transport.commands import Script
 from ..transport.connection import RedisConnection
 
-# KEYS: owner. ARGV: who, milliseconds. Taken if nobody has it or it is ours already.
+# Acquires or renews the lease. KEYS: the lease. ARGV: the owner, milliseconds. Returns 0 if it has another owner.
 _OWN = Script("""#!lua flags=allow-oom
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -23,10 +23,10 @@ return 0
 
 
 async def acquire_ownership(connection: RedisConnection, key: str, owner: str, ttl_s: float) -> bool:
-    """Take or renew the lease for ``ttl_s`` seconds; False if somebody else holds it."""
+    """Acquire or renew the lease for ``ttl_s`` seconds; return False if another owner holds it."""
     return bool(await connection.run_script(_OWN, [key], [owner, int(ttl_s * 1000)], repeat=True))
 
 
 async def release_ownership(connection: RedisConnection, key: str, owner: str) -> None:
-    """Let go of it, if it is ours."""
+    """Release the lease if ``owner`` holds it."""
     await connection.run_script(_DISOWN, [key], [owner], repeat=True)
