@@ -23,16 +23,17 @@ from .records import BackendRecord, Change, EndpointRecord, ReportKind, Snapshot
 log = logging.getLogger(__name__)
 
 _DROPPED_MS = 60_000
-"""How long it is known that a replica is dead. Its lease has expired long before."""
+"""Expiry of the mark of a dead replica. Its lease would have expired long before."""
 
 
-# A reader sees all of a version or nothing of it.
+# One script reads everything, so that a snapshot never mixes two versions. KEYS: version, backends, endpoints.
 _SNAPSHOT = Script("""#!lua flags=no-writes
 return {redis.call('GET', KEYS[1]) or '0', redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}
 """)
 
 # KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, then for each record the
-# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version; 0 if it was overtaken.
+# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version, or 0 if another change
+# came first.
 _CHANGE = Script("""#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 for i = 2, #ARGV, 3 do
@@ -48,7 +49,7 @@ redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version)
 return version
 """)
 
-# Leaves nothing for a watcher to see, and lets it look. KEYS: as above.
+# Deletes all records, and appends to the feed so that watchers notice. KEYS: as above.
 _CLEAR = Script("""#!lua flags=allow-oom
 redis.call('DEL', KEYS[2], KEYS[3])
 redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
@@ -82,13 +83,14 @@ class Registry:
         )
 
     async def change(self, decide: Callable[[Snapshot], Change]) -> int:
-        """Write what ``decide`` makes of the current state, and return the version that has it.
+        """Write the change that ``decide`` returns for the current snapshot; return the version that includes it.
 
-        ``decide`` must be pure: it runs again whenever somebody else's change came first. What it raises is raised
-        here, and nothing is written. An empty change writes nothing and returns the current version.
+        ``decide`` must be pure: it runs again whenever another change was written first (optimistic locking). An
+        exception that it raises propagates, and nothing is written. An empty change writes nothing and returns the
+        current version.
 
         Raises:
-            BrokerUnavailable: if the connection broke in the middle, the change may have been made.
+            BrokerUnavailable: if the connection broke during the write, the change may have been made.
         """
         keys = self._keys
         while True:
@@ -111,7 +113,7 @@ class Registry:
         """Store a backend's code, or the files that come with it, and return its digest (SHA-256).
 
         Raises:
-            ConfigError: it is larger than Redis takes.
+            ConfigError: ``blob`` is larger than the ``proto-max-bulk-len`` of Redis.
             PenstockError: the broker is out of memory.
         """
         if len(blob) > (limit := min(LARGEST, self._connection.longest)):
@@ -126,11 +128,11 @@ class Registry:
         return digest
 
     async def get_code(self, digest: str) -> bytes:
-        """Return what `put_code` stored.
+        """Return the bytes that `put_code` stored.
 
         Raises:
-            PenstockError: it is gone.
-            WireError: it is not what was stored.
+            PenstockError: the registry has nothing of that digest.
+            WireError: the stored bytes do not match the digest.
         """
         blob = cast("bytes | None", await self._connection.send("GET", self._keys.code(digest), repeat=True))
         if blob is None:
@@ -143,7 +145,7 @@ class Registry:
         await self._connection.send("UNLINK", self._keys.code(digest), repeat=True)
 
     async def report(self, kind: ReportKind, name: str, record: Mapping[str, Any] | None) -> None:
-        """Say how ``name`` is doing; None takes it back."""
+        """Store ``record`` as the latest report of ``name``; None deletes the report."""
         key = self._keys.reports(kind)
         if record is None:
             await self._connection.send("HDEL", key, name, repeat=True)
@@ -151,11 +153,11 @@ class Registry:
             await self._connection.run_script(_REPORT, [key], [name, orjson.dumps(record)], repeat=True)
 
     async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
-        """Return what the parts of one kind last said of themselves; some of them may be dead by now."""
+        """Return the latest report of each process of one kind, by name. Some of them may have died since."""
         return dict(parse_records(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True)))
 
     async def get_settings(self) -> dict[str, Any] | None:
-        """Return how the instance was started, or None if there is no such instance."""
+        """Return the settings that the instance was started with, or None if there is no such instance."""
         raw = cast("bytes | None", await self._connection.send("GET", self._keys.settings, repeat=True))
         return None if raw is None else cast("dict[str, Any]", orjson.loads(raw))
 
@@ -163,18 +165,18 @@ class Registry:
         await self._connection.run_script(_PUT_SETTINGS, [self._keys.settings], [orjson.dumps(settings)], repeat=True)
 
     async def own(self, owner: str, ttl_s: float) -> bool:
-        """Take or renew the lease of the instance for ``ttl_s`` seconds; False if somebody else holds it."""
+        """Acquire or renew the ownership of the instance for ``ttl_s`` seconds; False if another owner holds it."""
         return await ownership.acquire_ownership(self._connection, self._keys.owner, owner, ttl_s)
 
     async def disown(self, owner: str) -> None:
         await ownership.release_ownership(self._connection, self._keys.owner, owner)
 
     async def drop_lease(self, backend: str, replica: str) -> None:
-        """Let the requests of a replica that is known to be dead be taken over now, not only when its lease expires."""
+        """Mark a replica as dead, so that its entries are redelivered at once and not when its lease expires."""
         await self._connection.send("SET", self._keys.alive(backend, replica), DROPPED, "PX", _DROPPED_MS, repeat=True)
 
     async def erase(self) -> None:
-        """Delete every key of the instance, after telling all watchers that nothing is left."""
+        """Delete every key of the instance. Watchers see an empty registry first."""
         keys = [self._keys.version, self._keys.backends, self._keys.endpoints, self._keys.feed]
         await self._connection.run_script(_CLEAR, keys, [], repeat=True)
         cursor: bytes | int = 0

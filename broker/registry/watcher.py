@@ -1,4 +1,7 @@
-"""Following the registry: a snapshot that is kept up to date by the feed of changes."""
+"""Watcher of the registry: a snapshot that follows the feed of changes.
+
+A change reaches the snapshot within moments; if an entry of the feed is missed, after `BLOCK_MS` at the latest.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """A snapshot that follows the registry, at most a moment behind it.
+    """Keeps ``snapshot`` up to date with the registry.
 
-    It reads the change feed with a blocking read on a connection of its own, and takes a whole snapshot whenever
-    something was appended, after each break of the connection, and every `BLOCK_MS` anyhow, so that it does not matter
-    what it missed.
+    Reads the feed with a blocking read on a connection of its own. It takes a whole snapshot whenever the feed has a
+    new entry, after each reconnect, and at least every `BLOCK_MS`, so that a missed entry does no harm.
     """
 
     def __init__(self, url: str, registry: Registry, keys: Keys) -> None:
@@ -34,10 +36,15 @@ class Watcher:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Take the first snapshot, and follow from there. Raises `BrokerUnavailable`, or `BrokerRefused`."""
+        """Take the first snapshot, and follow the feed in the background.
+
+        Raises:
+            BrokerUnavailable: the broker cannot be reached.
+            BrokerRefused: the broker answered with an error, such as a missing permission.
+        """
         await self._feed.open()
         position = await self._read_position()
-        # Whoever may not follow is to know it, rather than to see what was for ever.
+        # A user without the permission to read the feed must fail here, and not keep an old snapshot for ever.
         await self._feed.send("XREAD", "COUNT", 1, "STREAMS", self._keys.feed, "$", repeat=True)
         await self.refresh()
         self._task = asyncio.get_running_loop().create_task(self._follow(position), name="registry watcher")
@@ -49,14 +56,14 @@ class Watcher:
         await self._feed.close()
 
     def add_listener(self, listener: Callable[[Snapshot], None]) -> None:
-        """Call ``listener`` with each new snapshot, in the loop."""
+        """Call ``listener`` with each new snapshot, on the event loop. Exceptions of a listener are logged."""
         self._listeners.append(listener)
 
     async def wait_for(self, version: int, timeout_s: float) -> Snapshot:
         """Return the snapshot once it is at ``version`` or later.
 
         Raises:
-            PenstockError: it was not within ``timeout_s``.
+            PenstockError: the snapshot did not reach ``version`` within ``timeout_s`` seconds.
         """
 
         async def reached() -> Snapshot:
@@ -87,20 +94,24 @@ class Watcher:
         while True:
             try:
                 await self._feed.send("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, position)
-                # Whatever that said: a feed that began anew can have ids that are not after the last. The place comes
-                # before the snapshot, so that nothing falls between them.
+                # Do not take the id from the reply: a feed that was created again can have lower ids than the last one.
+                # Read the id before the snapshot, so that no change between the two is missed.
                 position = await self._read_position()
                 await self.refresh()
             except BrokerUnavailable:
-                await asyncio.sleep(0.2)  # the connection comes back by itself
-            except Exception:  # or nobody would follow any more
+                await asyncio.sleep(0.2)  # the connection reconnects by itself
+            except Exception:  # the task must go on, or the snapshot would stay as it is
                 log.exception("cannot read the registry")
                 await asyncio.sleep(1.0)
 
     async def refresh(self) -> None:
-        """Look at once, for who knows of a change before it was heard of. Raises `BrokerUnavailable`."""
+        """Take a snapshot now, without waiting for the feed, and call the listeners if it has changed.
+
+        Raises:
+            BrokerUnavailable: the broker cannot be reached.
+        """
         fresh = await self._registry.snapshot()
-        if fresh == self.snapshot:  # not by the version alone: an instance that was erased begins again
+        if fresh == self.snapshot:  # not the version alone: after an erase it counts from 1 again
             return
         self.snapshot = fresh
         changed, self._changed = self._changed, asyncio.Event()
@@ -109,4 +120,4 @@ class Watcher:
             try:
                 listener(fresh)
             except Exception:
-                log.exception("a listener to the registry failed")
+                log.exception("a listener of the registry watcher failed")
