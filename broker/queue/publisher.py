@@ -14,10 +14,9 @@ from typing import Any, Union
 
 from ..transport.commands import COPIED_BYTES, Arg, Script
 from ..transport.connection import RedisConnection
-from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, SIZE_FIELD, VERSION, VERSION_FIELD
+from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, LARGE_FIELD, SIZE_FIELD, VERSION, VERSION_FIELD
 from ..wire.entry_ref import ref_of
 from ..wire.keys import Keys
-from ..wire.replies import LARGE_FIELD
 from ..wire.requests import RawEntry
 from .queued_bytes import FORGET, NO_LIMIT, OLDEST, RECOUNT, RESERVE, SET_ASIDE, SMALL, WITHDRAW, reservation_of
 from .signals import signal

@@ -16,8 +16,11 @@ LARGE = 256 * 1024
 """A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
 LARGEST = 512 * 1024 * 1024
 """What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
+VALUE_COST = 128
+"""What a value of an answer in parts weighs besides its bytes, so that many small ones are bounded too."""
 
 VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
+BODY_FIELD, LARGE_FIELD = b"b", b"large"
 SIZE_FIELD = b"size"
 """The bytes of head and body of a request that is not small, written by the script that publishes it."""
 
@@ -41,6 +44,10 @@ def wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
     if isinstance(error, KeyError):
         return WireError(f"an entry has no field {error.args[0]!r}")
     return WireError(f"{shortened(error.object)} is not UTF-8")
+
+
+def parse_count(text: bytes) -> int:
+    return int(text) if text.isdigit() else -1
 
 
 def load_header(raw: bytes) -> dict[str, Any]:

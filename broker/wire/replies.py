@@ -11,24 +11,24 @@ import orjson
 
 from ..errors import WireError
 from ._fields import (
+    BODY_FIELD,
     HEADER_FIELD,
     ID_FIELD,
+    LARGE_FIELD,
     VERSION,
     VERSION_FIELD,
     Pairs,
     load_members,
     load_pairs,
     named_fields,
+    parse_count,
     wrong_field,
     wrong_member,
 )
 
 PART_VERSION = b"part-1"
 """Of a part of an answer: whoever knows of no parts refuses it, instead of mistaking it for the answer."""
-
-VALUE_COST = 128
-"""What a value of an answer in parts weighs besides its bytes, so that many small ones are bounded too."""
-BODY_FIELD, LARGE_FIELD, _MANY = b"b", b"large", b"n"
+_MANY = b"n"
 
 
 @dataclass(slots=True)
@@ -231,10 +231,6 @@ class Part:
         if not 200 <= status <= 599:
             raise WireError(f"the status of a part must be 200 to 599, not {status}")
         return cls(id_, number, codec, sizes, more, status, load_pairs(headers) if headers else [], body)
-
-
-def parse_count(text: bytes) -> int:
-    return int(text) if text.isdigit() else -1
 
 
 def _numbers(members: Any) -> int:

@@ -10,9 +10,11 @@ import orjson
 
 from . import exact_json
 from ._fields import (
+    BODY_FIELD,
     CALLER_FIELD,
     HEADER_FIELD,
     ID_FIELD,
+    LARGE_FIELD,
     SIZE_FIELD,
     VERSION,
     VERSION_FIELD,
@@ -20,12 +22,12 @@ from ._fields import (
     load_header,
     load_pairs,
     named_fields,
+    parse_count,
     wrong_field,
     wrong_member,
 )
 from .call_ids import shown_id
 from .path_params import PathParam, dump_params, load_params
-from .replies import BODY_FIELD, LARGE_FIELD, parse_count
 
 HTTP_CODEC = ""
 """The body came over HTTP: bytes that the content type describes. Only a handle may name another codec."""

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ...broker.wire.replies import VALUE_COST, Part, Reply
+from ...broker.wire._fields import VALUE_COST
+from ...broker.wire.replies import Part, Reply
 from ..errors import PenstockError, RequestCancelled, StreamBroken, from_wire
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, strategies as st
 
 from penstock.broker.queue.flow_control import CHUNK, WINDOW
 from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
-from penstock.broker.wire.replies import VALUE_COST, Part, Reply
+from penstock.broker.wire._fields import VALUE_COST
+from penstock.broker.wire.replies import Part, Reply
 from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.calls.call import Call, CallOutcome
 from penstock.handles.calls.incoming_stream import IncomingStream

@@ -15,8 +15,8 @@ from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol, Union
 
 from ...broker.queue.flow_control import CHUNK
-from ...broker.wire._fields import Pairs
-from ...broker.wire.replies import VALUE_COST, Part
+from ...broker.wire._fields import VALUE_COST, Pairs
+from ...broker.wire.replies import Part
 from ...broker.wire.requests import Entry
 from .results import encode
 
