@@ -1,4 +1,4 @@
-"""Commands as bytes: packed whole, or in pieces where copying a large argument would cost."""
+"""Encoding of Redis commands: as one buffer, or in pieces that leave large arguments uncopied."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import hiredis
 Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
 Packed = Union[bytes, list[bytes]]  # noqa: UP007
-"""A command as it is sent, whole or in pieces."""
+"""An encoded command, as one buffer or in pieces."""
 
 pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 
 _HEAD_BYTES = 8 * 1024
+"""How much of a command is searched for its first arguments."""
 COPIED_BYTES = 64 * 1024
-"""A longer argument is worth not to be copied next to the others: that makes its command a bulky one."""
+"""Longer arguments are not copied; a command that has one is *bulky*."""
 
 
 class Script:
-    """A Lua script, sent whole once over each connection and called by its digest (``EVALSHA``) from then on."""
+    """A Lua script, sent whole once over each connection (``EVAL``) and by its digest (``EVALSHA``) from then on."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # Redis names scripts by SHA-1; nothing here rests on its strength.
+        # Redis identifies scripts by SHA-1; security does not depend on it.
         self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 class Command:
-    """A command from its packing to its reply."""
+    """An encoded command that waits to be sent or for its reply; ``then`` gets the reply or an exception."""
 
     __slots__ = ("bulky_reply", "needs_memory", "packed", "patient", "prompt", "repeat", "retry", "then")
 
@@ -47,24 +48,24 @@ class Command:
     ) -> None:
         self.packed, self.then = packed, then
         self.repeat = repeat
-        """It does no harm if it is carried out twice."""
+        """It may be carried out twice, so it is sent again after a lost connection."""
         self.retry = retry
-        """Packs it anew for a server that does not have its script."""
+        """Encodes it for a server that does not have its script; None for other commands."""
         self.patient = patient
-        """It waits for as long as the broker is away or refuses it, and keeps its place among others that do."""
+        """It waits for as long as the broker is unreachable or refuses it, in order with the other patient commands."""
         self.prompt = prompt
-        """It fails when the broker refuses it, even if that will pass."""
+        """It fails when the broker refuses it, even for a temporary reason."""
         self.needs_memory = needs_memory
-        """It fails when the broker is out of memory, even if it is patient: its sender has another way then."""
+        """It fails when the broker is out of memory, even if it is patient: its sender has a fallback."""
         self.bulky_reply = bulky_reply
-        """Its reply may be a string that is worth to be read straight to where it stays."""
+        """Its reply may be a large string, to be read straight into its final buffer."""
 
 
 def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
-    """Pack a command, but leave its large arguments as they are.
+    """Encode a command, with each large argument as a piece of its own that is not copied.
 
-    Commands are arrays of bulk strings (https://redis.io/docs/latest/develop/reference/protocol-spec/#arrays). To pack
-    10 MiB costs two copies of it, and was a quarter of the time that such a request took.
+    Commands are arrays of bulk strings (https://redis.io/docs/latest/develop/reference/protocol-spec/#arrays). Encoding
+    10 MiB as one buffer copies it twice, which was a quarter of the time of such a request.
     """
     pieces: list[bytes] = []
     packed, since = b"*%d\r\n" % len(args), 0
@@ -76,12 +77,12 @@ def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:
 
 
 def _pack_some(args: Sequence[Arg]) -> bytes:
-    """Pack what is not yet the whole of a command: without the count in its first line."""
+    """Encode some arguments of a command, without the line that counts them."""
     return pack(tuple(args)).partition(b"\r\n")[2] if args else b""
 
 
 def head_of(packed: Packed) -> list[bytes]:
-    """Return a command's first arguments: its name and its keys, none of which has a line end in it, and some more."""
+    """Return a command's first arguments: at least its name and its keys, none of which contains a line end."""
     return pieces_of(packed)[0][:_HEAD_BYTES].split(b"\r\n")[2::2]
 
 

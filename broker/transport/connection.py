@@ -1,11 +1,10 @@
 """The multiplexed connection: all commands of one process and loop over one socket.
 
-It uses redis-py's ``Connection`` to connect (`dial`: URL, TLS, AUTH, client name), and reads (`resp_reader`) and writes
-by itself. Replies are matched to commands by order: a caller that is cancelled drops
-its future and never the read, so its reply cannot reach the next caller. Commands of one tick of the loop leave in one
-write.
+redis-py's ``Connection`` connects (`dial`: URL, TLS, AUTH, client name); reading (`resp_reader`) and writing are done
+here. Replies are matched to commands by order. Cancelling a command drops its future and never its read, so that its
+reply cannot reach another command. Commands of one tick of the loop leave in one write.
 
-A blocking read (``XREAD BLOCK``) stops every command behind it, so it goes over a `RedisConnection` of its own.
+A blocking read (``XREAD BLOCK``) delays every command behind it, so it needs a `RedisConnection` of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ..wire._fields import LARGEST
 from . import outages
 from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
-from .dial import CONNECT_S, ErrorReply, error_of, link_to, reason_of, turned_away
+from .dial import CONNECT_S, ErrorReply, error_of, is_permanent, new_connection, reason_of
 from .refusals import MEMORY, NOT_PRIMARY, TEMPORARY, WRITE_PROBE, code_of
 from .resp_reader import RespReader
 from .url import shown_url
@@ -42,17 +41,20 @@ log = logging.getLogger(__name__)
 BLOCK_MS = 2_000
 """How long a blocking read waits at the server. Shorter than `STALL_S`, so that silence means a dead server."""
 STALL_S = 6.0
-"""A server that owes an answer and says nothing for this long counts as dead."""
+"""A server that owes a reply and sends nothing for this long counts as dead."""
 _BEAT_S = 1.0
-"""How often the server is probed for whether it takes writes, which also shows whether it answers."""
+"""Seconds between probes for whether the server accepts writes, which also show whether it answers at all."""
 _BACKOFF_S = (0.02, 1.0)
+"""First and longest pause between attempts to connect."""
 _REFUSED_BACKOFF_S = (0.05, 0.5)
-_SETTLED_S = 1.0
-"""A refusal sooner than this after the last one belongs to the same outage: the pauses go on growing."""
+"""First and longest pause between probes of a server that refuses writes."""
+_SAME_REFUSAL_S = 1.0
+"""Writes that are refused sooner than this after they were accepted again continue the backoff of the last refusal."""
 _HOOK_RETRY_S = 0.5
-_REMEMBERED_S = 60.0
-_chance = random.Random()
-"""Of its own: processes that seed Python's alike would all come back at once."""
+_TOO_LONG_TTL_S = 60.0
+"""How long the length of a string that the server refused counts as too long."""
+_random = random.Random()
+"""A generator apart from Python's global one: processes that seed that one alike would all reconnect at once."""
 assert STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not look like a dead server"
 
 
@@ -63,15 +65,19 @@ class FateUnknown(BrokerUnavailable):
 class RedisConnection:
     """One multiplexed connection of one event loop.
 
-    It reconnects by itself, with backoff, for as long as it is open. A command that was sent and not answered when the
-    connection broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise. A command
-    that the server refuses for a reason that passes (`refusals`) is sent again with backoff. A server that turns out to
-    be no primary is left: the address is resolved anew.
+    While it is open it reconnects by itself, with backoff. A command that was sent and not answered when the connection
+    broke is sent again if it was given ``repeat=True``, and fails with `FateUnknown` otherwise. A command that the
+    server refuses for a temporary reason (`refusals`) is sent again with backoff. If the server is not the primary, the
+    connection closes and resolves the address anew.
 
-    In the first ``patience_s`` seconds of an outage, whether the server is away or refuses writes, commands wait. After
-    that those that wait fail with `BrokerUnavailable`, and so does at once what comes later, until the outage is over.
-    With ``patient=True`` a command waits until `close`, and keeps its order among others that do. With ``prompt=True``
-    it does not wait for a server that refuses it.
+    In the first ``patience_s`` seconds of an outage commands wait, whether the server is away or refuses writes. Then
+    the waiting commands fail with `BrokerUnavailable`, and later ones fail at once, until the outage ends. A command
+    with ``patient=True`` waits until `close`, in order with the other patient ones. A command with ``prompt=True`` does
+    not wait for a server that refuses it.
+
+    Args:
+        name: the client name that ``CLIENT LIST`` shows.
+        patience_s: how long `open`, and commands in an outage, wait.
 
     Every method must be called from the loop that called ``open``. When that loop ends, so does the connection.
     """
@@ -79,39 +85,39 @@ class RedisConnection:
     def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0) -> None:
         self.url, self.patience_s = url, patience_s
         self._name = name
-        self._redis = link_to(url, name)
+        self._redis = new_connection(url, name)
         self._shown_url = shown_url(url)
         self._loop: asyncio.AbstractEventLoop = cast(Any, None)
         self._writer: asyncio.StreamWriter | None = None
-        self._intake: RespReader | None = None
+        self._reader: RespReader | None = None
         self._task: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[None] | None = None
-        self._known: set[str] = set()
-        """The scripts that this server has by now."""
+        self._opened: asyncio.Future[None] | None = None
+        self._loaded_scripts: set[str] = set()
+        """Digests of the scripts that this connection has sent whole, for ``EVALSHA``."""
         self._outgoing: list[Packed] = []
-        self._in_pieces = False
-        """Some of them are."""
-        self._fills: list[Callable[[], None]] = []
+        self._has_pieces = False
+        """Whether any of ``_outgoing`` is packed in pieces."""
+        self._before_flush: list[Callable[[], None]] = []
         self._flush_due = False
         self._sent: deque[Command] = deque()
         self._waiting = WaitingCommands(self._fail)
         self._refusal = ""
-        """What the server says against writes at present."""
-        self._accepted_at = -math.inf
+        """The error reply with which the server refuses writes; empty while it accepts them."""
+        self._accepted_at_s = -math.inf
         self._refused_backoff_s = _REFUSED_BACKOFF_S[0]
         self._is_probing = False
         self._probe_timer: asyncio.TimerHandle | None = None
         self._hooks: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._hook_tasks: set[asyncio.Task[None]] = set()
-        self._pulse: asyncio.TimerHandle | None = None
-        self._pulse_due = 0.0
-        self._left_for = ""
-        """Why this side ended the link that it has, or had last; empty if the server did."""
-        self._heard = 0.0
+        self._beat_timer: asyncio.TimerHandle | None = None
+        self._beat_due_s = 0.0
+        self._abort_reason = ""
+        """Why this side closed the current or last socket; empty if the server closed it."""
+        self._last_read_s = 0.0
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
-        """As of `Clock`: any thread may ask."""
-        self._found_too_long, self._found_at = 0, -math.inf
+        """`Clock.now_ms`, which any thread may call."""
+        self._too_long_bytes, self._too_long_at_s = 0, -math.inf
         self._closed = False
         self._reason = "it does not answer"
 
@@ -121,42 +127,42 @@ class RedisConnection:
 
     @property
     def refuses_writes(self) -> bool:
-        """Whether the server answers and takes no writes."""
+        """Whether the server answers but refuses writes."""
         return bool(self._refusal)
 
     @property
     def keeps_commands(self) -> bool:
-        """Whether commands wait: refused, lost with the connection, or not sent for want of one."""
+        """Whether any command waits: refused, lost with the connection, or not sent because there is none."""
         return self._waiting.any
 
     @property
     def longest(self) -> int:
-        """How many bytes a string may have, as far as is known.
+        """The largest known number of bytes that the server accepts as one string.
 
-        A server that was told to take less (``proto-max-bulk-len``) refuses a longer one and hangs up. What is under
-        way then survives, as whenever a connection breaks, but it need not come to that again and again. After a minute
-        it may, as the server may have been told otherwise.
+        A server with a lower ``proto-max-bulk-len`` refuses a longer string and closes the connection. Other commands
+        survive that, as they survive any lost connection, but it should not happen for each long string. The limit that
+        was found is forgotten after a minute, as the server's setting may have changed.
         """
-        known = self._loop.time() - self._found_at < _REMEMBERED_S
-        return self._found_too_long - 1 if known else LARGEST
+        known = self._loop.time() - self._too_long_at_s < _TOO_LONG_TTL_S
+        return self._too_long_bytes - 1 if known else LARGEST
 
     def on_reconnect(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run ``hook`` in a task after each connecting but the first."""
+        """Run ``hook`` in a task after each reconnect. A hook that fails with `BrokerUnavailable` runs again."""
         self._hooks.append(hook)
 
     async def open(self) -> RedisConnection:
         """Connect, and stay connected until `close`.
 
         Raises:
-            BrokerUnavailable: the server did not answer within ``patience_s``, or turned us away; the reason is in the
-                message.
+            BrokerUnavailable: the server did not answer within ``patience_s``, or rejected the login or the TLS
+                handshake; the message has the reason.
         """
         self._loop = asyncio.get_running_loop()
-        self._first = self._loop.create_future()
+        self._opened = self._loop.create_future()
         self._waiting.begin_outage(self.patience_s)
         self._task = self._loop.create_task(self._run(), name=f"broker connection {self._name}")
         try:
-            await _within(self.patience_s, self._first)
+            await _wait_for(self.patience_s, self._opened)
         except asyncio.TimeoutError:
             error = self._unavailable()
             await self.close()
@@ -167,7 +173,7 @@ class RedisConnection:
         return self
 
     async def close(self) -> None:
-        """Drop the connection; what is unanswered fails with `BrokerUnavailable`."""
+        """Close the connection. Commands without a reply fail with `BrokerUnavailable`."""
         if not self._closed:
             self._flush()
             self._closed, self._reason = True, "the connection was closed"
@@ -175,7 +181,7 @@ class RedisConnection:
                 self._task.cancel()
         if self._task is not None:
             await asyncio.wait([self._task])
-        self._lose(final=True)  # for a task that was cancelled before it began
+        self._requeue_unanswered(final=True)  # if the task was cancelled before it began
         hooks = self._hook_tasks - {asyncio.current_task()}
         for task in hooks:
             task.cancel()
@@ -183,7 +189,7 @@ class RedisConnection:
             await asyncio.wait(hooks)
 
     async def wait_for_patient(self, timeout_s: float) -> None:
-        """Return when the server has taken the patient commands that wait, or after ``timeout_s`` seconds."""
+        """Return when the server has accepted all waiting patient commands, or after ``timeout_s`` seconds."""
         if self._waiting.any and not self._closed:
             last = self.run_script(WRITE_PROBE, [], [], repeat=True, patient=True)
             await asyncio.wait([last], timeout=max(0.0, timeout_s))
@@ -201,10 +207,17 @@ class RedisConnection:
         bulky_reply: bool = False,
         needs_memory: bool = False,
     ) -> None:
-        """Send a command in this tick's write; ``then`` gets its reply, or the exception, as soon as it is read.
+        """Send a command in this tick's write.
 
-        A ``bulky`` one has an argument of more than ``COPIED_BYTES``, which is not copied then; a ``bulky_reply`` may
-        be such a string. One that ``needs_memory`` fails with `BrokerFull` where a patient one would wait for memory.
+        Args:
+            then: called with the reply or an exception, as soon as it is read.
+            args: the command's name and its arguments.
+            repeat: the command may be carried out twice, so it is sent again after a lost connection.
+            patient: wait without a time limit; see the class.
+            prompt: do not wait for a server that refuses the command; see the class.
+            bulky: do not copy arguments of more than ``COPIED_BYTES``.
+            bulky_reply: the reply may be a string of that size; read it straight into its final buffer.
+            needs_memory: fail with `BrokerFull` where a patient command would wait for memory.
         """
         packed = pack_in_pieces(args) if bulky else pack(args)
         self._enqueue(Command(packed, then, repeat, None, patient, prompt, bulky_reply, needs_memory))
@@ -218,11 +231,11 @@ class RedisConnection:
         bulky: bool = False,
         bulky_reply: bool = False,
     ) -> asyncio.Future[Any]:
-        """Send a command in this tick's write and return the future of its reply.
+        """Send a command, as `post` does, and return the future of its reply.
 
         Raises (through the future):
             BrokerUnavailable: see the class.
-            BrokerRefused: what the server said against it.
+            BrokerRefused: the server answered with an error.
         """
         future: asyncio.Future[Any] = self._loop.create_future()
         then = partial(_resolve, future)
@@ -241,20 +254,20 @@ class RedisConnection:
         prompt: bool = False,
         bulky: bool = False,
     ) -> None:
-        """Run ``script``, as `post` sends a command."""
+        """Run ``script`` with ``keys`` and ``args``; options as of `post`."""
         operands: tuple[Arg, ...] = (len(keys), *keys, *args)
         packing = pack_in_pieces if bulky else pack
 
-        def whole() -> Packed:
+        def pack_whole() -> Packed:
             return packing(("EVAL", script.text, *operands))
 
-        if script.digest in self._known:
+        if script.digest in self._loaded_scripts:
             packed = packing(("EVALSHA", script.digest, *operands))
         else:
-            packed = whole()
+            packed = pack_whole()
             if self._writer is not None:
-                self._known.add(script.digest)
-        self._enqueue(Command(packed, then, repeat, whole, patient, prompt))
+                self._loaded_scripts.add(script.digest)
+        self._enqueue(Command(packed, then, repeat, pack_whole, patient, prompt))
 
     def run_script(
         self,
@@ -266,7 +279,7 @@ class RedisConnection:
         patient: bool = False,
         prompt: bool = False,
     ) -> asyncio.Future[Any]:
-        """Run ``script``, as `send` sends a command."""
+        """Run ``script`` with ``keys`` and ``args`` and return the future of its reply; errors as of `send`."""
         future: asyncio.Future[Any] = self._loop.create_future()
         then = partial(_resolve, future)
         self.post_script(then, script, keys, args, repeat=repeat, patient=patient, prompt=prompt)
@@ -285,24 +298,24 @@ class RedisConnection:
         self._sent.append(command)
         self._outgoing.append(command.packed)
         if type(command.packed) is not bytes:
-            self._in_pieces = True
+            self._has_pieces = True
         if command.bulky_reply:
-            assert self._intake is not None
-            self._intake.bulky += 1
+            assert self._reader is not None
+            self._reader.bulky += 1
         if not self._flush_due:
             self._schedule_flush()
 
     def join_write(self, fill: Callable[[], None]) -> None:
-        """Call ``fill`` once, just before this tick's write, to post what it has gathered by then."""
-        self._fills.append(fill)
+        """Call ``fill`` once, just before this tick's write, so that it can post what its owner has gathered."""
+        self._before_flush.append(fill)
         if not self._flush_due:
             self._schedule_flush()
 
     def hurry(self) -> None:
-        """Write what there is now and not at the end of the tick, if nothing is under way that it could wait for.
+        """Write now instead of at the end of the tick, if no sent command waits for its reply.
 
-        For who knows that nobody else is about to write: it took 8 % off the time of a request that is alone, but under
-        load two writes instead of one cost 7 %.
+        For callers that expect no other command in this tick: it took 8 % off the time of a request that is alone, but
+        under load two writes instead of one cost 7 %.
         """
         if len(self._sent) == len(self._outgoing):
             self._flush()
@@ -313,19 +326,19 @@ class RedisConnection:
         self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        if self._fills:
-            fills, self._fills = self._fills, []
+        if self._before_flush:
+            fills, self._before_flush = self._before_flush, []
             for fill in fills:
                 try:
                     fill()
                 except Exception:
-                    log.exception("cannot send what was gathered")
+                    log.exception("cannot post the gathered commands")
         self._flush_due = False
         if self._writer is not None and self._outgoing:
-            if self._in_pieces:
-                self._in_pieces = False
-                # uvloop hands the pieces to the kernel as they are.
-                self._writer.writelines([one for each in self._outgoing for one in pieces_of(each)])
+            if self._has_pieces:
+                self._has_pieces = False
+                # uvloop passes the pieces to the kernel without joining them.
+                self._writer.writelines([piece for packed in self._outgoing for piece in pieces_of(packed)])
             else:
                 self._writer.write(b"".join(cast("list[bytes]", self._outgoing)))
             self._outgoing.clear()
@@ -336,87 +349,87 @@ class RedisConnection:
         try:
             await self._stay_connected()
         except GeneratorExit:
-            raise  # the loop is gone, and cannot wait for a farewell
+            raise  # the loop is gone, so nothing can be awaited
         except BaseException:
-            # Also where nobody called `close`: `asyncio.run` cancels what is left at its end.
-            await self._end()
+            # Also without a call of `close`: `asyncio.run` cancels the remaining tasks at its end.
+            await self._shut_down()
             raise
-        await self._end()
+        await self._shut_down()
 
-    async def _end(self) -> None:
+    async def _shut_down(self) -> None:
         self._closed = True
-        self._lose(final=True)
+        self._requeue_unanswered(final=True)
         outages.report_ended(self._shown_url, self, closing=True)
-        if self._first is not None and not self._first.done():
-            self._first.set_exception(self._unavailable())
+        if self._opened is not None and not self._opened.done():
+            self._opened.set_exception(self._unavailable())
         await self._disconnect(wait=True)
 
     async def _stay_connected(self) -> None:
         backoff_s = _BACKOFF_S[0]
         while not self._closed:
-            self._left_for = ""
+            self._abort_reason = ""
             try:
-                intake = await self._connect()
+                reader = await self._connect()
                 backoff_s = _BACKOFF_S[0]
-                await intake.ended
-                self._reason = self._left_for or "the server closed the connection"
+                await reader.ended
+                self._reason = self._abort_reason or "the server closed the connection"
             except hiredis.ProtocolError as e:
-                self._reason = f"it does not speak Redis's protocol: {e}"
+                self._reason = f"it does not use the Redis protocol: {e}"
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
-                self._reason = self._left_for or reason_of(e)
-                if turned_away(e) and self._first is not None and not self._first.done():
-                    return  # waiting does not mend a password or a certificate
+                self._reason = self._abort_reason or reason_of(e)
+                if is_permanent(e) and self._opened is not None and not self._opened.done():
+                    return  # waiting does not correct a password or a certificate
             except Exception as e:
-                log.exception("the connection to the broker failed in a way of its own")
+                log.exception("the connection to the broker failed unexpectedly")
                 self._reason = f"{type(e).__name__}: {e}"
             if self._writer is not None:
                 outages.report_began(self._shown_url, self, f"lost the broker at {self._shown_url}: {self._reason}")
-            self._lose()
+            self._requeue_unanswered()
             await self._disconnect()
-            await asyncio.sleep(backoff_s * _chance.uniform(0.5, 1.0))  # apart, when a thousand clients come back
+            await asyncio.sleep(backoff_s * _random.uniform(0.5, 1.0))  # jitter: a thousand clients may reconnect
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
 
     async def _connect(self) -> RespReader:
-        await _within(CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
-        # While it loads its append-only file a server answers TIME, but not PING.
-        await self._ask("PING")
+        await _wait_for(CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
+        # A server that loads its append-only file answers TIME, but not PING.
+        await self._execute("PING")
         refusal = await self._refusal_of_writes()
-        await self._clock.read(partial(self._ask, "TIME"))
+        await self._clock.read(partial(self._execute, "TIME"))
         writer = self._redis._writer  # pyright: ignore[reportPrivateUsage]
         assert writer is not None
         self._writer = writer
         transport = cast(asyncio.Transport, writer.transport)
-        self._intake = RespReader(transport, self._on_data, self._on_reply, self._is_bulky_next, ErrorReply)
-        self._heard = self._loop.time()
-        self._known.clear()
+        self._reader = RespReader(transport, self._on_data, self._on_reply, self._is_bulky_next, ErrorReply)
+        self._last_read_s = self._loop.time()
+        self._loaded_scripts.clear()
         if refusal:
             self._begin_refusal(refusal)
         else:
             self._accept_writes()
         self._send_waiting()
         self._schedule_beat()
-        if self._first is not None and not self._first.done():
-            self._first.set_result(None)
+        if self._opened is not None and not self._opened.done():
+            self._opened.set_result(None)
         else:
             for hook in self._hooks:
                 self._run_hook(hook)
-        return self._intake
+        return self._reader
 
     async def _refusal_of_writes(self) -> str:
-        """Return what the server says against writes, if that passes. Raises what it says if it is no primary."""
+        """Return the temporary error with which the server refuses writes, or "". Raises: the server is no primary."""
         try:
-            await self._ask("EVAL", WRITE_PROBE.text, "0")
+            await self._execute("EVAL", WRITE_PROBE.text, "0")
         except redis_errors.ResponseError as e:
             code = code_of(e)
             if code in NOT_PRIMARY:
                 raise
             if code in TEMPORARY:
                 return str(e)
-        return ""  # whoever may not run scripts meets that where one is needed
+        return ""  # a user without the right to run scripts gets that error from the first script it needs
 
     def _run_hook(self, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if self._closed or self._writer is None:
-            return  # it is run after the next connecting
+            return  # the next reconnect runs it
         task = self._loop.create_task(hook(), name=f"after reconnecting {self._name}")
         self._hook_tasks.add(task)
         task.add_done_callback(partial(self._hook_done, hook))
@@ -426,18 +439,18 @@ class RedisConnection:
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, BrokerUnavailable):
-            # The server went away again, or refuses what the hook needs.
+            # The server is unreachable again, or refuses a command of the hook.
             log.debug("after reconnecting: %s", error)
             self._loop.call_later(_HOOK_RETRY_S, self._run_hook, hook)
         else:
             log.error("after reconnecting: %s", error, exc_info=error)
 
-    async def _ask(self, *args: str) -> Any:
-        await _within(CONNECT_S, self._redis.send_command(*args))
-        return await _within(CONNECT_S, self._redis.read_response())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    async def _execute(self, *args: str) -> Any:
+        await _wait_for(CONNECT_S, self._redis.send_command(*args))
+        return await _wait_for(CONNECT_S, self._redis.read_response())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
     def _on_data(self) -> None:
-        self._heard = self._loop.time()
+        self._last_read_s = self._loop.time()
 
     def _is_bulky_next(self) -> bool:
         return self._sent[0].bulky_reply
@@ -445,10 +458,10 @@ class RedisConnection:
     def _on_reply(self, reply: Any) -> None:
         command = self._sent.popleft()
         if command.bulky_reply:
-            assert self._intake is not None
-            self._intake.bulky -= 1
+            assert self._reader is not None
+            self._reader.bulky -= 1
         if type(reply) is ErrorReply:
-            reply = self._judge(command, reply)
+            reply = self._handle_error_reply(command, reply)
             if reply is None:
                 return
         try:
@@ -456,49 +469,49 @@ class RedisConnection:
         except Exception:
             log.exception("a reply's continuation failed")
 
-    def _judge(self, command: Command, refusal: ErrorReply) -> Exception | None:
-        """Return the error that a refused command ends with; None for a command that is sent again."""
+    def _handle_error_reply(self, command: Command, refusal: ErrorReply) -> Exception | None:
+        """Return the error with which the command fails; None if it is sent again."""
         if refusal.lacks_script and command.retry is not None:
-            # Somebody has flushed the scripts. It is late now: what was sent behind it has overtaken it.
+            # The scripts were flushed. The commands sent behind this one are carried out before it.
             command.packed = command.retry()
             self._enqueue(command)
             return None
         code = refusal.code
         if code in NOT_PRIMARY:
-            self._leave(refusal.said)
+            self._abort(refusal.message)
             self._waiting.add_sent([command])
             return None
         if code in TEMPORARY and (code != MEMORY or (command.patient and not command.needs_memory)):
-            self._begin_refusal(refusal.said)
+            self._begin_refusal(refusal.message)
             if command.prompt:
                 return self._unavailable()
             self._waiting.add_sent([command])
             return None
-        error = error_of(refusal.said, head_of(command.packed), self.url)
+        error = error_of(refusal.message, head_of(command.packed), self.url)
         if type(error) is StringTooLong:
-            self._found_too_long = max(map(len, pieces_of(command.packed)))
-            self._found_at = self._loop.time()
+            self._too_long_bytes = max(map(len, pieces_of(command.packed)))
+            self._too_long_at_s = self._loop.time()
         return error
 
-    def _leave(self, reason: str) -> None:
-        """End the link from this side."""
-        if self._writer is not None and not self._left_for:
-            self._left_for = reason
-            self._writer.transport.abort()  # ends the read, and with it this link
+    def _abort(self, reason: str) -> None:
+        """Close the socket; `_stay_connected` then connects again."""
+        if self._writer is not None and not self._abort_reason:
+            self._abort_reason = reason
+            self._writer.transport.abort()  # ends the read, and with it `RespReader.ended`
 
     async def _disconnect(self, *, wait: bool = False) -> None:
         self._writer = None
-        if self._intake is not None:
-            self._intake.close()
-        if self._pulse is not None:
-            self._pulse.cancel()
-            self._pulse = None
-        # The socket is closed all the same; how the farewell failed is of no use to anyone.
+        if self._reader is not None:
+            self._reader.close()
+        if self._beat_timer is not None:
+            self._beat_timer.cancel()
+            self._beat_timer = None
+        # The socket is closed in any case, so an error here needs no handling.
         with contextlib.suppress(OSError, redis_errors.RedisError, asyncio.TimeoutError):
-            await _within(1.0, self._redis.disconnect(nowait=not wait))
+            await _wait_for(1.0, self._redis.disconnect(nowait=not wait))
 
-    def _lose(self, *, final: bool = False) -> None:
-        """Sort what is unanswered into what may be sent again and what may have been carried out."""
+    def _requeue_unanswered(self, *, final: bool = False) -> None:
+        """Keep the commands that may be sent again; fail those that the server may have carried out."""
         unsent = len(self._outgoing)
         self._outgoing.clear()
         self._writer = None
@@ -506,52 +519,53 @@ class RedisConnection:
         lost, self._sent = self._sent, deque()
         again: list[Command] = []
         unknown: list[Command] = []
-        for left, command in zip(range(len(lost), 0, -1), lost, strict=True):
-            (again if command.repeat or left <= unsent else unknown).append(command)
+        for remaining, command in zip(range(len(lost), 0, -1), lost, strict=True):
+            (again if command.repeat or remaining <= unsent else unknown).append(command)
         if final:
             self._waiting.end_outage()
-            for command in (*self._waiting.take(), *again):
+            for command in (*self._waiting.pop_all(), *again):
                 self._fail(command)
         else:
             self._waiting.begin_outage(self.patience_s)
-            self._waiting.add_sent(again)  # behind what was refused before them
+            self._waiting.add_sent(again)  # behind the commands that were refused before them
         for command in unknown:
-            _tell(command, FateUnknown(self._shown_url, self._reason))
+            _complete(command, FateUnknown(self._shown_url, self._reason))
 
-    # -- commands that wait for a connection, or for a server that takes writes
+    # -- commands that wait for a connection, or for a server that accepts writes
 
     def _send_waiting(self) -> None:
-        for command in self._waiting.take():
+        for command in self._waiting.pop_all():
             if command.retry is not None:
                 command.packed = command.retry()  # this server may not have its script
             self._enqueue(command)
 
     def _fail(self, command: Command) -> None:
-        _tell(command, self._unavailable())
+        _complete(command, self._unavailable())
 
     def _unavailable(self) -> BrokerUnavailable:
         return BrokerUnavailable(self._shown_url, self._reason)
 
-    def _begin_refusal(self, said: str) -> None:
-        """Keep what is refused until the server takes a write again, which a probe finds out."""
+    def _begin_refusal(self, message: str) -> None:
+        """Keep refused commands until a probe finds that the server accepts writes again."""
         now = self._loop.time()
         if not self._refusal:
-            lately = now - self._accepted_at < _SETTLED_S
-            self._refused_backoff_s = self._refused_backoff_s if lately else _REFUSED_BACKOFF_S[0]
+            is_same = now - self._accepted_at_s < _SAME_REFUSAL_S
+            self._refused_backoff_s = self._refused_backoff_s if is_same else _REFUSED_BACKOFF_S[0]
             problem = (
-                f"the broker at {self._shown_url} refuses writes: {said} (what was accepted is kept and sent again)"
+                f"the broker at {self._shown_url} refuses writes: {message} "
+                "(accepted requests and replies are kept and sent again)"
             )
             outages.report_began(self._shown_url, self, problem)
             self._waiting.begin_outage(self.patience_s)
-        self._refusal = said
-        self._reason = f"it refuses writes: {said}"
+        self._refusal = message
+        self._reason = f"it refuses writes: {message}"
         if self._probe_timer is None and not self._is_probing:
             self._probe_timer = self._loop.call_later(self._refused_backoff_s, self._probe)
             self._refused_backoff_s = min(2 * self._refused_backoff_s, _REFUSED_BACKOFF_S[1])
 
     def _accept_writes(self) -> None:
         self._refusal = ""
-        self._accepted_at = self._loop.time()
+        self._accepted_at_s = self._loop.time()
         self._waiting.end_outage()
         outages.report_ended(self._shown_url, self)
 
@@ -559,11 +573,11 @@ class RedisConnection:
         self._probe_timer = None
         self._is_probing = True
         packed = pack(("EVAL", WRITE_PROBE.text, 0))
-        self._enqueue(Command(packed, self._on_probed, repeat=False, retry=None, prompt=True))
+        self._enqueue(Command(packed, self._on_probe_reply, repeat=False, retry=None, prompt=True))
 
-    def _on_probed(self, result: Any) -> None:
+    def _on_probe_reply(self, result: Any) -> None:
         self._is_probing = False
-        if self._writer is None or self._left_for:
+        if self._writer is None or self._abort_reason:
             return
         if isinstance(result, BrokerUnavailable):
             self._begin_refusal(self._refusal)  # the next probe
@@ -577,28 +591,28 @@ class RedisConnection:
             self._probe_timer.cancel()
             self._probe_timer = None
 
-    # -- noticing silence, and a server that was demoted
+    # -- detection of silent servers, and of demoted ones
 
     def _beat(self) -> None:
         now = self._loop.time()
-        if now - self._pulse_due > _BEAT_S:
-            self._heard = now  # the loop was held up: the silence was ours
-        if self._sent and now - self._heard > STALL_S:
-            self._leave(f"no answer for {STALL_S:g} s")
+        if now - self._beat_due_s > _BEAT_S:
+            self._last_read_s = now  # the loop was blocked: this process did not read
+        if self._sent and now - self._last_read_s > STALL_S:
+            self._abort(f"no answer for {STALL_S:g} s")
             return
         if self._clock.is_stale():
-            self.post(partial(self._clock.take, monotonic()), "TIME", repeat=True)
+            self.post(partial(self._clock.update, monotonic()), "TIME", repeat=True)
         if self._probe_timer is None and not self._is_probing:
             self._probe()
         self._schedule_beat()
 
     def _schedule_beat(self) -> None:
-        self._pulse_due = self._loop.time() + _BEAT_S
-        self._pulse = self._loop.call_at(self._pulse_due, self._beat)
+        self._beat_due_s = self._loop.time() + _BEAT_S
+        self._beat_timer = self._loop.call_at(self._beat_due_s, self._beat)
 
 
-async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
-    """Like ``asyncio.wait_for``, but a cancellation that comes together with the result counts (Python < 3.12)."""
+async def _wait_for(seconds: float, awaitable: Awaitable[T]) -> T:
+    """Like ``asyncio.wait_for``, but a cancellation that coincides with the result is raised (also Python < 3.12)."""
     task = asyncio.ensure_future(awaitable)
     try:
         done, _ = await asyncio.wait([task], timeout=seconds)
@@ -614,7 +628,7 @@ async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
     return task.result()
 
 
-def _tell(command: Command, error: Exception) -> None:
+def _complete(command: Command, error: Exception) -> None:
     try:
         command.then(error)
     except Exception:
@@ -623,7 +637,7 @@ def _tell(command: Command, error: Exception) -> None:
 
 def _resolve(future: asyncio.Future[Any], reply: Any) -> None:
     if future.done():
-        return  # its caller was cancelled; the reply is nobody's
+        return  # the caller was cancelled
     if isinstance(reply, Exception):
         future.set_exception(reply)
     else:

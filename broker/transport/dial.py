@@ -1,4 +1,4 @@
-"""Connecting to a server with redis-py: URL, TLS, AUTH, client name, and the classes of its errors."""
+"""Connecting to a server with redis-py (URL, TLS, AUTH, client name), and the mapping of its errors to ours."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from ..wire.keys import PREFIX, shown_key
 from .url import redis_options, shown_url
 
 CONNECT_S = 5.0
+"""How long connecting, and each command of the handshake, may take."""
 
 _ERRORS: dict[str, type[BrokerRefused]] = {"NOPERM": NotPermitted, "OOM": BrokerFull}
 _DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
-"""What servers say instead of ``NOPERM`` where a script meets what its user may not: up to Redis 7.0, and since."""
+"""Errors in place of ``NOPERM`` for a command inside a script: up to Redis 7.0, and of later versions."""
 _TOO_LONG = "ERR Protocol error: invalid bulk length"
 
 
 def user_of(url: str) -> str:
-    """Return the Redis user that ``url`` names; empty if it names none. Raises `ConfigError`: it is no Redis URL."""
+    """Return the Redis user in ``url``, or "". Raises `ConfigError` if it is not a Redis URL."""
     return str(redis_options(url, parse_url).get("username") or "")
 
 
-def link_to(url: str, name: str) -> AbstractConnection:
-    """Return what connects to ``url``. Raises `ConfigError`: it is no Redis URL, or one of its options cannot be."""
+def new_connection(url: str, name: str) -> AbstractConnection:
+    """Return an unconnected redis-py connection to ``url``. Raises `ConfigError` for a wrong URL or option."""
     options = redis_options(url, parse_url)
     kind: type[AbstractConnection] = options.pop("connection_class", _TcpConnection)
-    # RESP2: plain lists, the same from every server; RESP3 measured no faster. No socket timeout: each send would go
-    # through `wait_for`, and `Connection` notices silence. Nor its retries: that has its own.
+    # RESP2: plain lists, the same from every server; RESP3 measured no faster. No socket timeout, as each send would
+    # go through `wait_for`: `RedisConnection` detects silent servers. No retries: it has its own.
     retry = Retry(NoBackoff(), 0)
     options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=CONNECT_S, retry=retry)
     try:
@@ -41,52 +42,52 @@ def link_to(url: str, name: str) -> AbstractConnection:
         raise ConfigError(f"the options of {shown_url(url)!r} are not Redis's: {e}") from None
 
 
-def turned_away(error: BaseException) -> bool:
-    """Whether the server will not have us, or we not it."""
+def is_permanent(error: BaseException) -> bool:
+    """Return whether connecting again cannot help: the server rejected the login, or its certificate is invalid."""
     return _is(error, redis_errors.AuthenticationError, redis_errors.NoPermissionError, ssl.SSLCertVerificationError)
 
 
 def _is(error: BaseException, *kinds: type[BaseException]) -> bool:
-    """Look into what redis-py wraps it in, if it goes wrong while that connects."""
+    """Return whether ``error``, or the error that redis-py wrapped in it while connecting, is one of ``kinds``."""
     return isinstance(error, kinds) or isinstance(error.__cause__ or error.__context__, kinds)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why there is no connection, and what to do where that can be said."""
+    """Return why connecting failed, with a pointer to the documentation if a permission is missing."""
     reason = str(error) or type(error).__name__
     return f"{reason} ({RULES})" if _is(error, redis_errors.NoPermissionError) else reason
 
 
 class ErrorReply(Exception):
-    """What a server says against a command, as it says it. `error_of` makes of it what others see."""
+    """An error reply as it was received. `error_of` converts it to the error that callers see."""
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         return str(self.args[0])
 
     @property
     def code(self) -> str:
-        return self.said.partition(" ")[0]
+        return self.message.partition(" ")[0]
 
     @property
     def lacks_script(self) -> bool:
-        return self.said.startswith("NOSCRIPT ")
+        return self.message.startswith("NOSCRIPT ")
 
 
-def error_of(said: str, command: Sequence[bytes], url: str) -> BrokerRefused:
-    """Return what a server said against a command as one of our errors."""
-    code, _, rest = said.partition(" ")
+def error_of(message: str, command: Sequence[bytes], url: str) -> BrokerRefused:
+    """Return the error for an error reply ``message`` to ``command``, of the broker at ``url``."""
+    code, _, rest = message.partition(" ")
     kind = _ERRORS.get(code)
-    if said.startswith(_DENIED_IN_SCRIPT):
+    if message.startswith(_DENIED_IN_SCRIPT):
         kind = NotPermitted
-    elif said == _TOO_LONG:
+    elif message == _TOO_LONG:
         kind = StringTooLong
-    told = (said if kind is None else rest, _described(command), shown_url(url), user_of(url))
-    return (kind or BrokerRefused)(*told)
+    shown_message = message if kind is None else rest
+    return (kind or BrokerRefused)(shown_message, _describe(command), shown_url(url), user_of(url))
 
 
-def _described(command: Sequence[bytes]) -> str:
-    """Return a command's name and its keys, without what is secret in them."""
+def _describe(command: Sequence[bytes]) -> str:
+    """Return a command's name and its keys, without the secrets that they contain."""
     name = command[0].decode("ascii", "replace")
     if name in ("EVAL", "EVALSHA"):
         keys = command[3 : 3 + int(command[2])]

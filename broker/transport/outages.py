@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _affected: dict[str, WeakSet[object]] = {}
-"""By the broker's URL as it is shown, the connections that are without it. Weak: their loop may end without them."""
+"""Shown URL of a broker → connections in an outage. Weak references, as a loop may end without closing them."""
 
 
 def report_began(shown_url: str, connection: object, problem: str) -> None:
-    """Log a connection's ``problem`` with its broker: as a warning unless another connection has one already."""
+    """Log ``problem`` of a connection: as a warning if it is the first affected one of this broker, else at DEBUG."""
     with _lock:
         affected = _affected.setdefault(shown_url, WeakSet())
         level = logging.DEBUG if affected else logging.WARNING
@@ -26,7 +26,7 @@ def report_began(shown_url: str, connection: object, problem: str) -> None:
 
 
 def report_ended(shown_url: str, connection: object, *, closing: bool = False) -> None:
-    """Log that the broker is usable again once that holds for every connection. One that closes logs nothing."""
+    """Log that the broker is back when the last affected connection recovers; log nothing if it is ``closing``."""
     with _lock:
         affected = _affected.get(shown_url)
         if affected is None or connection not in affected:

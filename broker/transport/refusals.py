@@ -1,6 +1,6 @@
-"""Error replies of Redis that pass by themselves, and error replies of a server that is not the primary.
+"""Classification of Redis's error replies: temporary refusals, and those of a server that is not the primary.
 
-A command that was answered with one of them has not been carried out, so sending it again repeats nothing.
+A command that got one of them was not carried out, so it is safe to send it again.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from redis import exceptions as redis_errors
 from .commands import Script
 
 TEMPORARY = frozenset({"BUSY", "CLUSTERDOWN", "LOADING", "MISCONF", "NOREPLICAS", "OOM", "TRYAGAIN"})
-"""The first words of error replies of a server that will take the command later."""
+"""First words of the error replies of a server that will accept the command later."""
 
 NOT_PRIMARY = frozenset({"MASTERDOWN", "READONLY", "UNBLOCKED"})
-"""The first words of error replies of a server that was demoted: the address may lead to another one by now."""
+"""First words of the error replies of a demoted server: the address may lead to the new primary by now."""
 
 MEMORY = "OOM"
 
 WRITE_PROBE = Script("""#!lua flags=allow-oom
 return 1
 """)
-"""Is refused whenever the server refuses writes, and writes nothing. Needs no key and no right but that to run scripts.
+"""A script that writes nothing and is refused whenever writes are. It needs no key, and only the right to run scripts.
 
 `ROLE` would need a right that the users of docs/security.md do not have, and does not show the other reasons.
 """
@@ -37,7 +37,7 @@ _CODES: tuple[tuple[type[redis_errors.RedisError], str], ...] = (
 
 
 def code_of(error: redis_errors.RedisError) -> str:
-    """Return the first word of an error reply that redis-py raised; it cuts off those that it has classes for."""
+    """Return the first word of an error reply, which redis-py removes from the errors that it has classes for."""
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code

@@ -1,4 +1,4 @@
-"""Redis URLs: which are accepted, and how they are shown without their password."""
+"""Redis URLs: validation, and a form without credentials for logs and messages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_MEMORY = "PENSTOCK_MAX_MEMORY_BYTES"
 """The environment variable with the memory limit of the embedded server where no ``max_memory_bytes`` is given."""
 
 _SCHEMES = ("redis", "rediss", "unix")
-_TAKEN = frozenset(
+_ACCEPTED = frozenset(
     ("connection_class", "db", "host", "password", "path", "port", "socket_keepalive", "username"),
 )
-# What other clients of the same URL may need; ours is decided by those who connect.
+# Options that other clients of the same URL may need. Penstock's connections set their own values.
 _IGNORED = frozenset(
     (
         "client_name",
@@ -41,18 +41,20 @@ _IGNORED = frozenset(
 def shown_url(url: str) -> str:
     """Return ``url`` for messages and logs: without its user, password and options."""
     scheme, separator, rest = url.partition("://")
-    if not separator:  # it is no URL, but may have a password in it all the same
+    if not separator:  # not a URL, but it may contain a password
         scheme, rest = "", url
-    # Up to the last "@" wherever it is: a password that was not percent-encoded may hold any of "/", "?" and "#".
+    # Up to the last "@": a password that was not percent-encoded may contain "/", "?" and "#".
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of redis-py's connections for ``url``; ``parse`` is its ``parse_url``, for asyncio or not.
+    """Return the arguments of redis-py's connections for ``url``.
+
+    ``parse`` is redis-py's ``parse_url``, the one for asyncio or the other.
 
     Raises:
         TypeError: ``url`` is not a ``str``.
-        ConfigError: it is not a Redis URL, or has an option that is not known.
+        ConfigError: it is not a Redis URL, or has an unknown option.
     """
     if not isinstance(url, str):
         raise TypeError(f"a Redis URL must be a str, not {type(url).__name__}")
@@ -65,7 +67,7 @@ def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dic
     except ConfigError:
         raise
     except ValueError:
-        # Its message would quote what it took for a port, which may be a piece of the password.
+        # Its message would quote the invalid port, which may be a part of the password.
         raise ConfigError(
             f"{shown!r} is not a Redis URL: its port or an option cannot be read "
             "(in a password, '/', '?', '#', '@' and ':' must be percent-encoded)"
@@ -78,6 +80,6 @@ def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dic
     for name in list(options):
         if name in _IGNORED:
             del options[name]
-        elif name not in _TAKEN and not (name.startswith("ssl_") and parts.scheme == "rediss"):
+        elif name not in _ACCEPTED and not (name.startswith("ssl_") and parts.scheme == "rediss"):
             raise ConfigError(f"{shown!r} has the option {name!r}, which is unknown for {parts.scheme}://")
     return options

@@ -69,7 +69,7 @@ async def test_a_clock_is_known_for_half_a_minute(local: Local) -> None:
     assert not clock.is_stale()
     local.now_s += 2
     assert clock.is_stale()
-    clock.take(local.now_s, local.of_broker())
+    clock.update(local.now_s, local.of_broker())
     assert not clock.is_stale()
 
 
@@ -78,7 +78,7 @@ async def test_a_reply_that_waited_for_others_says_too_little(local: Local) -> N
     await clock.read(local.ask((0.0, 0.0)))
     sent, told = local.now_s, local.of_broker()
     local.now_s += 0.5
-    clock.take(sent, told)
+    clock.update(sent, told)
     assert local.error_ms(clock) < 0.1
-    clock.take(local.now_s, BrokerUnavailable("redis://broker", "it went away"))
+    clock.update(local.now_s, BrokerUnavailable("redis://broker", "it went away"))
     assert local.error_ms(clock) < 0.1
