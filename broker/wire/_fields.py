@@ -1,4 +1,4 @@
-"""The fields that requests and replies have in common: names, version, limits, and reading them safely."""
+"""Names, limits and validation of the fields that requests and replies share."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ VERSION = b"1"
 LARGE = 256 * 1024
 """A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
 LARGEST = 512 * 1024 * 1024
-"""What Redis takes as one value (``proto-max-bulk-len``). Beyond, it cuts the connection, with all who share it."""
+"""Redis's default limit of one value (``proto-max-bulk-len``). For a longer one it closes the whole connection."""
 VALUE_COST = 128
-"""What a value of an answer in parts weighs besides its bytes, so that many small ones are bounded too."""
+"""Bytes added to the size of each value of a streamed reply, so that its window bounds many small values too."""
 
 VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD = b"v", b"id", b"by", b"h"
 BODY_FIELD, LARGE_FIELD = b"b", b"large"
 SIZE_FIELD = b"size"
-"""The bytes of head and body of a request that is not small, written by the script that publishes it."""
+"""The size in bytes of header and body of a request that is not small, written by the script that publishes it."""
 
 RAW_PATH_SAFE = "!\"$&'()*+,-./:;<=>@[\\]^_`{|}~"
-"""Besides letters and digits, what a client may have sent in a path as it is; other raw paths are in the header."""
+"""Characters besides letters and digits that a path may contain unescaped; other raw paths are in the header."""
 
 Pairs = list[tuple[str, str]]
 
 
 def named_fields(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes = VERSION) -> Mapping[bytes, bytes]:
+    """Return the fields of an entry by name. Raises `WireError` if its wire version is not ``wanted``."""
     if not isinstance(fields, Mapping):
         if len(fields) % 2:
             raise WireError("an entry has a field without a value")
@@ -41,21 +42,24 @@ def named_fields(fields: Sequence[bytes] | Mapping[bytes, bytes], wanted: bytes 
 
 
 def wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
+    """Return the error for a field that is missing or not UTF-8."""
     if isinstance(error, KeyError):
         return WireError(f"an entry has no field {error.args[0]!r}")
     return WireError(f"{shortened(error.object)} is not UTF-8")
 
 
 def parse_count(text: bytes) -> int:
+    """Return the number in decimal digits that ``text`` is; -1 for anything else."""
     return int(text) if text.isdigit() else -1
 
 
 def load_header(raw: bytes) -> dict[str, Any]:
+    """Return the members of a request's header. Raises `WireError`: it is not a JSON object."""
     try:
         return load_members(raw)
     except WireError as e:
         try:
-            members = exact_json.loads(raw)  # keyword arguments may have lone surrogates
+            members = exact_json.loads(raw)  # keyword arguments may contain lone surrogates
         except ValueError:
             raise e from None
         if type(members) is not dict:
@@ -64,6 +68,7 @@ def load_header(raw: bytes) -> dict[str, Any]:
 
 
 def load_members(raw: bytes) -> dict[str, Any]:
+    """Return the members of a JSON object. Raises `WireError` for anything else."""
     try:
         members = orjson.loads(raw)
     except orjson.JSONDecodeError as e:
@@ -74,13 +79,15 @@ def load_members(raw: bytes) -> dict[str, Any]:
 
 
 def wrong_member(members: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> WireError:
+    """Return the error for the first of ``members`` whose type is not among its ``types``."""
     for name, allowed in types.items():
         if name in members and type(members[name]) not in allowed:
             return WireError(f"the header's {name!r} cannot be a {type(members[name]).__name__}")
-    raise AssertionError("a member that was of the wrong type is of the right one")
+    raise AssertionError("every member has an allowed type")
 
 
 def load_pairs(raw: Any) -> Pairs:
+    """Return header fields as pairs of name and value. Raises `WireError` for anything else."""
     try:
         pairs = [(key, value) for key, value in raw if type(key) is str and type(value) is str]
         if len(pairs) == len(raw):

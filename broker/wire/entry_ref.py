@@ -1,7 +1,7 @@
-"""Entry references: the id of an entry, marked if it lies on the batch stream of its backend.
+"""Entry refs: the id of an entry, prefixed if the entry lies on the batch stream of its backend.
 
-Ids of the two streams may coincide, so that an id alone names no entry. A place does: it is what replicas hold entries
-by, what signals speak of and what histories are kept under.
+The same id may exist on both streams, so an id alone does not identify an entry. Replicas keep claims by entry ref, and
+signals and delivery histories name entries by it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _BATCH = b"b"
-"""No id begins with it: they begin with a digit."""
+"""The prefix of refs to the batch stream. Ids begin with a digit, so it is unambiguous."""
 
 
 def ref_of(entry: bytes, *, batch: bool) -> bytes:
+    """Return the ref of the entry with the id ``entry``."""
     return _BATCH + entry if batch else entry
 
 
 def is_batch(ref: bytes) -> bool:
+    """Return whether the entry lies on the batch stream."""
     return ref.startswith(_BATCH)
 
 
@@ -26,13 +28,13 @@ def id_of(ref: bytes) -> bytes:
 
 
 def order_of(entry: bytes) -> tuple[int, int]:
-    """Return what ids of one stream are ordered by: when, in milliseconds, and which of that time."""
+    """Return the sort key of an entry's id within its stream: its time in milliseconds, and its number at that time."""
     time_ms, _, sequence = entry.partition(b"-")
     return int(time_ms), int(sequence or 0)
 
 
 def apart(refs: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Return the ids on the interactive stream, and those on the batch stream."""
+    """Return the ids of the entries on the interactive stream, and of those on the batch stream."""
     interactive: list[bytes] = []
     batch: list[bytes] = []
     for ref in refs:

@@ -1,6 +1,6 @@
-"""The names of all keys.
+"""Names of all Redis keys of an instance.
 
-What one script touches shares a hash tag, and with it a slot of a Redis Cluster
+The keys that one script uses share a hash tag, and so a slot of a Redis Cluster
 (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags).
 """
 
@@ -17,15 +17,15 @@ PREFIX = "penstock:"
 _NAME = re.compile(r"[A-Za-z0-9_.\-#]{1,128}")
 _SECRET_KEY = re.compile(r"\{(?P<tag>[^{}]*)\}:(?P<kind>replies|body)(?::.*)?", re.DOTALL)
 _CALLER = re.compile(r"[0-9a-f]{12}|.*[@:].*", re.DOTALL)
-"""The id of a caller, which no name of a backend is but by chance."""
+"""Ids of callers. A backend may have such a name too, but only by chance."""
 
 
 def check_name(kind: str, name: object) -> str:
-    """Return ``name`` if it can be part of a key.
+    """Return ``name`` if it can be part of a key; ``kind``, such as "a backend", names it in errors.
 
     Raises:
         TypeError: it is not a string.
-        ConfigError: it is empty, longer than 128 characters, or holds other than letters, digits and ``_ . - #``.
+        ConfigError: it is not 1 to 128 characters, each a letter, a digit or one of ``_ . - #``.
     """
     if not isinstance(name, str):
         raise TypeError(f"{kind} must be a str, not {type(name).__name__}")
@@ -35,7 +35,7 @@ def check_name(kind: str, name: object) -> str:
 
 
 def shown_key(key: str) -> str:
-    """Return a key for logs and messages: without the id of a caller and the id of a call.
+    """Return a key for logs and messages, without the ids of callers and calls that it contains.
 
     >>> shown_key("penstock:default:{web@1f2e}:replies"), shown_key("penstock:default:{f}:body:c0ffee")
     ('penstock:default:{web@...}:replies', 'penstock:default:{f}:body:...')
@@ -65,23 +65,26 @@ class Keys:
         self.owner = registry + "owner"
         self.settings = registry + "settings"
         self.pattern = self._root + "*"
-        """Matches every key of the instance and none of another (``SCAN MATCH``)."""
+        """A pattern for ``SCAN MATCH`` with all keys of this instance, and of no other."""
 
     def code(self, digest: str) -> str:
+        """A string: a backend's code, or files that belong to it, by their SHA-256."""
         return f"{self._root}{{registry}}:code:{digest}"
 
     def reports(self, kind: str) -> str:
-        """A hash: what the parts of one ``kind``, such as ``replicas``, say of themselves."""
+        """A hash: the reports of all processes of one ``kind``, such as ``replicas``."""
         return f"{self._root}{{registry}}:reports:{kind}"
 
     def of_backend(self, backend: str) -> str:
-        """Matches every key of one backend (``SCAN MATCH``)."""
+        """A pattern for ``SCAN MATCH`` with all keys of one backend."""
         return f"{self._root}{{{backend}}}:*"
 
     def requests(self, backend: str) -> str:
+        """The request stream of a backend."""
         return f"{self._root}{{{backend}}}:requests"
 
     def batch(self, backend: str) -> str:
+        """The request stream of a backend for batch producers."""
         return f"{self._root}{{{backend}}}:requests:batch"
 
     def sizes(self, backend: str) -> str:
@@ -89,14 +92,15 @@ class Keys:
         return f"{self._root}{{{backend}}}:sizes"
 
     def dead(self, backend: str) -> str:
+        """The stream of a backend's dead letters."""
         return f"{self._root}{{{backend}}}:dead"
 
     def done(self, backend: str) -> str:
-        """A hash: how many requests its replicas answered, and how long that took (``broker/queue/stats.py``)."""
+        """A hash: how many requests a backend's replicas answered, and their times (``broker/queue/stats.py``)."""
         return f"{self._root}{{{backend}}}:done"
 
     def alive(self, backend: str, replica: str) -> str:
-        """The lease of a replica; ``alive(backend, "")`` is what all of a backend's begin with."""
+        """The lease of a replica; ``alive(backend, "")`` is the common prefix of a backend's."""
         return f"{self._root}{{{backend}}}:alive:{replica}"
 
     def proxy_alive(self, proxy: str) -> str:
@@ -104,42 +108,43 @@ class Keys:
         return f"{self._root}{{registry}}:alive-proxy:{proxy}"
 
     def history(self, backend: str, entry: str) -> str:
-        """A list: the deliveries of one entry that ended with their replica's death."""
+        """A list: the deliveries of an entry (by its ref) after which the replica died."""
         return f"{self._root}{{{backend}}}:history:{entry}"
 
     def streamed(self, backend: str, entry: str) -> str:
-        """The mark of an entry whose answer has begun to stream: it must not be run again."""
+        """Exists if the reply to an entry (by its ref) has begun to stream, so that it must not run again."""
         return f"{self._root}{{{backend}}}:streamed:{entry}"
 
     def body(self, backend: str, request: str) -> str:
+        """The claim check with a request's large body, by the id of its call."""
         return f"{self._root}{{{backend}}}:body:{request}"
 
     def signals(self, backend: str) -> str:
-        """A short stream to all of a backend's replicas; see ``broker/queue/signals.py``."""
+        """The stream of signals to all replicas of a backend; see ``broker/queue/signals.py``."""
         return f"{self._root}{{{backend}}}:signals"
 
     def job(self, caller: str) -> str:
-        """What is known of a named batch job, by whose replies its results are."""
+        """A string: the record of a batch job. ``caller`` is the id whose reply stream has its results."""
         return f"{self._root}{{{caller}}}:job"
 
     def job_input(self, caller: str) -> str:
-        """The stream of hashes over the rows of a named batch job's input."""
+        """The stream of hashes of the input rows of a batch job."""
         return f"{self._root}{{{caller}}}:job:input"
 
     def job_owner(self, caller: str) -> str:
-        """The lease of the producer that works on a named batch job."""
+        """The ownership of a batch job: the lease of its producer."""
         return f"{self._root}{{{caller}}}:owner"
 
     @staticmethod
     def job_name(job: str) -> str:
-        """What the caller of a named batch job is called. No name of a backend holds a colon."""
+        """The caller name of a batch job. It contains a colon, as no backend's name does."""
         return f"job:{job}"
 
     @staticmethod
     def caller(user: str, name: str) -> str:
-        """The id of a caller: it begins with its Redis user, so that an ACL can leave to each user its own replies.
+        """The id of a caller. It begins with its Redis user, so that an ACL can limit each user to its own replies.
 
-        Quoted, a user's name ends at the first ``@`` and holds no brace, no colon and no wildcard.
+        The user is percent-encoded: it ends at the first ``@`` and contains no brace, colon or wildcard.
 
         >>> Keys.caller("web", "1f2e"), Keys.caller("a@b*", "job:1"), Keys.caller("", "1f2e")
         ('web@1f2e', 'a%40b%2A@job:1', '1f2e')
@@ -147,7 +152,9 @@ class Keys:
         return f"{quote(user, safe='')}@{name}" if user else name
 
     def replies(self, caller: str) -> str:
+        """The reply stream of a caller."""
         return f"{self._root}{{{caller}}}:replies"
 
     def reply_body(self, caller: str, request: str) -> str:
+        """The claim check with a reply's large body, by the id of its call."""
         return f"{self._root}{{{caller}}}:body:{request}"

@@ -1,8 +1,8 @@
-"""Path parameters as JSON that keeps their types.
+"""Path parameters as JSON, with their types.
 
-JSON has no UUIDs, and orjson no integers beyond 64 bits and no infinity (which Starlette's float convertor makes of 400
-digits): what is not a string carries its type and is spelled out. Integers in hexadecimal, as Python refuses to read
-more than 4300 decimal digits.
+JSON has no UUIDs, and orjson has neither integers beyond 64 bits nor infinity (which Starlette's float convertor makes
+of 400 digits). So a value other than a string is written as its type and its text. Integers are in hexadecimal, because
+Python refuses to read more than 4300 decimal digits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PathParam = Union[str, int, float, UUID]  # noqa: UP007 - it is evaluated, also 
 
 
 def dump_params(params: Mapping[str, PathParam]) -> dict[str, str | tuple[str, str]]:
-    """Return them as `load_params` reads them. Raises `WireError`: a value is of no kind that a route can have."""
+    """Return ``params`` as JSON values for `load_params`. Raises `WireError`: a value is not a `PathParam`."""
     return {name: value if type(value) is str else _dump_param(name, value) for name, value in params.items()}
 
 

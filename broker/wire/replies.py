@@ -1,4 +1,4 @@
-"""The format of a reply: an entry of a caller's reply stream, whole or in parts."""
+"""Format of replies: the entries of a caller's reply stream, each a whole reply, several alike, or a part of one."""
 
 from __future__ import annotations
 
@@ -27,32 +27,34 @@ from ._fields import (
 )
 
 PART_VERSION = b"part-1"
-"""Of a part of an answer: whoever knows of no parts refuses it, instead of mistaking it for the answer."""
-_MANY = b"n"
+"""The wire version of a part. A reader that does not support parts rejects it, and does not take it for a reply."""
+_COUNT_FIELD = b"n"
+"""The number of replies in an entry with several."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """One answer as it lies in a caller's stream."""
+    """A whole reply, or the end of a streamed one."""
 
     id: str = field(repr=False)
-    """Of the request."""
+    """The id of the call, which is its secret: see ``broker/wire/call_ids.py``."""
     status: int = 200
     codec: str = "none"
     """How the value was written: ``json``, ``text``, ``bytes``, ``none`` or ``pickle``.
 
-    ``response`` is a whole HTTP response; ``stream`` ends an answer in parts, and the body says how many there were.
+    ``response`` is a whole HTTP response; ``stream`` ends a streamed reply, and the body is the number of its parts.
     """
     headers: Pairs = field(default_factory=list[tuple[str, str]])
-    """Those of a whole response; else empty."""
+    """The header fields of an HTTP response (``response``); else empty."""
     error: dict[str, Any] | None = None
     """The error instead of a value, as ``handles.errors.to_wire`` wrote it."""
     replica: str = ""
     queue_ms: float = 0.0
-    """From its publication to its start."""
+    """Milliseconds from publishing the request to the start of its run."""
     run_ms: float = 0.0
     body: bytes = b""
     large: bool = False
+    """Whether the body is a claim check: it lies in a key of its own."""
 
     def fields(self) -> list[bytes]:
         """Return names and values in turn, as ``XADD`` takes them."""
@@ -71,7 +73,7 @@ class Reply:
 
     @staticmethod
     def fields_of(replies: Sequence[Reply]) -> list[bytes]:
-        """Write several as one entry: they have one status, codec and replica, and no headers and no error."""
+        """Write replies as one entry. They must share status, codec and replica, and have no headers and no error."""
         if len(replies) == 1:
             return replies[0].fields()
         first = replies[0]
@@ -82,7 +84,7 @@ class Reply:
             "queue_ms": [reply.queue_ms for reply in replies],
             "run_ms": [reply.run_ms for reply in replies],
         }
-        fields = [VERSION_FIELD, VERSION, _MANY, b"%d" % len(replies), HEADER_FIELD, orjson.dumps(header)]
+        fields = [VERSION_FIELD, VERSION, _COUNT_FIELD, b"%d" % len(replies), HEADER_FIELD, orjson.dumps(header)]
         for reply in replies:
             fields += (reply.id.encode(), reply.body)
         return fields
@@ -90,22 +92,22 @@ class Reply:
     @classmethod
     def all_of(cls, fields: Sequence[bytes]) -> list[Reply]:
         """Read what `fields` or `fields_of` wrote. Raises `WireError` as `Entry.of` does."""
-        if len(fields) < 6 or fields[2] != _MANY:
+        if len(fields) < 6 or fields[2] != _COUNT_FIELD:
             return [cls.of(fields)]
         try:
             members = load_members(named_fields(fields[:6])[HEADER_FIELD])
         except KeyError as e:
             raise wrong_field(e) from None
         queue_ms, run_ms = members.pop("queue_ms", None), members.pop("run_ms", None)
-        first = cls._said(members)
+        first = cls._from_members(members)
         ids, bodies = fields[6::2], fields[7::2]
         count = parse_count(fields[3])
         if (
-            not len(ids) == len(bodies) == count == _numbers(queue_ms) == _numbers(run_ms)
+            not len(ids) == len(bodies) == count == _count_numbers(queue_ms) == _count_numbers(run_ms)
             or first.headers
             or first.error is not None
         ):
-            raise WireError(f"an entry does not hold the {shortened(fields[3])} alike replies that it says it does")
+            raise WireError(f"an entry does not have the {shortened(fields[3])} replies that its field 'n' announces")
         status, codec, replica = first.status, first.codec, first.replica
         try:
             return [
@@ -117,8 +119,8 @@ class Reply:
 
     @staticmethod
     def ids_of(fields: Sequence[bytes]) -> list[str]:
-        """Return whose replies an entry has that cannot be read, as far as that can be."""
-        if len(fields) >= 6 and fields[2] == _MANY:
+        """Return the call ids of an entry that cannot be read, as far as they can be found."""
+        if len(fields) >= 6 and fields[2] == _COUNT_FIELD:
             found = list(fields[6::2])
         else:
             found = [value for name, value in zip(fields[::2], fields[1::2], strict=False) if name == ID_FIELD][:1]
@@ -132,11 +134,11 @@ class Reply:
             id_, header = named[ID_FIELD].decode(), named[HEADER_FIELD]
         except (KeyError, UnicodeDecodeError) as e:
             raise wrong_field(e) from None
-        return cls._said(load_members(header), id_, named.get(BODY_FIELD, b""), named.get(LARGE_FIELD) == b"1")
+        return cls._from_members(load_members(header), id_, named.get(BODY_FIELD, b""), named.get(LARGE_FIELD) == b"1")
 
     @classmethod
-    def _said(cls, members: dict[str, Any], id_: str = "", body: bytes = b"", large: bool = False) -> Reply:
-        """Return the reply that has the ``members`` of a header."""
+    def _from_members(cls, members: dict[str, Any], id_: str = "", body: bytes = b"", large: bool = False) -> Reply:
+        """Return the reply with the ``members`` of a header. Raises `WireError`: one has a wrong type or value."""
         get = members.get
         status, codec, replica = get("status", 200), get("codec", "none"), get("replica", "")
         queue_ms, run_ms = get("queue_ms", 0.0), get("run_ms", 0.0)
@@ -183,24 +185,25 @@ _PART_TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(slots=True)
 class Part:
-    """Some consecutive values of an answer that is sent as it is made, as they lie in a caller's stream.
+    """One part of a streamed reply: some consecutive values of it.
 
-    A `Reply` ends it: with codec ``stream`` or with an error.
+    The last part is followed by a `Reply`, with the codec ``stream`` or with an error.
     """
 
     id: str = field(repr=False)
-    """Of the request."""
+    """The id of the call, which is its secret."""
     number: int
-    """Counted from 0: a caller that misses one, or sees one twice, must not go on."""
+    """Counted from 0. A caller that misses a part, or receives one twice, must abort the stream."""
     codec: str = "response"
     """How the values were written; ``response``: the bytes of an HTTP response's body, cut anywhere."""
     sizes: list[int] = field(default_factory=list[int])
-    """How many bytes of the body each value has."""
+    """The number of bytes of the body that belong to each value."""
     more: bool = False
-    """The last value goes on in the next part."""
+    """Whether the last value continues in the next part."""
     status: int = 200
+    """The status of an HTTP response; only in part 0."""
     headers: Pairs = field(default_factory=list[tuple[str, str]])
-    """Like the status those of an HTTP response, in part 0."""
+    """The header fields of an HTTP response; only in part 0."""
     body: bytes = b""
 
     def fields(self) -> list[bytes]:
@@ -227,25 +230,26 @@ class Part:
             raise wrong_member(members, _PART_TYPES)
         sizes = _load_sizes(raw_sizes, len(body))
         if number < 0 or (more and not sizes):
-            raise WireError(f"a part has the number {number} and {len(sizes)} values, with more to come: {more}")
+            raise WireError(f"a part cannot have the number {number}, {len(sizes)} values and 'more' {more}")
         if not 200 <= status <= 599:
             raise WireError(f"the status of a part must be 200 to 599, not {status}")
         return cls(id_, number, codec, sizes, more, status, load_pairs(headers) if headers else [], body)
 
 
-def _numbers(members: Any) -> int:
-    """Return how many numbers a list has; -1 for anything else."""
+def _count_numbers(members: Any) -> int:
+    """Return the length of a list of numbers; -1 for anything else."""
     if type(members) is not list:
         return -1
     numbers = cast("list[object]", members)
-    return len(numbers) if all(type(one) is float or type(one) is int for one in numbers) else -1
+    return len(numbers) if all(type(number) is float or type(number) is int for number in numbers) else -1
 
 
 def _load_sizes(raw: Any, total: int) -> list[int]:
+    """Return ``raw`` if it is a list of sizes whose sum is ``total``. Raises `WireError` for anything else."""
     try:
         sizes = [size for size in raw if type(size) is int and size >= 0]
         if len(sizes) == len(raw) and sum(sizes) == total:
             return sizes
     except TypeError:
         pass
-    raise WireError(f"the header's 'sizes' must be those of the {total} bytes of a part, not {shortened(raw)}")
+    raise WireError(f"the header's 'sizes' must add up to the {total} bytes of the part, not {shortened(raw)}")

@@ -1,4 +1,4 @@
-"""The format of a request: an entry of a request stream, with its header and body."""
+"""Format of requests: the entries of a request stream, each with a header and a body."""
 
 from __future__ import annotations
 
@@ -30,46 +30,47 @@ from .call_ids import shown_id
 from .path_params import PathParam, dump_params, load_params
 
 HTTP_CODEC = ""
-"""The body came over HTTP: bytes that the content type describes. Only a handle may name another codec."""
+"""The codec of a body that came over HTTP: its content type describes it. Only handles set another codec."""
 
 
 @dataclass(slots=True)
 class Header:
-    """What a request is, apart from its body."""
+    """All of a request but its body."""
 
     endpoint: str = ""
     method: str = "GET"
     path: str = "/"
     path_params: dict[str, PathParam] = field(default_factory=dict[str, PathParam])
     query: str | dict[str, Any] = ""
-    """The raw query string of HTTP, or the keyword arguments of a handle as the JSON values they were."""
+    """The raw query string of HTTP, or the keyword arguments of a handle as JSON values."""
     headers: Pairs = field(default_factory=list[tuple[str, str]])
-    """Lower-case names; the trace context is among them, as ``traceparent`` (W3C Trace Context)."""
+    """Pairs of lower-case name and value. They include the trace context, as ``traceparent`` (W3C Trace Context)."""
     codec: str = HTTP_CODEC
     """How a handle wrote the body: ``json``, ``text``, ``bytes``, ``none`` or ``pickle``."""
     deadline_ms: int = 0
     """Unix time by the broker's clock; 0 means none."""
     call: str = "__call__"
-    """The method of the backend's class."""
+    """The name of the backend's method to call."""
     request_id: str = ""
     """The ``X-Request-Id``, for logs; two requests may carry the same."""
     client: str = ""
-    """The address that HTTP came from, ``host:port``."""
+    """The address of the HTTP client, ``host:port``."""
     window: int = 0
-    """How much of an answer in parts (`Part`) may be under way to its reader; 0: the caller takes it only as a whole.
+    """How many bytes of a streamed reply (`Part`) may be in flight, with `VALUE_COST` added for each value.
 
-    In bytes, each value counted as `VALUE_COST` more.
+    0: the caller does not accept a streamed reply.
     """
     scope: dict[str, Any] | None = None
-    """What else of the ASGI scope the proxy saw that does not follow from the rest: see ``proxy/scopes.py``."""
+    """Members of the proxy's ASGI scope that do not follow from the other fields: see ``proxy/scopes.py``."""
     _sealed: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def seal(self) -> Header:
-        """Write it once for all the requests that will share it. It must not be changed any more."""
+        """Encode it once for all requests that share it. It must not be changed afterwards."""
         self._sealed = self.dump()
         return self
 
     def dump(self) -> bytes:
+        """Return the header as JSON."""
         if self._sealed:
             return self._sealed
         members: dict[str, Any] = {
@@ -90,7 +91,7 @@ class Header:
             members["scope"] = self.scope
         try:
             return orjson.dumps(members)
-        except TypeError:  # of keyword arguments: long integers, lone surrogates
+        except TypeError:  # keyword arguments with long integers or lone surrogates
             return exact_json.dumps(members)
 
     @classmethod
@@ -102,7 +103,7 @@ class Header:
         query, codec, deadline_ms = get("query", ""), get("codec", HTTP_CODEC), get("deadline_ms", 0)
         call, request_id, client = get("call", "__call__"), get("request_id", ""), get("client", "")
         params, headers, window, scope = get("params"), get("headers"), get("window", 0), get("scope")
-        # Checked here and not by a function for each: this runs for every request.
+        # Inline and not a function call for each: this runs for every request.
         if not (
             type(endpoint) is type(method) is type(path) is type(codec) is str
             and type(call) is type(request_id) is type(client) is str
@@ -132,18 +133,18 @@ class Header:
 
 @dataclass(slots=True)
 class Entry:
-    """One request as it lies in a stream."""
+    """A request as it lies on a request stream."""
 
     id: str = field(repr=False)
     """The id of the call, which is its secret: see ``broker/wire/call_ids.py``."""
     caller: str = field(repr=False)
-    """Whose reply stream is waiting; empty for shadow traffic, which nobody waits for."""
+    """The id of the caller whose reply stream gets the reply; empty for shadow traffic, which gets none."""
     header: Header
     body: bytes = b""
     large: bool = False
-    """The body is not here but in a key of its own."""
+    """Whether the body is a claim check: it lies in a key of its own."""
     size_bytes: int = field(default=0, compare=False)
-    """Of head and body as its publisher counted them; 0 if it is small, and need not be counted apart."""
+    """The size of header and body as its publisher counted it; 0 for a small request, whose size is not recorded."""
 
     @property
     def shown_id(self) -> str:
@@ -151,6 +152,7 @@ class Entry:
         return shown_id(self.header.request_id, self.id)
 
     def raw(self) -> RawEntry:
+        """Return the encoded values of the fields."""
         body = None if self.large else self.body
         return RawEntry(self.id.encode(), self.caller.encode(), self.header.dump(), body)
 
@@ -163,7 +165,7 @@ class Entry:
         """Read what `fields` wrote.
 
         Raises:
-            WireError: the version is not ours, a field is missing, or one cannot be read.
+            WireError: another wire version, or a field that is missing or cannot be read.
         """
         named = named_fields(fields)
         try:
@@ -180,30 +182,31 @@ class Entry:
 
 
 class RawEntry(NamedTuple):
-    """The values of an `Entry` as bytes, apart from each other: many requests in a row differ in two of them."""
+    """The encoded values of an `Entry`, one by one: consecutive requests often differ in only two of them."""
 
     id: bytes
     caller: bytes
     header: bytes
     body: bytes | None
-    """None for a large one."""
+    """None for a large body, which lies in a key of its own."""
     large_bytes: int = 0
-    """The length of a large one."""
+    """The length of a large body."""
 
     @property
     def size_bytes(self) -> int:
-        """Of head and body, wherever that lies."""
+        """The size of header and body, also if the body lies in a key of its own."""
         return len(self.header) + (self.large_bytes if self.body is None else len(self.body))
 
     def __repr__(self) -> str:
-        return f"RawEntry(header={self.header!r})"  # without what is secret
+        return f"RawEntry(header={self.header!r})"  # without the ids, which are secret
 
     def fields(self) -> list[bytes]:
+        """Return names and values in turn, as ``XADD`` takes them."""
         fields = [VERSION_FIELD, VERSION, ID_FIELD, self.id, CALLER_FIELD, self.caller, HEADER_FIELD, self.header]
         return [*fields, *self.body_field()]
 
     def body_field(self) -> tuple[bytes, bytes]:
-        """Return the name and the value of the field that says what the body is, or that it is elsewhere."""
+        """Return name and value of the field with the body, or of the field that marks a large one."""
         return (LARGE_FIELD, b"1") if self.body is None else (BODY_FIELD, self.body)
 
 
@@ -211,8 +214,9 @@ _last_header = (Header().dump(), Header())
 
 
 def _header_of(raw: bytes) -> Header:
-    # The items of a batch have one header, as the calls of a handle have, and come one after another: they share what
-    # was made of it. Nobody changes a header that was read, but user code has its parameters and its query to itself.
+    # Batch items have equal headers, as have the calls of a handle, and follow one another: they share one `Header`.
+    # That is safe as nothing changes a decoded header but user code, which may change path parameters and a mapping
+    # of keyword arguments: headers with these are not shared.
     global _last_header
     known, header = _last_header
     if raw != known:
