@@ -1,1 +1,1 @@
-"""Everything that knows Redis, in layers: wire, transport, queue, registry; and the embedded server."""
+"""The broker: all use of Redis, in layers (wire, transport, queue, registry), and the embedded server."""

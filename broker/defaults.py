@@ -1,7 +1,7 @@
-"""Defaults of ``redis_url`` and ``instance``: those of the process's own instance, else those of its environment.
+"""Defaults of ``redis_url`` and ``instance``: those of the process's own instance, else those of the environment.
 
-Replicas and proxies belong to an instance. Their URL may hold a password, so it is kept in the memory of the process
-and taken out of its environment, which the processes that user code starts inherit.
+Replicas and proxies belong to an instance. Their URL may contain a password, so it is kept in memory and removed from
+the environment, which the processes that user code starts would inherit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from .errors import ConfigError
 from .transport.url import REDIS_URL
 
 INSTANCE = "PENSTOCK_INSTANCE"
-"""The environment variable with the name of the instance where no ``instance`` is given."""
+"""The environment variable with the name of the instance, for calls without ``instance``."""
 REPLICA_REDIS_URL = "PENSTOCK_REPLICA_REDIS_URL"
+"""The environment variable with the broker's URL for replicas, with a Redis user of their own."""
 PROXY_REDIS_URL = "PENSTOCK_PROXY_REDIS_URL"
+"""The environment variable with the broker's URL for proxies, with a Redis user of their own."""
 DEFAULT_INSTANCE = "default"
 
 
@@ -28,12 +30,12 @@ _own: _Own | None = None
 
 
 def belong_to(url: str, instance: str) -> None:
-    """Make these the defaults of this process, and take the URLs of brokers out of its environment."""
+    """Make these the defaults of this process, and remove the URLs of brokers from its environment."""
     global _own
     _own = _Own(url, instance)
     for name in (REDIS_URL, REPLICA_REDIS_URL, PROXY_REDIS_URL):
         os.environ.pop(name, None)
-    os.environ[INSTANCE] = instance  # no secret, and of use to commands that user code starts
+    os.environ[INSTANCE] = instance  # not a secret, and useful to commands that user code starts
 
 
 def default_url() -> str | None:

@@ -1,4 +1,4 @@
-"""Errors between a process and its broker.
+"""Errors of the broker: of the connection to Redis, of its replies and of its queues.
 
 ::
 
@@ -12,7 +12,7 @@
     ├── Overloaded
     └── WireError
 
-The errors that a caller of a backend sees besides these are in ``handles/errors.py``.
+The errors that calls of a backend raise besides these are in ``handles/errors.py``.
 """
 
 from __future__ import annotations
@@ -30,30 +30,34 @@ __all__ = [
 ]
 
 RULES = "docs/security.md has the rules that each role needs"
+"""The hint in errors about missing permissions."""
 
 
 class PenstockError(Exception):
-    """The root of every error that Penstock raises on purpose, ``TypeError`` apart.
+    """The base class of all errors that Penstock raises deliberately, except ``TypeError``.
 
-    Each class hands all its arguments to its base, as exceptions are rebuilt from ``args`` when they cross processes.
+    Each subclass passes all its arguments to its base, because unpickling rebuilds an exception from ``args``.
     """
 
     status: int = 500
-    """The HTTP status that a proxy answers with (RFC 9110, section 15)."""
+    """The status of the proxy's HTTP response (RFC 9110, section 15)."""
 
 
 class WireError(PenstockError):
-    """What lies on a stream is not what this process can read."""
+    """An entry or a registry record cannot be read: it is malformed, or of another wire version."""
 
 
 class ConfigError(PenstockError, ValueError):
-    """A value that cannot be: the message names it, what was met and what is allowed."""
+    """An argument or a setting has an invalid value: the message names it, the value and what is allowed."""
 
     status = 400
 
 
 class BrokerUnavailable(PenstockError):
-    """Redis cannot be reached, or went away before it could say what became of a command."""
+    """Redis cannot be reached, or the connection was lost before the reply to a command.
+
+    Retry after ``retry_after_s`` seconds.
+    """
 
     status = 503
 
@@ -66,7 +70,10 @@ class BrokerUnavailable(PenstockError):
 
 
 class BrokerRefused(PenstockError):
-    """Redis answered a command with an error. ``said`` is what it said, ``command`` what it was asked for."""
+    """Redis answered a command with an error.
+
+    ``said`` is its message, ``command`` the command with its keys, ``user`` the Redis user of the connection.
+    """
 
     status = 503
 
@@ -75,24 +82,24 @@ class BrokerRefused(PenstockError):
         self.said, self.command, self.url, self.user = said, command, url, user
 
     def __str__(self) -> str:
-        return f"{self.said}: that is what the broker at {self.url} answered to {self.command}"
+        return f"the broker at {self.url} refused {self.command}: {self.said}"
 
 
 class BrokerFull(BrokerRefused):
-    """Redis has no memory left."""
+    """Redis has reached its memory limit (``OOM``)."""
 
     def __str__(self) -> str:
         return f"the broker at {self.url} has no memory left for {self.command}: {self.said}"
 
 
 class StringTooLong(BrokerRefused):
-    """Redis takes no string of that many bytes."""
+    """A string is longer than Redis accepts (``proto-max-bulk-len``)."""
 
     status = 413
 
 
 class NotPermitted(BrokerRefused):
-    """The Redis user of the URL may not do what that takes; ``user`` is its name."""
+    """The Redis user of the URL lacks a permission (``NOPERM``); ``user`` is its name, "" for the default user."""
 
     status = 500
 
@@ -105,8 +112,8 @@ class NotPermitted(BrokerRefused):
 class Overloaded(PenstockError):
     """The backend's queue is full, or the broker is out of memory: the request was not accepted.
 
-    ``depth`` and ``limit`` are numbers of requests; where ``size_bytes`` is given, the size of the request, they are
-    bytes.
+    ``depth`` and ``limit`` are numbers of unsettled requests, or bytes if ``size_bytes``, the size of the refused
+    request, is given. Retry after ``retry_after_s`` seconds.
     """
 
     status = 503

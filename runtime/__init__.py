@@ -1,1 +1,1 @@
-"""Process-level helpers that know nothing of Redis: memory and signals."""
+"""Process-level helpers that do not use Redis: memory and signals."""

@@ -1,4 +1,4 @@
-"""Memory of the machine: its size, or that of the container which this process runs in, whichever is smaller."""
+"""Memory of the machine: its size, or the limit of the container that this process runs in, if that is smaller."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes of memory this process and its neighbours can have together.
+    """Return the bytes of memory that this process shares with the others of its machine or container.
 
-    The smallest of the machine's memory and the limits of the control groups around this process (cgroups(7)), versions
-    1 and 2. ``proc`` and ``cgroups`` are where these file systems are mounted.
+    That is the smallest of the machine's memory and the limits of the control groups of this process (cgroups(7)),
+    versions 1 and 2. ``proc`` and ``cgroups`` are the mount points of these file systems.
     """
     return min([_machine_bytes(), *_cgroup_limits(proc, cgroups)])
 
@@ -33,8 +33,8 @@ def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:
             root, name = cgroups / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # A limit holds for all groups below it. In a container the path may be the host's, of which only the root is
-        # mounted; then the root is the container's own group.
+        # A limit applies to all groups below it. In a container the path may be that of the host, of which only the
+        # root is mounted; then the root is the container's own group.
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
             if (limit := _read_limit(folder / name)) is not None:
@@ -44,7 +44,7 @@ def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _read_limit(file: Path) -> int | None:
-    """Return the limit in ``file``; None if there is none, which is the word ``max`` in version 2."""
+    """Return the limit in ``file``; None if there is none, which version 2 writes as ``max``."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Memory trimming: returns what large bodies took to the system while a process is idle."""
+"""Memory trimming: returns freed memory to the system while a process is idle."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import ctypes
 import os
 from pathlib import Path
 
-_GROWN_BYTES = 8 * 1024 * 1024
-"""To look for free memory costs milliseconds: it is done only if there may be as much of it."""
+_MIN_GROWTH_BYTES = 8 * 1024 * 1024
+"""Trim only after the process has grown by this much, as trimming takes milliseconds."""
 
 
 class Memory:
-    """That of this process, where its C library is glibc and there is a ``/proc``; else this does nothing."""
+    """The memory of this process. Does nothing without glibc or without ``/proc``."""
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._rested_bytes = 0
+        self._trimmed_bytes = 0
 
     def give_back(self) -> None:
-        """Return what is free, if this process has grown since this was last asked for.
+        """Return free memory to the system, if this process has grown since the last call.
 
-        glibc keeps freed blocks of up to 32 MiB, and what lies behind them keeps them from the system, until it is told
-        to look for whole pages (malloc_trim(3)): ten minutes of bodies of up to 10 MiB left a proxy at rest with 166
-        MiB instead of 133. Threads that allocate meanwhile wait for it.
+        glibc keeps freed blocks of up to 32 MiB, and cannot return them while a used block lies behind them, unless
+        malloc_trim(3) searches for whole free pages: after ten minutes of bodies of up to 10 MiB an idle proxy kept 166
+        MiB instead of 133. Threads that allocate meanwhile wait for the search.
         """
-        if self._trim is None or (now := _resident_bytes()) <= self._rested_bytes + _GROWN_BYTES:
+        if self._trim is None or (now := _resident_bytes()) <= self._trimmed_bytes + _MIN_GROWTH_BYTES:
             return
         self._trim(0)
-        self._rested_bytes = min(now, _resident_bytes())
+        self._trimmed_bytes = min(now, _resident_bytes())
 
 
 def _resident_bytes() -> int:

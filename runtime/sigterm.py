@@ -1,4 +1,4 @@
-"""SIGTERM: drains the actor of this process and ends it."""
+"""SIGTERM handling: drains the Ray actor of this process, then ends the process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class DrainsOnSigterm:
-    """An asyncio actor of Ray's whose constructor says, by `on_sigterm`, what there is to finish.
+    """Base class of asyncio Ray actors that drain on SIGTERM. Their constructor calls `on_sigterm`.
 
-    Ray's own handler ends the process at once. Only the main thread may set another one, and of an asyncio actor Ray
-    runs everything in a thread of its own except this: the making of its object.
+    Ray's own handler ends the process at once. Only the main thread may replace it, and the only code of an asyncio
+    actor that Ray runs in the main thread is ``__new__``.
     """
 
-    _terminate: Callable[[], object] | None = None
+    _on_sigterm: Callable[[], object] | None = None
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         self = super().__new__(cls)
@@ -28,8 +28,8 @@ class DrainsOnSigterm:
             before = signal.getsignal(signal.SIGTERM)
 
             def handle(number: int, frame: Any) -> None:
-                if self._terminate is not None:
-                    self._terminate()
+                if self._on_sigterm is not None:
+                    self._on_sigterm()
                 elif callable(before):
                     before(number, frame)
 
@@ -37,7 +37,7 @@ class DrainsOnSigterm:
         return self
 
     def on_sigterm(self, drain: Callable[[], Awaitable[object]]) -> None:
-        """On SIGTERM await ``drain()`` in the running loop, and end the process, which the controller replaces."""
+        """On SIGTERM await ``drain()`` in the running loop, then end the process. The controller replaces the actor."""
         loop, ending = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
         async def end() -> None:
@@ -45,12 +45,12 @@ class DrainsOnSigterm:
             try:
                 await drain()
             except Exception:
-                log.exception("could not drain")
-            # Not by way of Ray, whose head may be gone. Everything is closed; Ray notices.
+                log.exception("cannot drain after SIGTERM")
+            # Not through Ray, whose head may be gone. Everything is closed, and Ray detects the exit.
             os._exit(0)
 
         def begin() -> None:
             if not ending:
                 ending.append(loop.create_task(end(), name="after SIGTERM"))
 
-        self._terminate = lambda: loop.call_soon_threadsafe(begin)
+        self._on_sigterm = lambda: loop.call_soon_threadsafe(begin)

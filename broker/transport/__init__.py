@@ -1,1 +1,1 @@
-"""The connection to a Redis server: dialling, commands, the RESP reader, the server's clock."""
+"""The connection to a Redis server: connecting, commands, the RESP reader, the server's clock."""

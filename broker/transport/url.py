@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 from ..errors import ConfigError
 
 REDIS_URL = "PENSTOCK_REDIS_URL"
-"""The environment variable that names the broker where no ``redis_url`` is given."""
+"""The environment variable with the broker's URL, for calls without ``redis_url``."""
 
 MAX_MEMORY = "PENSTOCK_MAX_MEMORY_BYTES"
-"""The environment variable with the memory limit of the embedded server where no ``max_memory_bytes`` is given."""
+"""The environment variable with the embedded server's memory limit, for calls without ``max_memory_bytes``."""
 
 _SCHEMES = ("redis", "rediss", "unix")
 _ACCEPTED = frozenset(

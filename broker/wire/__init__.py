@@ -1,1 +1,1 @@
-"""The formats on the wire: requests, replies, keys and entry references. No I/O."""
+"""Wire formats: requests, replies, keys and entry refs. No I/O."""

@@ -29,7 +29,7 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (
         errors.BrokerRefused("READONLY no", "SET k", "redis://h", "alice"),
         503,
-        "READONLY no: that is what the broker at redis://h answered to SET k",
+        "the broker at redis://h refused SET k: READONLY no",
     ),
     (
         errors.BrokerFull("no", "SET k", "redis://h", "alice"),
