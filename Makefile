@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing penstock into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev,docs]'
 	@touch $@
 
 .PHONY: test
@@ -56,6 +56,11 @@ format: $(STAMP) ## Format, and mend what ruff can mend
 	@$(BIN)/ruff check --fix --quiet
 	@$(BIN)/ruff format --quiet
 
+.PHONY: docs
+docs: $(STAMP) ## Build the pages of docs/ and the API reference into build/docs; a broken link fails
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+	@echo "build/docs/index.html"
+
 .PHONY: demo
 demo: $(STAMP) ## Serve a trained model and call it over HTTP and through both kinds of handle
 	@$(BIN)/python examples/digits.py
@@ -68,7 +73,7 @@ bench: $(STAMP) ## Measure, side by side with others (needs wrk)
 constraints: $(STAMP) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet uv
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 \
-		--no-header --no-annotate --extra serve --extra dev pyproject.toml; } > constraints.new
+		--no-header --no-annotate --extra serve --extra dev --extra docs pyproject.toml; } > constraints.new
 	@mv constraints.new constraints.txt
 
 .PHONY: clean
