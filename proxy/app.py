@@ -1,7 +1,7 @@
-"""The ASGI application: publishes each HTTP request and answers with its reply.
+"""The ASGI application: publishes each HTTP request and responds with its reply.
 
-It is raw ASGI, for speed: a request that matches costs one coroutine beside the server's own, one `Header`, one awaited
-future and two messages. Nothing of Starlette's application runs unless middlewares are set.
+The application is plain ASGI, for speed: a routed request costs one coroutine besides the server's own, one `Header`,
+one awaited future and two ASGI messages. Starlette's own application class is not involved.
 """
 
 from __future__ import annotations
@@ -36,32 +36,35 @@ from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes
 logger = logging.getLogger("penstock.proxy")
 
 CLIENT_CLOSED_REQUEST = 499
-"""How the metrics count a request whose client hung up; nobody is left to read it. The number is nginx's."""
+"""Status in the metrics of a request whose client disconnected before the response. The number is nginx's."""
 
 SCRAPED = HTTPResponse(200, [])
-"""In place of the metrics, which are read from the broker while their client waits."""
-_SCRAPE_S = 2.0
+"""Stands for the response to ``/-/metrics``, which needs stats from the broker and so cannot be made synchronously."""
+
+_SCRAPE_TIMEOUT_S = 2.0
+"""How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
+
 _COUNTED_BYTES = 64 * 1024
-"""A shorter reply is not counted as one that its client may not read: the kernel takes it, or the sweep will see it."""
+"""Replies up to this size are not added to `Buffers.replies_bytes`: usually the kernel takes them at once."""
 
 _HOP_BY_HOP = frozenset(name.encode() for name in responses.HOP_BY_HOP)
 _USUAL_CONNECTION = (None, b"keep-alive", b"close")
 _CLOSE = (b"connection", b"close")
 
-RawNamed = dict[bytes, bytes]
+HeaderDict = dict[bytes, bytes]
 
 
 class ProxiedRequest:
-    """One request, from its head to its answer."""
+    """One HTTP request, from its head to the end of its response."""
 
     __slots__ = (
         "call",
         "endpoint",
-        "held_bytes",
+        "headers",
         "is_counted",
-        "named",
         "params",
         "request_id",
+        "reserved_bytes",
         "scope",
         "started",
         "status",
@@ -70,16 +73,16 @@ class ProxiedRequest:
     def __init__(self, scope: Scope) -> None:
         self.started = time.perf_counter()
         self.scope = scope
-        self.named: RawNamed = dict(scope["headers"])
-        self.request_id = request_ids.request_id_of(self.named)
+        self.headers: HeaderDict = dict(scope["headers"])
+        self.request_id = request_ids.request_id_of(self.headers)
         self.endpoint: EndpointRecord | None = None
         self.params: dict[str, PathParam] = {}
         self.call: Call | None = None
         self.status = CLIENT_CLOSED_REQUEST
-        """Of its answer, once there is one."""
+        """Status of the response; until there is one, that of a client that disconnected."""
         self.is_counted = False
-        self.held_bytes = 0
-        """Of its body, in the proxy's budget."""
+        self.reserved_bytes = 0
+        """Bytes of its body that are reserved in `App.buffers`."""
 
 
 class App:
@@ -101,68 +104,71 @@ class App:
         self.request_timeout_s = request_timeout_s
         self._root_path = root_path.rstrip("/")
         self._debug = debug
-        self._hang_ups = DisconnectWatcher()
+        self._disconnects = DisconnectWatcher()
         self._routes = Routes()
         self.metrics = metrics.Metrics()
         self.draining = False
-        """Set, ``/-/healthz`` says so, and every answer asks its client to connect anew: to another proxy."""
+        """While true, ``/-/healthz`` is 503 and every response closes its connection: clients move to other proxies."""
         self.apply(caller.snapshot)
 
     def apply(self, snapshot: Snapshot) -> None:
-        """Route by ``snapshot`` from now on."""
+        """Route further requests by ``snapshot``."""
         self._routes = Routes(snapshot.endpoints.values())
 
     def close(self) -> None:
-        self._hang_ups.close()
+        """Stop watching for client disconnects."""
+        self._disconnects.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _other_than_http(scope, receive, send)
             return
-        asked = ProxiedRequest(scope)
+        request = ProxiedRequest(scope)
         try:
-            answer = self.route(asked)
-            if answer is None:
-                called = await self._call(asked, receive)
+            response = self.route(request)
+            if response is None:
+                called = await self._call(request, receive)
                 if isinstance(called, IncomingStream):
-                    await self._relay(asked, called, receive, send)
+                    await self._relay(request, called, receive, send)
                     return
-                answer = called
+                response = called
             else:
-                if answer is SCRAPED:
-                    answer = await self._scraped()
-                if has_body(asked.named):
-                    answer = answer._replace(close=True)  # rather than read and drop whatever may still come
-            status, headers, body = self.render(asked, answer)
+                if response is SCRAPED:
+                    response = await self._metrics_page()
+                if has_body(request.headers):
+                    response = response._replace(close=True)  # rather than read and drop the rest of the body
+            status, headers, body = self.render(request, response)
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
         except ClientDisconnected:
             pass
         finally:
-            self.done(asked)
+            self.done(request)
 
-    def relaying(self, asked: ProxiedRequest, incoming: IncomingStream) -> ASGIApp:
-        """Return what sends an answer that has begun to come in parts, and does what is to be `done` at its end."""
+    def relaying(self, request: ProxiedRequest, incoming: IncomingStream) -> ASGIApp:
+        """Return an ASGI application that sends a streamed reply as the response and then calls `done`."""
 
         async def relay(_: Scope, receive: Receive, send: Send) -> None:
             try:
-                await self._relay(asked, incoming, receive, send)
+                await self._relay(request, incoming, receive, send)
             except ClientDisconnected:
                 pass
             finally:
-                self.done(asked)
+                self.done(request)
 
         return relay
 
-    async def _relay(self, asked: ProxiedRequest, incoming: IncomingStream, receive: Receive, send: Send) -> None:
+    async def _relay(self, request: ProxiedRequest, incoming: IncomingStream, receive: Receive, send: Send) -> None:
         try:
-            answer = response_streaming.head(incoming, debug=self._debug)
-            status, headers = self.render_head(asked, answer)
-            if status == 200 and asked.scope["http_version"] == "1.0" and answer.head_length is None:
-                # Its client knows of no chunks: it is told the length, or that there was an error.
-                answer = await response_streaming.gather(incoming, answer, limit=self.max_body_bytes, debug=self._debug)
-            if answer.body or asked.scope["method"] == "HEAD" or status in (204, 304):
-                status, headers, body = self.render(asked, answer)
+            response = response_streaming.head(incoming, debug=self._debug)
+            status, headers = self.render_head(request, response)
+            if status == 200 and request.scope["http_version"] == "1.0" and response.head_length is None:
+                # HTTP/1.0 has no chunked coding: collect the body, to send its length or an error instead.
+                response = await response_streaming.gather(
+                    incoming, response, limit=self.max_body_bytes, debug=self._debug
+                )
+            if response.body or request.scope["method"] == "HEAD" or status in (204, 304):
+                status, headers, body = self.render(request, response)
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
             else:
@@ -170,27 +176,30 @@ class App:
         finally:
             incoming.close()
 
-    # The steps of a request. They are called in this order by whoever serves it: `__call__`, or `direct.Direct`.
+    # The steps of a request, in the order in which `__call__` or `http1.fast_path.FastPath` calls them.
 
-    def route(self, asked: ProxiedRequest) -> HTTPResponse | None:
-        """Find the endpoint; return the answer if there is none to call, or `SCRAPED`."""
-        scope, named = asked.scope, asked.named
+    def route(self, request: ProxiedRequest) -> HTTPResponse | None:
+        """Find the endpoint of a request and return None; if there is none to call, return the response instead.
+
+        `SCRAPED` means that the caller has to await the response of ``/-/metrics``.
+        """
+        scope, headers = request.scope, request.headers
         path = self._route_path(scope["path"])
-        # Usual requests pass by this at the cost of three look-ups.
-        is_odd = (
-            len(named) != len(scope["headers"])
-            or named.get(b"host") not in framing.valid_hosts
-            or b"transfer-encoding" in named
+        # Three look-ups decide that a usual request needs no further check of its framing.
+        is_unusual = (
+            len(headers) != len(scope["headers"])
+            or headers.get(b"host") not in framing.valid_hosts
+            or b"transfer-encoding" in headers
         )
-        if is_odd and (refusal := framing.refusal(scope["headers"], scope.get("http_version", ""))) is not None:
+        if is_unusual and (refusal := framing.refusal(scope["headers"], scope.get("http_version", ""))) is not None:
             return responses.of_status(*refusal)._replace(close=True)
         if path.startswith(RESERVED):
-            return self._about_itself(scope["method"], path)
+            return self._system_page(scope["method"], path)
         self.metrics.in_flight += 1
-        asked.is_counted = True
+        request.is_counted = True
         found = self._routes.match(scope["method"], path)
         if isinstance(found, RouteMatch):
-            asked.endpoint, asked.params = found
+            request.endpoint, request.params = found
             return None
         if isinstance(found, MethodNotAllowed):
             return _not_allowed(scope["method"], path, found.allowed)
@@ -199,35 +208,41 @@ class App:
         return responses.of_status(404, f"no endpoint has a route for {path!r}")
 
     def dispatch(
-        self, asked: ProxiedRequest, body: bytes, then: Callable[[CallOutcome], None], timeout_s: float
+        self, request: ProxiedRequest, body: bytes, then: Callable[[CallOutcome], None], timeout_s: float
     ) -> None:
-        """Send it to its endpoint's backend; ``then`` hears the outcome, unless `withdraw` comes first.
+        """Publish a request for its endpoint's backend and call ``then`` with the outcome, unless `withdraw` is first.
+
+        Args:
+            request: the request, which `route` gave an endpoint.
+            body: its whole body.
+            then: receives the reply, the streamed reply or the exception; called at most once.
+            timeout_s: seconds until the request expires.
 
         Raises:
-            PenstockError: it cannot be sent. `answer` says what its client gets to see, also of any other exception.
+            PenstockError: the request cannot be published. `answer` turns this, as any exception, into a response.
         """
-        scope, named, endpoint = asked.scope, asked.named, asked.endpoint
+        scope, headers, endpoint = request.scope, request.headers, request.endpoint
         assert endpoint is not None
-        self._hold(asked, len(body) - asked.held_bytes)  # what `read_body` has counted is held already
-        method_name = named.get(b"x-serve-call-method")
+        self._reserve(request, len(body) - request.reserved_bytes)  # `read_body` has reserved all of it
+        method_name = headers.get(b"x-serve-call-method")
         client = scope["client"]
-        shard_key = named.get(b"x-serve-shard-key")
+        shard_key = headers.get(b"x-serve-shard-key")
         path = self._root_path + self._route_path(scope["path"])
-        asked.call = self._caller.dispatch(
+        request.call = self._caller.dispatch(
             endpoint,
-            # The codec stays as it is for HTTP, so that nothing a client sends is ever unpickled.
+            # The codec keeps its default, that of HTTP, so that nothing a client sends is ever unpickled.
             Header(
                 endpoint=endpoint.name,
                 method=scope["method"],
                 path=path,
-                path_params=asked.params,
+                path_params=request.params,
                 query=scope["query_string"].decode("latin-1"),
-                headers=_request_headers(scope, named),
-                call="__call__" if method_name is None else _public(method_name),
-                request_id=asked.request_id.decode(),
+                headers=_request_headers(scope, headers),
+                call="__call__" if method_name is None else _public_method(method_name),
+                request_id=request.request_id.decode(),
                 client=f"{client[0]}:{client[1]}" if client else "",
                 window=WINDOW,
-                scope=scopes.carried(scope, named.get(b"host"), path, self._root_path),
+                scope=scopes.carried(scope, headers.get(b"host"), path, self._root_path),
             ),
             body,
             then,
@@ -235,38 +250,38 @@ class App:
             timeout_s=timeout_s,
         )
 
-    def _hold(self, asked: ProxiedRequest, size: int) -> None:
-        self.buffers.hold(size)
-        asked.held_bytes += size
+    def _reserve(self, request: ProxiedRequest, size: int) -> None:
+        self.buffers.reserve(size)
+        request.reserved_bytes += size
 
-    def withdraw(self, asked: ProxiedRequest) -> None:
-        """Nobody waits for the outcome any more."""
-        if asked.call is not None:
-            asked.call.cancel()
+    def withdraw(self, request: ProxiedRequest) -> None:
+        """Cancel the call of a request whose response cannot be delivered any more."""
+        if request.call is not None:
+            request.call.cancel()
 
-    def answer(self, asked: ProxiedRequest, outcome: Reply | BaseException) -> HTTPResponse:
-        """Return what the client gets to see of an outcome, or of what `dispatch` raised."""
+    def answer(self, request: ProxiedRequest, outcome: Reply | BaseException) -> HTTPResponse:
+        """Return the response for an outcome, or for what `dispatch` raised."""
         if isinstance(outcome, Reply):
             return responses.of_reply(outcome, debug=self._debug)
         if isinstance(outcome, PenstockError):
             return responses.of_error(outcome, debug=self._debug)
-        logger.error("request %s failed in the proxy", asked.request_id.decode(), exc_info=outcome)
-        return responses.of_status(500, f"the proxy failed with {type(outcome).__name__}; its log says more")
+        logger.error("request %s failed in the proxy", request.request_id.decode(), exc_info=outcome)
+        return responses.of_status(500, f"the proxy failed with {type(outcome).__name__}; see its log")
 
     def out_of_time(self) -> HTTPResponse:
-        """Return the answer to what is unfinished when the time to shut down is over."""
+        """Return the response to requests that are unfinished when the time to shut down is over."""
         return responses.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
 
-    def render(self, asked: ProxiedRequest, answer: HTTPResponse) -> tuple[int, RawHeaders, bytes]:
-        """Return status, headers and body as they are sent."""
-        status, headers, body, head_length, close = answer
-        asked.status = status
-        headers = [*headers, (request_ids.HEADER, asked.request_id)]
+    def render(self, request: ProxiedRequest, response: HTTPResponse) -> tuple[int, RawHeaders, bytes]:
+        """Return status, headers and body of a whole response as they are sent."""
+        status, headers, body, head_length, close = response
+        request.status = status
+        headers = [*headers, (request_ids.HEADER, request.request_id)]
         if status == 204 or status == 304:
             body = b""
         else:
             length = len(body)
-            if asked.scope["method"] == "HEAD":
+            if request.scope["method"] == "HEAD":
                 length, body = head_length or length, b""
             headers.append((b"content-length", b"%d" % length))
             if length > _COUNTED_BYTES:
@@ -275,78 +290,79 @@ class App:
             headers.append(_CLOSE)
         return status, headers, body
 
-    def render_head(self, asked: ProxiedRequest, answer: HTTPResponse) -> tuple[int, RawHeaders]:
-        """Return status and headers of an answer whose body is still to come."""
-        asked.status = answer.status
-        headers = [*answer.headers, (request_ids.HEADER, asked.request_id)]
-        if answer.head_length is not None:
-            headers.append((b"content-length", b"%d" % answer.head_length))
+    def render_head(self, request: ProxiedRequest, response: HTTPResponse) -> tuple[int, RawHeaders]:
+        """Return status and headers of a response whose body follows in parts."""
+        request.status = response.status
+        headers = [*response.headers, (request_ids.HEADER, request.request_id)]
+        if response.head_length is not None:
+            headers.append((b"content-length", b"%d" % response.head_length))
         if self.draining:
             headers.append(_CLOSE)
-        return answer.status, headers
+        return response.status, headers
 
-    def done(self, asked: ProxiedRequest) -> None:
-        """Count it. To be called once for everything that was routed, whatever became of it."""
-        if asked.held_bytes:
-            self.buffers.release(asked.held_bytes)
-            asked.held_bytes = 0
-        asked.call = None  # it may lead back to us, and what leads in circles waits for the garbage collector
-        if asked.is_counted:
+    def done(self, request: ProxiedRequest) -> None:
+        """Record the end of a request: its metrics and its budget. To be called once for each routed request."""
+        if request.reserved_bytes:
+            self.buffers.release(request.reserved_bytes)
+            request.reserved_bytes = 0
+        request.call = None  # the call may refer to the request, and a cycle would wait for the garbage collector
+        if request.is_counted:
             self.metrics.in_flight -= 1
-            endpoint = "" if asked.endpoint is None else asked.endpoint.name
-            self.metrics.of(endpoint).count(asked.status, time.perf_counter() - asked.started)
+            endpoint = "" if request.endpoint is None else request.endpoint.name
+            self.metrics.of(endpoint).count(request.status, time.perf_counter() - request.started)
 
     def _route_path(self, path: str) -> str:
-        # Whoever stands before us may strip the prefix or leave it.
+        # A proxy in front may strip the prefix or leave it.
         if self._root_path and (path + "/").startswith(self._root_path + "/"):
             return path[len(self._root_path) :] or "/"
         return path
 
-    async def _call(self, asked: ProxiedRequest, receive: Receive) -> HTTPResponse | IncomingStream:
-        """Call the endpoint's backend. An answer in parts is returned when it has begun.
+    async def _call(self, request: ProxiedRequest, receive: Receive) -> HTTPResponse | IncomingStream:
+        """Call the endpoint's backend and return its response, or a streamed reply as soon as it has begun.
 
         Raises:
-            HungUp: the client went away; its request is cancelled.
+            ClientDisconnected: the client disconnected; its request is cancelled.
         """
         body, timeout_s = b"", self.request_timeout_s
-        if has_body(asked.named):
+        if has_body(request.headers):
             began = time.perf_counter()
             try:
                 body = await read_body(
                     receive,
-                    asked.named,
+                    request.headers,
                     limit=self.max_body_bytes,
                     timeout_s=timeout_s,
-                    hold=partial(self._hold, asked),
+                    reserve=partial(self._reserve, request),
                     check=self.buffers.check,
                 )
             except PenstockError as e:
-                return self.answer(asked, e)._replace(close=True)
+                return self.answer(request, e)._replace(close=True)
             timeout_s -= time.perf_counter() - began
-        waiting = self._hang_ups.watch(receive)
+        watched = self._disconnects.watch(receive)
         try:
-            self.dispatch(asked, body, waiting.hear, timeout_s)
-            outcome = await waiting.outcome
+            self.dispatch(request, body, watched.resolve, timeout_s)
+            outcome = await watched.outcome
         except asyncio.CancelledError:
-            self.withdraw(asked)
+            self.withdraw(request)
             if self.draining:  # the server's time to finish is over
                 return self.out_of_time()
             raise
         except Exception as e:
             outcome = e
         finally:
-            self._hang_ups.forget(waiting)
+            self._disconnects.unwatch(watched)
         if type(outcome) is ClientDisconnected:
-            self.withdraw(asked)
-            # A new one: its traceback leads to this frame, and that to the outcome and the body. So they would wait for
-            # the garbage collector: 16 clients that left with 10 MiB under way cost 150 MiB each time.
+            self.withdraw(request)
+            # A new exception: the traceback of the outcome would refer to this frame, and the frame to the outcome and
+            # the body. This cycle would wait for the garbage collector: 16 clients that disconnected in the middle of
+            # 10 MiB cost 150 MiB each time.
             raise ClientDisconnected
-        return outcome if isinstance(outcome, IncomingStream) else self.answer(asked, outcome)
+        return outcome if isinstance(outcome, IncomingStream) else self.answer(request, outcome)
 
-    def _about_itself(self, method: str, path: str) -> HTTPResponse:
+    def _system_page(self, method: str, path: str) -> HTTPResponse:
         name = path[len(RESERVED) :]
         if name not in ("routes", "healthz", "metrics"):
-            return responses.of_status(404, f"there is no {path!r}")
+            return responses.of_status(404, f"no system page {path!r}")
         if method not in ("GET", "HEAD"):
             return _not_allowed(method, path, ("GET", "HEAD"))
         if name == "routes":
@@ -361,13 +377,14 @@ class App:
             return responses.of_text("the broker refuses writes", 503)
         return responses.of_text("ok")
 
-    async def _scraped(self) -> HTTPResponse:
+    async def _metrics_page(self) -> HTTPResponse:
         backend_stats: Mapping[str, BackendStats] | None = None
         try:
-            backend_stats = await asyncio.wait_for(self._caller.backend_stats(), _SCRAPE_S)
+            backend_stats = await asyncio.wait_for(self._caller.backend_stats(), _SCRAPE_TIMEOUT_S)
         except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
-            # What we counted ourselves is worth telling, above all now.
-            logger.warning("the metrics are without those of the backends: %s", str(e) or "the broker does not answer")
+            # The metrics of this proxy are most useful when the broker is in trouble.
+            reason = str(e) or f"no response from the broker within {_SCRAPE_TIMEOUT_S:g} s"
+            logger.warning("/-/metrics lacks the stats of backends: %s", reason)
         return responses.of_text(
             self.metrics.render(self._caller.shadows.copies, backend_stats), content_type=metrics.CONTENT_TYPE
         )
@@ -379,7 +396,7 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
         await send({"type": "lifespan.shutdown.complete"})
     elif scope["type"] == "websocket":
-        # Closed before it is accepted: the server answers the handshake with 403.
+        # To close a WebSocket before accepting it makes the server refuse the handshake with 403.
         await send({"type": "websocket.close", "code": 1000, "reason": "websockets are not served"})
     else:
         raise ValueError(f"cannot serve the ASGI scope {scope['type']!r}")
@@ -387,21 +404,21 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> HTTPResponse:
     listed = ", ".join(allowed)
-    message = f"{path!r} takes {listed}, not {method}"
+    message = f"{path!r} allows {listed}, not {method}"
     return responses.of_status(405, message, [(b"allow", listed.encode())])
 
 
-def _request_headers(scope: Scope, named: RawNamed) -> list[tuple[str, str]]:
+def _request_headers(scope: Scope, headers: HeaderDict) -> list[tuple[str, str]]:
     dropped = _HOP_BY_HOP
     pairs: list[tuple[bytes, bytes]] = scope["headers"]
-    if named.get(b"connection") not in _USUAL_CONNECTION or len(named) != len(pairs):  # there may be several
+    if headers.get(b"connection") not in _USUAL_CONNECTION or len(headers) != len(pairs):  # it may be repeated
         for name, value in pairs:
             if name == b"connection":
                 dropped |= {token.strip().lower() for token in value.split(b",")}
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs if name not in dropped]
 
 
-def _public(name: bytes) -> str:
+def _public_method(name: bytes) -> str:
     text = _text(name)
     if text == "__call__" or (text.isidentifier() and not text.startswith("_")):
         return text
@@ -409,7 +426,7 @@ def _public(name: bytes) -> str:
 
 
 def _text(raw: bytes) -> str:
-    """Read a header that a Python caller would have given as a string."""
+    """Decode a header value as UTF-8, as Python clients send it, or else as Latin-1, which HTTP/1.1 once prescribed."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

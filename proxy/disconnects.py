@@ -1,4 +1,4 @@
-"""Client disconnects, noticed at no cost to requests that are answered at once."""
+"""Client disconnects: detection that costs nothing for requests that get their response at once."""
 
 from __future__ import annotations
 
@@ -14,105 +14,108 @@ from ..handles.calls.call import CallOutcome
 
 logger = logging.getLogger("penstock.proxy")
 
-PATIENCE_S = 0.05
+WATCH_AFTER_S = 0.05
+"""A request that has waited this long for its outcome is watched."""
 
 
-class ClientDisconnected(Exception):  # it never leaves the proxy: there is nobody to tell
-    """The client went away."""
+class ClientDisconnected(Exception):
+    """The client closed its connection. Never leaves the proxy."""
 
 
 class WatchedRequest:
-    """A request whose answer is awaited."""
+    """A request whose outcome is awaited."""
 
     __slots__ = ("outcome", "receive", "since", "watcher")
 
     def __init__(self, receive: Receive, since: float, outcome: asyncio.Future[CallOutcome]) -> None:
         self.receive, self.since = receive, since
         self.outcome = outcome
-        """What the caller heard of its call, or `ClientDisconnected`."""
+        """The outcome of the call, or `ClientDisconnected`."""
         self.watcher: asyncio.Task[None] | None = None
 
-    def hear(self, outcome: CallOutcome) -> None:
+    def resolve(self, outcome: CallOutcome) -> None:
+        """Set the outcome, unless there is one."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
 
 class DisconnectWatcher:
-    """Tells of clients that go away while they are waiting.
+    """Detects clients that disconnect while their requests wait.
 
-    ASGI tells of it only to who waits in ``receive``, and a task that waits there costs more than a fast request does
-    as a whole. So a request gets that task when it has been waiting for 50 to 100 ms, from one timer for all of them,
-    which stands still when nothing waits.
+    ASGI reports a disconnect only through ``receive``, and a task that awaits it costs more than the whole of a fast
+    request. So a request gets such a task only after it has waited for 50 to 100 ms. One timer serves all requests and
+    runs only while some wait.
 
-    It belongs to the loop that it is made in.
+    The watcher belongs to the event loop in which it is constructed.
     """
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
-        self._patience_s = patience_s
-        # Asked once: before Python 3.12 it costs a system call each time, 2 % of a request.
+    def __init__(self, watch_after_s: float = WATCH_AFTER_S) -> None:
+        self._watch_after_s = watch_after_s
+        # Looked up once: before Python 3.12 the look-up is a system call, 2 % of a request.
         self._loop = asyncio.get_running_loop()
         self._unwatched: dict[WatchedRequest, None] = {}  # oldest first
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, receive: Receive) -> WatchedRequest:
-        """Begin to watch the client that ``receive`` belongs to."""
-        waiting = WatchedRequest(receive, time.perf_counter(), self._loop.create_future())
-        self._unwatched[waiting] = None
+        """Start watching the client of ``receive``."""
+        watched = WatchedRequest(receive, time.perf_counter(), self._loop.create_future())
+        self._unwatched[watched] = None
         if self._timer is None:
             self._arm()
-        return waiting
+        return watched
 
-    def forget(self, waiting: WatchedRequest) -> None:
-        """The answer is there, or nobody awaits it any more."""
-        self._unwatched.pop(waiting, None)
-        if waiting.watcher is not None:
-            waiting.watcher.cancel()
-            waiting.watcher = None  # whose frames lead back to it, and an answer would wait for the garbage collector
+    def unwatch(self, watched: WatchedRequest) -> None:
+        """Stop watching: the outcome has arrived or is no longer awaited."""
+        self._unwatched.pop(watched, None)
+        if watched.watcher is not None:
+            watched.watcher.cancel()
+            watched.watcher = None  # its frames refer to the request, and a cycle would wait for the garbage collector
 
     def close(self) -> None:
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _arm(self) -> None:
-        self._timer = self._loop.call_later(self._patience_s, self._sweep)
+        self._timer = self._loop.call_later(self._watch_after_s, self._sweep)
 
     def _sweep(self) -> None:
-        before = time.perf_counter() - self._patience_s
-        for waiting in list(self._unwatched):
-            if waiting.since > before:
+        before = time.perf_counter() - self._watch_after_s
+        for watched in list(self._unwatched):
+            if watched.since > before:
                 break
-            del self._unwatched[waiting]
-            waiting.watcher = self._loop.create_task(_watch(waiting))
+            del self._unwatched[watched]
+            watched.watcher = self._loop.create_task(_watch(watched))
         if self._unwatched:
             self._arm()
         else:
             self._timer = None
 
 
-async def _watch(waiting: WatchedRequest) -> None:
-    if await wait_for_disconnect(waiting.receive):
-        waiting.hear(ClientDisconnected())
+async def _watch(watched: WatchedRequest) -> None:
+    if await wait_for_disconnect(watched.receive):
+        watched.resolve(ClientDisconnected())
 
 
 async def wait_for_disconnect(receive: Receive) -> bool:
-    """Wait until the client goes away. Returns False if that cannot be told."""
+    """Wait until the client disconnects and return True; return False if ``receive`` fails."""
     try:
         while (await receive())["type"] != "http.disconnect":
             pass
-    except Exception:  # a middleware's `receive` may raise what it likes
-        logger.debug("cannot watch a client", exc_info=True)
+    except Exception:  # the `receive` of a middleware may raise anything
+        logger.debug("cannot watch for the disconnect of a client", exc_info=True)
         return False
     return True
 
 
 def is_reset(sock: socket.socket) -> bool:
-    """Return whether the peer of a connection has reset it, also where nothing is read from it any more."""
+    """Return whether the peer has reset the connection, even while nothing is read from it."""
     return _has_event(sock, 0)  # errors are always reported
 
 
 def is_at_eof(sock: socket.socket) -> bool:
-    """Return whether the peer sends no more, also while what it sent is not read. Only Linux can tell."""
+    """Return whether the peer has shut down its sending direction, even while data is unread. Works only on Linux."""
     return _has_event(sock, getattr(select, "POLLRDHUP", 0))
 
 

@@ -1,9 +1,9 @@
 """Starlette middlewares that a user places around the application.
 
-Whatever they do, a body that broke off never looks complete. Several of Starlette's own middlewares end the body that
-they send when the one that they read ends, for whatever reason: the client would see a proper last chunk, or the valid
-end of a compressed stream. So each application of the stack is watched, and the end of the outermost body is withheld
-where one inside it broke off.
+A body that broke off never looks complete, whatever the middlewares do. Several of Starlette's own middlewares end
+the body that they send as soon as the body that they read ends, for any reason: the client would see a proper last
+chunk, or the valid end of a compressed stream. So each application of the stack is watched, and the end of the outer
+body is withheld if a body inside it broke off.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .responses import HTTPResponse
 logger = logging.getLogger("penstock.proxy")
 
 _RESPONSE = "penstock.response"
-"""The key of a scope under which its `_Response` is."""
+"""Key of the ASGI scope for its `_Response`."""
 
 
 class _Response:
-    """One response on its way out through the middlewares."""
+    """One response as it passes through the middlewares."""
 
     broken_by: Exception | None = None
-    """Why a body within it ended before it was complete."""
+    """Why a body inside it ended before it was complete; None while none did."""
 
 
 def wrap(app: ASGIApp, middlewares: Sequence[Middleware]) -> ASGIApp:
@@ -45,17 +45,17 @@ def wrap(app: ASGIApp, middlewares: Sequence[Middleware]) -> ASGIApp:
 
 
 class _Watched:
-    """An application whose body has an end only if every body within it has one."""
+    """Wraps an application so that its body ends properly only if every body inside it does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: _Response | None = scope.get(_RESPONSE)
-        if response is None:  # no HTTP, or a scope that a middleware made anew
+        if response is None:  # not HTTP, or a new scope made by a middleware
             await self._app(scope, receive, send)
             return
-        response.broken_by = None  # a middleware may try again
+        response.broken_by = None  # a middleware may call the application again
         started = complete = withheld = False
 
         async def watched(message: Message) -> None:
@@ -63,7 +63,7 @@ class _Watched:
             if message["type"] == "http.response.start":
                 started = True
                 if message["status"] >= 500:
-                    response.broken_by = None  # a middleware answers with an error instead
+                    response.broken_by = None  # a middleware responds with an error instead
                 withheld = response.broken_by is not None
             elif _ends_body(message):
                 withheld = withheld or response.broken_by is not None
@@ -82,7 +82,7 @@ class _Watched:
 
 
 class _Outermost:
-    """What `App` promises of every answer, for those that a middleware gives in its place."""
+    """Gives responses of middlewares what `App` gives its own: a request id, and an error for an exception."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -97,13 +97,13 @@ class _Outermost:
         kept = [pair for pair in scope["headers"] if pair[0] != request_ids.HEADER]
         scope["headers"] = [*kept, id_header]
         scope[_RESPONSE] = response = _Response()
-        started = complete = hung_up = False
+        started = complete = is_disconnected = False
 
-        async def receive_and_note() -> Message:
-            nonlocal hung_up
+        async def watched_receive() -> Message:
+            nonlocal is_disconnected
             message = await receive()
             if message["type"] == "http.disconnect" and not complete:
-                hung_up = True
+                is_disconnected = True
             return message
 
         async def send_with_id(message: Message) -> None:
@@ -119,22 +119,22 @@ class _Outermost:
 
         error: Exception | None = None
         try:
-            await self._app(scope, receive_and_note, send_with_id)
+            await self._app(scope, watched_receive, send_with_id)
         except Exception as e:
             error = e
         if complete and error is None:
             return
-        if hung_up or isinstance(error, ClientDisconnect):
-            logger.debug("the client of request %s hung up", request_id.decode(), exc_info=error)
+        if is_disconnected or isinstance(error, ClientDisconnect):
+            logger.debug("the client of request %s disconnected", request_id.decode(), exc_info=error)
         elif (error := response.broken_by or error) is not None:
             if started:
                 raise error
-            answer = _instead_of(error, request_id.decode())
-            headers = [*answer.headers, id_header]
-            if answer.status not in (204, 304):
-                headers.append((b"content-length", b"%d" % len(answer.body)))
-            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-            await send({"type": "http.response.body", "body": answer.body})
+            error_response = _error_response(error, request_id.decode())
+            headers = [*error_response.headers, id_header]
+            if error_response.status not in (204, 304):
+                headers.append((b"content-length", b"%d" % len(error_response.body)))
+            await send({"type": "http.response.start", "status": error_response.status, "headers": headers})
+            await send({"type": "http.response.body", "body": error_response.body})
 
 
 def _ends_body(message: Message) -> bool:
@@ -142,8 +142,8 @@ def _ends_body(message: Message) -> bool:
     return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
 
 
-def _instead_of(error: Exception, request_id: str) -> HTTPResponse:
-    """Return the answer in the place of one that ended with ``error`` before its head was sent."""
+def _error_response(error: Exception, request_id: str) -> HTTPResponse:
+    """Return the response for a request whose middlewares raised ``error`` before they sent a head."""
     if isinstance(error, HTTPException):
         return responses.of_http_exception(error)
     if isinstance(error, CutOff):

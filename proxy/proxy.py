@@ -1,7 +1,7 @@
-"""One proxy: a caller, the application and the HTTP server around it, in one loop.
+"""One proxy: a request client, the ASGI application and the HTTP server, in one event loop.
 
-It reads from the registry what to route, and says there where it listens and which version of the registry it serves.
-Nobody has to tell it anything but when to end, so it goes on serving whatever becomes of the controller and of Ray.
+The proxy reads its routes from the registry and reports there its URL and the version of the registry that it serves.
+It needs no call from outside until it is drained, so it goes on serving while the controller or Ray is down.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from .server import PortInUse, Server, is_wildcard
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+"""Seconds between attempts to reach the broker."""
+
 _SIBLINGS_S = 5.0
-"""How long to wait for other proxies of the node that are starting too, and may be who has our port."""
+"""How long to wait, on a port in use, for other proxies of the node that are starting and may listen on that port."""
 
 
 class Proxy:
-    """The life of one proxy, from `ready` to `drain`: a plain asyncio class, which needs no Ray.
+    """Runs one proxy, from `ready` to `drain`. A plain asyncio class that needs no Ray.
 
     Args:
-        redis_url: of the broker.
-        instance: whose endpoints are served.
-        name: of the proxy, in the registry.
-        options: the fields of ``serve.HTTPOptions``; what is not named has its default.
-        node: of the cluster, as the registry shall have it.
-        address: where the node is reached, for the URL of a proxy that listens on all addresses. Proxies of one node
-            share its port, and so do those of nodes with one address, as in a test cluster on one machine.
+        redis_url: URL of the broker.
+        instance: the instance whose endpoints are served.
+        name: name of the proxy in the registry.
+        options: fields of ``serve.HTTPOptions``. Missing ones have their defaults.
+        node: id of the node, for the report in the registry.
+        address: address of the node, for the URL of a proxy that listens on all addresses. Proxies of one node share
+            a port, and so do proxies of nodes with the same address, such as a test cluster on one machine.
     """
 
     def __init__(
@@ -61,50 +63,54 @@ class Proxy:
     ) -> None:
         self._url, self._instance, self._name, self._options = redis_url, instance, name, options
         self._address = address
-        self._said: dict[str, Any] = {"node": node, "address": address, "pid": os.getpid(), "state": "starting"}
+        self._report: dict[str, Any] = {"node": node, "address": address, "pid": os.getpid(), "state": "starting"}
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._caller: RequestClient | None = None
         self._app: App | None = None
         self._memory = Memory()
         self._server: Server | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._ending: asyncio.Task[None] | None = None
-        self._telling: asyncio.Task[None] | None = None
-        self._unsaid = False
+        self._draining: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._has_news = False
 
     async def ready(self) -> dict[str, Any]:
-        """Return where it is reached (``url``, ``node``, ``pid``) once it takes requests.
+        """Start the proxy and return its ``url``, ``node`` and ``pid`` once it accepts requests.
 
-        Called again, it tells the same.
+        Further calls return the same.
 
         Raises:
-            ConfigError: the port is in use, or another of the options cannot be.
+            ConfigError: the port is in use, or another option cannot be applied on this machine.
         """
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
         await asyncio.shield(self._starting)
-        return {name: self._said[name] for name in ("url", "node", "pid") if name in self._said}
+        return {name: self._report[name] for name in ("url", "node", "pid") if name in self._report}
 
     async def check(self) -> None:
-        """Return if it is well, and give back memory that it does not need. Raises why it is not well."""
+        """Check the health of the proxy, and while it is idle return unused memory to the operating system.
+
+        Raises:
+            Exception: the start failed, or the HTTP server has ended.
+        """
         if self._starting is not None and self._starting.done():
             await self._starting
-        if self._server is not None and self._ending is None:
+        if self._server is not None and self._draining is None:
             await self._server.check()
         if self._app is not None and self._app.metrics.in_flight == 0:
             self._memory.give_back()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more connections, finish what is in flight within ``timeout_s`` seconds, and stop for good."""
-        if self._ending is None:
-            self._ending = asyncio.ensure_future(self._end(timeout_s))
-        await asyncio.shield(self._ending)
+        """Accept no more connections, finish the requests in progress within ``timeout_s`` seconds, and end."""
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain(timeout_s))
+        await asyncio.shield(self._draining)
 
     # -- starting
 
     async def _start(self) -> None:
         self._caller = await self._connect()
-        # Held before it routes anything: whoever changes a route waits for those that hold one.
+        # The lease comes before the routes: a change of the registry waits for every proxy that has a lease.
         await self._take_lease()
         options = self._options
         max_body_bytes: int = options.get("max_body_bytes", 64 * 1024 * 1024)
@@ -123,7 +129,7 @@ class Proxy:
         host = self._address if is_wildcard(self._server.host) else self._server.host
         url = f"http://[{host}]:{self._server.port}" if ":" in host else f"http://{host}:{self._server.port}"
         self._caller.watcher.add_listener(self._on_change)
-        self._say(state="ready", url=url)
+        self._update_report(state="ready", url=url)
         self._on_change(self._caller.snapshot)
         log.info("proxy %s serves on %s", self._name, url)
 
@@ -133,7 +139,7 @@ class Proxy:
             try:
                 await caller.open()
             except BrokerUnavailable as e:
-                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for its broker: {e}")
+                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for the broker: {e}")
                 await asyncio.sleep(_RETRY_S)
             else:
                 outages.report_ended(shown_url(self._url), self)
@@ -142,10 +148,10 @@ class Proxy:
     async def _take_lease(self) -> None:
         while True:
             try:
-                # In a thread, as it blocks.
+                # It blocks, so it runs in a thread.
                 await asyncio.to_thread(self._lease.start)
             except BrokerUnavailable as e:
-                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for its broker: {e}")
+                outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for the broker: {e}")
                 await asyncio.sleep(_RETRY_S)
             else:
                 outages.report_ended(shown_url(self._url), self)
@@ -172,18 +178,20 @@ class Proxy:
             await asyncio.sleep(0.1)
 
     async def _siblings(self) -> list[dict[str, Any]]:
-        """Return the reports of other proxies that may listen on this machine."""
+        """Return the reports of other proxies that may run on this machine."""
         assert self._caller is not None
         try:
             reports = await self._caller.registry.reports("proxies")
         except BrokerUnavailable:
-            return [{"state": "starting"}]  # for all we know
-        return [report for name, report in reports.items() if name != self._name and self._may_be_here(report)]
+            return [{"state": "starting"}]  # there may be one
+        return [
+            report for name, report in reports.items() if name != self._name and self._may_be_on_this_machine(report)
+        ]
 
-    def _may_be_here(self, report: Mapping[str, Any]) -> bool:
-        if report.get("node") == self._said["node"] or report.get("address") == self._said["address"]:
+    def _may_be_on_this_machine(self, report: Mapping[str, Any]) -> bool:
+        if report.get("node") == self._report["node"] or report.get("address") == self._report["address"]:
             return True
-        # One that is starting is reported by the controller first, which does not know its address.
+        # The first report of a starting proxy comes from the controller, which does not know the address.
         return report.get("state") == "starting" and "address" not in report
 
     # -- following the registry
@@ -191,42 +199,42 @@ class Proxy:
     def _on_change(self, snapshot: Snapshot) -> None:
         assert self._app is not None
         self._app.apply(snapshot)
-        self._say(version=snapshot.version)
+        self._update_report(version=snapshot.version)
 
-    def _say(self, **news: Any) -> None:
-        """Change what the registry holds of us, as soon as that can be reached."""
-        self._said = {name: value for name, value in {**self._said, **news}.items() if value is not None}
-        self._unsaid = True
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.get_running_loop().create_task(self._tell())
+    def _update_report(self, **changes: Any) -> None:
+        """Change this proxy's report, and send it once the registry can be reached. None removes a field."""
+        self._report = {name: value for name, value in {**self._report, **changes}.items() if value is not None}
+        self._has_news = True
+        if self._reporting is None or self._reporting.done():
+            self._reporting = asyncio.get_running_loop().create_task(self._send_reports())
 
-    async def _tell(self) -> None:
+    async def _send_reports(self) -> None:
         assert self._caller is not None
-        while self._unsaid:
-            self._unsaid = False
+        while self._has_news:
+            self._has_news = False
             try:
-                await self._caller.registry.report("proxies", self._name, self._said)
+                await self._caller.registry.report("proxies", self._name, self._report)
             except BrokerUnavailable:
-                self._unsaid = True
+                self._has_news = True
                 await asyncio.sleep(_RETRY_S)
             except Exception:
-                log.exception("proxy %s cannot report itself", self._name)
+                log.exception("proxy %s cannot send its report to the registry", self._name)
 
-    # -- ending
+    # -- draining
 
-    async def _end(self, timeout_s: float) -> None:
+    async def _drain(self, timeout_s: float) -> None:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
         if self._app is not None:
             self._app.draining = True
         if self._server is not None:
-            self._say(state="draining", url=None)
+            self._update_report(state="draining", url=None)
             await self._server.stop(timeout_s)
         if self._app is not None:
             self._app.close()
         await asyncio.to_thread(self._lease.stop)
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._reporting is not None:
+            self._reporting.cancel()
         if self._caller is not None:
             await self._caller.close()

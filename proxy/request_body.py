@@ -1,4 +1,4 @@
-"""Request bodies: limited in size and in the time they take."""
+"""Request bodies: read as a whole, within limits of size, time and the proxy's memory budget."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class SlowBody(PenstockError):
         self.received, self.timeout_s = received, timeout_s
 
     def __str__(self) -> str:
-        return f"only {self.received} bytes of the body came within {self.timeout_s:g} s"
+        return f"only {self.received} bytes of the body arrived within {self.timeout_s:g} s"
 
 
 def has_body(headers: Mapping[bytes, bytes]) -> bool:
-    """Say whether an HTTP/1.1 request has a body (RFC 9112, section 6.3).
+    """Return whether an HTTP/1.1 request has a body (RFC 9112, section 6.3).
 
-    Where it has none, `receive` need not be called: that saves a fast request a turn through the server.
+    Without a body `receive` need not be called, which saves a turn of the event loop.
     """
     return b"content-length" in headers or b"transfer-encoding" in headers
 
 
 def _no_budget(size: int) -> None:
-    """Count nothing."""
+    """Accept any size."""
 
 
 async def read_body(
@@ -44,18 +44,24 @@ async def read_body(
     *,
     limit: int,
     timeout_s: float,
-    hold: Callable[[int], None] = _no_budget,
+    reserve: Callable[[int], None] = _no_budget,
     check: Callable[[int], None] = _no_budget,
 ) -> bytes:
-    """Return the whole body.
+    """Return the whole body of a request.
 
-    ``hold`` gets the size of each piece as it comes, ``check`` the declared length before; what they raise ends it.
+    Args:
+        receive: the ASGI callable of the request.
+        headers: its headers, with names in lower case.
+        limit: the largest body in bytes.
+        timeout_s: seconds within which the body must be complete.
+        reserve: called with the size of each piece before it is kept; an exception that it raises ends the reading.
+        check: called with the declared length before anything is read; an exception that it raises ends the reading.
 
     Raises:
-        PayloadTooLarge: it is longer than ``limit``; by its declared length before anything of it is read.
-        MalformedBody: its declared length is no number.
-        SlowBody: it was not complete after ``timeout_s``.
-        HungUp: the client went away before the end.
+        PayloadTooLarge: the body is longer than ``limit``. A declared length is checked before anything is read.
+        MalformedBody: the declared length is not a number.
+        SlowBody: the body was incomplete after ``timeout_s``.
+        ClientDisconnected: the client disconnected before the end of the body.
     """
     declared = headers.get(b"content-length")
     if declared is not None:
@@ -76,12 +82,12 @@ async def read_body(
             size += len(chunk)
             if size > limit:
                 raise PayloadTooLarge(size, limit)
-            hold(len(chunk))
+            reserve(len(chunk))
             chunks.append(chunk)
             if not message.get("more_body", False):
                 return chunk if len(chunks) == 1 else b"".join(chunks)
     except asyncio.CancelledError:
-        if deadline.took_back():
+        if deadline.uncancel():
             raise SlowBody(size, timeout_s) from None
         raise
     finally:
@@ -89,31 +95,31 @@ async def read_body(
 
 
 class _Deadline:
-    """Cancels the running task after a time.
+    """Cancels the running task after ``timeout_s`` seconds.
 
-    ``asyncio.timeout`` needs Python 3.11, and before 3.12 ``wait_for`` makes a task for each thing that it waits for.
+    ``asyncio.timeout`` needs Python 3.11, and before 3.12 ``wait_for`` starts a task for each awaited coroutine.
     """
 
     def __init__(self, timeout_s: float) -> None:
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._cancelling = 0
+        self._cancelling_before = 0
         if sys.version_info >= (3, 11):
-            self._cancelling = task.cancelling()
-        self._passed = False
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._pass)
+            self._cancelling_before = task.cancelling()
+        self._has_expired = False
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
-    def _pass(self) -> None:
-        self._passed = True
+    def _expire(self) -> None:
+        self._has_expired = True
         self._task.cancel()
 
-    def took_back(self) -> bool:
-        """Say whether the cancellation was ours alone, and forget it."""
-        if not self._passed:
+    def uncancel(self) -> bool:
+        """Return whether the cancellation came from this deadline alone; in that case undo it."""
+        if not self._has_expired:
             return False
         if sys.version_info >= (3, 11):
-            return self._task.uncancel() <= self._cancelling
+            return self._task.uncancel() <= self._cancelling_before
         return True
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""Request ids: ``X-Request-Id`` is taken from the client if it is safe to log, else made here."""
+"""Request ids: ``X-Request-Id`` of the client if it is safe to log, else a new one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Mapping
 
 HEADER = b"x-request-id"
 
-_FIT = re.compile(rb"[\x20-\x7e]{1,128}")  # printable ASCII: nothing that ends a line or colours a terminal
+_SAFE = re.compile(rb"[\x20-\x7e]{1,128}")  # printable ASCII: no line ends, no terminal escapes
 
-# Unique without a system call for each: a random prefix per process, then a count.
+# A random prefix per process, then a count: unique without a system call per request.
 _new = map(f"{os.urandom(8).hex()}-%x".__mod__, itertools.count(1))
 
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the id of a request with ``headers``, whose names are in lower case."""
     given = headers.get(HEADER)
-    if given is not None and _FIT.fullmatch(given) is not None:
+    if given is not None and _SAFE.fullmatch(given) is not None:
         return given
     return next(_new).encode()

@@ -1,7 +1,7 @@
-"""Streamed replies over HTTP: sent as they come, and broken off visibly.
+"""Streamed replies as HTTP responses: parts are sent as they arrive, and a broken-off reply never looks complete.
 
-The values of a generator go out as they are if they are strings or bytes. Any other value is a line of JSON; the first
-one decides for all of them. The body of a response goes out as it is.
+A generator's strings and bytes are sent unchanged. Its other values are sent as lines of JSON. The first value decides
+which of the two applies to all of them. The body of a Starlette response is sent unchanged.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .responses import HTTPResponse
 logger = logging.getLogger("penstock.proxy")
 
 _JSON_LINES: responses.RawHeaders = [(b"content-type", b"application/x-ndjson")]
-_AS_THEY_ARE = frozenset(("response", "text", "bytes"))
+_UNCHANGED_CODECS = frozenset(("response", "text", "bytes"))
 
 
-class CutOff(Exception):  # for `Protocol`, which closes the connection
-    """An answer broke off after its head was sent."""
+class CutOff(Exception):
+    """A streamed response broke off after its head was sent. `http1.protocol` closes the connection for it."""
 
     def __init__(self, error: PenstockError) -> None:
         super().__init__(error)
@@ -35,28 +35,28 @@ class CutOff(Exception):  # for `Protocol`, which closes the connection
 
 
 def head(incoming: IncomingStream, *, debug: bool) -> HTTPResponse:
-    """Return the answer without its body, or an error if it cannot be sent by HTTP."""
+    """Return the response without its body, or an error if HTTP cannot carry the reply."""
     codec = incoming.codec
     if codec in ("json", "none"):
         return HTTPResponse(200, _JSON_LINES)
-    # As of a whole answer, whose body is empty so far: one rule for headers, status and what is for Python only.
+    # The same rules for status, headers and Python-only values as for a whole reply, here with an empty body.
     return responses.of_reply(Reply("", incoming.status, codec, incoming.headers), debug=debug)
 
 
 async def body(incoming: IncomingStream) -> AsyncIterator[bytes]:
-    """Yield the body in as few chunks as do not wait for each other.
+    """Yield the body in chunks. Each one holds everything that has arrived.
 
     Raises:
-        PenstockError: why there is no more.
+        PenstockError: the reply ended before it was complete; the exception is its reason.
     """
-    write = _as_they_are if incoming.codec in _AS_THEY_ARE else _Lines()
+    write = _unchanged if incoming.codec in _UNCHANGED_CODECS else _Lines()
     while pieces := await incoming.pieces():
         if chunk := b"".join(map(write, pieces)):
             yield chunk
 
 
 async def gather(incoming: IncomingStream, head: HTTPResponse, *, limit: int, debug: bool) -> HTTPResponse:
-    """Return an answer in parts as a whole one of at most ``limit`` bytes, or the error that ended it."""
+    """Return a streamed reply as a whole response of at most ``limit`` bytes, or the error that ended the reply."""
     whole = bytearray()
     try:
         async for chunk in body(incoming):
@@ -71,13 +71,13 @@ async def gather(incoming: IncomingStream, head: HTTPResponse, *, limit: int, de
 async def send_on(
     incoming: IncomingStream, status: int, headers: responses.RawHeaders, receive: Receive, send: Send
 ) -> None:
-    """Send an answer in parts.
+    """Send a streamed reply as the response.
 
     Raises:
-        CutOff: it broke off.
-        HungUp: the client went away.
+        CutOff: the reply broke off.
+        ClientDisconnected: the client disconnected.
     """
-    watcher = asyncio.get_running_loop().create_task(_close_when_hung_up(incoming, receive))
+    watcher = asyncio.get_running_loop().create_task(_close_on_disconnect(incoming, receive))
     try:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         async for chunk in body(incoming):
@@ -85,8 +85,8 @@ async def send_on(
     except PenstockError as e:
         if watcher.done():
             raise ClientDisconnected from None
-        # Its first line: of what the backend raised, the rest is a traceback.
-        logger.warning("the answer to request %s is cut off: %s", incoming.shown_id, str(e).partition("\n")[0])
+        # The first line only: the message of a backend's exception may contain its traceback.
+        logger.warning("the response to request %s is cut off: %s", incoming.shown_id, str(e).partition("\n")[0])
         raise CutOff(e) from None
     finally:
         watcher.cancel()
@@ -94,13 +94,13 @@ async def send_on(
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _close_when_hung_up(incoming: IncomingStream, receive: Receive) -> None:
+async def _close_on_disconnect(incoming: IncomingStream, receive: Receive) -> None:
     if await wait_for_disconnect(receive):
         incoming.close()
 
 
-def _as_they_are(piece: StreamPiece) -> bytes:
-    if piece.codec not in _AS_THEY_ARE:
+def _unchanged(piece: StreamPiece) -> bytes:
+    if piece.codec not in _UNCHANGED_CODECS:
         raise _mixed(piece, "strings and bytes")
     return piece.body
 
@@ -113,7 +113,7 @@ class _Lines:
 
     def __call__(self, piece: StreamPiece) -> bytes:
         codec, body, more = piece
-        if codec == "text":  # to be quoted as a whole
+        if codec == "text":  # quoted as a whole, when its last piece is there
             self._text.append(body)
             if more:
                 return b""

@@ -1,4 +1,4 @@
-"""HTTP responses: a reply or an error as status, headers and body."""
+"""HTTP responses: replies and errors as status, headers and body."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class HTTPResponse(NamedTuple):
 
     status: int
     headers: RawHeaders
-    """Without ``content-length``, which whoever sends it adds."""
+    """Without ``content-length``, which is added when the response is sent."""
     body: bytes = b""
     head_length: int | None = None
-    """What ``content-length`` a backend gave that left the body out, as it may for HEAD."""
+    """The ``content-length`` of a backend's response without a body: HEAD may omit the body and keep the length."""
     close: bool = False
-    """The connection cannot be used again."""
+    """Whether the connection must be closed after the response."""
 
 
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
@@ -37,7 +37,6 @@ _TEXT: RawHeaders = [(b"content-type", b"text/plain; charset=utf-8")]
 _BYTES: RawHeaders = [(b"content-type", b"application/octet-stream")]
 _BY_CODEC: dict[str, RawHeaders] = {"json": _JSON, "text": _TEXT, "bytes": _BYTES, "none": []}
 
-# RFC 9110, section 7.6.1: they speak of one connection, and the backend's is not the client's.
 HOP_BY_HOP = frozenset(
     (
         "connection",
@@ -51,23 +50,25 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     )
 )
-# The server writes a date of its own and the proxy the id of the request: each may be there once.
-_OURS = frozenset(("date", "x-request-id", "content-length"))
+"""Headers of one connection (RFC 9110, section 7.6.1): never forwarded, in either direction."""
 
-_OF_THE_BODY = frozenset(
+_OURS = frozenset(("date", "x-request-id", "content-length"))
+"""Headers that the server and the proxy write themselves."""
+
+_CONTENT_HEADERS = frozenset(
     (b"content-type", b"content-encoding", b"content-language", b"content-location", b"content-range")
 )
-"""Of a body that somebody else would have written."""
+"""Headers that describe the body. An error's body is written here, so those of the backend do not apply to it."""
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
 def of_reply(reply: Reply, *, debug: bool) -> HTTPResponse:
-    """Return what the reply of a backend is over HTTP."""
+    """Return a backend's reply as a response."""
     if reply.error is not None:
-        answer = of_error(from_wire(reply.error), debug=debug)
-        return _with_headers(answer, reply.headers, debug=debug) if reply.headers else answer
+        response = of_error(from_wire(reply.error), debug=debug)
+        return _with_headers(response, reply.headers, debug=debug) if reply.headers else response
     if (headers := _BY_CODEC.get(reply.codec)) is not None:
         return HTTPResponse(reply.status, headers, reply.body)
     if reply.codec == "response":
@@ -76,13 +77,13 @@ def of_reply(reply: Reply, *, debug: bool) -> HTTPResponse:
         except ValueError as e:
             return of_error(BackendError("ValueError", str(e)), debug=debug)
         if reply.status < 200:
-            said = f"the backend's response has status {reply.status}; a final one is 200 to 599"
-            return of_error(BackendError("ValueError", said), debug=debug)
+            message = f"the backend's response has status {reply.status}; a final status is 200 to 599"
+            return of_error(BackendError("ValueError", message), debug=debug)
         return HTTPResponse(reply.status, headers, reply.body, None if reply.body else _declared_length(reply.headers))
     return of_error(
         BackendError(
             "TypeError",
-            f"the backend answered with a value written as {reply.codec!r}, which only a Python handle can read; "
+            f"the backend returned a value encoded as {reply.codec!r}, which only a Python handle can read; "
             "HTTP takes None, str, bytes, JSON values and Starlette responses",
         ),
         debug=debug,
@@ -92,68 +93,70 @@ def of_reply(reply: Reply, *, debug: bool) -> HTTPResponse:
 def of_error(error: PenstockError, *, debug: bool) -> HTTPResponse:
     """Return ``error`` as JSON, ``{"error": {"type", "message"}}``, with its status."""
     status = error.status if 400 <= error.status <= 599 else 500
-    told: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    details: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, BackendError):
-        told = {"type": error.type_name, "message": error.message}
+        details = {"type": error.type_name, "message": error.message}
         if debug:
-            told["traceback"] = error.traceback
+            details["traceback"] = error.traceback
     elif isinstance(error, BrokerUnavailable) and not debug:
-        told["message"] = "the broker is unavailable"  # its address is none of a client's business
+        details["message"] = "the broker is unavailable"  # the message has the broker's address
     elif isinstance(error, BrokerRefused) and not debug:
-        told["message"] = "the broker refused the request"  # nor are its users and its keys
+        details["message"] = "the broker refused the request"  # the message has names of users and keys
     headers = _JSON
     if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
         headers = [*_JSON, (b"retry-after", b"%d" % max(1, math.ceil(retry_after_s)))]
-    return HTTPResponse(status, headers, orjson.dumps({"error": told}))
+    return HTTPResponse(status, headers, orjson.dumps({"error": details}))
 
 
 def of_http_exception(error: HTTPException) -> HTTPResponse:
-    """Return what a middleware's Starlette exception is over HTTP, with its headers."""
-    answer = of_status(error.status_code, error.detail)
-    if error.status_code in (204, 304):  # RFC 9110, section 6.4.1: these have no content
-        answer = HTTPResponse(error.status_code, [])
+    """Return a Starlette exception of a middleware as a response, with its headers."""
+    response = of_status(error.status_code, error.detail)
+    if error.status_code in (204, 304):  # no content (RFC 9110, section 6.4.1)
+        response = HTTPResponse(error.status_code, [])
     pairs = [(str(name), str(value)) for name, value in (error.headers or {}).items()]
-    return _with_headers(answer, pairs, debug=False) if pairs else answer
+    return _with_headers(response, pairs, debug=False) if pairs else response
 
 
-def _with_headers(answer: HTTPResponse, pairs: Pairs, *, debug: bool) -> HTTPResponse:
-    """Return ``answer``, whose body is ours, with the headers that came with the error, such as www-authenticate."""
+def _with_headers(response: HTTPResponse, pairs: Pairs, *, debug: bool) -> HTTPResponse:
+    """Return an error's response with the headers that the backend gave it, such as ``www-authenticate``."""
     try:
-        extra = [pair for pair in response_headers(pairs) if pair[0] not in _OF_THE_BODY]
+        extra = [pair for pair in response_headers(pairs) if pair[0] not in _CONTENT_HEADERS]
     except ValueError as e:
         return of_error(BackendError("ValueError", str(e)), debug=debug)
     given = {name for name, _ in extra}
-    return answer._replace(headers=[pair for pair in answer.headers if pair[0] not in given] + extra)
+    return response._replace(headers=[pair for pair in response.headers if pair[0] not in given] + extra)
 
 
 def of_status(status: int, message: str, extra: Iterable[tuple[bytes, bytes]] = ()) -> HTTPResponse:
-    """Return an error that is HTTP's own, as JSON of the same form."""
+    """Return an error of HTTP itself, in the JSON form of `of_error`."""
     try:
         kind = HTTPStatus(status).phrase.replace(" ", "")
     except ValueError:
-        kind = "Error"  # a status that HTTP has not heard of
+        kind = "Error"  # not a status that Python knows
     return HTTPResponse(status, [*_JSON, *extra], orjson.dumps({"error": {"type": kind, "message": message}}))
 
 
 def of_json(value: Any) -> HTTPResponse:
+    """Return ``value`` as JSON, with status 200."""
     return HTTPResponse(200, _JSON, orjson.dumps(value))
 
 
 def of_text(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> HTTPResponse:
+    """Return ``text`` in UTF-8."""
     return HTTPResponse(status, [(b"content-type", content_type.encode())], text.encode())
 
 
 def redirect(path: str, query: bytes) -> HTTPResponse:
-    """Send the client to ``path``, with its method and its body."""
+    """Return a redirect to ``path`` for which the client keeps its method and its body (307)."""
     location = quote(path).encode() + (b"?" + query if query else b"")
     return HTTPResponse(307, [(b"location", location)])
 
 
 def response_headers(pairs: Pairs) -> RawHeaders:
-    """Return the headers of a backend's own response as they may be passed on.
+    """Return the headers of a backend's response that may be forwarded, with names in lower case.
 
     Raises:
-        ValueError: one could not be sent, or would end early and begin something else (a line feed in it).
+        ValueError: HTTP cannot carry one of them. A line feed, for example, would start another header.
     """
     dropped = HOP_BY_HOP | _OURS
     for name, value in pairs:

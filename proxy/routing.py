@@ -1,10 +1,10 @@
 """Routing: the endpoint of a method and a path, with Starlette's patterns and convertors.
 
-Where several routes match a path, the most specific one has it, whatever the order they were made in (the registry is a
-set, and every proxy must choose alike). Routes are compared segment by segment from the left: literal text goes before
-``uuid`` and ``int``, these before ``float``, before ``str``, before ``path``. So ``/users/me`` goes before
-``/users/{id:int}``, that before ``/users/{name}``, and ``/{rest:path}`` has what nobody else wants. As in Starlette, a
-route whose methods do not fit leaves the path to the next one that matches.
+Where several routes match a path, the most specific one wins. The order of their creation does not matter, because the
+registry has no order and every proxy must choose alike. Routes are compared segment by segment from the left: literal
+text comes first, then ``uuid`` and ``int``, then ``float``, then ``str``, then ``path``. So ``/users/me`` precedes
+``/users/{id:int}``, which precedes ``/users/{name}``, and ``/{rest:path}`` gets the paths that no other route matches.
+As in Starlette, a route without the request's method leaves the path to the next route that matches.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..broker.wire.path_params import PathParam
 logger = logging.getLogger("penstock.proxy")
 
 RESERVED = "/-/"
-"""What a proxy answers itself (``/-/healthz``) lies below this."""
+"""Prefix of the system pages, which a proxy serves itself, such as ``/-/healthz``."""
 
-# Those that Starlette brings. One that a user registers exists in the user's process and in no proxy.
+# The convertors that are part of Starlette. One that a user registers exists in the user's process and in no proxy.
 _RANKS = {"uuid": 1, "int": 1, "float": 2, "str": 3, "path": 4}
 _LITERAL, _END = (0,), (5,)
 
 
 class RouteMatch(NamedTuple):
-    """The endpoint that answers, and what the convertors made of the path."""
+    """The endpoint of a request, and its path parameters as the convertors returned them."""
 
     endpoint: EndpointRecord
     params: dict[str, PathParam]
 
 
 class MethodNotAllowed(NamedTuple):
-    """The path has a route, but not for this method."""
+    """The path has routes, but none for this method."""
 
     allowed: tuple[str, ...]
 
@@ -48,11 +48,11 @@ class NotFound(NamedTuple):
     """No route matches the path."""
 
     redirect: str | None
-    """The same path with or without its last slash, if that has a route: as Starlette does, clients are sent there."""
+    """The path with its last slash added or removed, if that has a route: as in Starlette, clients are redirected."""
 
 
 Match: TypeAlias = RouteMatch | MethodNotAllowed | NotFound
-_NOWHERE = NotFound(None)
+_NOT_FOUND = NotFound(None)
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class _Pattern:
     methods: frozenset[str]
 
     def params(self, path: str) -> dict[str, PathParam] | None:
-        # Starlette's patterns end in `$`, which also matches before a last line feed; fullmatch does not.
+        # Starlette's patterns end in `$`, which also matches before a trailing line feed; `fullmatch` does not.
         if (match := self.regex.fullmatch(path)) is None:
             return None
         try:
@@ -101,7 +101,7 @@ class Routes:
                 self._by_method.setdefault(method, []).append(pattern)
 
     def match(self, method: str, path: str) -> Match:
-        """Find who answers ``method`` on ``path``, which is percent-decoded as in an ASGI scope."""
+        """Return the endpoint for ``method`` and ``path``, which is percent-decoded as in an ASGI scope."""
         if (exact := self._static.get(path)) is not None and (found := exact.get(method)) is not None:
             return found
         for pattern in self._by_method.get(method, ()):
@@ -110,10 +110,10 @@ class Routes:
         if allowed := self._allowed(path):
             return MethodNotAllowed(tuple(sorted(allowed)))
         other = path[:-1] if path.endswith("/") else path + "/"
-        # A location that begins with two slashes would name another host.
+        # A location that begins with two slashes names another host (RFC 3986, section 4.2).
         if path != "/" and not path.startswith("//") and self._allowed(other):
             return NotFound(other)
-        return _NOWHERE
+        return _NOT_FOUND
 
     def _allowed(self, path: str) -> set[str]:
         allowed = set(self._static.get(path, ()))
@@ -139,25 +139,25 @@ class Routes:
 
 
 def check_route(route: object) -> str:
-    """Return ``route`` if requests can reach it.
+    """Return ``route`` if it is valid.
 
     Raises:
-        TypeError: it is not a string.
-        ConfigError: it does not begin with a slash, names a convertor that Starlette does not bring, uses a parameter
-            twice, has a brace that belongs to no parameter, lies below ``/-/``, or could never match.
+        TypeError: the route is not a string.
+        ConfigError: the route does not begin with a slash, is below ``/-/``, has an unknown convertor, a repeated
+            parameter or a brace outside of a parameter, or could never match a path.
     """
     if not isinstance(route, str):
         raise TypeError(f"a route must be a str, not {type(route).__name__}")
     if not route.startswith("/"):
         raise ConfigError(f"the route {route!r} must begin with '/'")
     if route.startswith(RESERVED):
-        raise ConfigError(f"the route {route!r} lies below {RESERVED!r}, where the proxy answers itself")
+        raise ConfigError(f"the route {route!r} is below {RESERVED!r}, which is reserved for the proxy's own pages")
     names: set[str] = set()
     for match in PARAM_REGEX.finditer(route):
         name, convertor = match[1], _convertor(match)
         if convertor not in _RANKS:
             known = ", ".join(sorted(_RANKS))
-            raise ConfigError(f"the route {route!r} names the convertor {convertor!r}; there are {known}")
+            raise ConfigError(f"the route {route!r} has the convertor {convertor!r}; the convertors are {known}")
         if name in names:
             raise ConfigError(f"the route {route!r} uses the parameter {name!r} twice")
         names.add(name)
@@ -168,15 +168,15 @@ def check_route(route: object) -> str:
         if char in literal:
             raise ConfigError(f"the route {route!r} can never match: the path of a URL ends before {char!r}")
     if not literal.isprintable():  # lone surrogates are not printable either
-        raise ConfigError(f"the route {route!r} holds a character that cannot be printed")
+        raise ConfigError(f"the route {route!r} contains a character that is not printable")
     return route
 
 
 def clash(endpoints: Iterable[EndpointRecord], new: EndpointRecord) -> EndpointRecord | None:
-    """Return the endpoint that already has ``new``'s route and one of its methods, if there is one.
+    """Return the endpoint that already serves ``new``'s route with one of its methods, or None.
 
-    Routes that differ only in the names of their parameters are the same route. Routes of different shapes never clash,
-    even where both match a path: the more specific one has it.
+    Routes that differ only in the names of their parameters are the same route. Routes of different shapes never clash:
+    where both match a path, the more specific one wins.
     """
     if new.route is None:
         return None
@@ -190,7 +190,7 @@ def clash(endpoints: Iterable[EndpointRecord], new: EndpointRecord) -> EndpointR
 
 
 def methods_of(endpoint: EndpointRecord) -> frozenset[str]:
-    """Return the methods that ``endpoint`` answers: as in Starlette, HEAD where it answers GET."""
+    """Return the methods of ``endpoint``. As in Starlette, GET includes HEAD."""
     methods = frozenset(method.upper() for method in endpoint.methods)
     return methods | {"HEAD"} if "GET" in methods else methods
 
@@ -205,10 +205,10 @@ def shape(route: str) -> str:
 
 
 def specificity(route: str) -> tuple[tuple[int, ...], ...]:
-    """Return a sort key: of two routes of which one matches only paths that the other matches too, it comes first."""
+    """Return a sort key: a route whose paths are a subset of another route's paths sorts before that route."""
     segments = route.split("/")[1:]
     keys = [_segment(segment, len(segments) - at) for at, segment in enumerate(segments, start=1)]
-    return (*keys, _END)  # after a `path`, whoever goes on is the more specific one
+    return (*keys, _END)  # sorts last: of two routes with the same beginning, the longer one is more specific
 
 
 def _segment(segment: str, following: int) -> tuple[int, ...]:
@@ -216,7 +216,8 @@ def _segment(segment: str, following: int) -> tuple[int, ...]:
     if not ranks:
         return _LITERAL
     worst = max(ranks)
-    # A `path` reaches over segments, so that those after it line up with no other route's: the more, the fewer paths.
+    # A `path` spans segments, so the segments after it do not line up with those of other routes. More of them mean
+    # fewer matching paths.
     reach = -following if worst == _RANKS["path"] else 0
     return (worst, reach, -len(PARAM_REGEX.sub("", segment)), -len(ranks), sum(ranks))
 
@@ -231,7 +232,7 @@ def _is_routed(endpoint: EndpointRecord) -> bool:
     try:
         check_route(endpoint.route)
     except (ConfigError, TypeError) as e:
-        # Whoever wrote it past `create_endpoint` harms no other endpoint.
-        logger.error("endpoint %r is left out: %s", endpoint.name, e)
+        # Only a record that was not written by `create_endpoint` has one. It must not harm the other endpoints.
+        logger.error("endpoint %r is not served over HTTP: %s", endpoint.name, e)
         return False
     return True

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn in the running loop, on sockets that several proxies of a node can share."""
+"""The HTTP server: uvicorn in the running event loop, on ports that several proxies of a node can share."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ from .http1.fast_path import protocol_for
 from .http1.protocol import Protocol
 
 _SWEEP_S = 1.0
+"""Seconds between two checks of the connections' time limits."""
+
 _FLUSH_S = 0.5
+"""How long `Server.stop` waits for clients to read the 503 that ends their unfinished requests."""
+
 _BACKLOG = 2048
+"""Length of the kernel's accept queue."""
 
 
 class PortInUse(ConfigError):
-    """Another process listens where we were to."""
+    """Another process listens on this port."""
 
 
 class Server:
-    """Serves one ASGI application.
+    """Serves one ASGI application over HTTP/1.1.
 
     Args:
         app: the application.
-        host: a name or an address; a name may have several, and all of them are listened on.
-        port: 0 picks a free one, which `port` has after `start`.
-        shared: other proxies of this instance listen on the same port and share its connections. If not, a port that
-            anybody listens on is refused; otherwise SO_REUSEPORT would let us take half of a stranger's connections.
-        max_connections: open connections beyond this many are refused with 503 and closed.
+        host: a name or an address. The server listens on all addresses of a name.
+        port: the port; 0 picks a free one, which the attribute `port` holds after `start`.
+        shared: share the port, and its connections, with other proxies of the instance. Without it a port on which
+            any process listens is refused; SO_REUSEPORT would take half of the connections of a foreign process.
+        max_connections: limit of open connections. Further ones are refused with 503 and closed.
     """
 
     def __init__(
@@ -74,11 +79,11 @@ class Server:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen, and return once connections are taken.
+        """Listen, and return once connections are accepted.
 
         Raises:
-            PortInUse: somebody listens there, and ``shared`` was not set or is not what they do.
-            ConfigError: the port may not be used, or the host is not an address of this machine.
+            PortInUse: another process listens on the port, and one of the two does not share it.
+            ConfigError: this process may not use the port, or the host is not an address of this machine.
         """
         sockets = bind(self.host, self.port, shared=self._shared)
         self.port = sockets[0].getsockname()[1]
@@ -92,17 +97,21 @@ class Server:
             await asyncio.sleep(0.001)
 
     async def check(self) -> None:
-        """Return if it serves. Raises why it does not."""
+        """Return if the server is running.
+
+        Raises:
+            PenstockError: the server has ended. If it ended with an exception, that one is raised.
+        """
         if self._serving is None or self._serving.done():
             if self._serving is not None:
                 await self._serving
             raise PenstockError(f"the HTTP server on {self.host}:{self.port} has ended")
 
     async def stop(self, timeout_s: float) -> None:
-        """Take no more connections, finish what is in flight, and end: after ``timeout_s`` seconds in any case.
+        """Accept no more connections, finish the requests in progress, and end after at most ``timeout_s`` seconds.
 
-        Clients with idle connections have a moment to use them once more, and are told then to connect anew, if the
-        application says so in its answers: to close at once would cut off a request that is on its way to us.
+        Idle connections stay open for up to a second, because closing them at once would cut off a request that is on
+        its way. The application should add ``connection: close`` to its responses meanwhile, as `App.draining` does.
         """
         if self._serving is None:
             return
@@ -117,7 +126,7 @@ class Server:
             self._sweeping.cancel()
         for connection in self.connections:
             connection.give_up()
-        # Those that were told that there is no time left may still have to hear it.
+        # The responses to requests that were given up have still to be sent.
         await self._connections_end(_FLUSH_S)
         for connection in self.connections:
             connection.transport.abort()
@@ -133,7 +142,7 @@ class Server:
 
     @property
     def connections(self) -> list[Protocol]:
-        """The open connections."""
+        """The open connections of this server."""
         return [one for one in self._uvicorn.server_state.connections if isinstance(one, Protocol)]
 
     async def _sweep(self) -> None:
@@ -157,7 +166,7 @@ def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
     bound: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, _, _, _, address in dict.fromkeys(found):
-            # Port 0 is picked by the first address; the others take the same.
+            # For port 0 the first address gets a free port, and the others use the same.
             at = (address[0], bound[0].getsockname()[1] if bound else port, *address[2:])
             try:
                 if not shared and at[1] != 0:
@@ -166,23 +175,23 @@ def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
             except OSError as e:
                 if e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(found) > 1:
                     continue  # "localhost" on a machine without IPv6
-                raise _why_not(host, port, e) from None
+                raise _bind_error(host, port, e) from None
             bound.append(sock)
         if not bound:
-            raise ConfigError(f"the HTTP host {host!r} is no address of this machine")
+            raise ConfigError(f"the HTTP host {host!r} is not an address of this machine")
         undo.pop_all()
     return bound
 
 
 def _probe(family: int, address: tuple[Any, ...]) -> None:
-    """Raise OSError if anybody listens on ``address``, whether they would share it or not."""
+    """Raise OSError if any process listens on ``address``, even if it shares the port."""
     _bind(family, address, share=False).close()
 
 
 def _bind(family: int, address: tuple[Any, ...], *, share: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # So that connections of an earlier server that linger do not stand in the way.
+        # Connections of an earlier server in TIME_WAIT must not block the port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -196,20 +205,20 @@ def _bind(family: int, address: tuple[Any, ...], *, share: bool) -> socket.socke
     return sock
 
 
-def _why_not(host: str, port: int, error: OSError) -> ConfigError:
+def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     where = f"cannot serve HTTP on {host}:{port}"
     if error.errno == errno.EADDRINUSE:
         return PortInUse(
             f"{where}: the port is in use by another process; "
-            "name another one in http_options, or 0 for any that is free"
+            "choose another one in http_options, or 0 for any free port"
         )
     if error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"{where}: {host!r} is no address of this machine")
+        return ConfigError(f"{where}: {host!r} is not an address of this machine")
     return ConfigError(f"{where}: {error.strerror or error}")
 
 
 def is_wildcard(host: str) -> bool:
-    """Say whether ``host`` stands for all addresses of a machine, so that it is none to call it by."""
+    """Return whether ``host`` means all addresses of a machine, so that a URL cannot contain it."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
@@ -217,14 +226,16 @@ def is_wildcard(host: str) -> bool:
 
 
 class _Uvicorn(uvicorn.Server):
+    """uvicorn's server, without signal handlers and with a stop that loses no accepted connection."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        yield  # signals are for whoever hosts us
+        yield  # the process around the proxy handles signals
 
     async def stop_listening(self) -> None:
-        """Take no more connections but those that the kernel has taken for us; it would reset them."""
+        """Stop listening, but serve the connections in the accept queue, which the kernel would reset."""
         loop = asyncio.get_running_loop()
-        left: list[socket.socket] = []
+        accepted: list[socket.socket] = []
         for server in self.servers:
             listeners = [listener.dup() for listener in server.sockets]
             server.close()
@@ -232,11 +243,11 @@ class _Uvicorn(uvicorn.Server):
                 with listener, contextlib.suppress(OSError):
                     listener.setblocking(False)
                     while True:
-                        left.append(listener.accept()[0])
-        for connection in left:
+                        accepted.append(listener.accept()[0])
+        for connection in accepted:
             connection.setblocking(False)
             await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
-        kind = cast("Callable[..., Protocol]", self.config.http_protocol_class)
-        return kind(self.config, self.server_state, {}, asyncio.get_running_loop())
+        protocol_class = cast("Callable[..., Protocol]", self.config.http_protocol_class)
+        return protocol_class(self.config, self.server_state, {}, asyncio.get_running_loop())

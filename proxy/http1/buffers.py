@@ -1,7 +1,7 @@
-"""Budget of a proxy for bodies: bytes of requests that it holds, and of replies that its clients have not read yet.
+"""Memory budget of a proxy for bodies: those of unanswered requests, and of replies that clients have not read yet.
 
-A request's body is held from its first byte until the request is answered, as it is published again if the broker loses
-it. A reply is held until the kernel has taken it. Beyond the budget the proxy refuses requests with 503.
+The body of a request counts from its first byte until the response, because the request is published again if the
+broker loses it. A reply counts until the kernel has taken it. Beyond the budget the proxy refuses requests with 503.
 """
 
 from __future__ import annotations
@@ -13,49 +13,57 @@ from ...runtime.machine_memory import memory_bytes
 
 
 class BuffersFull(PenstockError):
-    """The proxy holds as many bytes of bodies as it may: the request was not accepted."""
+    """The proxy's budget for bodies (``max_buffered_bytes``) is used up: the request was not accepted."""
 
     status = 503
 
-    def __init__(self, held: int, limit: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(held, limit, retry_after_s)
-        self.held, self.limit, self.retry_after_s = held, limit, retry_after_s
+    def __init__(self, used: int, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(used, limit, retry_after_s)
+        self.used, self.limit, self.retry_after_s = used, limit, retry_after_s
 
     def __str__(self) -> str:
         return (
-            f"the proxy holds {self.held} bytes of bodies, too many for this request (max_buffered_bytes is "
-            f"{self.limit}); retry in {self.retry_after_s:g} s"
+            f"the proxy holds {self.used} bytes of bodies, too many to accept this request "
+            f"(max_buffered_bytes is {self.limit}); retry in {self.retry_after_s:g} s"
         )
 
 
 class Buffers:
-    """What one proxy holds, over all connections."""
+    """Bytes of bodies in one proxy, over all its connections."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.requests_bytes = 0
         self.replies_bytes = 0
-        """An upper bound, made exact by `measure` before anything is refused for it."""
+        """An upper bound; `measure` replaces it by the exact value before a request is refused."""
         self.measure: Callable[[], int] = lambda: 0
-        """Returns the bytes of replies that the kernel has not taken yet. Set by whoever has the server."""
+        """Returns the bytes of replies that the kernel has not taken yet. Set once the server exists."""
 
     def check(self, size: int) -> None:
         """Raise `BuffersFull` if there is no room for ``size`` more bytes."""
         if self.requests_bytes + self.replies_bytes + size <= self.limit_bytes:
             return
         self.replies_bytes = self.measure()
-        if (held := self.requests_bytes + self.replies_bytes) + size > self.limit_bytes:
-            raise BuffersFull(held, self.limit_bytes)
+        if (used := self.requests_bytes + self.replies_bytes) + size > self.limit_bytes:
+            raise BuffersFull(used, self.limit_bytes)
 
-    def hold(self, size: int) -> None:
-        """Count ``size`` bytes of a request. Raises `BuffersFull`, and counts nothing, if there is no room for them."""
+    def reserve(self, size: int) -> None:
+        """Reserve ``size`` bytes for the body of a request.
+
+        Raises:
+            BuffersFull: there is no room for them. Nothing is reserved.
+        """
         self.check(size)
         self.requests_bytes += size
 
     def release(self, size: int) -> None:
+        """Give back ``size`` bytes that were reserved."""
         self.requests_bytes -= size
 
 
 def default_bytes(max_body_bytes: int, proxies: int = 1) -> int:
-    """Return an eighth of the memory of this machine or container, shared by its proxies; room for a body at least."""
+    """Return the default budget: an eighth of the machine's or container's memory, divided among its proxies.
+
+    It is at least ``max_body_bytes``, so that one body of that size has room.
+    """
     return max(max_body_bytes, memory_bytes() // 8 // proxies)

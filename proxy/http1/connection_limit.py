@@ -1,4 +1,4 @@
-"""The limit on open connections of one HTTP server, and the file descriptors that it takes."""
+"""Limit of an HTTP server's open connections, and the file descriptors that it needs."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 log = logging.getLogger("penstock.proxy")
 
 MAX_CONNECTIONS = 10_000
-"""Open connections of one proxy, unless it is given another number."""
+"""Default limit of one proxy's open connections."""
 
 _OTHER_FILES = 256
-"""Descriptors of a proxy that are no client's: its sockets to the broker, logs, libraries."""
+"""File descriptors of a proxy besides its clients' connections: connections to the broker, logs, libraries."""
 
 
 @dataclass
 class ConnectionLimit:
-    """How many connections a server has and may have."""
+    """Counts of a server's open connections, and their limit."""
 
     maximum: int
     served: int = 0
     refused: int = 0
-    """Those that were refused and are not closed yet."""
+    """Connections that were refused and are not closed yet."""
 
 
 def allowed_connections(wanted: int) -> int:
-    """Return how many of ``wanted`` connections this process may have, after raising its limit of open files.
+    """Raise this process's limit of open files for ``wanted`` connections and return how many it then permits.
 
-    Beyond the limit of open files the kernel's queue would fill, and clients would wait without an answer. Half of a
-    limit that is too low even for the process itself is left to connections.
+    Beyond the limit of open files connections would stay in the kernel's accept queue, and their clients would wait
+    without a response. If the limit is too low even for the process's other files, connections get half of it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _OTHER_FILES
@@ -40,7 +40,7 @@ def allowed_connections(wanted: int) -> int:
         return wanted
     allowed = max(soft - _OTHER_FILES, soft // 2)
     log.warning(
-        "this process may open %d files, so it takes %d connections and not %d (max_connections); "
+        "this process may open %d files, so it accepts %d connections instead of %d (max_connections); "
         "raise the hard limit of open files (ulimit -Hn) for more",
         soft,
         allowed,

@@ -1,4 +1,4 @@
-"""The one writer of an HTTP connection: whichever path makes a response, its bytes leave in the order written here."""
+"""Writer of an HTTP connection. The ASGI path and the fast path share it, so that responses keep their order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _STATUS_LINE_START = b"HTTP/1.1 "
 class ConnectionWriter:
     """An asyncio transport that sends head and body of a response in one write.
 
-    uvicorn writes them apart, and the second system call cost a tenth of the proxy's time. A head whose body does not
-    come in the same turn of the loop is sent at its end.
+    uvicorn writes them separately, and the second system call cost a tenth of the proxy's time. A head without a body
+    is sent at the end of the current turn of the event loop.
 
     Args:
         tcp: the transport of the connection.
-        close: how the protocol closes its connection; ``close`` of this transport calls it.
+        close: closes the connection; ``close`` of this transport calls it.
     """
 
     def __init__(self, tcp: asyncio.Transport, close: Callable[[], None]) -> None:
@@ -32,11 +32,11 @@ class ConnectionWriter:
         self._has_begun_early = False
         self._is_paused = False
         self.is_full = False
-        """Reading stops because requests wait."""
+        """Whether reading is paused because of pipelined requests."""
 
     def write(self, data: bytes) -> None:
         if self._is_closing:
-            return  # such as the answer to a request whose body was refused as malformed
+            return  # such as the response to a request whose body was refused as malformed
         if self._head:
             if len(data) <= JOINED_BYTES:
                 data = self._head + data
@@ -53,7 +53,7 @@ class ConnectionWriter:
             self._tcp.write(data)
 
     def write_response(self, head: bytes, body: bytes) -> None:
-        """Write a whole response at once."""
+        """Write a whole response."""
         if self._head:
             self.flush()
         if self._has_begun_early:
@@ -65,23 +65,24 @@ class ConnectionWriter:
             self._tcp.write(head + body)
 
     def begin_early(self) -> None:
-        """Send the first bytes of a response, which are the same for all of them, and leave them out later."""
+        """Send the first bytes of a status line, which all responses share; the response then omits them."""
         if not self._has_begun_early:
             self._has_begun_early = True
             self._tcp.write(_STATUS_LINE_START)
 
     def begin_chunk_early(self) -> None:
-        """Send a leading zero of the length of the next chunk, or of the last one (RFC 9112, section 7.1)."""
+        """Send a leading zero of the next chunk's length (RFC 9112, section 7.1)."""
         self.flush()
         self._tcp.write(b"0")
 
     def flush(self) -> None:
+        """Send a head that waits for its body."""
         if self._head:
             head, self._head = self._head, b""
             self._tcp.write(head)
 
     def end(self) -> None:
-        """Send what is held back, and drop what is written later."""
+        """Flush, and drop what is written later."""
         self.flush()
         self._is_closing = True
 
@@ -92,8 +93,8 @@ class ConnectionWriter:
     def is_closing(self) -> bool:
         return self._is_closing or self._tcp.is_closing()
 
-    # Reading stops while either of two wants it stopped: uvicorn, which has a body waiting, and the protocol, which has
-    # requests waiting.
+    # Reading is paused for either of two reasons: uvicorn has a body that the application has not received, or
+    # pipelined requests wait. It resumes when neither holds.
 
     def pause_reading(self) -> None:
         self._is_paused = True
@@ -105,7 +106,7 @@ class ConnectionWriter:
             self._tcp.resume_reading()
 
     def set_full(self, is_full: bool) -> None:
-        """Stop reading while ``is_full``."""
+        """Pause or resume reading because of pipelined requests."""
         if is_full == self.is_full:
             return
         self.is_full = is_full

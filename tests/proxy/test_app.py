@@ -325,7 +325,7 @@ class TestErrors:
         assert client.sent[0]["status"] == 500
         assert json.loads(client.sent[1]["body"])["error"] == {
             "type": "InternalServerError",
-            "message": "the proxy failed with IndexError; its log says more",
+            "message": "the proxy failed with IndexError; see its log",
         }
         assert "find-me" in caplog.text
 

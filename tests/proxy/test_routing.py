@@ -161,15 +161,15 @@ class TestWhatMayBeARoute:
         [
             ("", "must begin with '/'"),
             ("a", "must begin with '/'"),
-            ("/{x:nosuch}", "'nosuch'; there are float, int, path, str, uuid"),
+            ("/{x:nosuch}", "'nosuch'; the convertors are float, int, path, str, uuid"),
             ("/{x}/{x}", "'x' twice"),
             ("/{x-y}", "brace"),
             ("/{x", "brace"),
             ("/{}", "brace"),
             ("/a?b=1", "'?'"),
             ("/a#b", "'#'"),
-            ("/a\n", "printed"),
-            ("/\udc80", "printed"),
+            ("/a\n", "printable"),
+            ("/\udc80", "printable"),
             ("/-/healthz", "'/-/'"),
         ],
     )

@@ -226,7 +226,7 @@ class TestPorts:
 
     @pytest.mark.parametrize(
         ("host", "because"),
-        [("192.0.2.1", "no address of this machine"), ("no.such.host.invalid", "cannot be resolved")],
+        [("192.0.2.1", "not an address of this machine"), ("no.such.host.invalid", "cannot be resolved")],
     )
     async def test_a_host_that_is_not_ours_is_refused_by_name(self, site: Site, host: str, because: str) -> None:
         with pytest.raises(ConfigError, match=because) as raised:

@@ -94,11 +94,11 @@ def test_an_estimate_of_unsent_replies_is_made_exact_before_it_refuses() -> None
     buffers = Buffers(100)
     buffers.replies_bytes = 1_000_000
     buffers.measure = lambda: 40
-    buffers.hold(60)
+    buffers.reserve(60)
     with pytest.raises(BuffersFull, match="holds 100 bytes"):
-        buffers.hold(1)
+        buffers.reserve(1)
     buffers.release(60)
-    buffers.hold(60)
+    buffers.reserve(60)
 
 
 def test_the_default_has_room_for_a_body_at_least() -> None:

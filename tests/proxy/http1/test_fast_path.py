@@ -12,7 +12,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
-from penstock.proxy.disconnects import PATIENCE_S, ClientDisconnected
+from penstock.proxy.disconnects import WATCH_AFTER_S, ClientDisconnected
 from penstock.proxy.http1 import fast_path
 from penstock.proxy.http1.fast_path import FastPath, protocol_for
 from penstock.proxy.middleware import wrap
@@ -162,7 +162,7 @@ async def test_middlewares_take_the_way_through_asgi(redis_url: str) -> None:
 
 
 async def slow_echo(entry: Entry) -> Reply:
-    await asyncio.sleep(3 * PATIENCE_S)  # so that its client is watched
+    await asyncio.sleep(3 * WATCH_AFTER_S)  # so that its client is watched
     return Reply(entry.id, codec="bytes", body=entry.body)
 
 
