@@ -23,7 +23,8 @@ import orjson
 
 from ..errors import BrokerFull, StringTooLong
 from ..transport.commands import COPIED_BYTES, Arg, Script
-from ..transport.connection import BLOCK_MS, RedisConnection
+from ..transport.connection import RedisConnection
+from ..transport.session import BLOCK_MS
 from ..wire.entry_ref import apart, id_of, is_batch, ref_of
 from ..wire.keys import Keys
 from .dead_letter_limits import DROP, DROP_OLDEST, MAX_DEAD_LETTERS

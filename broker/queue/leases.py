@@ -23,8 +23,8 @@ from redis.retry import Retry
 
 from ..errors import BrokerUnavailable
 from ..transport import outages
-from ..transport.dial import error_of, reason_of
-from ..transport.refusals import NOT_PRIMARY, TEMPORARY, code_of
+from ..transport.error_replies import NOT_PRIMARY, TEMPORARY, error_of
+from ..transport.handshake import code_of, reason_of
 from ..transport.url import redis_options, shown_url
 
 TTL_S = 2.0

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import BrokerRefused, BrokerUnavailable
 from ..transport.commands import Script
-from ..transport.connection import BLOCK_MS, RedisConnection
+from ..transport.connection import RedisConnection
+from ..transport.session import BLOCK_MS
 from ..wire.entry_ref import order_of
 from ..wire.keys import Keys
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..transport.commands import Script
-from ..transport.connection import BLOCK_MS, RedisConnection
+from ..transport.connection import RedisConnection
+from ..transport.session import BLOCK_MS
 from ..wire.keys import Keys
 
 log = logging.getLogger(__name__)

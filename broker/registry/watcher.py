@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import cast
 
 from ..errors import BrokerUnavailable, PenstockError
-from ..transport.connection import BLOCK_MS, RedisConnection
+from ..transport.connection import RedisConnection
+from ..transport.session import BLOCK_MS
 from ..wire.keys import Keys
 from .records import Snapshot
 from .store import Registry

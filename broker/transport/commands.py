@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Union, cast
 
 import hiredis
+
+log = logging.getLogger(__name__)
 
 Arg = Union[str, bytes, int, float]  # noqa: UP007 - it is evaluated, also on Python 3.10
 Then = Callable[[Any], None]
@@ -33,14 +36,14 @@ class Script:
 class Command:
     """An encoded command that waits to be sent or for its reply; ``then`` gets the reply or an exception."""
 
-    __slots__ = ("bulky_reply", "needs_memory", "packed", "patient", "prompt", "repeat", "retry", "then")
+    __slots__ = ("bulky_reply", "needs_memory", "pack_whole", "packed", "patient", "prompt", "repeat", "then")
 
     def __init__(
         self,
         packed: Packed,
         then: Then,
         repeat: bool,
-        retry: Callable[[], Packed] | None,
+        pack_whole: Callable[[], Packed] | None,
         patient: bool = False,
         prompt: bool = False,
         bulky_reply: bool = False,
@@ -49,8 +52,8 @@ class Command:
         self.packed, self.then = packed, then
         self.repeat = repeat
         """It may be carried out twice, so it is sent again after a lost connection."""
-        self.retry = retry
-        """Encodes it for a server that does not have its script; None for other commands."""
+        self.pack_whole = pack_whole
+        """Encodes it with its whole script, for a server that does not have that; None for a command without one."""
         self.patient = patient
         """It waits for as long as the broker is unreachable or refuses it, in order with the other patient commands."""
         self.prompt = prompt
@@ -59,6 +62,13 @@ class Command:
         """It fails when the broker is out of memory, even if it is patient: its sender has a fallback."""
         self.bulky_reply = bulky_reply
         """Its reply may be a large string, to be read straight into its final buffer."""
+
+    def complete(self, result: Any) -> None:
+        """Call ``then`` with the reply or an exception. Never raises."""
+        try:
+            self.then(result)
+        except Exception:
+            log.exception("a reply's continuation failed")
 
 
 def pack_in_pieces(args: Sequence[Arg]) -> list[bytes]:

@@ -27,7 +27,6 @@ class RespReader(asyncio.BufferedProtocol):
     def __init__(
         self,
         transport: asyncio.Transport,
-        on_data: Callable[[], None],
         on_reply: Callable[[Any], None],
         is_body_next: Callable[[], bool],
         reply_error: Callable[[str], Exception],
@@ -36,13 +35,12 @@ class RespReader(asyncio.BufferedProtocol):
 
         Args:
             transport: its protocol is replaced; the former one still gets ``connection_lost``.
-            on_data: called after each read.
             on_reply: called with each reply.
             is_body_next: returns whether the next reply may be a large string; called only while ``bulky`` is not 0.
             reply_error: makes the exception that is passed to ``on_reply`` for an error reply.
         """
         self._transport, self._former = transport, transport.get_protocol()
-        self._on_data, self._on_reply, self._is_body_next = on_data, on_reply, is_body_next
+        self._on_reply, self._is_body_next = on_reply, is_body_next
         self._parser = hiredis.Reader(replyError=reply_error, notEnoughData=_INCOMPLETE)
         # hiredis accepts any buffer; its annotation is too narrow.
         self._feed = cast("Callable[[bytearray, int, int], None]", self._parser.feed)
@@ -51,6 +49,8 @@ class RespReader(asyncio.BufferedProtocol):
         self._body: _Body | None = None
         self._is_between_replies = True
         """Whether the parser has consumed whole replies only."""
+        self.has_read = False
+        """Whether anything was read since this was last reset, by the connection."""
         self.bulky = 0
         """How many of the outstanding replies may be large strings; the connection counts them."""
         self.ended = asyncio.get_running_loop().create_future()
@@ -74,7 +74,7 @@ class RespReader(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._closed:
             return
-        self._on_data()
+        self.has_read = True
         try:
             if self.bulky:
                 self._parse_with_bodies(nbytes)

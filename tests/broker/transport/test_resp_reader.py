@@ -55,7 +55,7 @@ async def intake_of(expected: list[Said], heard: Callable[[Any], None]) -> Async
         heard(reply)
 
     with far:
-        intake = RespReader(transport, lambda: None, take, lambda: waiting[0].bulky, ResponseError)
+        intake = RespReader(transport, take, lambda: waiting[0].bulky, ResponseError)
         intake.bulky = sum(one.bulky for one in expected)
         try:
             yield intake
