@@ -124,7 +124,7 @@ class Serving:
             if record is None:
                 raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
             self._version = record.version
-            self._say(version=record.version, config_version=0)
+            self._say(version=record.version, config_version=0, initial_config_version=record.config_version)
             code = await self._code(record.code)
             if record.files:
                 self._directories = await asyncio.to_thread(UnpackedRuntimeEnv, await self._code(record.files))

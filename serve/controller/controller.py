@@ -217,7 +217,12 @@ class Controller:
     async def _start_replica(self, record: BackendRecord) -> None:
         name = f"{record.tag}#{secrets.token_hex(3)}"
         # Written before there is an actor, so that a controller that takes over now knows of it.
-        report = {"backend": record.tag, "version": record.version, "state": ActorState.STARTING.value}
+        report = {
+            "backend": record.tag,
+            "version": record.version,
+            "initial_config_version": record.config_version,
+            "state": ActorState.STARTING.value,
+        }
         await self._registry.report("replicas", name, report)
         self._sight.note_start(name, report)
         # Spread, so that what a node's death takes with it is a share of each backend, and not the whole of one.

@@ -64,7 +64,8 @@ class StateObserver:
         self._reports: dict[str, Report] = {}
         self._asks: dict[Version, Amounts] = {}
         self._came_about: dict[str, tuple[str, str, int]] = {}
-        self._failing: dict[Version, dict[str, Any]] = {}
+        self._failing: dict[Version, tuple[int, dict[str, Any]]] = {}
+        """The last error of a start, with the version of the configuration that the replica started with."""
         self._failures: dict[Version, Failures] = {}
         self._proxy_failures: dict[str, Failures] = {}
         self._ready_since_s: dict[ManagedActor, float] = {}
@@ -75,7 +76,7 @@ class StateObserver:
         self.statuses = dict(await registry.reports("backends"))
         for tag, report in self.statuses.items():
             if report.get("failing"):
-                self._failing[tag, report["version"]] = report["failing"]
+                self._failing[tag, report["version"]] = report["config_version"], report["failing"]
             if report.get("came_about"):
                 self._came_about[tag] = (tag, report["version"], report["config_version"])
                 self._proven.add((tag, report["version"]))
@@ -160,7 +161,7 @@ class StateObserver:
 
     def status(self, backend: DesiredBackend, seen: ObservedState) -> dict[str, Any]:
         """Describe a backend as it is to be reported."""
-        described = status(backend, seen, self._failing.get(backend.key) or self._refusal(backend))
+        described = status(backend, seen, self._start_error(backend) or self._refusal(backend))
         if described.came_about:
             self._came_about[backend.tag] = (backend.tag, backend.version, backend.config_version)
         return asdict(replace(described, refused=refusal(self.statuses.get(backend.tag), described)))
@@ -227,7 +228,10 @@ class StateObserver:
                 self._failures[version] = failures.and_one_more(now_s, ready_s=ready_s)
                 log.error("replica %s failed: %s", name, _summary(error))
                 if not member.was_ready:
-                    self._failing[version] = to_wire(error)
+                    # The initial version that is known here may be older than the one that the replica read, never
+                    # newer, so the error is not charged to a configuration that no replica has tried.
+                    initial = int(self._reports.get(name, {}).get("initial_config_version", 0))
+                    self._failing[version] = initial, to_wire(error)
         for name, member in self._proxies.members.items():
             if (error := self._new_failure(member)) is not None:
                 self._proxy_failures[name] = self._proxy_failures.get(name, NO_FAILURES).and_one_more(now_s)
@@ -239,6 +243,11 @@ class StateObserver:
             return None
         self._counted.add(member)
         return member.error
+
+    def _start_error(self, backend: DesiredBackend) -> dict[str, Any] | None:
+        """Return why a replica could not start with the desired code and configuration."""
+        config_version, error = self._failing.get(backend.key, (0, None))
+        return error if config_version == backend.config_version else None
 
     def _refusal(self, backend: DesiredBackend) -> dict[str, Any] | None:
         """Return why a replica does not take the configuration over: the class's ``reconfigure`` raised."""

@@ -138,6 +138,45 @@ def test_a_configuration_is_tried_before_the_backend_may_rest(client: serve.Clie
     wait_until(lambda: not replicas(client), 30)
 
 
+def test_a_change_is_not_failed_by_the_error_of_the_change_before_it(client: serve.Client, tmp_path: Path) -> None:
+    """The replica that could not start had another configuration than the one that the second call waits for."""
+    gate = tmp_path / "gate"
+
+    class Tunable:
+        def __init__(self, gate: Path) -> None:
+            self.gate = gate
+
+        def reconfigure(self, tune: str) -> None:
+            if tune == "bad":
+                raise ValueError("no such tune")
+            wait_until(self.gate.exists)
+            self.tune = tune
+
+        def __call__(self, request: serve.Request) -> str:
+            return self.tune
+
+    gate.touch()
+    scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 0.1}
+    config = {"user_config": "first", "autoscaling_config": scaling}
+    client.create_backend("f", Tunable, gate, config=config, ray_actor_options=SMALL)
+    client.create_endpoint("e", backend="f")
+    wait_until(lambda: not replicas(client), 30)
+
+    gate.unlink()
+    with pytest.raises(serve.errors.BackendError, match="no such tune"):
+        client.update_backend_config("f", {"user_config": "bad"})
+    undone = client.status()["backends"]["f"]["config_version"]
+    with ThreadPoolExecutor(1) as thread:
+        update = thread.submit(client.update_backend_config, "f", {"user_config": "second"})
+        try:
+            wait_until(lambda: client.status()["backends"]["f"]["config_version"] > undone)
+            assert client.status()["backends"]["f"]["failing"] is None
+        finally:
+            gate.touch()
+        update.result(60)
+    assert client.get_handle("e").remote().result(60) == "second"
+
+
 def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.Client, tmp_path: Path) -> None:
     handle = noting_at_rest(client, tmp_path / "notes")
     with controller_stopped() as controller:
