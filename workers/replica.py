@@ -83,7 +83,7 @@ class Replica:
         self._reads.on_reconnect(self._recover)
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
         await loop.run_in_executor(None, self._lease.start)
-        await self._group.ensure_group()
+        await self._group.ensure()
         await self._signals.open()
         self._consumer.configure()
         self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="take-over")
@@ -162,5 +162,5 @@ class Replica:
         self._claim_watch.observe(consumer.claims_answered, could_claim, loop.time())
 
     async def _recover(self) -> None:
-        await self._group.ensure_group()
+        await self._group.ensure()
         await self._strays.take_fresh()

@@ -18,7 +18,7 @@ from ..transport.connection import RedisConnection
 from ..wire._fields import SIZE_FIELD
 from ..wire.keys import Keys
 from ..wire.requests import Entry
-from .consumer_group import HISTORY
+from .group.dead_letter_writer import HISTORY
 from .publisher import QueueFull, refusal
 from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
 

@@ -8,7 +8,7 @@ from typing import cast
 from ..transport.commands import Script
 from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
-from .consumer_group import GROUP
+from .group.member import GROUP
 from .queued_bytes import SMALL
 
 # KEYS: the streams, the records of sizes. ARGV: the group. Answers how many entries are unsettled, how many of them

@@ -11,7 +11,7 @@ from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
 from ..wire.replies import Reply
 from ..wire.requests import Entry
-from .consumer_group import ConsumerGroup
+from .group.reply_sender import ReplySender
 
 log = logging.getLogger(__name__)
 
@@ -19,31 +19,30 @@ _PAGE = 500
 
 
 async def retire(connection: RedisConnection, keys: Keys, backend: str, status: int, error: Mapping[str, Any]) -> int:
-    """Answer every request of ``backend`` with ``error``, and delete all that it has in the broker, dead letters too.
+    """Refuse every request of ``backend`` with ``error``, and delete all of its keys, those of dead letters too.
 
-    No replica of it may run any more, and nobody may publish to it. Returns how many callers were told.
+    Its replicas must have ended, and no endpoint may route to it. Returns the number of refused requests with a caller.
     """
-    # Only its way to reply is used; it claims nothing.
-    claims = ConsumerGroup(connection, connection, keys, backend, "")
-    told = 0
+    replies = ReplySender(connection, keys, backend)
+    refused = 0
     for stream in (keys.requests(backend), keys.batch(backend)):
         after = "-"
         while page := await connection.send("XRANGE", stream, after, "+", "COUNT", _PAGE, repeat=True):
             for _, fields in page:
-                told += _refuse(claims, fields, status, error)
+                refused += _refuse(replies, fields, status, error)
             after = f"({page[-1][0].decode()}"
     await _delete(connection, keys.of_backend(backend))
-    return told
+    return refused
 
 
-def _refuse(claims: ConsumerGroup, fields: list[bytes], status: int, error: Mapping[str, Any]) -> bool:
+def _refuse(replies: ReplySender, fields: list[bytes], status: int, error: Mapping[str, Any]) -> bool:
     try:
         entry = Entry.of(fields)
     except WireError as e:
         log.error("dropped a request that cannot be read: %s", e)
         return False
     if entry.caller:
-        claims.reply(entry.caller, Reply(entry.id, status, error=dict(error)).fields())
+        replies.send(entry.caller, Reply(entry.id, status, error=dict(error)).fields())
     return bool(entry.caller)
 
 

@@ -11,7 +11,7 @@ import httpx
 from redis import Redis
 
 from penstock.broker.embedded.server import EmbeddedServer
-from penstock.broker.queue.consumer_group import GROUP
+from penstock.broker.queue.group.member import GROUP
 from penstock.broker.wire.keys import Keys
 from tests.faults.backends import Held, Holding, Journal
 from tests.faults.conftest import Scale, StartClient

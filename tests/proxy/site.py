@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.broker.queue.consumer_group import GROUP
+from penstock.broker.queue.group.member import GROUP
 from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.replies import Reply

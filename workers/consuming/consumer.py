@@ -17,8 +17,9 @@ from time import monotonic
 from typing import Any
 
 from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
-from ...broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.dead_letter_limits import MAX_DEAD_LETTERS
+from ...broker.queue.group.pending_entries import RedeliveredEntry
 from ...broker.queue.stats import RunStats
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire.entry_ref import is_batch
@@ -206,9 +207,9 @@ class Consumer:
                 self._batches.fetch_began(up_to)
         if self._sharing:
             owed = self._fairness.owed(up_to)
-            self._group.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
+            self._group.claimer.claim_shared(up_to, owed, partial(self._on_claimed_shared, up_to, owed))
         else:
-            self._group.claim(up_to, partial(self._on_claimed, up_to), block=block)
+            self._group.claimer.claim(up_to, partial(self._on_claimed, up_to), block=block)
 
     def fill_up(self) -> None:
         """Claim waiting entries for an incomplete batch that is about to start."""
@@ -259,7 +260,7 @@ class Consumer:
             return
         if self.draining:  # the claim was sent before
             if result:
-                self._group.give_back([ref for ref, _ in result])
+                self._group.acknowledger.give_back([ref for ref, _ in result])
             return
         try:
             if room is not None and room < len(result):
@@ -283,7 +284,7 @@ class Consumer:
             log.error("cannot claim from backend %r: %s", self._backend, error)
         try:
             await asyncio.sleep(_RETRY_S)
-            await self._group.ensure_group()
+            await self._group.ensure()
         except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("cannot create the consumer group of backend %r: %s", self._backend, e)
         finally:
@@ -323,7 +324,9 @@ class Consumer:
             shown = ref.decode()
             log.error("entry %s of %r cannot be read and goes to the dead letters: %s", shown, self._backend, e)
             self._task(
-                self._group.bury(RedeliveredEntry(ref, 0, fields), str(e), max_dead_letters=self.max_dead_letters)
+                self._group.dead_letters.add(
+                    RedeliveredEntry(ref, 0, fields), str(e), max_dead_letters=self.max_dead_letters
+                )
             )
             return
         if (held := self.hold(ref, entry)) is None:
@@ -337,7 +340,7 @@ class Consumer:
     def hold(self, ref: bytes, entry: Entry) -> Claim | None:
         """Hold an entry. Return None, and settle it, if its caller withdrew it or it would miss its deadline."""
         if entry.size_bytes:
-            self._group.hold_sized(ref)
+            self._group.acknowledger.hold_sized(ref)
         now_ms = self._commands.now_ms()
         deadline_ms = entry.header.deadline_ms
         # No reply: a caller with a deadline has a timer of its own.
@@ -599,7 +602,7 @@ class Consumer:
 
     def _give_back_together(self) -> None:
         refs, self._returning = self._returning, []
-        self._group.give_back(refs)
+        self._group.acknowledger.give_back(refs)
         self.returned = True
 
     def _recall_unstarted(self) -> None:
@@ -609,7 +612,7 @@ class Consumer:
         self.unstarted.clear()
         self._crowded = False
         if refs:
-            self._group.give_back(refs)
+            self._group.acknowledger.give_back(refs)
             self.returned = True
         if self._runner.blocking:
             for held in list(self.held.values()):

@@ -15,7 +15,8 @@ from functools import partial
 from time import monotonic
 
 from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
-from ...broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from ...broker.queue.consumer_group import ConsumerGroup
+from ...broker.queue.group.pending_entries import RedeliveredEntry
 from ...broker.wire.requests import Entry
 from ...handles.errors import DeliveryLimitExceeded
 from .claim import Claim
@@ -55,10 +56,10 @@ class Redelivery:
             self._consumer.wake.clear()
             try:
                 if monotonic() >= drop_at_s:
-                    await self._group.drop_old_letters(self._consumer.max_dead_letters)
+                    await self._group.dead_letters.drop_oldest(self._consumer.max_dead_letters)
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
                 held = len(self._consumer.held)
-                expired, returned, pending = await self._group.look()
+                expired, returned, pending = await self._group.pending.count()
                 if expired:
                     await self._break_off_streams()
                     await self._run_in_quarantine()
@@ -66,7 +67,7 @@ class Redelivery:
                     await self._run_in_quarantine(own)
                 while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
                     wanted = min(room, self._consumer.claim_size)
-                    retaken = await self._group.claim_returned(wanted)
+                    retaken = await self._group.claimer.claim_returned(wanted)
                     for ref, fields in retaken:
                         self._consumer.take(ref, fields)
                     returned = len(retaken) if len(retaken) == wanted else 0
@@ -89,15 +90,15 @@ class Redelivery:
 
     async def _break_off_streams(self) -> None:
         """Break off the streamed replies of dead replicas. They cannot be continued, so nothing runs again."""
-        while (redelivered := await self._group.claim_redelivered(streamed=True)) is not None:
+        while (redelivered := await self._group.pending.claim_redelivered(streamed=True)) is not None:
             await self._break_off_stream(redelivered)
 
     async def _break_off_stream(self, redelivered: RedeliveredEntry) -> None:
         if (entry := await self._read(redelivered)) is None:
             return
         self._settlement.break_off(redelivered.entry, entry, "its replica died")
-        self._group.forget_history(redelivered.entry)
-        self._group.forget_streamed(redelivered.entry)
+        self._group.pending.forget_history(redelivered.entry)
+        self._group.replies.forget_streamed(redelivered.entry)
 
     async def _run_in_quarantine(self, own: Sequence[RedeliveredEntry] = ()) -> None:
         """Run redelivered entries in isolation until none is left, ``own`` first; claim nothing meanwhile."""
@@ -123,7 +124,9 @@ class Redelivery:
         try:
             while len(together) < min(_MAX_CONCURRENT, self._consumer.capacity) and not self._consumer.draining:
                 redelivered = (
-                    self._own_redelivered.pop() if self._own_redelivered else await self._group.claim_redelivered()
+                    self._own_redelivered.pop()
+                    if self._own_redelivered
+                    else await self._group.pending.claim_redelivered()
                 )
                 if redelivered is None:
                     break
@@ -140,7 +143,7 @@ class Redelivery:
             # Run what was adopted before: it is pending for this live replica, so no other replica redelivers it.
             log.debug("cannot redeliver more entries of backend %r: %s", self._backend, e)
         if self._consumer.draining:
-            self._group.give_back([redelivered.entry for redelivered in together])
+            self._group.acknowledger.give_back([redelivered.entry for redelivered in together])
             return False
         await self._run(together)
         return bool(together)
@@ -155,7 +158,7 @@ class Redelivery:
             try:
                 await asyncio.wait_for(self._consumer.idle.wait(), _SCAN_EVERY_S)
             except asyncio.TimeoutError:
-                none_left = not self._own_redelivered and not (await self._group.look()).orphans
+                none_left = not self._own_redelivered and not (await self._group.pending.count()).expired
                 if none_left or self._consumer.draining:
                     return False
         return True
@@ -180,14 +183,14 @@ class Redelivery:
         for done in done_events:
             await done.wait()
         for redelivered in entries:
-            self._group.forget_history(redelivered.entry)
+            self._group.pending.forget_history(redelivered.entry)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""
         try:
             return Entry.of(redelivered.fields)
         except WireError as e:
-            await self._group.bury(redelivered, str(e), max_dead_letters=self._consumer.max_dead_letters)
+            await self._group.dead_letters.add(redelivered, str(e), max_dead_letters=self._consumer.max_dead_letters)
             return None
 
     async def _reject_poison_request(self, redelivered: RedeliveredEntry) -> None:
@@ -199,4 +202,6 @@ class Redelivery:
         )
         log.error("%s", error)
         tell = partial(self._settlement.tell, entry, error)
-        await self._group.bury(redelivered, str(error), tell, max_dead_letters=self._consumer.max_dead_letters)
+        await self._group.dead_letters.add(
+            redelivered, str(error), tell, max_dead_letters=self._consumer.max_dead_letters
+        )

@@ -53,12 +53,12 @@ class Settlement:
                 return Reply(reply.id, 500, error=error, replica=self._replica, run_ms=reply.run_ms).fields()
 
             if len(body) > longest:
-                self._group.reply(caller, too_long())
+                self._group.replies.send(caller, too_long())
                 return
             reply.body, reply.large = b"", True
-            self._group.reply_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
+            self._group.replies.send_large(caller, reply.id, body, _REPLY_BODY_MS, reply.fields(), too_long)
         else:
-            self._group.reply(caller, reply.fields())
+            self._group.replies.send(caller, reply.fields())
 
     def _reply_together(self) -> None:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
@@ -73,7 +73,7 @@ class Settlement:
                 together.append(reply)
         for (caller, _, _), replies in alike.items():
             for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
-                self._group.reply(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
+                self._group.replies.send(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
 
     def settle(self, ref: bytes) -> None:
         """Acknowledge and delete the entry, behind its reply in the same write."""
@@ -86,7 +86,7 @@ class Settlement:
         settled, self._settled = self._settled, []
         if self._replies:
             self._reply_together()
-        self._group.settle(settled)
+        self._group.acknowledger.settle(settled)
 
     def drop_body(self, entry: Entry) -> None:
         if entry.large:
@@ -99,14 +99,14 @@ class Settlement:
         log.warning("streamed reply to request %s of backend %r broke off: %s", entry.shown_id, self._backend, reason)
         self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
         if entry.size_bytes:
-            self._group.hold_sized(ref)
+            self._group.acknowledger.hold_sized(ref)
         self.settle(ref)
         self.drop_body(entry)
 
     def tell(self, entry: Entry, error: PenstockError) -> None:
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
-            self._group.reply(entry.caller, reply.fields())
+            self._group.replies.send(entry.caller, reply.fields())
 
 
 def _queue_ms(ref: bytes, reply: Reply, now_ms: float) -> float:

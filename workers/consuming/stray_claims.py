@@ -11,7 +11,8 @@ import asyncio
 import random
 import time
 
-from ...broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from ...broker.queue.consumer_group import ConsumerGroup
+from ...broker.queue.group.pending_entries import RedeliveredEntry
 from .consumer import Consumer
 
 _EVERY_S = (3.0, 5.0)
@@ -55,18 +56,18 @@ class StrayClaims:
                 # What is settled or given back while the answers are on their way was held when they were made.
                 released = consumer.released = set[bytes]()
                 try:
-                    pending = await self._group.pending_places(idle_ms)
+                    pending = await self._group.pending.own_refs(idle_ms)
                     lost = [ref for ref in pending if ref not in consumer.held and ref not in released]
-                    found = await self._group.reclaim(lost) if lost else []
+                    found = await self._group.pending.reclaim(lost) if lost else []
                 finally:
                     consumer.released = None
-                if not self._group.keeps_commands:
+                if not self._group.acknowledger.has_waiting:
                     break
                 # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
         found = [one for one in found if one.ref not in consumer.held and one.ref not in released]
         fresh = [(one.ref, one.fields) for one in found if one.is_fresh]
         if consumer.draining:
-            self._group.give_back([ref for ref, _ in fresh])
+            self._group.acknowledger.give_back([ref for ref, _ in fresh])
             return []
         consumer.take_all(fresh)
-        return [one.taken() for one in found if not one.is_fresh] if redelivered else []
+        return [one.as_redelivered() for one in found if not one.is_fresh] if redelivered else []

@@ -47,7 +47,7 @@ class StreamSender:
             return
         if entry.caller:
             # Ahead of its first part on the same connection: nobody who takes the entry over may run it again.
-            self._group.mark_streamed(ref)
+            self._group.replies.mark_streamed(ref)
         self._flows[ref] = flow
         self._places.setdefault(entry.id, []).append(ref)
         loop = asyncio.get_running_loop()
@@ -57,7 +57,7 @@ class StreamSender:
 
     def send(self, flow: StreamWriter, part: Part) -> None:
         if flow.entry.caller and not flow.stopped:
-            self._group.part(flow.entry.caller, part.fields(), flow.stop)
+            self._group.replies.send_part(flow.entry.caller, part.fields(), flow.stop)
 
     def carries(self, ref: bytes) -> bool:
         """Return whether the answer to the entry at ``ref`` streams, and has not been forgotten by `end`."""
@@ -71,7 +71,7 @@ class StreamSender:
         if not refs:
             del self._places[entry.id]
         if entry.caller:
-            self._group.forget_streamed(ref)
+            self._group.replies.forget_streamed(ref)
 
     def hear(self, word: bytes) -> None:
         """Take a signal that says how much of an answer was taken; it may be of another replica's."""

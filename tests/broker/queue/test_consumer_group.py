@@ -7,7 +7,9 @@ import pytest
 
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import BrokerRefused, BrokerUnavailable
-from penstock.broker.queue.consumer_group import RETURNED, ConsumerGroup, RedeliveredEntry
+from penstock.broker.queue.consumer_group import ConsumerGroup
+from penstock.broker.queue.group.member import RETURNED
+from penstock.broker.queue.group.pending_entries import RedeliveredEntry
 from penstock.broker.queue.leases import Lease
 from penstock.broker.queue.stats import read_stats
 from penstock.broker.registry.store import Registry
@@ -28,13 +30,13 @@ class Replica:
 
     def __init__(self, commands: RedisConnection, reads: RedisConnection, keys: Keys, name: str) -> None:
         self.name = name
-        self.claims = ConsumerGroup(commands, reads, keys, TAG, name)
+        self.group = ConsumerGroup(commands, reads, keys, TAG, name)
         self._commands, self._lease = commands, keys.alive(TAG, name)
 
     async def claim(self, up_to: int = 10) -> dict[bytes, str]:
         """Return the places and the request ids of what was claimed."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.claims.claim(up_to, future.set_result)
+        self.group.claimer.claim(up_to, future.set_result)
         result = await future
         if isinstance(result, Exception):
             raise result
@@ -43,11 +45,11 @@ class Replica:
     async def take(self) -> None:
         """Claim one entry, readable or not."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.claims.claim(1, future.set_result)
+        self.group.claimer.claim(1, future.set_result)
         assert len(await future) == 1
 
     async def pending(self) -> dict[bytes, str | None]:
-        pending = await self.claims.reclaim(await self.claims.pending_places())
+        pending = await self.group.pending.reclaim(await self.group.pending.own_refs())
         return {one.ref: None if one.fields is None else Entry.of(one.fields).id for one in pending}
 
     async def live(self) -> None:
@@ -64,7 +66,7 @@ def join(broker_url: str, commands: RedisConnection, connect: Connect, keys: Key
 
     async def join(name: str) -> Replica:
         replica = Replica(commands, await connect(broker_url), keys, name)
-        await replica.claims.ensure_group()
+        await replica.group.ensure()
         await replica.live()
         return replica
 
@@ -99,7 +101,7 @@ Left = Callable[[], Awaitable[tuple[int, int]]]
 async def test_what_was_published_before_the_first_replica_is_claimed(join: Joining, publish: Publish) -> None:
     refs = await publish("1", "2")
     replica = await join("a")
-    await replica.claims.ensure_group()
+    await replica.group.ensure()
     assert await replica.claim() == dict(zip(refs, ["1", "2"], strict=True))
 
 
@@ -123,7 +125,7 @@ async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Join
 async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
     replica = await join("a")
     await publish("1", "2", "3")
-    replica.claims.settle(list(await replica.claim()))
+    replica.group.acknowledger.settle(list(await replica.claim()))
     assert await left() == (0, 0)
     assert await replica.pending() == {}
 
@@ -139,7 +141,7 @@ async def test_what_is_claimed_and_not_settled_can_be_read_again(
     ids: list[str | None] = [str(n) for n in range(150)]
     ids[120] = None
     assert await replica.pending() == dict(zip(refs, ids, strict=True))
-    assert await replica.claims.pending_places(60_000) == []
+    assert await replica.group.pending.own_refs(60_000) == []
 
 
 async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining, publish: Publish) -> None:
@@ -147,8 +149,8 @@ async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining,
     refs = await publish("1", "2")
     await slow.claim()
     await slow.die()
-    assert await heir.claims.claim_redelivered() is not None
-    assert [one.ref for one in await slow.claims.reclaim(refs)] == refs[1:]
+    assert await heir.group.pending.claim_redelivered() is not None
+    assert [one.ref for one in await slow.group.pending.reclaim(refs)] == refs[1:]
 
 
 async def test_the_number_of_its_own_pending_entries_is_seen_with_what_there_is_to_take_over(
@@ -156,22 +158,22 @@ async def test_the_number_of_its_own_pending_entries_is_seen_with_what_there_is_
 ) -> None:
     replica = await join("a")
     await publish("1", "2")
-    assert (await replica.claims.look()).own == 0
+    assert (await replica.group.pending.count()).own == 0
     await replica.claim()
-    assert (await replica.claims.look()).own == 2
+    assert (await replica.group.pending.count()).own == 2
 
 
 async def test_work_waits_while_an_entry_is_unclaimed(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
-    assert not await replica.claims.is_work_waiting()
+    assert not await replica.group.is_work_waiting()
     refs = await publish("1", "2", "3")
-    assert await replica.claims.is_work_waiting()
+    assert await replica.group.is_work_waiting()
     await replica.claim(2)
-    assert await replica.claims.is_work_waiting()
+    assert await replica.group.is_work_waiting()
     await commands.send("XDEL", keys.requests(TAG), refs[2])
-    assert not await replica.claims.is_work_waiting()
+    assert not await replica.group.is_work_waiting()
 
 
 async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish: Publish) -> None:
@@ -181,7 +183,7 @@ async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish:
     for _ in range(5):
         assert list((await dead.pending()).values()) == ["1"]
     await dead.die()
-    taken = await heir.claims.claim_redelivered()
+    taken = await heir.group.pending.claim_redelivered()
     assert taken is not None
     assert taken.deliveries == 1
 
@@ -190,8 +192,8 @@ async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publi
     busy, idle = await join("busy"), await join("idle")
     await publish("1")
     await busy.claim()
-    assert (await idle.claims.look())[:2] == (0, 0)
-    assert await idle.claims.claim_redelivered() is None
+    assert (await idle.group.pending.count())[:2] == (0, 0)
+    assert await idle.group.pending.claim_redelivered() is None
 
 
 @pytest.mark.parametrize(
@@ -214,8 +216,8 @@ async def test_only_who_could_renew_its_own_lease_lately_adopts(
     now_ms = commands.now_ms()
     times = f"{now_ms - 1000 * renewed_since_s:.0f} {now_ms - 1000 * renewed_s:.0f}"
     await commands.send("SET", keys.alive(TAG, "heir"), times, "PX", 60_000)
-    assert (await heir.claims.look())[0] == int(may)
-    assert (await heir.claims.claim_redelivered() is not None) == may
+    assert (await heir.group.pending.count())[0] == int(may)
+    assert (await heir.group.pending.claim_redelivered() is not None) == may
 
 
 async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) -> None:
@@ -224,9 +226,9 @@ async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) 
     await silent.claim()
     await silent.die()
     await heir.die()
-    assert await heir.claims.claim_redelivered() is None
+    assert await heir.group.pending.claim_redelivered() is None
     await heir.live()
-    assert await heir.claims.claim_redelivered() is not None
+    assert await heir.group.pending.claim_redelivered() is not None
 
 
 async def test_a_lease_that_was_dropped_is_proof_for_anybody(
@@ -237,8 +239,8 @@ async def test_a_lease_that_was_dropped_is_proof_for_anybody(
     await dead.claim()
     await heir.die()
     await Registry(commands, keys).drop_lease(TAG, "dead")
-    assert (await heir.claims.look())[:2] == (1, 0)
-    assert await heir.claims.claim_redelivered() is not None
+    assert (await heir.group.pending.count())[:2] == (1, 0)
+    assert await heir.group.pending.claim_redelivered() is not None
 
 
 async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
@@ -295,15 +297,15 @@ async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join:
     refs = await publish("1", "2")
     await dead.claim()
     await dead.die()
-    assert (await heir.claims.look())[:2] == (2, 0)
+    assert (await heir.group.pending.count())[:2] == (2, 0)
 
-    taken = [await heir.claims.claim_redelivered(), await heir.claims.claim_redelivered()]
+    taken = [await heir.group.pending.claim_redelivered(), await heir.group.pending.claim_redelivered()]
     assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
         (refs[0], 1, "1"),
         (refs[1], 1, "2"),
     ]
-    assert await heir.claims.claim_redelivered() is None
-    assert (await heir.claims.look())[:2] == (0, 0)
+    assert await heir.group.pending.claim_redelivered() is None
+    assert (await heir.group.pending.count())[:2] == (0, 0)
     assert await heir.pending() == {refs[0]: "1", refs[1]: "2"}
 
 
@@ -313,7 +315,7 @@ async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining
     refs = await publish(*map(str, range(10)))
     await dead.claim()
     await dead.die()
-    taken = await asyncio.gather(*[heir.claims.claim_redelivered() for heir in heirs for _ in range(5)])
+    taken = await asyncio.gather(*[heir.group.pending.claim_redelivered() for heir in heirs for _ in range(5)])
     assert sorted(one.entry for one in taken if one) == refs
 
 
@@ -327,7 +329,7 @@ async def test_deaths_are_counted_and_written_into_the_history(
     taken: RedeliveredEntry | None = None
     for deaths, name in enumerate(("second", "third"), start=1):
         heir = await join(name)
-        taken = await heir.claims.claim_redelivered()
+        taken = await heir.group.pending.claim_redelivered()
         assert taken is not None
         assert taken.deliveries == deaths
         await heir.die()
@@ -345,10 +347,10 @@ async def test_an_orphan_that_its_caller_withdrew_is_dropped(
     await dead.claim()
     await dead.die()
     await commands.send("XDEL", keys.requests(TAG), refs[0])
-    taken = await heir.claims.claim_redelivered()
+    taken = await heir.group.pending.claim_redelivered()
     assert taken is not None
     assert taken.entry == refs[1]
-    heir.claims.settle([taken.entry])
+    heir.group.acknowledger.settle([taken.entry])
     assert await left() == (0, 0)
 
 
@@ -359,13 +361,15 @@ async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, pu
     await replicas[0].claim()
     for round_ in range(4):
         giver, taker = replicas[round_ % 2], replicas[(round_ + 1) % 2]
-        giver.claims.give_back([ref])
-        assert (await taker.claims.look())[:2] == (0, 1)
-        assert [(found, Entry.of(fields).id) for found, fields in await taker.claims.claim_returned(5)] == [(ref, "1")]
-        assert (await taker.claims.look())[:2] == (0, 0)
+        giver.group.acknowledger.give_back([ref])
+        assert (await taker.group.pending.count())[:2] == (0, 1)
+        assert [(found, Entry.of(fields).id) for found, fields in await taker.group.claimer.claim_returned(5)] == [
+            (ref, "1")
+        ]
+        assert (await taker.group.pending.count())[:2] == (0, 0)
         assert await giver.pending() == {}
     await replicas[0].die()
-    taken = await replicas[1].claims.claim_redelivered()
+    taken = await replicas[1].group.pending.claim_redelivered()
     assert taken is not None
     assert taken.deliveries == 1
 
@@ -375,9 +379,9 @@ async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Pub
     (ref,) = await publish("1")
     await late.claim()
     await late.die()
-    assert await heir.claims.claim_redelivered() is not None
-    late.claims.give_back([ref])
-    await late.claims.look()
+    assert await heir.group.pending.claim_redelivered() is not None
+    late.group.acknowledger.give_back([ref])
+    await late.group.pending.count()
     assert await heir.pending() == {ref: "1"}
 
 
@@ -388,10 +392,10 @@ async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
     await publish("1")
     await dead.claim()
     await dead.die()
-    taken = await heir.claims.claim_redelivered()
+    taken = await heir.group.pending.claim_redelivered()
     assert taken is not None
     for _ in range(2):  # the second time does nothing
-        await heir.claims.bury(taken, "every replica died")
+        await heir.group.dead_letters.add(taken, "every replica died")
 
     ((_, fields),) = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     history = orjson.loads(dict(zip(fields[::2], fields[1::2], strict=True))[b"history"])
@@ -409,9 +413,9 @@ async def test_garbage_of_any_size_can_be_buried(
     garbage = [str(n) for n in range(20_000)]
     ref = await commands.send("XADD", keys.requests(TAG), "*", *garbage)
     claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    replica.claims.claim(1, claimed.set_result)
+    replica.group.claimer.claim(1, claimed.set_result)
     ((_, fields),) = await claimed
-    await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "cannot be read")
+    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read")
     assert await left() == (0, 0)
     assert await commands.send("XLEN", keys.dead(TAG)) == 1
 
@@ -430,19 +434,19 @@ async def test_a_replica_that_holds_something_is_not_forgotten(
     leaving, other = await join("leaving"), await join("other")
     (ref,) = await publish("1")
     await leaving.claim()
-    await leaving.claims.leave()
+    await leaving.group.leave()
     assert await consumers() == {"leaving"}
-    leaving.claims.settle([ref])
-    await leaving.claims.leave()
+    leaving.group.acknowledger.settle([ref])
+    await leaving.group.leave()
     assert await consumers() == set()
 
     (ref,) = await publish("2")
     await leaving.claim()
     await leaving.die()
-    await other.claims.look()
+    await other.group.pending.count()
     assert await consumers() == {"leaving"}
-    leaving.claims.settle([ref])
-    await other.claims.look()
+    leaving.group.acknowledger.settle([ref])
+    await other.group.pending.count()
     assert await consumers() == set()
 
 
@@ -452,10 +456,10 @@ async def test_the_home_of_what_was_given_back_is_never_forgotten(
     replica = await join("a")
     (ref,) = await publish("1")
     await replica.claim()
-    replica.claims.give_back([ref])
-    await replica.claims.claim_returned(1)
-    replica.claims.settle([ref])
-    await replica.claims.look()
+    replica.group.acknowledger.give_back([ref])
+    await replica.group.claimer.claim_returned(1)
+    replica.group.acknowledger.settle([ref])
+    await replica.group.pending.count()
     names = [
         consumer[1].decode() for consumer in await commands.send("XINFO", "CONSUMERS", keys.requests(TAG), "replicas")
     ]
@@ -471,7 +475,7 @@ async def test_the_group_can_be_made_anew(
     with pytest.raises(BrokerRefused, match="NOGROUP"):
         await replica.claim()
     (ref,) = await publish("1")
-    await replica.claims.ensure_group()
+    await replica.group.ensure()
     assert await replica.claim() == {ref: "1"}
 
 
@@ -479,9 +483,9 @@ async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
     join: Joining, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
-    replica.claims.reply("gone", Reply("1").fields())
+    replica.group.replies.send("gone", Reply("1").fields())
     await commands.send("XADD", keys.replies("here"), "*", "", "")
-    replica.claims.reply("here", Reply("1", body=b"x").fields())
+    replica.group.replies.send("here", Reply("1", body=b"x").fields())
     assert await commands.send("EXISTS", keys.replies("gone")) == 0
     *_, (_, fields) = await commands.send("XRANGE", keys.replies("here"), "-", "+")
     assert Reply.of(fields) == Reply("1", body=b"x")
@@ -492,7 +496,7 @@ async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
 ) -> None:
     commands = await connect(server.url)
     dead, heir = [Replica(commands, await connect(server.url), keys, name) for name in ("dead", "heir")]
-    await heir.claims.ensure_group()
+    await heir.group.ensure()
     await heir.live()
     for n in range(4):
         await commands.send("XADD", keys.requests(TAG), "*", *Entry(str(n), "me", Header()).fields())
@@ -500,20 +504,20 @@ async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
     await dead.claim(2)
     await commands.send("CONFIG", "SET", "maxmemory", 1)
 
-    await heir.claims.ensure_group()  # as each replica does that starts or comes back
-    assert (await heir.claims.look())[:2] == (2, 0)
-    first, second = await heir.claims.claim_redelivered(), await heir.claims.claim_redelivered()
+    await heir.group.ensure()  # as each replica does that starts or comes back
+    assert (await heir.group.pending.count())[:2] == (2, 0)
+    first, second = await heir.group.pending.claim_redelivered(), await heir.group.pending.claim_redelivered()
     assert first is not None
     assert second is not None
-    await heir.claims.bury(first, "poison")
+    await heir.group.dead_letters.add(first, "poison")
     (third, *_) = await heir.claim(1)
-    heir.claims.give_back([third])
-    ((retaken, _),) = await heir.claims.claim_returned(1)
+    heir.group.acknowledger.give_back([third])
+    ((retaken, _),) = await heir.group.claimer.claim_returned(1)
     for ref in (second.entry, retaken):
         reply = Reply(ref.decode(), large=True)
-        heir.claims.reply_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
-        heir.claims.settle([ref])
-    await heir.claims.leave()
+        heir.group.replies.send_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
+        heir.group.acknowledger.settle([ref])
+    await heir.group.leave()
 
     replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
     assert [Reply.of(fields).id for fields in replies] == [second.entry.decode(), retaken.decode()]
@@ -534,8 +538,8 @@ async def test_a_reply_and_its_settling_wait_together_for_the_broker(
     await other.send("XADD", keys.replies("me"), "*", "", "")
     other.post(lambda reply: None, "CLIENT", "KILL", "ID", await commands.send("CLIENT", "ID"))
     await wait_until_async(lambda: not commands.connected)
-    replica.claims.reply("me", Reply("1").fields())
-    replica.claims.settle([b"1-1"])
+    replica.group.replies.send("me", Reply("1").fields())
+    replica.group.acknowledger.settle([b"1-1"])
     await wait_until_async(lambda: commands.connected)
     assert await other.send("XLEN", keys.replies("me")) == 2
 
@@ -555,7 +559,7 @@ async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
     for n in range(12):
         ref = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
         await replica.take()
-        await replica.claims.bury(
+        await replica.group.dead_letters.add(
             RedeliveredEntry(ref, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5
         )
         assert len(await dead_ids(commands, keys)) == min(n + 1, 5)
@@ -573,7 +577,7 @@ async def test_a_dropped_dead_letter_takes_its_large_body_along(
         await commands.send("SET", keys.body(TAG, id_), b"body", "PX", 60_000)
         ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
         await replica.take()
-        await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "it died", max_dead_letters=1)
+        await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "it died", max_dead_letters=1)
     assert await commands.send("EXISTS", keys.body(TAG, "first")) == 0
     assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
 
@@ -587,9 +591,9 @@ async def test_dead_letters_are_dropped_after_fourteen_days_and_when_fewer_are_k
     ids = [
         await commands.send("XADD", keys.dead(TAG), f"{(int(seconds) - age_s) * 1000}-0", "v", "1") for age_s in ages_s
     ]
-    await replica.claims.drop_old_letters(100)
+    await replica.group.dead_letters.drop_oldest(100)
     assert await dead_ids(commands, keys) == ids[2:]
-    await replica.claims.drop_old_letters(2)
+    await replica.group.dead_letters.drop_oldest(2)
     assert await dead_ids(commands, keys) == ids[3:]
     assert await dropped(commands, keys) == 3
 
@@ -601,7 +605,7 @@ async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
     fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
     ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
     await replica.take()
-    await replica.claims.bury(RedeliveredEntry(ref, 0, fields), "cannot be read")
+    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read")
     [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
 
@@ -612,24 +616,24 @@ async def test_what_is_refused_of_dead_letters_and_of_what_is_given_back_is_sent
     straight = await connect(redis_url)
     with RefusingProxy(redis_url) as between:
         commands = await connect(between.url)
-        claims = ConsumerGroup(commands, await connect(redis_url), keys, TAG, "a")
-        await claims.ensure_group()
+        group = ConsumerGroup(commands, await connect(redis_url), keys, TAG, "a")
+        await group.ensure()
         for n in range(3):
             await straight.send("XADD", keys.requests(TAG), f"1-{n + 1}", "n", n)
         claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        claims.claim(3, claimed.set_result)
+        group.claimer.claim(3, claimed.set_result)
         (first, fields), (second, _), (third, _) = await claimed
         between.error = ERRORS["NOREPLICAS"]
-        burying = asyncio.ensure_future(claims.bury(RedeliveredEntry(first, 3, fields), "it died"))
-        claims.give_back([second])
-        claims.settle([third])
-        claims.forget_history(third)
+        burying = asyncio.ensure_future(group.dead_letters.add(RedeliveredEntry(first, 3, fields), "it died"))
+        group.acknowledger.give_back([second])
+        group.acknowledger.settle([third])
+        group.pending.forget_history(third)
         await wait_until_async(lambda: len(between.refused) > 4)
         assert await straight.send("XLEN", keys.requests(TAG)) == 3
         between.error = ""
         await asyncio.wait_for(burying, 20)
         await commands.wait_for_patient(20)
         assert await straight.send("XLEN", keys.dead(TAG)) == 1
-        assert [ref for ref, _ in await claims.claim_returned(5)] == [second]
+        assert [ref for ref, _ in await group.claimer.claim_returned(5)] == [second]
         assert await straight.send("XLEN", keys.requests(TAG)) == 1
         await Registry(straight, keys).erase()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from penstock.broker.queue.consumer_group import ConsumerGroup, RedeliveredEntry
+from penstock.broker.queue.consumer_group import ConsumerGroup
 from penstock.broker.queue.dead_letters import DeadLetterStream
+from penstock.broker.queue.group.pending_entries import RedeliveredEntry
 from penstock.broker.queue.load import read_depth
 from penstock.broker.queue.publisher import Published, Publisher, QueueFull
 from penstock.broker.queue.purge import retire
@@ -66,10 +67,10 @@ def join(
     """Makes replicas whose leases are held."""
 
     async def join(name: str) -> ConsumerGroup:
-        claims = ConsumerGroup(commands, await connect(broker_url), keys, TAG, name)
-        await claims.ensure_group()
+        group = ConsumerGroup(commands, await connect(broker_url), keys, TAG, name)
+        await group.ensure()
         await commands.send("SET", keys.alive(TAG, name), "1", "PX", 60_000)
-        return claims
+        return group
 
     return join
 
@@ -82,14 +83,14 @@ def queued_bytes(commands: RedisConnection, keys: Keys) -> Callable[[], Awaitabl
     return queued_bytes
 
 
-async def claim(claims: ConsumerGroup) -> dict[bytes, Entry]:
+async def claim(group: ConsumerGroup) -> dict[bytes, Entry]:
     """Claim as a consumer does, which notes the entries whose size is on record."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    claims.claim(100, future.set_result)
+    group.claimer.claim(100, future.set_result)
     claimed = {ref: Entry.of(fields) for ref, fields in await future}
     for ref, one in claimed.items():
         if one.size_bytes:
-            claims.hold_sized(ref)
+            group.acknowledger.hold_sized(ref)
     return claimed
 
 
@@ -128,8 +129,8 @@ async def test_as_much_fits_again_as_was_settled(
         results = await asyncio.gather(*[publish(publishers[n % 5], raw, limit_bytes) for n, raw in enumerate(raws)])
         assert sum(isinstance(result, bytes) for result in results) == 8
         held = await claim(replica)
-        replica.settle(held)
-        replica.settle(held)  # as after a redelivery
+        replica.acknowledger.settle(held)
+        replica.acknowledger.settle(held)  # as after a redelivery
         assert len(held) == 8
         await wait_until_async(lambda: _is_zero(queued_bytes))
 
@@ -180,26 +181,26 @@ async def test_whatever_ends_a_request_releases_its_bytes(
 
     await one()
     [(ref, held)] = (await claim(replica)).items()
-    await replica.bury(RedeliveredEntry(ref, 0, held.fields()), "cannot be read")
+    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "cannot be read")
     assert await queued_bytes() == 0
 
     await one()
     held_places = list(await claim(replica))
-    replica.give_back(held_places)
+    replica.acknowledger.give_back(held_places)
     [(ref, fields)] = await _retaken(heir)
     assert Entry.of(fields).size_bytes == charge_of(entry("r", MIDDLE))
-    heir.hold_sized(ref)
-    heir.settle([ref])
+    heir.acknowledger.hold_sized(ref)
+    heir.acknowledger.settle([ref])
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
     await claim(replica)
     await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
-    taken = await heir.claim_redelivered()
+    taken = await heir.pending.claim_redelivered()
     assert taken is not None
-    heir.hold_sized(taken.entry)
-    heir.settle([taken.entry])
-    replica.settle([taken.entry])  # it was not dead, but late
+    heir.acknowledger.hold_sized(taken.entry)
+    heir.acknowledger.settle([taken.entry])
+    replica.acknowledger.settle([taken.entry])  # it was not dead, but late
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
@@ -214,7 +215,7 @@ async def test_nothing_is_left_on_record_when_all_is_settled(
     replica = await join("replica")
     for n in range(10):
         await accepted(publish(publishers[0], entry(str(n), n * 2_000), 1_000_000))
-    replica.settle(await claim(replica))
+    replica.acknowledger.settle(await claim(replica))
     await wait_until_async(lambda: _is_gone(commands, keys.sizes(TAG)))
 
 
@@ -290,7 +291,7 @@ async def test_a_replayed_dead_letter_is_charged_as_a_request(
     limit_bytes = charge_of(raw) + ASIDE
     await accepted(publish(publishers[0], raw, limit_bytes))
     [(ref, held)] = (await claim(replica)).items()
-    await replica.bury(RedeliveredEntry(ref, 0, held.fields()), "it died")
+    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "it died")
     [letter] = [letter async for letter in dead.letters()]
     blocking = await accepted(publish(publishers[0], entry("s", MIDDLE), limit_bytes))
     refused = await dead.replay(letter, 100, limit_bytes)
@@ -299,7 +300,7 @@ async def test_a_replayed_dead_letter_is_charged_as_a_request(
     publishers[0].withdraw(TAG, blocking)
     assert isinstance(await dead.replay(letter, 100, limit_bytes), str)
     assert await queued_bytes() == charge_of(raw)
-    replica.settle(await claim(replica))
+    replica.acknowledger.settle(await claim(replica))
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
 
@@ -315,7 +316,7 @@ async def _retaken(heir: ConsumerGroup) -> list[tuple[bytes, list[bytes]]]:
     taken: list[tuple[bytes, list[bytes]]] = []
 
     async def some() -> bool:
-        taken.extend(await heir.claim_returned(10))
+        taken.extend(await heir.claimer.claim_returned(10))
         return bool(taken)
 
     await wait_until_async(some)

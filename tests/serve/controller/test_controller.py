@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from penstock import serve
-from penstock.broker.queue.consumer_group import ConsumerGroup
+from penstock.broker.queue.group.claimer import Claimer
 from penstock.serve.controller.actors import actor_name
 from penstock.workers.actor import NAMESPACE
 from tests.serve.backends import SMALL, Slow, answering, replicas
@@ -97,7 +97,7 @@ def test_one_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None
                 # What a fault of Penstock's would do: claims are never answered any more.
                 def drop(*args: Any, **options: Any) -> None: ...
 
-                setattr(ConsumerGroup, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
+                setattr(Claimer, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
             return os.getpid()
 
     client.create_backend("f", Stopping, config={"health_check_period_s": 0.2}, ray_actor_options=SMALL)

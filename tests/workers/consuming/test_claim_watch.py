@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.broker.queue.consumer_group import ConsumerGroup
+from penstock.broker.queue.group.claimer import Claimer
 from penstock.handles.errors import PenstockError
 from penstock.workers.consuming.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from tests.waiting import wait_until_async
@@ -74,7 +74,7 @@ async def test_a_replica_that_does_not_claim_is_not_well_while_work_waits(
 
     async with calling(redis_url) as client:
         with monkeypatch.context() as patched:
-            patched.setattr(ConsumerGroup, "claim", drop)
+            patched.setattr(Claimer, "claim", drop)
             async with serving(redis_url, echo) as stopped:
                 call, answer = client.call(b"waits")
                 await call.accepted()

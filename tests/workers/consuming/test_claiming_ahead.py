@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock.broker.queue.consumer_group import GROUP, RETURNED
+from penstock.broker.queue.group.member import GROUP, RETURNED
 from penstock.workers.consuming import prefetch
 from penstock.workers.replica import Replica
 from tests.waiting import wait_until_async

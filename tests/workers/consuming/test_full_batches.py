@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from penstock import serve
-from penstock.broker.queue.consumer_group import GROUP, RETURNED
+from penstock.broker.queue.group.member import GROUP, RETURNED
 from penstock.broker.wire._fields import LARGE
 from penstock.workers.consuming import batch_capacity
 from penstock.workers.replica import Replica
