@@ -71,7 +71,7 @@ class Acknowledger:
                 commands.post(log_refusal, "XDEL", stream, *entries, repeat=True, patient=True)
 
     def give_back(self, refs: Iterable[bytes]) -> None:
-        """Return claimed entries that were not started. Any replica may claim them as if they had never been claimed."""
+        """Return claimed entries that were not started. Any replica may claim them, as if for the first time."""
         refs = list(refs)
         self._sized.difference_update(refs)
         member = self._member
