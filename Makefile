@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing penstock into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev,docs]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,files,dev,docs]'
 	@touch $@
 
 .PHONY: test
@@ -73,7 +73,7 @@ bench: $(STAMP) ## Measure, side by side with others (needs wrk)
 constraints: $(STAMP) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet uv
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 \
-		--no-header --no-annotate --extra serve --extra dev --extra docs pyproject.toml; } > constraints.new
+		--no-header --no-annotate --extra serve --extra files --extra dev --extra docs pyproject.toml; } > constraints.new
 	@mv constraints.new constraints.txt
 
 .PHONY: clean

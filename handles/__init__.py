@@ -4,6 +4,7 @@ from . import errors
 from .batch.items import BatchItem, BatchResult
 from .batch.producer import Batch, BatchProducer
 from .connection import connect
+from .files.rows import Rows, read
 from .handle import AsyncServeHandle, ServeHandle
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "BatchItem",
     "BatchProducer",
     "BatchResult",
+    "Rows",
     "ServeHandle",
     "connect",
     "errors",
+    "read",
 ]

@@ -24,9 +24,11 @@ HANDLES = [
     "BatchItem",
     "BatchProducer",
     "BatchResult",
+    "Rows",
     "ServeHandle",
     "connect",
     "errors",
+    "read",
 ]
 
 

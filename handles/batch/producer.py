@@ -30,6 +30,7 @@ from ...broker.wire.keys import check_name
 from .. import background_loop
 from ..calls.request_client import RequestClient
 from ..errors import ConfigError
+from ..files.rows import Rows
 from ..options import CallOptions
 from .items import BatchResult
 from .pipeline import BatchPipeline, JobSource
@@ -157,7 +158,7 @@ class BatchProducer:
             self._window,
             skip=batch.skip,
             in_order=batch.in_order,
-            source=self._source,
+            source=batch.described(self._source),
             **callbacks,
         )
         if self._job is not None:
@@ -203,6 +204,16 @@ class Batch:
         """
         if self._forget is not None:
             self._forget()
+
+    def described(self, source: JobSource) -> JobSource:
+        """Return ``source`` with what the items know of where they come from."""
+        if isinstance(self._items, Rows) and not source.name:
+            return replace(source, name=self._items.source, names=self._items.names)
+        return source
+
+    def _close_items(self) -> None:
+        if isinstance(self._items, Rows):
+            self._items.close()
 
     def _begin(self) -> None:
         if self._begun:
@@ -251,6 +262,7 @@ class Batch:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            self._close_items()
             await production.close()
 
     async def _feed(self, production: BatchPipeline, want: asyncio.Event, wanted: deque[int]) -> None:
@@ -320,6 +332,7 @@ class Batch:
                     return
         finally:
             self._forget = None
+            self._close_items()
             if not sys.is_finalizing():  # else the loop's thread is gone already
                 background_loop.run(end())
 

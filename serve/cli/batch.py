@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import orjson
@@ -18,15 +17,17 @@ from rich.text import Text
 from ...broker.wire import exact_json
 from ...handles import BatchItem, BatchResult
 from ...handles.batch.producer import Batch
-from ...handles.errors import BackendError, MalformedBody
+from ...handles.errors import BackendError, ConfigError, MalformedBody
+from ...handles.files.csv_rows import parse_types
+from ...handles.files.json_lines import MAX_ROW_BYTES
+from ...handles.files.outputs import JOURNAL, Output, exists, is_resumable, open_output
+from ...handles.files.rows import FORMATS, Format, Rows
+from ...handles.files.sources import shown_path, without_file_scheme
+from ...handles.files.tables import is_plain
 from ...handles.response import Response
-from .csv_rows import parse_types
 from .exits import FAILED
 from .options import check_text, door_to, error_of, result_line, telling_what_is_wrong, which_instance, wrong
-from .output import Output, is_regular_file
-from .rows import Format, Rows
 
-_SAFE_EVERY_S = 1.0
 _SHOW_EVERY = 64
 _SHOWN = 200
 """Bytes of a response that are shown of it."""
@@ -38,13 +39,21 @@ _LEAST_URGENT = 19
 @click.argument("endpoint")
 @click.argument("input_", metavar="INPUT")
 @which_instance
-@click.option("--output", "-o", required=True, metavar="OUTPUT", help="JSON lines; - is standard output.")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    metavar="OUTPUT",
+    help="JSON lines, CSV or Parquet by its name; - is JSON lines on standard output.",
+)
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["jsonl", "csv", "files"]),
-    help="Of INPUT. By default a directory is files, *.csv is csv, and all else is jsonl.",
+    type=click.Choice(FORMATS),
+    help="Of INPUT. By default its name decides: a directory is files, and what is neither *.csv, *.tsv nor *.parquet "
+    "is jsonl.",
 )
+@click.option("--columns", metavar="COLUMN,...", help="Of a Parquet file, those that are read. By default, all.")
 @click.option("--delimiter", metavar="CHARACTER", help="Between the columns of a CSV file. By default, by its header.")
 @click.option(
     "--types",
@@ -72,7 +81,7 @@ _LEAST_URGENT = 19
 @click.option(
     "--max-row-bytes",
     type=click.IntRange(1),
-    default=64 * 1024 * 1024,
+    default=MAX_ROW_BYTES,
     show_default="64 MiB",
     help="A longer row is an error.",
 )
@@ -93,6 +102,7 @@ def batch(
     instance: str,
     output: str,
     format_: Format | None,
+    columns: str | None,
     delimiter: str | None,
     types: str | None,
     strings: bool,
@@ -111,14 +121,15 @@ def batch(
 ) -> None:
     """Send every row of INPUT through ENDPOINT, behind its interactive requests.
 
-    INPUT is a file of JSON lines, each of which the backend reads as request.data; a CSV file with a header, each
-    record of which it reads as an object (a column holds numbers if all its values are numbers, else text; an empty
-    value is null); a directory, each file of which it reads as bytes; or "-", standard input. A file may be
-    compressed by gzip.
+    INPUT is a file of JSON lines, each of which the backend reads as request.data; a CSV or Parquet file, each record
+    of which it reads as an object; a directory, each file of which it reads as bytes; a quoted glob pattern; a URL,
+    such as s3://bucket/rows.parquet; or "-", standard input. Files may be compressed by gzip or zstd. In CSV, a column
+    holds numbers if all its values are numbers, else text; an empty value is null. Parquet keeps its columns' types.
 
     OUTPUT gets a line for each row, as they come: {"index": 0, "result": ...} or {"index": 0, "row": 1, "error":
-    {"type", "message"}}, and "file" where rows are files. Bytes that are not text have "encoding": "base64". A row that
-    is bad is such a line, and the rest goes on; the exit code is then 1, also of a job that goes on after it.
+    {"type", "message"}}, and "file" where there may be several. Bytes that are not text have "encoding": "base64". A
+    row that is bad is such a line, and the rest goes on; the exit code is then 1, also of a job that goes on after it.
+    As CSV or Parquet, by its name, OUTPUT has these as columns. It may be compressed (.gz, .zst), and a URL.
 
     An OUTPUT that exists is refused, unless it is that of a --job, which then goes on where it was: whatever was
     killed, OUTPUT has one line for every row in the end. A job belongs to its INPUT: with another one it is refused.
@@ -128,7 +139,9 @@ def batch(
       penstock batch digit images.csv -o digits.jsonl
       penstock batch digit images.csv -o digits.jsonl --job nightly
       penstock batch digit images.csv -o digits.jsonl --job nightly --retry-errors
+      penstock batch score 'people/*.parquet' -o scores.parquet --columns age,income
       penstock batch score people.csv -o scores.jsonl --types zip=str,age=int
+      penstock batch score s3://bucket/people.csv.gz -o s3://bucket/scores.csv
       zcat rows.gz | penstock batch score - -o - | jq .result
     """  # noqa: D301
     check_text(endpoint=endpoint, job=job, method=method, shard_key=shard_key)
@@ -141,6 +154,7 @@ def batch(
         delimiter = delimiter.replace("\\t", "\t")
         if len(delimiter) != 1 or delimiter in '"\r\n':
             wrong(f"--delimiter is one character, not {delimiter!r}")
+    output = without_file_scheme(output)
     _stand_back(nice)
     with ExitStack() as stack:
         try:
@@ -148,17 +162,18 @@ def batch(
             rows = Rows(
                 input_,
                 format_,
-                max_row_bytes,
                 delimiter=delimiter,
                 types=parse_types(types) if types else {},
                 strings=strings,
+                columns=None if columns is None else columns.split(","),
+                max_row_bytes=max_row_bytes,
             )
         except (OSError, ValueError) as e:
             wrong(e)
         stack.callback(rows.close)
-        is_regular = is_regular_file(output)
-        if is_regular and job is None and Path(output).exists():
-            wrong(f"{output} exists: give another --output, or a --job to go on with")
+        can_go_on = is_resumable(output)
+        if can_go_on and job is None:
+            _refuse_existing(output)
         door = stack.enter_context(door_to(redis_url, instance))
         with telling_what_is_wrong():
             producer = door.batch(
@@ -171,16 +186,12 @@ def batch(
                 retry_errors=retry_errors,
             )
         try:
-            target = Output(output, retry_errors=retry_errors, restart=restart_job)
+            target = open_output(output, retry_errors=retry_errors, restart=restart_job)
         except (OSError, ValueError) as e:
             wrong(e)
         stack.callback(target.close)
-        producer.describe_source(
-            "-" if input_ == "-" else os.fsencode(os.path.abspath(input_)).decode(errors="backslashreplace"),
-            rows.names if rows.format == "files" else None,
-            target.empty,
-        )
-        file, done = target.file, target.done
+        producer.describe_source(rows.source, rows.names, target.clear)
+        done = target.done
         failed = 0 if retry_errors else len(target.failed)
         tally = _Tally(rows, resumed=len(done), failed=failed, ok_statuses=ok)
         items = rows if shard_key is None else (_keyed(row, shard_key) for row in rows)
@@ -188,15 +199,15 @@ def batch(
         progress = None if quiet else _progress(tally, stack)
         try:
             with telling_what_is_wrong():
-                _write(results, target, tally, progress, safe=is_regular)
-                target.finish()
+                _write(results, target, tally, progress)
+                target.finish(keep_journal=job is not None)
         except (KeyboardInterrupt, SystemExit):
             if progress is not None:
                 progress.stop()
             with suppress(OSError):
-                file.flush()
+                target.sync()
             if job is not None or not quiet:
-                click.echo(f"{tally}; {_way_on(output, job, is_regular=is_regular)}", err=True)
+                click.echo(f"{tally}; {_way_on(output, job)}", err=True)
             raise
         if progress is not None:
             progress.stop()
@@ -208,17 +219,29 @@ def batch(
         sys.exit(FAILED)
 
 
+def _refuse_existing(output: str) -> None:
+    try:
+        for path in (output, output + JOURNAL):
+            if exists(path):
+                wrong(f"{shown_path(path)} exists: give another --output, or a --job to go on with")
+    except (OSError, ConfigError) as e:
+        wrong(e)
+
+
 def _statuses(text: str) -> frozenset[int]:
     """Read ``404,410``."""
     statuses = frozenset(int(one) for one in text.split(",") if one.isdecimal() and len(one) == 3)
     if text and len(statuses) != len(set(text.split(","))):
-        raise ValueError(f"--ok-status is a list of HTTP statuses such as 404,410; not {text!r}")
+        raise ConfigError(f"--ok-status is a list of HTTP statuses such as 404,410; not {text!r}")
     return statuses
 
 
-def _way_on(output: str, job: str | None, *, is_regular: bool) -> str:
+def _way_on(output: str, job: str | None) -> str:
     """Return what an interrupted batch keeps, and how it goes on."""
-    kept = f"{output} has what is done" if is_regular else "what is done was written"
+    if not is_resumable(output):
+        kept = "what is done was written"
+    else:
+        kept = f"{shown_path(output) if is_plain(output) else shown_path(output) + JOURNAL} has what is done"
     if job is None:
         return f"{kept}, and the rest is given up: with a --job, the same command would go on"
     return f"{kept}; the same command goes on with the job {job!r}"
@@ -243,8 +266,11 @@ class _Tally:
     def line(self, result: BatchResult) -> bytes:
         """Count a result, and return its line."""
         line: dict[str, Any] = {"index": result.index}
-        if self._rows.names and result.index < len(self._rows.names):
-            line["file"] = os.fsencode(self._rows.names[result.index]).decode(errors="backslashreplace")
+        file, row = self._rows.place_of(result.index)
+        if file is not None:
+            line["file"] = os.fsencode(file).decode(errors="backslashreplace")
+            if self._rows.format != "files":
+                line["row"] = row
         error = result.error
         if error is None and isinstance(result.value, Response):
             error = self._bad_status(result.value)
@@ -257,7 +283,7 @@ class _Tally:
                 self.results += 1
                 return written
         self.errors += 1
-        return exact_json.dumps({**line, "row": result.index + 1, "error": error_of(error)}) + b"\n"
+        return exact_json.dumps({**line, "row": row, "error": error_of(error)}) + b"\n"
 
     def _bad_status(self, response: Response) -> Exception | None:
         """Return the error that a response is, unless its status is one of results."""
@@ -295,36 +321,25 @@ class _Tally:
         return f"{self.results} results, {self.errors} errors{resumed} in {took_s:.1f} s, {self.rate:.0f} rows/s"
 
 
-def _write(results: Batch, target: Output, tally: _Tally, progress: Progress | None, *, safe: bool) -> None:
-    """Write a line for each result; the job is told what is safe on the disk, and keeps it no longer."""
-    safe_at = shown_at = time.monotonic()
-    file = target.file
+def _write(results: Batch, target: Output, tally: _Tally, progress: Progress | None) -> None:
+    """Write a line for each result; the job is told what is durable, and keeps it no longer."""
+    synced_at = shown_at = time.monotonic()
     for count, result in enumerate(results, start=1):
-        file.write(tally.line(result))
+        target.write(tally.line(result))
         if count % _SHOW_EVERY and tally.rate > _SHOW_EVERY:
             continue  # the clock and the terminal cost more than a line
         now = time.monotonic()
-        if safe and now - safe_at > _SAFE_EVERY_S:
-            _sync(file)
-            results.checkpoint()
-            safe_at = now
-        elif not safe and now - safe_at > 0.05:
-            file.flush()
-            safe_at = now
+        if now - synced_at > target.sync_every_s:
+            target.sync()
+            if target.is_durable:
+                results.checkpoint()
+            synced_at = now
         if progress is not None and now - shown_at > 0.1:
             _show(progress, tally)
             shown_at = now
     if progress is not None:
         _show(progress, tally)
-    if safe:
-        _sync(file)
-    else:
-        file.flush()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    target.sync()
 
 
 def _keyed(row: Any, field: str) -> Any:

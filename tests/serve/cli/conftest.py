@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import pytest
@@ -36,6 +36,19 @@ Penstock = Callable[..., Ran]
 def environment(url: str) -> dict[str, str]:
     """Return what a command finds; without a ``url``, no broker."""
     return {**os.environ, "PENSTOCK_REDIS_URL": url, "COLUMNS": "160"}
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environ: Mapping[str, str], stdin: IO[bytes] | None = None
+) -> Generator[subprocess.Popen[str]]:
+    """Run a command; it is killed if the test leaves it."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=environ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @contextmanager

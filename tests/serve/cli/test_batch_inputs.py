@@ -55,8 +55,9 @@ def test_a_compressed_file_is_read(site: Site, penstock: Penstock, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"PAR1....", (), "is a Parquet file"),
-        (b"\x28\xb5\x2f\xfd...", (), "is compressed with zstd"),
+        (b"PAR1....", (), "it is not a Parquet file: "),
+        (b"\x28\xb5\x2f\xfd...", (), "it cannot be decompressed"),
+        (b"PAR1....", ("--format", "csv"), "its format was said to be csv"),
         ("é\n".encode("utf-16"), (), "is UTF-16"),
         (b"\x1f\x8bno", (), "it cannot be decompressed"),
         (b"a,a\n1,2\n", ("--format", "csv"), "names more than one column 'a'"),

@@ -15,10 +15,14 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 from ...broker.wire import exact_json
-from ...handles.errors import MalformedBody
+from ..errors import ConfigError, MalformedBody, PayloadTooLarge
+from .json_lines import MAX_ROW_BYTES, too_large
 
 ColumnType = Literal["str", "int", "float", "number"]
 COLUMN_TYPES: tuple[ColumnType, ...] = ("str", "int", "float", "number")
+
+BadRow = MalformedBody | PayloadTooLarge
+"""Stands for a row that cannot be read."""
 
 LOOK_AHEAD = 1000
 """Rows by which the types of the columns are settled."""
@@ -42,9 +46,11 @@ class CsvRows:
         delimiter: between columns; None finds out from the header.
         types: of columns, by their names; the others are settled by the first rows.
         strings: every column without a type of its own is text.
+        settled: types of columns that the first rows of an earlier file have settled; those of this one are added.
+        max_bytes: a longer row is an error.
 
     Raises:
-        ValueError: there is no header, it names a column twice, or ``types`` names a column that it does not have.
+        ConfigError: there is no header, it names a column twice, or ``types`` names a column that it does not have.
     """
 
     def __init__(
@@ -55,7 +61,11 @@ class CsvRows:
         delimiter: str | None = None,
         types: Mapping[str, ColumnType] = {},
         strings: bool = False,
+        settled: dict[str, ColumnType] | None = None,
+        max_bytes: int = MAX_ROW_BYTES,
     ) -> None:
+        self._settled = {} if settled is None else settled
+        self._max_bytes = max_bytes
         source = iter(lines)
         first = deque(islice(source, 1))
         if delimiter is None and first:
@@ -64,43 +74,44 @@ class CsvRows:
         try:
             self.header = next(self._table)
         except StopIteration:
-            raise ValueError(f"{name}: a CSV file begins with the names of its columns; this one is empty") from None
+            raise ConfigError(f"{name}: a CSV file begins with the names of its columns; this one is empty") from None
         except csv.Error as e:
-            raise ValueError(f"{name}: the names of the columns cannot be read: {e}") from None
+            raise ConfigError(f"{name}: the names of the columns cannot be read: {e}") from None
         if not all(map(is_text, self.header)):
-            raise ValueError(f"{name}: the names of the columns are not UTF-8: save the file as UTF-8")
+            raise ConfigError(f"{name}: the names of the columns are not UTF-8: save the file as UTF-8")
         twice = sorted({column for column in self.header if self.header.count(column) > 1})
         if twice:
-            raise ValueError(f"{name}: the header names more than one column {', '.join(map(repr, twice))}")
+            raise ConfigError(f"{name}: the header names more than one column {', '.join(map(repr, twice))}")
         if unknown := sorted(set(types) - set(self.header)):
-            raise ValueError(
+            raise ConfigError(
                 f"{name}: there is no column {', '.join(map(repr, unknown))}; the header names "
                 f"{', '.join(map(repr, self.header))}"
             )
         self._given: dict[str, ColumnType] = dict.fromkeys(self.header, "str") if strings else {}
         self._given.update(types)
 
-    def __iter__(self) -> Iterator[dict[str, Any] | MalformedBody]:
+    def __iter__(self) -> Iterator[dict[str, Any] | BadRow]:
         records = self._records()
-        ahead: list[list[str] | MalformedBody] = []
+        ahead: list[list[str] | BadRow] = []
         size = 0
         for record in records:
             ahead.append(record)
-            size += 0 if isinstance(record, MalformedBody) else sum(map(len, record))
+            size += 0 if isinstance(record, BadRow) else sum(map(len, record))
             if len(ahead) == LOOK_AHEAD or size > _LOOK_AHEAD_SIZE:
                 break
-        good = [record for record in ahead if not isinstance(record, MalformedBody)]
+        good = [record for record in ahead if not isinstance(record, BadRow)]
         types: list[ColumnType] = [
-            self._given.get(column) or _type_of([record[at] for record in good])
+            self._given.get(column) or self._settled.get(column) or _type_of([record[at] for record in good])
             for at, column in enumerate(self.header)
         ]
+        self._settled.update(zip(self.header, types, strict=True))
         for record in ahead:
             yield self._row(record, types)
         ahead.clear()
         for record in records:
             yield self._row(record, types)
 
-    def _records(self) -> Iterator[list[str] | MalformedBody]:
+    def _records(self) -> Iterator[list[str] | BadRow]:
         while True:
             before = self._table.line_num
             try:
@@ -116,11 +127,13 @@ class CsvRows:
                 yield MalformedBody("the row is not UTF-8")
             elif len(record) != len(self.header):
                 yield MalformedBody(f"the row has {len(record)} columns, and the header names {len(self.header)}")
+            elif (size := sum(map(len, record))) > self._max_bytes:
+                yield too_large(size, self._max_bytes)
             else:
                 yield record
 
-    def _row(self, record: list[str] | MalformedBody, types: Sequence[ColumnType]) -> dict[str, Any] | MalformedBody:
-        if isinstance(record, MalformedBody):
+    def _row(self, record: list[str] | BadRow, types: Sequence[ColumnType]) -> dict[str, Any] | BadRow:
+        if isinstance(record, BadRow):
             return record
         row: dict[str, Any] = {}
         for column, text, kind in zip(self.header, record, types, strict=True):
@@ -188,11 +201,11 @@ def _number_of(text: str, kind: ColumnType) -> int | float | None:
 
 
 def parse_types(text: str) -> dict[str, ColumnType]:
-    """Read ``zip=str,n=int``. Raises ``ValueError`` for anything else."""
+    """Read ``zip=str,n=int``. Raises ``ConfigError`` for anything else."""
     types: dict[str, ColumnType] = {}
     for part in text.split(","):
         column, equals, kind = part.rpartition("=")
         if not equals or kind not in COLUMN_TYPES:
-            raise ValueError(f"--types is COLUMN=TYPE,..., with a type of {', '.join(COLUMN_TYPES)}; not {part!r}")
+            raise ConfigError(f"--types is COLUMN=TYPE,..., with a type of {', '.join(COLUMN_TYPES)}; not {part!r}")
         types[column] = kind
     return types

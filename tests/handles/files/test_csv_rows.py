@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.handles.errors import MalformedBody
-from penstock.serve.cli.csv_rows import LOOK_AHEAD, CsvRows, parse_types
+from penstock.handles.files.csv_rows import LOOK_AHEAD, CsvRows, parse_types
 
 
 def rows_of(text: str, **options: Any) -> list[Any]:

@@ -1,0 +1,42 @@
+"""Rows of JSON lines: what each line holds, or why it cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from ..codec import load_json
+from ..errors import MalformedBody, PayloadTooLarge
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ROW_BYTES = 64 * 1024 * 1024
+"""The default of the longest row that is read."""
+
+
+def too_large(size: int, max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(size, max_bytes, "--max-row-bytes")
+
+
+def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[Any]:
+    """Yield the value of each line; an exception stands for a line that is no JSON or longer than ``max_bytes``."""
+    is_first = True
+    while line := file.readline(max_bytes + 2):  # with the line's end
+        if len(line.rstrip(b"\r\n")) > max_bytes:
+            size = len(line)
+            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):  # the rest of it, piece by piece
+                size += len(line)
+            yield too_large(size, max_bytes)
+        else:
+            try:
+                yield load_json((line.removeprefix(BYTE_ORDER_MARK) if is_first else line).strip(b" \t\r\n"), "the row")
+            except MalformedBody as e:
+                yield e
+        is_first = False
+
+
+def lines_of_text(file: BinaryIO) -> Iterator[str]:
+    """Yield the lines of a text, in which bytes that are not UTF-8 are lone surrogates."""
+    is_first = True
+    for line in file:
+        yield (line.removeprefix(BYTE_ORDER_MARK) if is_first else line).decode(errors="surrogateescape")
+        is_first = False
