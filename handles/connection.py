@@ -11,8 +11,7 @@ from ..broker.transport.url import shown_url
 from ..broker.wire.keys import check_name
 from . import background_loop
 from .batch.producer import JOB_TTL_S, BatchProducer
-from .calls.request_client import RequestClient
-from .calls.starting import tasks_that_start
+from .calls.shared_client import SharedClient, starting_tasks
 from .dead_letters import DeadLetters
 from .errors import ConfigError, EndpointNotFound, PenstockError
 from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
@@ -59,7 +58,7 @@ class Connection:
             raise ConfigError(f"close_timeout_s must be 0 to 1e9 seconds, not {close_timeout_s}")
         self.redis_url, self.instance = redis_url, instance
         self._close_timeout_s = float(close_timeout_s)
-        self._caller: RequestClient | None = None
+        self._caller: SharedClient | None = None
         """The one that this keeps open, until `close`."""
 
     def open(self) -> None:
@@ -67,10 +66,10 @@ class Connection:
         background_loop.run(self._open())
 
     async def _open(self) -> None:
-        async with RequestClient.using(self.redis_url, self.instance) as caller:
+        async with SharedClient.using(self.redis_url, self.instance) as caller:
             await caller.registry.snapshot()
             if self._caller is None:
-                caller.use()
+                caller.add_user()
                 self._caller = caller
 
     @overload
@@ -163,7 +162,7 @@ class Connection:
         return background_loop.run(self._list_endpoints())
 
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
-        async with RequestClient.using(self.redis_url, self.instance) as caller:
+        async with SharedClient.using(self.redis_url, self.instance) as caller:
             # Asked of Redis, not of the watcher, which may be a moment behind.
             endpoints = (await caller.registry.snapshot()).endpoints
         return {
@@ -199,8 +198,8 @@ class Connection:
     async def _leave(self) -> None:
         held, self._caller = self._caller, None
         if held is not None:
-            held.release()
-        caller = RequestClient.shared(self.redis_url, self.instance)
+            held.remove_user()
+        caller = SharedClient.find(self.redis_url, self.instance)
         if caller is not None:
             await caller.leave()
 
@@ -233,10 +232,10 @@ async def _calls_not_queued(url: str, instance: str, timeout_s: float) -> int:
     loop = asyncio.get_running_loop()
     ends = loop.time() + timeout_s
     late = 0
-    if tasks := tasks_that_start(url, instance):
+    if tasks := starting_tasks(url, instance):
         _, waiting = await asyncio.wait(tasks, timeout=timeout_s)
         late = len(waiting)
-    caller = RequestClient.shared(url, instance)
+    caller = SharedClient.find(url, instance)
     if caller is not None:
-        late += await caller.all_queued(max(0.0, ends - loop.time()))
+        late += await caller.wait_until_queued(max(0.0, ends - loop.time()))
     return late

@@ -10,8 +10,8 @@ from ..broker.queue.dead_letters import DeadLetter, DeadLetterStream
 from ..broker.queue.publisher import QueueFull
 from ..broker.wire.keys import Keys
 from . import background_loop
-from .calls.call import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
-from .calls.request_client import RequestClient
+from .calls.call import queue_limits
+from .calls.shared_client import SharedClient
 from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
 
 T = TypeVar("T")
@@ -77,14 +77,12 @@ class DeadLetters:
         background_loop.run(self._replay(_checked(id_)))
 
     async def _replay(self, id_: str) -> None:
-        async with RequestClient.using(self._url, self._keys.instance) as caller:
+        async with SharedClient.using(self._url, self._keys.instance) as caller:
             snapshot = await caller.registry.snapshot()
             if self.tag not in snapshot.backends:
                 raise BackendNotFound(self.tag, snapshot.backends)
-            config = snapshot.backends[self.tag].config
-            limit = batch_limit(config.get("max_queued_requests", MAX_QUEUED))
-            limit_bytes = batch_limit(config.get("max_queued_bytes", MAX_QUEUED_BYTES))
-            queue = caller.dead_queue(self.tag)
+            limit, limit_bytes = queue_limits(snapshot.backends[self.tag], batch=True)
+            queue = caller.dead_letter_stream(self.tag)
             letter = await queue.get(id_)
             try:
                 answer = None if letter is None else await queue.replay(letter, limit, limit_bytes)
@@ -99,8 +97,8 @@ class DeadLetters:
                 raise Overloaded(self.tag, answer.depth, limit)
 
     async def _with_queue(self, work: Callable[[DeadLetterStream], Coroutine[Any, Any, T]]) -> T:
-        async with RequestClient.using(self._url, self._keys.instance) as caller:
-            return await work(caller.dead_queue(self.tag))
+        async with SharedClient.using(self._url, self._keys.instance) as caller:
+            return await work(caller.dead_letter_stream(self.tag))
 
     def _none(self, id_: str) -> PenstockError:
         return PenstockError(f"backend {self.tag!r} has no dead letter {id_!r}")

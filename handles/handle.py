@@ -18,7 +18,7 @@ from ..broker.wire.requests import Header
 from . import background_loop
 from .calls.call import Call, CallOutcome
 from .calls.request_client import RequestClient
-from .calls.starting import starting
+from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, PenstockError, RequestTimeout
 from .futures import AsyncReplyFuture, ReplyFuture
@@ -154,7 +154,7 @@ class _Handle:
         )
 
     async def _connect(self) -> RequestClient:
-        caller = await RequestClient.get(self._url, self._instance)
+        caller = await SharedClient.get(self._url, self._instance)
         if self._endpoint not in caller.snapshot.endpoints:
             await caller.watcher.refresh()  # it may be a moment behind
         return caller
@@ -259,7 +259,7 @@ class AsyncServeHandle(_Handle):
         written = self._write(body, query)
         if self._options.stream:
             return cast("asyncio.Future[Any]", await AsyncResponseStream.open(self._open_stream(written)))
-        caller = RequestClient.shared(self._url, self._instance)
+        caller: RequestClient | None = SharedClient.find(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         timeout_s = self._options.timeout_s
         if caller is None or endpoint is None:
@@ -318,7 +318,7 @@ class ServeHandle(_Handle):
         if future.cancelled():
             future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` would wait for it
             return
-        caller = RequestClient.shared(self._url, self._instance)
+        caller: RequestClient | None = SharedClient.find(self._url, self._instance)
         endpoint = None if caller is None else caller.snapshot.endpoints.get(self._endpoint)
         if caller is None or endpoint is None:
             loop = asyncio.get_running_loop()

@@ -52,6 +52,12 @@ class CallOptions:
                 raise TypeError(f"options() has no {name!r}; it has {', '.join(known)}")
         return replace(self, **changes)
 
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, by name."""
+        defaults = CallOptions()
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in options.items() if value != getattr(defaults, name)}
+
 
 def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:
     """Raise `CallMethodRefused` if the endpoint does not offer the method."""

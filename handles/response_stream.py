@@ -16,8 +16,8 @@ from ..broker.wire.replies import Reply
 from . import background_loop
 from .calls.call import Call, CallOutcome
 from .calls.incoming_stream import IncomingStream, StreamPiece
+from .calls.pickle_policy import PicklePolicy
 from .codec import decode
-from .pickle_policy import PicklePolicy
 from .response import value_of
 
 
@@ -50,7 +50,7 @@ class StreamState:
                 self._closed = True
                 return [_value_or_raise(outcome)]
             try:
-                pieces = await outcome.pieces()
+                pieces = await outcome.read()
                 if not pieces:
                     break
                 await self._check(pieces)

@@ -386,7 +386,7 @@ class App:
             reason = str(e) or f"no response from the broker within {_SCRAPE_TIMEOUT_S:g} s"
             logger.warning("/-/metrics lacks the stats of backends: %s", reason)
         return responses.of_text(
-            self.metrics.render(self._caller.shadows.copies, backend_stats), content_type=metrics.CONTENT_TYPE
+            self.metrics.render(self._caller.shadows.stats, backend_stats), content_type=metrics.CONTENT_TYPE
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 
 from ..broker.queue.stats import BackendStats
-from ..handles.calls.shadowing import ShadowCopies
+from ..handles.calls.shadowing import ShadowStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -49,7 +49,7 @@ class Metrics:
         return series
 
     def render(
-        self, copies: Mapping[str, ShadowCopies] | None = None, backend_stats: Mapping[str, BackendStats] | None = None
+        self, copies: Mapping[str, ShadowStats] | None = None, backend_stats: Mapping[str, BackendStats] | None = None
     ) -> str:
         """Return all metrics as text, with the shadow ``copies`` of each backend and its ``backend_stats``."""
         lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(backend_stats or {}))
@@ -78,7 +78,7 @@ class Metrics:
         yield f"penstock_http_requests_in_flight {self.in_flight}"
 
 
-def _lines_of_copies(copies: Mapping[str, ShadowCopies]) -> Iterator[str]:
+def _lines_of_copies(copies: Mapping[str, ShadowStats]) -> Iterator[str]:
     yield "# HELP penstock_shadow_copies_total Copies of requests for shadow backends; refused: their queue was full."
     yield "# TYPE penstock_shadow_copies_total counter"
     for backend, counted in sorted(copies.items()):

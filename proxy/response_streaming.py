@@ -50,7 +50,7 @@ async def body(incoming: IncomingStream) -> AsyncIterator[bytes]:
         PenstockError: the reply ended before it was complete; the exception is its reason.
     """
     write = _unchanged if incoming.codec in _UNCHANGED_CODECS else _Lines()
-    while pieces := await incoming.pieces():
+    while pieces := await incoming.read():
         if chunk := b"".join(map(write, pieces)):
             yield chunk
 

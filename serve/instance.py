@@ -20,7 +20,7 @@ from ..broker.registry.store import Registry
 from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
-from ..handles.calls.request_client import RequestClient
+from ..handles.calls.shared_client import SharedClient
 from ..handles.errors import from_wire
 from . import registry_changes
 from .config import BackendConfig
@@ -104,7 +104,7 @@ class Instance:
             await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
             await self._until(self._has_stopped, f"instance {self.name!r} did not end", _STOP_S)
         # What the handles of this process share, so that they do not look for a broker that may end now.
-        if (caller := RequestClient.shared(self.redis_url, self.name)) is not None:
+        if (caller := SharedClient.find(self.redis_url, self.name)) is not None:
             await caller.close()
         if erase:
             await self.registry.erase()
@@ -298,7 +298,7 @@ class Instance:
     async def change(self, decide: Callable[[Snapshot], Change]) -> None:
         """Make a change that is live at every proxy, and for the handles of this process, when this returns."""
         version = await self.registry.change(decide)
-        async with RequestClient.using(self.redis_url, self.name) as caller:
+        async with SharedClient.using(self.redis_url, self.name) as caller:
             await caller.watcher.wait_for(version, _LIVE_S)
 
         async def is_live() -> bool:

@@ -1,102 +1,138 @@
-"""Calls in flight: each is answered once, cancelled once, or failed with a reason."""
+"""Calls, and the set of calls in flight. Each call ends once: with a reply, with an error, or by its cancellation."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Union, cast
+from typing import NamedTuple, Union
 
+from ...broker.queue.publisher import Publisher
 from ...broker.registry.records import BackendRecord
 from ...broker.wire.call_ids import shown_id
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header, RawEntry
 from ..errors import PenstockError
 from .incoming_stream import IncomingStream
+from .large_bodies import LargeBodies
 
 log = logging.getLogger(__name__)
 
 CallOutcome = Union[Reply, BaseException, IncomingStream]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""A reply, which may carry an error of the backend; or why there is none.
+"""The outcome of a call: a reply, which may carry an error of the backend, or the reason why there is none.
 
-Whoever asked for it by ``Header.window`` may hear of an answer in parts instead, as soon as it has begun.
+A call whose ``Header.window`` asks for a streamed reply can have an `IncomingStream` as its outcome, as soon as the
+first part has arrived.
 """
 
 MAX_QUEUED = 10_000
-"""Where a backend's configuration does not say how many unsettled requests it may have."""
-
+"""Default of ``max_queued_requests``: the most unsettled requests of a backend."""
 
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
-"""Where it does not say how many bytes they may take."""
+"""Default of ``max_queued_bytes``: the most bytes of a backend's unsettled requests."""
 
 
-def batch_limit(max_queued: int) -> int:
-    """Return how many unsettled requests, or how many bytes of them, may stand in the way of a batch item.
+class QueueLimits(NamedTuple):
+    """Limits by which admission refuses a request."""
 
-    The rest is kept for interactive requests, which a batch must not have refused.
+    requests: int
+    """The most unsettled requests of the backend."""
+    bytes: int
+    """The most bytes that they take."""
+
+
+def queue_limits(backend: BackendRecord, *, batch: bool = False) -> QueueLimits:
+    """Return the limits of a backend's queue for an interactive request, or for a batch item.
+
+    Batch items may fill four fifths of the queue. The rest is reserved for interactive requests, so that no batch
+    causes their refusal.
     """
-    return max(1, max_queued * 4 // 5)
+    config = backend.config
+    requests: int = config.get("max_queued_requests", MAX_QUEUED)
+    size: int = config.get("max_queued_bytes", MAX_QUEUED_BYTES)
+    if batch:
+        return QueueLimits(max(1, requests * 4 // 5), max(1, size * 4 // 5))
+    return QueueLimits(requests, size)
 
 
 class Call:
-    """One request on its way."""
+    """One request, from its publication to its outcome.
+
+    `RequestClient.start` sets ``backend``, ``record``, ``limits`` and the times, each time that the call is published.
+    """
 
     __slots__ = (
         "_in_flight",
         "acceptance",
-        "answered",
         "backend",
         "batch",
         "body",
-        "deadline",
+        "deadline_s",
         "entry",
+        "fate_unknown",
+        "has_reply",
         "id",
         "incoming",
-        "limit",
-        "limit_bytes",
+        "limits",
+        "on_outcome",
         "outcome",
         "raw",
         "record",
-        "since_ms",
-        "then",
+        "started_ms",
         "timeout_s",
-        "unsure",
     )
 
-    def __init__(self, in_flight: CallsInFlight, id_: str, raw: RawEntry, then: Callable[[CallOutcome], None]) -> None:
-        self._in_flight, self.id, self.raw, self.then = in_flight, id_, raw, then
+    def __init__(
+        self,
+        in_flight: CallsInFlight,
+        id_: str,
+        raw: RawEntry,
+        on_outcome: Callable[[CallOutcome], None],
+        *,
+        body: bytes = b"",
+        batch: bool = False,
+    ) -> None:
+        """Create a call that is not published yet.
+
+        Args:
+            in_flight: the calls of the client that publishes it.
+            id_: id of the request; only its caller and its backend know it.
+            raw: the request as the stream holds it.
+            on_outcome: called once with the outcome, on the event loop, unless the call is cancelled first.
+            body: a large body, which is stored in a key of its own and not in the entry; otherwise empty.
+            batch: publish to the batch stream.
+        """
+        self._in_flight, self.id, self.raw, self.on_outcome = in_flight, id_, raw, on_outcome
+        self.body, self.batch = body, batch
         self.backend = ""
+        """Tag of the backend."""
         self.record: BackendRecord | None = None
-        """Of the backend, as it was when the call was made."""
-        self.limit = 0
-        """Of unsettled requests: with more in its way, it is refused."""
-        self.limit_bytes = 0
-        """Of what they and it may take."""
-        self.batch = False
-        """It lies on the batch stream."""
-        self.body = b""
-        """A large one, which is not in the entry but in a key of its own."""
+        """The backend's record when the call was made."""
+        self.limits = QueueLimits(0, 0)
         self.entry: bytes | None = None
-        """Its id on the stream, once it is durably there."""
-        self.unsure = False
-        """The connection broke before we heard whether it is on its stream."""
-        self.answered = False
-        """Its reply has come, and the body of that is still on its way."""
+        """Id of the entry on the stream, once the request is accepted."""
+        self.fate_unknown = False
+        """Whether the connection broke before the client knew if the request is on its stream."""
+        self.has_reply = False
+        """Whether the reply has arrived, and its large body is still being fetched."""
         self.incoming: IncomingStream | None = None
-        """Its answer, once that has begun to come in parts."""
+        """The streamed reply, once its first part has arrived."""
         self.outcome: Reply | BaseException | None = None
-        self.since_ms = 0.0
-        self.deadline = 0.0
+        self.started_ms = 0.0
+        """Time of the publication by the broker's clock."""
+        self.deadline_s = 0.0
+        """Deadline by the event loop's clock; meaningless without a timeout."""
         self.timeout_s = 0.0
+        """Timeout in seconds; 0 for none."""
         self.acceptance: asyncio.Future[None] | None = None
 
     @property
     def shown_id(self) -> str:
-        """The id for logs and messages."""
+        """Id for logs and error messages."""
         return shown_id(Header.load(self.raw.header).request_id, self.id)
 
     def accepted(self) -> Awaitable[None]:
-        """Return a future that is done once the request is durably on its stream; it raises why it never will be."""
+        """Return a future that is done once the request is durably on its stream. It raises the error if it fails."""
         if self.acceptance is None:
             self.acceptance = self._in_flight.loop.create_future()
             if self.entry is not None:
@@ -106,85 +142,105 @@ class Call:
         return self.acceptance
 
     def cancel(self) -> bool:
-        """Give the request up: never started if it is still waiting, cancelled if it runs and can be.
+        """Withdraw the request: a waiting one never starts, a running one is cancelled if its code allows that.
 
-        Returns whether it was in flight; then its outcome will not be heard. Otherwise it has been.
+        Returns whether the call was in flight. If it was, ``on_outcome`` is never called; otherwise it has been called.
         """
-        was_in_flight = self._in_flight.give_up(self)
+        was_in_flight = self._in_flight.withdraw(self)
         if was_in_flight and self.acceptance is not None:
             self.acceptance.cancel()
         return was_in_flight
 
     def accept(self, entry: bytes) -> None:
-        self.entry, self.unsure = entry, False
+        """Record that the request is on its stream, as ``entry``."""
+        self.entry, self.fate_unknown = entry, False
         if self.acceptance is not None and not self.acceptance.done():
             self.acceptance.set_result(None)
 
     def conclude(self, outcome: Reply | BaseException) -> None:
+        """End the call. Only `CallsInFlight` calls this, once, after it has removed the call."""
         self.outcome = outcome
         if self.acceptance is not None and not self.acceptance.done():
             self._settle_acceptance(self.acceptance, outcome)
         if self.incoming is not None:
             self.incoming.end(outcome)
             return
-        self.hand_over(outcome)
+        self.pass_on(outcome)
 
-    def hand_over(self, outcome: CallOutcome) -> None:
+    def pass_on(self, outcome: CallOutcome) -> None:
+        """Call ``on_outcome``."""
         try:
-            self.then(outcome)
+            self.on_outcome(outcome)
         except Exception:
-            log.exception("cannot hand over the outcome of request %s", self.shown_id)
+            log.exception("cannot pass on the outcome of request %s", self.shown_id)
 
     def _settle_acceptance(self, acceptance: asyncio.Future[None], outcome: Reply | BaseException) -> None:
         if isinstance(outcome, Reply):
-            acceptance.set_result(None)  # who answers it has read it
+            acceptance.set_result(None)  # a request that was answered was on its stream
         else:
             acceptance.set_exception(outcome)
-            acceptance.exception()  # whoever waited for it may be gone
+            acceptance.exception()  # without a waiter, asyncio would log it as never retrieved
 
 
 class CallsInFlight:
-    """The calls of one caller that have no outcome yet. Whoever ends one does it here, so that it ends once."""
+    """The calls of one client that have no outcome yet, and the only place where a call ends."""
 
-    def __init__(self, take_back: Callable[[Call, bytes], None]) -> None:
-        """``take_back`` withdraws a call that has been given up from its stream, by its entry there."""
-        self._take_back = take_back
-        self.loop: asyncio.AbstractEventLoop = cast(Any, None)
-        """That of the caller, once it is open."""
-        self.calls: dict[str, Call] = {}
+    def __init__(self, loop: asyncio.AbstractEventLoop, publisher: Publisher, bodies: LargeBodies) -> None:
+        """``publisher`` and ``bodies`` withdraw requests."""
+        self.loop = loop
+        self._publisher, self._bodies = publisher, bodies
+        self.is_closed = False
+        """Whether the client is closed, so that no reply can arrive any more."""
+        self.by_id: dict[str, Call] = {}
         self.timed: dict[str, Call] = {}
-        """Those of them that have a deadline to meet."""
-        self.doomed: dict[str, Call] = {}
-        """Given up before we heard their ids on the stream: they are withdrawn as soon as we do."""
+        """The calls that have a deadline and no reply yet, by id."""
+        self.withdrawn: dict[str, Call] = {}
+        """Calls that were withdrawn before the ids of their entries were known, by id. `record_entry` deletes these."""
         self.streaming: dict[str, IncomingStream] = {}
-        """The answers that have begun to come in parts and have not ended."""
+        """Streamed replies that have begun and not ended, by the ids of their calls."""
 
     def finish(self, call: Call, outcome: Reply | BaseException) -> None:
-        if self.calls.pop(call.id, None) is not None:
+        """End a call, unless it has ended already."""
+        if self.by_id.pop(call.id, None) is not None:
             self.timed.pop(call.id, None)
             if call.incoming is not None:
                 self.streaming.pop(call.id, None)
             call.conclude(outcome)
 
-    def give_up(self, call: Call) -> bool:
-        """Want no outcome any more, and take the request back; False if it has its outcome."""
-        if self.calls.pop(call.id, None) is None:
+    def withdraw(self, call: Call) -> bool:
+        """End a call without an outcome and delete its request. Return False if it has ended already."""
+        if self.by_id.pop(call.id, None) is None:
             return False
         self.timed.pop(call.id, None)
         self.streaming.pop(call.id, None)
         if call.entry is None:
-            self.doomed[call.id] = call
+            self.withdrawn[call.id] = call
         else:
-            self._take_back(call, call.entry)
+            self._delete_request(call, call.entry)
         return True
 
-    def break_off(self, call: Call, error: PenstockError) -> None:
-        """Give a call up for a reason that it is told."""
-        if self.give_up(call):
+    def abort(self, call: Call, error: PenstockError) -> None:
+        """Withdraw a call, and end it with ``error``."""
+        if self.withdraw(call):
             call.conclude(error)
 
-    def stream(self, call: Call, incoming: IncomingStream) -> None:
-        """Hand over an answer that has begun: it has met its deadline, and must not be published again."""
+    def record_entry(self, call: Call, entry: bytes) -> None:
+        """Record the id of a call's entry. Deletes the request of a call that has been withdrawn meanwhile."""
+        call.accept(entry)
+        if self.withdrawn and self.withdrawn.pop(call.id, None) is not None:
+            self._delete_request(call, entry)
+
+    def begin_stream(self, call: Call, incoming: IncomingStream) -> None:
+        """Pass on a streamed reply that has begun: it has met its deadline, and must not be published again."""
         call.incoming = self.streaming[call.id] = incoming
         self.timed.pop(call.id, None)
-        call.hand_over(incoming)
+        call.pass_on(incoming)
+
+    def drop_body(self, call: Call) -> None:
+        """Delete the stored body of a request, if it has a large one."""
+        if call.body:
+            self._bodies.drop_request_body(call.backend, call.id)
+
+    def _delete_request(self, call: Call, entry: bytes) -> None:
+        self._publisher.withdraw(call.backend, entry, batch=call.batch)
+        self.drop_body(call)

@@ -1,4 +1,4 @@
-"""Incoming streamed reply: a buffer between the reply receiver and its one reader."""
+"""Incoming streamed reply: a buffer between the reply receiver and the one reader of the stream."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..errors import PenstockError, RequestCancelled, StreamBroken, from_wire
 
 
 class StreamPiece(NamedTuple):
-    """A value of an answer, or some of its bytes."""
+    """One value of a streamed reply, or a piece of it."""
 
     codec: str
     body: bytes
-    more: bool
-    """It goes on in the next piece."""
+    is_partial: bool
+    """Whether the value continues in the next piece."""
 
 
 class IncomingStream:
-    """The parts of one answer, in order and each once: or it ends with an error that says why not.
+    """The parts of one streamed reply: each once, in order, then the end or an error.
 
-    Only for the caller's loop. What is not taken by `pieces` is not granted to the replica, which stops at a window's
-    worth.
+    The buffer is bounded by ``window`` bytes: the replica sends no more until `read` has granted it new credit. Only
+    for the event loop of the client.
     """
 
     def __init__(
@@ -34,102 +34,117 @@ class IncomingStream:
         backend: str,
         shown_id: Callable[[], str],
         window: int,
-        grant: Callable[[int], None],
-        give_up: Callable[[], object],
+        send_credit: Callable[[int], None],
+        cancel: Callable[[], object],
     ) -> None:
-        """``shown_id`` makes the id of the request for logs and messages."""
+        """Create the stream from its first part, which `add` must still be given.
+
+        Args:
+            first: the part that names the codec, and the status and headers of a streamed HTTP response.
+            backend: tag of the backend, for error messages.
+            shown_id: returns the id of the request for logs and error messages.
+            window: bytes that may be in flight.
+            send_credit: reports to the replica how many bytes have been read in total.
+            cancel: cancels the call.
+        """
         self._shown_id, self.backend = shown_id, backend
         self.codec, self.status, self.headers = first.codec, first.status, first.headers
-        """Of the first part; status and headers are those of an HTTP response if the codec is ``response``."""
-        self.granted_at = asyncio.get_running_loop().time()
-        self._window, self._grant, self._give_up = window, grant, give_up
+        self.granted_at_s = asyncio.get_running_loop().time()
+        """Time of the last `grant` by the event loop's clock."""
+        self._window, self._send_credit, self._cancel = window, send_credit, cancel
         self._pieces: deque[StreamPiece] = deque()
-        self._next = self._taken = self._granted = 0
-        self._end: BaseException | None = None
-        self._ended = False
+        self._next_part = 0
+        self._read_bytes = self._granted_bytes = 0
+        self._has_ended = False
+        self._error: BaseException | None = None
+        """Why the stream ended before it was complete."""
         self._reader: asyncio.Future[None] | None = None
 
     @property
     def shown_id(self) -> str:
-        """The id for logs and messages."""
+        """Id of the request for logs and error messages."""
         return self._shown_id()
 
-    def take(self, part: Part) -> None:
-        """Add a part; one that has come before is dropped. Raises `StreamBroken` if one is missing.
+    def add(self, part: Part) -> None:
+        """Append a part to the buffer. A part that has been added before is dropped.
 
-        After a broken connection a replica sends again whatever it does not know to have arrived. But of a first part
-        that comes twice nobody can say whether another replica has begun.
+        After a broken connection a replica sends every part again that may not have arrived. But when a first part
+        arrives twice, another replica may have begun the reply, so the stream is broken.
+
+        Raises:
+            StreamBroken: a part is missing, or the first one arrived again.
         """
-        if 0 < part.number < self._next:
+        if 0 < part.number < self._next_part:
             return
-        if part.number != self._next:
+        if part.number != self._next_part:
             if part.number == 0:
                 raise self._broken("another replica began it anew")
-            raise self._broken(f"part {part.number} came where part {self._next} was due")
-        self._next += 1
+            raise self._broken(f"part {part.number} came where part {self._next_part} was due")
+        self._next_part += 1
         start, last = 0, len(part.sizes) - 1
         for n, size in enumerate(part.sizes):
             self._pieces.append(StreamPiece(part.codec, part.body[start : start + size], part.more and n == last))
             start += size
-        self._wake()
+        self._wake_reader()
 
     def end(self, outcome: Reply | BaseException) -> None:
-        """Hear how it ended; what was heard before can still be taken."""
-        if self._ended:
+        """End the stream with the outcome of its call. What is in the buffer can still be read."""
+        if self._has_ended:
             return
-        self._ended = True
+        self._has_ended = True
         if not isinstance(outcome, Reply):
-            self._end = outcome
+            self._error = outcome
         elif outcome.error is not None:
-            self._end = from_wire(outcome.error)
+            self._error = from_wire(outcome.error)
         elif outcome.codec != "stream":
-            self._end = self._broken("another replica gave a whole answer")
-        elif outcome.body != b"%d" % self._next:
-            said = outcome.body[:20].decode(errors="replace")
-            self._end = self._broken(f"it had {said} parts, of which {self._next} came")
-        self._wake()
+            self._error = self._broken("another replica gave a whole answer")
+        elif outcome.body != b"%d" % self._next_part:
+            count = outcome.body[:20].decode(errors="replace")
+            self._error = self._broken(f"it had {count} parts, of which {self._next_part} came")
+        self._wake_reader()
 
-    async def pieces(self) -> list[StreamPiece]:
-        """Take all that has come, waiting for the first; none means that the answer is complete.
+    async def read(self) -> list[StreamPiece]:
+        """Return the pieces that have arrived, after waiting for the first. An empty list is the end of the reply.
 
         Raises:
-            PenstockError: it broke off; or what the backend raised.
+            PenstockError: the stream is broken, or the backend raised.
+            RuntimeError: another reader is waiting.
         """
         if self._reader is not None:
-            raise RuntimeError("an answer in parts has one reader at a time")
+            raise RuntimeError("a streamed reply has one reader at a time")
         while not self._pieces:
-            if self._ended:
-                if self._end is not None:
-                    raise self._end
+            if self._has_ended:
+                if self._error is not None:
+                    raise self._error
                 return []
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
-        taken = list(self._pieces)
+        pieces = list(self._pieces)
         self._pieces.clear()
-        self._taken += sum(len(piece.body) + VALUE_COST for piece in taken)
-        if not self._ended and 2 * (self._taken - self._granted) >= self._window:
+        self._read_bytes += sum(len(piece.body) + VALUE_COST for piece in pieces)
+        if not self._has_ended and 2 * (self._read_bytes - self._granted_bytes) >= self._window:
             self.grant()
-        return taken
+        return pieces
 
     def grant(self) -> None:
-        """Say how much was taken."""
-        self._granted = self._taken
-        self.granted_at = asyncio.get_running_loop().time()
-        self._grant(self._taken)
+        """Report to the replica how much has been read, so that it can send as much again."""
+        self._granted_bytes = self._read_bytes
+        self.granted_at_s = asyncio.get_running_loop().time()
+        self._send_credit(self._read_bytes)
 
     def close(self) -> None:
-        """Want no more of it: what is still produced is stopped, and who reads gets `RequestCancelled`."""
+        """Drop the buffer and cancel the call, unless it has ended. `read` then raises `RequestCancelled`."""
         self._pieces.clear()
-        if not self._ended:
-            self._give_up()
+        if not self._has_ended:
+            self._cancel()
             self.end(RequestCancelled(self.shown_id))
 
     def _broken(self, reason: str) -> PenstockError:
         return StreamBroken(self.backend, self.shown_id, reason)
 
-    def _wake(self) -> None:
+    def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

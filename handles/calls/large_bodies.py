@@ -1,4 +1,4 @@
-"""Large bodies: each lies in a key of its own, with an expiry."""
+"""Large bodies of requests and replies: each is stored in a key of its own, with an expiry (claim check)."""
 
 from __future__ import annotations
 
@@ -7,47 +7,86 @@ from typing import Any
 
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire._fields import LARGEST
+from ...broker.wire.keys import Keys
 from ..errors import PayloadTooLarge
 
 
-def _ignore(result: Any) -> None:
-    """Nobody waits for this."""
+def _ignore_result(result: Any) -> None:
+    """Ignore the result of a command. A body that could not be deleted expires."""
 
 
-def too_long(body: bytes, longest: int) -> PayloadTooLarge:
-    """Return what is said of a body if a broker takes ``longest`` bytes at the most, as far as is known."""
-    return PayloadTooLarge(len(body), longest, "the most that Redis may take by its proto-max-bulk-len")
+def too_long(body: bytes, limit_bytes: int) -> PayloadTooLarge:
+    """Return the error for a body of more bytes than this broker takes."""
+    return PayloadTooLarge(len(body), limit_bytes, "the most that Redis may take by its proto-max-bulk-len")
 
 
-def check_size(body: bytes, longest: int | None = None) -> None:
-    """Raise `PayloadTooLarge` if no broker would take it, or not the one that takes ``longest`` bytes at the most."""
-    if longest is not None and longest < len(body) <= LARGEST:
-        raise too_long(body, longest)
+def check_size(body: bytes, limit_bytes: int | None = None) -> None:
+    """Check the length of a body.
+
+    Args:
+        body: the body.
+        limit_bytes: the most bytes that the broker takes, as far as is known; None checks only the limit of Redis.
+
+    Raises:
+        PayloadTooLarge: the body is longer.
+    """
+    if limit_bytes is not None and limit_bytes < len(body) <= LARGEST:
+        raise too_long(body, limit_bytes)
     if len(body) > LARGEST:
         raise PayloadTooLarge(len(body), LARGEST, "proto-max-bulk-len of Redis")
 
 
 class LargeBodies:
-    """The large bodies that one caller sends and receives, over its connection."""
+    """Stores, fetches and deletes the large bodies of one caller's requests and replies."""
 
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+    def __init__(self, connection: RedisConnection, keys: Keys, caller: str) -> None:
+        """``caller`` is the id of the caller whose replies are fetched."""
+        self._connection, self._keys, self._caller = connection, keys, caller
 
-    def put(
-        self, key: str, body: bytes, ttl_ms: int, then: Callable[[Any], None] = _ignore, *, patient: bool = False
+    def store_request_body(
+        self,
+        backend: str,
+        request: str,
+        body: bytes,
+        ttl_ms: int,
+        on_result: Callable[[Any], None] = _ignore_result,
+        *,
+        patient: bool = False,
     ) -> None:
-        """Write one. Put before its entry is published, it is there before any replica can look for it.
+        """Store the body of a request. Stored before the entry is published, it is there when a replica claims it.
 
-        A broker that refuses writes is `BrokerUnavailable`, at once, unless ``patient``.
+        Args:
+            backend: tag of the backend.
+            request: id of the request.
+            body: the body.
+            ttl_ms: milliseconds after which it expires.
+            on_result: called with the reply of Redis, or with the exception.
+            patient: wait for a broker that is away or refuses writes, instead of failing.
         """
         wait = {"patient": patient, "prompt": not patient}
-        self._connection.post(then, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True, **wait)
+        key = self._keys.body(backend, request)
+        self._connection.post(on_result, "SET", key, body, "PX", ttl_ms, repeat=True, bulky=True, **wait)
 
-    async def get(self, key: str) -> bytes | None:
-        """Return one, or None if it is gone. Raises `BrokerUnavailable` or `BrokerRefused`."""
-        # Not GETDEL: it could not be repeated if the connection broke.
-        body: bytes | None = await self._connection.send("GET", key, repeat=True, patient=True, bulky_reply=True)
+    def drop_request_body(self, backend: str, request: str) -> None:
+        """Delete the body of a request."""
+        self._drop(self._keys.body(backend, request))
+
+    async def fetch_reply_body(self, request: str) -> bytes | None:
+        """Return the body of a reply, or None if it has expired.
+
+        Raises:
+            BrokerUnavailable: the client was closed before the broker answered.
+            BrokerRefused: the broker answered with an error.
+        """
+        # Not GETDEL, which could not be repeated if the connection broke.
+        body: bytes | None = await self._connection.send(
+            "GET", self._keys.reply_body(self._caller, request), repeat=True, patient=True, bulky_reply=True
+        )
         return body
 
-    def drop(self, key: str) -> None:
-        self._connection.post(_ignore, "UNLINK", key, repeat=True)
+    def drop_reply_body(self, request: str) -> None:
+        """Delete the body of a reply."""
+        self._drop(self._keys.reply_body(self._caller, request))
+
+    def _drop(self, key: str) -> None:
+        self._connection.post(_ignore_result, "UNLINK", key, repeat=True)

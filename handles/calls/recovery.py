@@ -1,76 +1,109 @@
-"""Recovery after a lost connection or lost data: finds out what became of every call."""
+"""Recovery after a lost connection or lost data: finds out what became of every call, and publishes lost ones again."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import Callable
 
-from ...broker.queue.publisher import Published, Publisher
+from ...broker.queue.publisher import Publisher
 from ...broker.queue.reply_stream import ReplyStream
-from ..errors import NotPermitted, StreamBroken
+from ...broker.transport.connection import RedisConnection
+from ..errors import BrokerRefused, BrokerUnavailable, NotPermitted, StreamBroken
 from .call import Call, CallsInFlight
+from .call_publisher import CallPublisher
 
-_SLACK_MS = 60_000
-"""The clock that numbers entries may have been another server's."""
+log = logging.getLogger(__name__)
+
+_CLOCK_SLACK_MS = 60_000
+"""Search for entries from this long before a call: another server, with another clock, may have numbered them."""
+_RETRY_S = 1.0
 
 
 class Recovery:
-    """Compares the calls of one caller with what lies on the streams of their backends."""
+    """Compares the calls of one client with the entries on the streams of their backends."""
 
     def __init__(
         self,
+        connection: RedisConnection,
         in_flight: CallsInFlight,
         publisher: Publisher,
+        call_publisher: CallPublisher,
         replies: ReplyStream,
-        on_published: Callable[[Call, Published], None],
-        send_again: Callable[[Call, bool], None],
     ) -> None:
-        """``on_published`` hears of what is on its stream, ``send_again`` of what is not, and whether it was
-        accepted before.
-        """
-        self._in_flight, self._publisher, self._replies = in_flight, publisher, replies
-        self._on_published, self._send_again = on_published, send_again
+        self._connection, self._in_flight, self._publisher = connection, in_flight, publisher
+        self._call_publisher, self._replies = call_publisher, replies
         self._running = asyncio.Lock()
 
-    async def reconcile(self) -> None:
+    async def on_reconnect(self) -> None:
+        """Renew the reply stream and recover, until that succeeds or the connection breaks again."""
+        while self._connection.connected:
+            try:
+                await self._replies.renew()
+                await self.recover()
+                return
+            except BrokerRefused as e:
+                log.error("cannot find out what became of the calls in flight: %s", e)
+            except BrokerUnavailable as e:
+                # The server is back and refuses writes. If the connection broke again, the loop ends.
+                log.debug("cannot find out what became of the calls in flight: %s", e)
+            await asyncio.sleep(_RETRY_S)
+
+    async def recover(self) -> None:
         """Find out what became of every call that was sent, and publish again what Redis no longer has.
 
-        A user that may not read the request streams cannot find out: what it has there is taken back and published
-        again. If that was running it runs twice; what waited loses its place in the queue.
+        A Redis user without the permission to read the request streams cannot find out. Its accepted requests are
+        withdrawn and published again: a request that was running runs twice, and one that was waiting goes to the end
+        of the queue.
+
+        Raises:
+            BrokerUnavailable: the connection broke again.
+            BrokerRefused: the broker answered with an error.
         """
         async with self._running:
-            # Calls that were never sent are sent by the connection; those sent since it is back are not our business.
-            sent = [call for call in self._in_flight.calls.values() if call.unsure or call.entry is not None]
-            sent += [call for call in self._in_flight.doomed.values() if call.unsure]
-            by_stream: defaultdict[tuple[str, bool], list[Call]] = defaultdict(list)
-            for call in sent:
-                by_stream[call.backend, call.batch].append(call)
-            missing: list[Call] = []
-            for (backend, batch), calls in by_stream.items():
-                since_ms = min(call.since_ms for call in calls) - _SLACK_MS
-                known = [(call.id, call.entry) for call in calls]
-                try:
-                    found = await self._publisher.find(backend, known, since_ms, batch=batch)
-                except NotPermitted:
-                    found = [None] * len(calls)
-                    for call in calls:
-                        if call.entry is not None:
-                            self._publisher.withdraw(backend, call.entry, batch=batch)
-                for call, entry in zip(calls, found, strict=True):
-                    if entry is None:
-                        missing.append(call)
-                    else:
-                        self._on_published(call, entry)
+            missing = await self._find_missing()
             if not missing:
                 return
-            # What is not on its stream was answered just now, or is lost; its answer would be on ours.
+            # A request that is not on its stream was answered just now, or is lost. If it was answered, the reply is on
+            # the reply stream.
             await self._replies.drain()
             for call in missing:
-                self._in_flight.doomed.pop(call.id, None)
-                if call.incoming is not None:
-                    self._in_flight.break_off(call, StreamBroken(call.backend, call.shown_id, "the broker has lost it"))
-                elif call.id in self._in_flight.calls and not call.answered:
-                    accepted = not call.unsure  # what was accepted is not refused any more
-                    call.entry, call.unsure = None, False
-                    self._send_again(call, accepted)
+                self._replace(call)
+
+    async def _find_missing(self) -> list[Call]:
+        """Return the calls whose requests are not on their streams, and record the entries of the others."""
+        # The connection itself sends requests that it has not sent yet. Those need no recovery.
+        sent = [call for call in self._in_flight.by_id.values() if call.fate_unknown or call.entry is not None]
+        sent += [call for call in self._in_flight.withdrawn.values() if call.fate_unknown]
+        by_stream: defaultdict[tuple[str, bool], list[Call]] = defaultdict(list)
+        for call in sent:
+            by_stream[call.backend, call.batch].append(call)
+        missing: list[Call] = []
+        for (backend, batch), calls in by_stream.items():
+            for call, entry in zip(calls, await self._find(backend, calls, batch=batch), strict=True):
+                if entry is None:
+                    missing.append(call)
+                else:
+                    self._in_flight.record_entry(call, entry)
+        return missing
+
+    async def _find(self, backend: str, calls: list[Call], *, batch: bool) -> list[bytes | None]:
+        since_ms = min(call.started_ms for call in calls) - _CLOCK_SLACK_MS
+        known = [(call.id, call.entry) for call in calls]
+        try:
+            return await self._publisher.find(backend, known, since_ms, batch=batch)
+        except NotPermitted:
+            for call in calls:
+                if call.entry is not None:
+                    self._publisher.withdraw(backend, call.entry, batch=batch)
+            return [None] * len(calls)
+
+    def _replace(self, call: Call) -> None:
+        """Publish a lost request again. A streamed reply that has begun ends instead: its parts must not come twice."""
+        self._in_flight.withdrawn.pop(call.id, None)
+        if call.incoming is not None:
+            self._in_flight.abort(call, StreamBroken(call.backend, call.shown_id, "the broker has lost it"))
+        elif call.id in self._in_flight.by_id and not call.has_reply:
+            was_accepted = not call.fate_unknown
+            call.entry, call.fate_unknown = None, False
+            self._call_publisher.publish_again(call, was_accepted=was_accepted)

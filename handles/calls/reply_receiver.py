@@ -1,4 +1,4 @@
-"""Reply receiver: matches replies to the calls in flight, whole, large or in parts."""
+"""Reply receiver: matches the entries of the reply stream to the calls in flight."""
 
 from __future__ import annotations
 
@@ -10,149 +10,167 @@ from typing import Union
 
 from ...broker.queue.flow_control import WINDOW
 from ...broker.wire.call_ids import shown_id
-from ...broker.wire.keys import Keys
 from ...broker.wire.replies import PART_VERSION, Part, Reply
 from ..errors import BrokerRefused, BrokerUnavailable, NotPermitted, StreamBroken, WireError
-from ..pickle_policy import PicklePolicy
 from .call import Call, CallsInFlight
 from .incoming_stream import IncomingStream
 from .large_bodies import LargeBodies
+from .pickle_policy import PicklePolicy
 
 log = logging.getLogger(__name__)
 
-_Then = Callable[[Union[Reply, BaseException]], None]  # noqa: UP007 - it is evaluated, also on Python 3.10
+OnReply = Callable[[Union[Reply, BaseException]], None]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""Called with a reply whose body is complete, or with the reason why it cannot be read."""
+
+FindReceiver = Callable[[str], Union[OnReply, None]]  # noqa: UP007 - it is evaluated, also on Python 3.10
+"""Returns the receiver of a reply to a call that is not in flight, by the call's id, or None."""
+
+
+def no_receiver(call_id: str) -> OnReply | None:
+    """Ignore replies to calls that are not in flight."""
+    return None
 
 
 class ReplyReceiver:
-    """Hears the replies to one caller, and ends its calls by them. Only for its loop."""
+    """Ends the calls of one client when their replies arrive. Only for the client's event loop."""
 
     def __init__(
         self,
         in_flight: CallsInFlight,
         bodies: LargeBodies,
-        keys: Keys,
-        caller: str,
-        shown_url: str,
-        grant: Callable[[Call, int], None],
         pickles: PicklePolicy,
+        shown_url: str,
+        send_credit: Callable[[Call, int], None],
         *,
-        keeps_bodies: bool,
+        find_receiver: FindReceiver = no_receiver,
+        keep_bodies: bool = False,
     ) -> None:
-        """``grant`` tells how much of an answer in parts was taken. ``keeps_bodies``: a job's next producer may need
-        those of its replies.
+        """Create the receiver for the calls ``in_flight``.
+
+        Args:
+            in_flight: the calls.
+            bodies: fetches the bodies of large replies.
+            pickles: decides whether pickled replies are let through.
+            shown_url: URL of the broker for error messages.
+            send_credit: reports to a replica how many bytes of its streamed reply have been read.
+            find_receiver: finds the receiver of a reply to a call that is not in flight. A batch job has those, to
+                items that an earlier producer published.
+            keep_bodies: do not delete the bodies of large replies: the next producer of a job may need them.
         """
-        self._in_flight, self._calls, self._finish = in_flight, in_flight.calls, in_flight.finish
-        self._bodies, self._keys, self._caller, self._shown_url = bodies, keys, caller, shown_url
-        self._grant, self._pickles, self._keeps_bodies = grant, pickles, keeps_bodies
+        self._in_flight, self._bodies, self._pickles = in_flight, bodies, pickles
+        self._shown_url, self._send_credit = shown_url, send_credit
+        self._find_receiver, self._keep_bodies = find_receiver, keep_bodies
         self._fetches: set[asyncio.Task[None]] = set()
-        self.stray: Callable[[str], _Then | None] | None = None
-        """Returns who takes the reply to a call that is not in flight, by the call's id: an item of a job, which a
-        former producer sent. None where the id is that of no item.
-        """
 
     async def drain(self) -> None:
-        """Return when what has come by now has been heard, the bodies of large replies included."""
+        """Return once all replies that have arrived are passed on, including those whose bodies are being fetched."""
         if self._fetches:
             await asyncio.wait(self._fetches)
 
     def close(self) -> None:
+        """Stop fetching bodies."""
         for fetch in self._fetches:
             fetch.cancel()
 
-    def on_reply(self, fields: list[bytes]) -> None:
-        """Take an entry of the reply stream."""
+    def on_entry(self, fields: list[bytes]) -> None:
+        """Process an entry of the reply stream: replies, or a part of one."""
         if fields[1] == PART_VERSION:
-            self._hear_part(fields)
+            self._on_part(fields)
             return
         try:
             replies = Reply.all_of(fields)
         except WireError as e:
             log.error("dropped a reply that cannot be read: %s", e)
             for id_ in Reply.ids_of(fields):
-                if (call := self._calls.get(id_)) is not None:
-                    self._finish(call, e)
+                if (call := self._in_flight.by_id.get(id_)) is not None:
+                    self._in_flight.finish(call, e)
             return
         for reply in replies:
-            self._hear(reply)
+            self._on_reply(reply)
 
-    def _hear(self, reply: Reply) -> None:
-        call = self._calls.get(reply.id)
+    def _on_reply(self, reply: Reply) -> None:
+        call = self._in_flight.by_id.get(reply.id)
         if call is None:
-            self._hear_stray(reply)
-        elif call.answered:
-            pass  # a second answer, while the first is completed
+            self._on_unexpected(reply)
+        elif call.has_reply:
+            pass  # a second reply, while the body of the first is being fetched
         elif reply.large or (reply.codec == "pickle" and not self._pickles.allows(call)):
-            call.answered = True
-            self._complete(reply, call, partial(self._finish, call))
+            call.has_reply = True
+            self._complete_in_background(reply, call, partial(self._in_flight.finish, call))
         else:
-            self._finish(call, reply)
+            self._in_flight.finish(call, reply)
 
-    def _hear_stray(self, reply: Reply) -> None:
-        then = None if self.stray is None else self.stray(reply.id)
-        if then is None:  # cancelled, too late, a second answer after a take-over, or no reply to a call of ours
+    def _on_unexpected(self, reply: Reply) -> None:
+        """Process a reply to a call that is not in flight.
+
+        It is an item's of an earlier producer, comes after a cancellation or a timeout, is the second one after a
+        redelivery, or was forged.
+        """
+        on_reply = self._find_receiver(reply.id)
+        if on_reply is None:
             if reply.large:
-                self._bodies.drop(self._keys.reply_body(self._caller, reply.id))
+                self._bodies.drop_reply_body(reply.id)
         elif reply.large:
-            self._complete(reply, None, then)
+            self._complete_in_background(reply, None, on_reply)
         else:
-            then(reply)
+            on_reply(reply)
 
-    def _complete(self, reply: Reply, call: Call | None, then: _Then) -> None:
-        task = asyncio.get_running_loop().create_task(self._check_and_fetch(reply, call, then))
+    def _complete_in_background(self, reply: Reply, call: Call | None, on_reply: OnReply) -> None:
+        task = self._in_flight.loop.create_task(self._complete(reply, call, on_reply))
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
 
-    def _hear_part(self, fields: list[bytes]) -> None:
-        try:
-            part = Part.of(fields)
-        except WireError as e:
-            log.error("dropped a part of an answer that cannot be read: %s", e)
-            for id_ in Reply.ids_of(fields):
-                if (call := self._calls.get(id_)) is not None:
-                    self._in_flight.break_off(call, e)
-            return
-        call = self._calls.get(part.id)
-        if call is None:
-            return  # cancelled, or broken off
-        incoming = call.incoming
-        if incoming is None:
-            incoming = IncomingStream(
-                part, call.backend, lambda: call.shown_id, WINDOW, partial(self._grant, call), call.cancel
-            )
-        try:
-            incoming.take(part)
-        except StreamBroken as e:
-            self._in_flight.break_off(call, e)
-            return
-        if call.incoming is None:
-            self._in_flight.stream(call, incoming)
-
-    async def _check_and_fetch(self, reply: Reply, call: Call | None, then: _Then) -> None:
-        key = self._keys.reply_body(self._caller, reply.id)
+    async def _complete(self, reply: Reply, call: Call | None, on_reply: OnReply) -> None:
+        """Check that a pickled reply may be read, and fetch the body of a large one."""
         if call is not None and reply.codec == "pickle":
             try:
                 await self._pickles.check(call)
             except WireError as e:
                 if reply.large:
-                    self._bodies.drop(key)
-                then(e)
+                    self._bodies.drop_reply_body(reply.id)
+                on_reply(e)
                 return
         if not reply.large:
-            then(reply)
+            on_reply(reply)
             return
         try:
-            body = await self._bodies.get(key)
+            body = await self._bodies.fetch_reply_body(reply.id)
         except NotPermitted as e:
-            then(e)
+            on_reply(e)
             return
         except (BrokerUnavailable, BrokerRefused) as e:
-            then(BrokerUnavailable(self._shown_url, f"cannot fetch the body of a reply: {e}"))
+            on_reply(BrokerUnavailable(self._shown_url, f"cannot fetch the body of a reply: {e}"))
             return
-        if not self._keeps_bodies:
-            self._bodies.drop(key)
+        if not self._keep_bodies:
+            self._bodies.drop_reply_body(reply.id)
         if body is None:
             shown = shown_id("", reply.id) if call is None else call.shown_id
-            then(WireError(f"the body of the reply to request {shown!r} has expired"))
+            on_reply(WireError(f"the body of the reply to request {shown!r} has expired"))
             return
         reply.body, reply.large = body, False
-        then(reply)
+        on_reply(reply)
+
+    def _on_part(self, fields: list[bytes]) -> None:
+        try:
+            part = Part.of(fields)
+        except WireError as e:
+            log.error("dropped a part of a streamed reply that cannot be read: %s", e)
+            for id_ in Reply.ids_of(fields):
+                if (call := self._in_flight.by_id.get(id_)) is not None:
+                    self._in_flight.abort(call, e)
+            return
+        call = self._in_flight.by_id.get(part.id)
+        if call is None:
+            return  # cancelled or aborted
+        incoming = call.incoming
+        if incoming is None:
+            incoming = IncomingStream(
+                part, call.backend, lambda: call.shown_id, WINDOW, partial(self._send_credit, call), call.cancel
+            )
+        try:
+            incoming.add(part)
+        except StreamBroken as e:
+            self._in_flight.abort(call, e)
+            return
+        if call.incoming is None:
+            self._in_flight.begin_stream(call, incoming)

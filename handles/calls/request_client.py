@@ -1,166 +1,127 @@
-"""The request client: one way to publish requests and to receive replies, for handles, proxies and producers.
+"""Request client: publishes requests and receives their replies, for handles, proxies and batch producers.
 
-A `RequestClient` belongs to one process and loop. It keeps each published request among its `CallsInFlight` until its
-`ReplyReceiver` has the reply. So after a broken connection its `Recovery` can find out what became of each request, and
-publish again what Redis lost.
+The way of a call: `RequestClient.dispatch` selects the backend, `CallPublisher` appends the request to the backend's
+stream, `ReplyReceiver` matches the reply to the call, and `CallsInFlight` ends the call and calls its ``on_outcome``.
+After a broken connection `Recovery` finds out what became of each call, and publishes again what Redis lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import secrets
-import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any, cast
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from ...broker.errors import StringTooLong
-from ...broker.queue.batch_jobs import BatchJob, BatchJobReplies
 from ...broker.queue.dead_letters import DeadLetterStream
-from ...broker.queue.flow_control import REPEAT_S, tell_taken
-from ...broker.queue.publisher import Published, Publisher, QueueFull
-from ...broker.queue.queued_bytes import NO_LIMIT, SMALL, most_bytes
+from ...broker.queue.flow_control import tell_taken
+from ...broker.queue.publisher import Publisher
+from ...broker.queue.queued_bytes import SMALL, most_bytes
 from ...broker.queue.reply_stream import ReplyStream
 from ...broker.queue.stats import BackendStats, read_stats
 from ...broker.registry.records import BackendRecord, EndpointRecord, Snapshot
 from ...broker.registry.store import Registry
 from ...broker.registry.watcher import Watcher
-from ...broker.transport.connection import FateUnknown, RedisConnection
+from ...broker.transport.connection import RedisConnection
 from ...broker.transport.dial import user_of
 from ...broker.transport.url import shown_url
 from ...broker.wire._fields import LARGE
 from ...broker.wire.call_ids import new_ids
 from ...broker.wire.keys import Keys
 from ...broker.wire.requests import Header, RawEntry
-from ..errors import (
-    BackendNotFound,
-    BrokerFull,
-    BrokerRefused,
-    BrokerUnavailable,
-    NotPermitted,
-    Overloaded,
-    PayloadTooLarge,
-    PenstockError,
-    RequestCancelled,
-    RequestTimeout,
-)
+from ..errors import BackendNotFound, PayloadTooLarge, RequestCancelled
 from ..options import check_call_method
-from ..pickle_policy import PicklePolicy
 from . import traffic
-from .call import MAX_QUEUED, MAX_QUEUED_BYTES, Call, CallOutcome, CallsInFlight, batch_limit
-from .large_bodies import LargeBodies, check_size, too_long
+from .call import Call, CallOutcome, CallsInFlight, queue_limits
+from .call_publisher import CallPublisher
+from .large_bodies import LargeBodies, check_size
+from .pickle_policy import PicklePolicy
 from .recovery import Recovery
-from .reply_receiver import ReplyReceiver
+from .reply_receiver import FindReceiver, ReplyReceiver, no_receiver
 from .shadowing import ShadowTraffic
-from .starting import tasks_that_start
+from .sweep import Sweep
 
-log = logging.getLogger(__name__)
 
-_SWEEP_S = 0.05
-_GIVE_UP_S = 60.0
-"""A broker that is away for this long fails even accepted calls: they are durable, but nobody should wait for ever."""
-_RETRY_S = 1.0
-_BODY_TTL_MS = 24 * 3600 * 1000
-_BODY_SLACK_MS = 60_000
+class OpenReplyStream(Protocol):
+    """Creates the reply stream of a client; see `ReplyStream`."""
+
+    def __call__(
+        self,
+        commands: RedisConnection,
+        keys: Keys,
+        caller: str,
+        on_reply: Callable[[list[bytes]], None],
+        on_loss: Callable[[], Awaitable[None]],
+    ) -> ReplyStream: ...
 
 
 class RequestClient:
-    """Publishes requests to every backend of an instance and receives their replies.
+    """Publishes requests to the backends of one instance and receives their replies.
 
-    Only for the loop that opened it, and it ends with that loop. `get` shares one among all who ask in the same loop.
+    It belongs to the event loop in which it is created, and ends with that loop. Calls can be made from the end of
+    `open` to `close`.
     """
 
-    def __init__(self, url: str, instance: str, *, job: str | None = None, job_ttl_s: float = 0.0) -> None:
-        """``job`` is the name of a batch job, whose results are kept for ``job_ttl_s`` when this caller is gone."""
+    def __init__(
+        self,
+        url: str,
+        instance: str,
+        *,
+        name: str | None = None,
+        reply_stream: OpenReplyStream = ReplyStream,
+        find_receiver: FindReceiver = no_receiver,
+        keep_calls: bool = False,
+    ) -> None:
+        """Create a client that is not connected yet.
+
+        Args:
+            url: the Redis URL.
+            instance: name of the instance.
+            name: the name by which replicas address the client; by default a random one.
+            reply_stream: creates the reply stream.
+            find_receiver: finds the receiver of a reply to a call that is not in flight.
+            keep_calls: requests and replies outlive the client, because another client of the same name continues.
+        """
         self.url, self.keys = url, Keys(instance)
-        self.id = self.keys.caller(user_of(url), secrets.token_hex(6) if job is None else self.keys.job_name(job))
-        self.name = self.id.encode()
-        """The id, as entries have it."""
+        self.loop = asyncio.get_running_loop()
+        self.id = self.keys.caller(user_of(url), secrets.token_hex(6) if name is None else name)
+        """Id of this caller: it names the reply stream, and entries carry it."""
+        self.wire_id = self.id.encode()
+        """The id as entries hold it."""
+        self._keep_calls = keep_calls
         self._connection = RedisConnection(url, name=f"penstock-caller-{secrets.token_hex(4)}")
         self.registry = Registry(self._connection, self.keys)
         self.watcher = Watcher(url, self.registry, self.keys)
-        self._publisher = Publisher(self._connection, self.keys)
-        self._bodies = LargeBodies(self._connection)
         self.next_id = new_ids().__next__
-        """Makes the id of another call."""
-        # Of its own: processes that seed Python's alike would all choose alike.
-        self._chance = random.Random().random
-        self.shadows = ShadowTraffic(self.watcher, self._publisher, self._bodies, self.keys, self.next_id)
-        self.in_flight = CallsInFlight(self._take_back)
-        # The same dictionaries, so that a request costs no look-up more.
-        self._calls, self._timed, self._doomed = self.in_flight.calls, self.in_flight.timed, self.in_flight.doomed
+        """Returns the id of the next request."""
+        # An own generator: processes that seed Python's global one alike would all select the same backends.
+        self._random = random.Random().random
         self.pickles = PicklePolicy(self.watcher)
-        self.receiver = ReplyReceiver(
+        self._publisher = Publisher(self._connection, self.keys)
+        self._bodies = LargeBodies(self._connection, self.keys, self.id)
+        self.shadows = ShadowTraffic(self.watcher, self._publisher, self._bodies, self.next_id)
+        self.in_flight = CallsInFlight(self.loop, self._publisher, self._bodies)
+        self._call_publisher = CallPublisher(self._connection, self._publisher, self.in_flight, self._bodies)
+        self._receiver = ReplyReceiver(
             self.in_flight,
             self._bodies,
-            self.keys,
-            self.id,
-            shown_url(url),
-            self._grant,
             self.pickles,
-            keeps_bodies=job is not None,
+            shown_url(url),
+            self._send_credit,
+            find_receiver=find_receiver,
+            keep_bodies=keep_calls,
         )
-        self.results: BatchJobReplies | None = None
-        self.job: BatchJob | None = None
-        if job is None:
-            self._replies = ReplyStream(self._connection, self.keys, self.id, self.receiver.on_reply, self._reconcile)
-        else:
-            self.results = self._replies = BatchJobReplies(
-                self._connection, self.keys, self.id, self.receiver.on_reply, self._reconcile, ttl_s=job_ttl_s
-            )
-            self.job = BatchJob(self._connection, self.keys, job, self.id, job_ttl_s)
-        self._reconciler = Recovery(
-            self.in_flight, self._publisher, self._replies, self._on_published, self._send_again
+        self._replies = reply_stream(self._connection, self.keys, self.id, self._receiver.on_entry, self._recover)
+        self._recovery = Recovery(
+            self._connection, self.in_flight, self._publisher, self._call_publisher, self._replies
         )
-        self.loop: asyncio.AbstractEventLoop = cast(Any, None)
-        self._sweeper: asyncio.TimerHandle | None = None
-        self._gone_since: float | None = None
+        self._sweep = Sweep(self._connection, self.in_flight, self._on_idle)
         self._opening: asyncio.Task[None] | None = None
         self._life: asyncio.Task[None] | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._users = 0
-        self._close_when_idle = False
-        self.closed = False
-
-    @classmethod
-    @asynccontextmanager
-    async def using(cls, url: str, instance: str) -> AsyncGenerator[RequestClient]:
-        """Return what `get` does; until the end of the block `leave` does not close it."""
-        caller = await cls.get(url, instance)
-        caller.use()
-        try:
-            yield caller
-        finally:
-            caller.release()
-
-    @classmethod
-    async def get(cls, url: str, instance: str) -> RequestClient:
-        """Return the open caller that the running loop shares for this instance.
-
-        Raises:
-            BrokerUnavailable: Redis cannot be reached.
-            ConfigError: ``url`` is not a Redis URL, or ``instance`` cannot be a name.
-        """
-        while True:
-            caller = cls.shared(url, instance)
-            if caller is None:
-                caller = _shared.setdefault(asyncio.get_running_loop(), {})[url, instance] = cls(url, instance)
-            if caller._life is None:
-                await caller.open()
-            if not caller.closed:  # else its last user has left meanwhile
-                return caller
-
-    @classmethod
-    def shared(cls, url: str, instance: str) -> RequestClient | None:
-        """Return the caller that the running loop has for this instance, if there is one that is not closed."""
-        caller = _shared.get(asyncio.get_running_loop(), {}).get((url, instance))
-        return None if caller is None or caller.closed else caller
 
     @property
     def snapshot(self) -> Snapshot:
+        """The registry as this client last saw it."""
         return self.watcher.snapshot
 
     @property
@@ -168,24 +129,38 @@ class RequestClient:
         return self._connection.connected
 
     @property
+    def closed(self) -> bool:
+        return self.in_flight.is_closed
+
+    @property
     def takes_writes(self) -> bool:
-        """Whether new requests can be accepted, as far as the broker is concerned."""
+        """Whether the broker is connected and accepts writes, so that new requests can be accepted."""
         return self._connection.connected and not self._connection.refuses_writes
 
     @property
     def longest(self) -> int:
-        """How many bytes a body may have, as far as is known of this broker."""
+        """The most bytes of a body that the broker takes, as far as is known."""
         return self._connection.longest
+
+    # -- lifetime
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` has succeeded."""
+        return self._life is not None
 
     async def open(self) -> None:
         """Connect, create the reply stream and follow the registry.
 
-        Idempotent; all who ask at once wait for the same, and one that is cancelled leaves the others waiting.
+        Concurrent calls wait for the same connection attempt. Cancelling one of them does not cancel the attempt.
+
+        Raises:
+            BrokerUnavailable: Redis cannot be reached, or rejected the login.
+            BrokerRefused: Redis answered with an error, such as a missing permission.
         """
         if self._opening is None:
-            self.loop = self.in_flight.loop = asyncio.get_running_loop()
-            self._opening = self.loop.create_task(self._open(), name="caller opening")
-            self._opening.add_done_callback(_retrieve)
+            self._opening = self.loop.create_task(self._open(), name="request client opening")
+            self._opening.add_done_callback(_retrieve_exception)
         await asyncio.shield(self._opening)
 
     async def _open(self) -> None:
@@ -194,375 +169,208 @@ class RequestClient:
             await self._replies.open()
             await self.watcher.start()
         except BaseException:
-            await self._shut()
+            await self._disconnect()
             raise
-        self._connection.on_reconnect(self._on_reconnect)
-        self._life = self.loop.create_task(self._live(), name="caller")
+        self._connection.on_reconnect(self._recovery.on_reconnect)
+        self._life = self.loop.create_task(self._live(), name="request client")
 
     async def _live(self) -> None:
-        """Notice the end of the loop, where nobody called `close`: `asyncio.run` cancels what is left."""
+        """Mark the client closed when its loop ends without `close`: ``asyncio.run`` cancels the remaining tasks."""
         try:
             await self.loop.create_future()
         finally:
-            self._end()
+            self._mark_closed()
 
     async def close(self) -> None:
-        """Fail what is in flight with `RequestCancelled`, delete the reply stream and disconnect."""
+        """End the calls in flight with `RequestCancelled`, delete the reply stream and disconnect. Idempotent."""
         if self.closed:
             return
-        self.closed = True
+        self.in_flight.is_closed = True
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
             await asyncio.wait([self._opening])
-        for call in list(self._calls.values()):
-            if self.results is None:
-                self.in_flight.give_up(call)
-            else:  # what a job has on its stream outlives us
-                del self._calls[call.id]
-            call.conclude(RequestCancelled(call.shown_id))
-        await self._shut()
+        for call in list(self.in_flight.by_id.values()):
+            error = RequestCancelled(call.shown_id)
+            if self._keep_calls:
+                self.in_flight.finish(call, error)
+            else:
+                self.in_flight.abort(call, error)
+        await self._disconnect()
 
-    # -- the end of those who share it
-
-    def use(self) -> None:
-        """Keep `leave` from closing this caller, until `release`."""
-        self._users += 1
-
-    def release(self) -> None:
-        self._users -= 1
-        self._close_if_idle()
-
-    async def all_queued(self, timeout_s: float) -> int:
-        """Wait until each call made so far is durably queued or refused; return how many are neither in time."""
-        unsure = [call.accepted() for call in self._calls.values() if call.entry is None]
-        if not unsure:
-            return 0
-        _, late = await asyncio.wait([asyncio.ensure_future(one) for one in unsure], timeout=timeout_s)
-        return len(late)
-
-    async def leave(self) -> None:
-        """Close it once it has neither users nor calls in flight. Nobody's call is given up."""
-        self._close_when_idle = True
-        self._close_if_idle()
-        if self._closing is not None:
-            await asyncio.shield(self._closing)
-
-    def _close_if_idle(self) -> None:
-        if not self._close_when_idle or self._users or self._calls or self.closed:
-            return
-        if self._opening is not None and not self._opening.done():
-            return  # whoever opens it has a use for it
-        if tasks_that_start(self.url, self.keys.instance):
-            return  # the end of their calls comes here again
-        self._end()  # at once: what is called from now on connects anew
-        self._closing = self.loop.create_task(self._shut(), name="caller closing")
-
-    async def _shut(self) -> None:
-        self._end()
+    async def _disconnect(self) -> None:
+        self._mark_closed()
         if self._life is not None:
             self._life.cancel()
         await self.watcher.close()
         await self._replies.close()
         await self._connection.close()
 
-    def _end(self) -> None:
-        self.closed = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self.receiver.close()
-        # By hand, as the dictionary's weak keys are loops that their callers keep alive.
-        shared = _shared.get(self.loop, {})
-        if shared.get((self.url, self.keys.instance)) is self:
-            del shared[self.url, self.keys.instance]
-            if not shared:
-                del _shared[self.loop]
+    def _mark_closed(self) -> None:
+        """Stop everything that can be stopped without waiting."""
+        self.in_flight.is_closed = True
+        self._sweep.stop()
+        self._receiver.close()
 
-    # -- asking
+    def _on_idle(self) -> None:
+        """Called when the last call in flight has ended."""
+
+    # -- calls
 
     def dispatch(
         self,
         endpoint: EndpointRecord,
         header: Header,
         body: bytes,
-        then: Callable[[CallOutcome], None],
+        on_outcome: Callable[[CallOutcome], None],
         *,
         shard_key: str | None = None,
         timeout_s: float | None = None,
     ) -> Call:
-        """Send a request to one of the endpoint's backends, by its traffic, and copies to its shadows.
+        """Publish a request to one of the endpoint's backends, and copies to its shadow backends. Never blocks.
 
-        ``then`` hears the outcome exactly once, in the loop, unless the call is cancelled first.
+        Args:
+            endpoint: the endpoint, by whose traffic the backend is selected.
+            header: head of the request; its deadline is set from ``timeout_s``.
+            body: body of the request.
+            on_outcome: called once with the outcome, on the event loop, unless the call is cancelled first.
+            shard_key: requests with the same key go to the same backend; None selects by the weights alone.
+            timeout_s: seconds until the request expires; None for never.
 
         Raises:
-            BackendNotFound: the endpoint sends to nobody.
+            BackendNotFound: the endpoint has no backend.
             CallMethodRefused: the endpoint does not offer the method.
-            PayloadTooLarge: the body is larger than Redis takes.
+            PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
         """
         if endpoint.call_methods is not None:
             check_call_method(endpoint, header.call)
-        backend = self.choose(endpoint, shard_key)
-        call = self.submit(backend, header, body, then, timeout_s=timeout_s)
+        backend = self.select_backend(endpoint, shard_key)
+        call = self.send(backend, header, body, on_outcome, timeout_s=timeout_s)
         if endpoint.shadows:
-            self.shadows.send(endpoint, header, body)
+            self.shadows.publish(endpoint, header, body)
         return call
 
-    def choose(self, endpoint: EndpointRecord, shard_key: str | None) -> BackendRecord:
-        """Return the backend that gets the next request, by the endpoint's traffic.
+    def select_backend(self, endpoint: EndpointRecord, shard_key: str | None) -> BackendRecord:
+        """Return the backend of the next request, by the endpoint's traffic.
 
         Raises:
-            BackendNotFound: the endpoint sends to nobody.
+            BackendNotFound: the endpoint has no backend.
         """
         backends = self.watcher.snapshot.backends
-        tag = traffic.choose(endpoint.traffic, shard_key, self._chance())
+        tag = traffic.choose(endpoint.traffic, shard_key, self._random())
         backend = None if tag is None else backends.get(tag)
         if backend is None:
             raise BackendNotFound(str(tag), backends)
         return backend
 
-    def submit(
+    def send(
         self,
         backend: BackendRecord,
         header: Header,
         body: bytes,
-        then: Callable[[CallOutcome], None],
+        on_outcome: Callable[[CallOutcome], None],
         *,
         timeout_s: float | None = None,
         batch: bool = False,
     ) -> Call:
-        """Send a request to ``backend``; see `dispatch`. Never blocks.
-
-        With ``batch`` it lies on the batch stream: replicas take interactive requests first, and some of the queue's
-        places are kept for them.
+        """Publish a request to ``backend``; see `dispatch`. With ``batch`` it goes to the batch stream.
 
         Raises:
             PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
-            TypeError: the header holds what JSON cannot.
+            TypeError: the header holds a value that JSON cannot represent.
         """
         large = len(body) > LARGE
         check_size(body, self.longest if large else None)
         id_ = self.next_id()
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)
-        raw = RawEntry(id_.encode(), self.name, header.dump(), None if large else body, len(body) if large else 0)
-        call = Call(self.in_flight, id_, raw, then)
-        call.batch = batch
-        if large:
-            call.body = body
-        self.begin(call, backend, timeout_s)
+        raw = RawEntry(id_.encode(), self.wire_id, header.dump(), None if large else body, len(body) if large else 0)
+        call = Call(self.in_flight, id_, raw, on_outcome, body=body if large else b"", batch=batch)
+        self.start(call, backend, timeout_s)
         return call
 
     def deadline_ms(self, timeout_s: float) -> int:
-        """Return when, by the broker's clock, what begins now has taken ``timeout_s``."""
+        """Return the time ``timeout_s`` seconds from now, by the broker's clock, in milliseconds."""
         return int(self._connection.now_ms() + timeout_s * 1000)
 
-    def begin(
+    def start(
         self, call: Call, backend: BackendRecord, timeout_s: float | None = None, entry: bytes | None = None
     ) -> None:
-        """Send a call that is made, for the first time or again. With an ``entry`` it lies on its stream already.
+        """Publish a call, for the first time or again after a refusal.
+
+        Args:
+            call: the call.
+            backend: where to publish it.
+            timeout_s: seconds until it expires.
+            entry: id of its entry, if an earlier client of the same name has published it. Then this client only waits
+                for the reply.
 
         Raises:
             PayloadTooLarge: the request alone has more bytes than may be queued.
         """
-        config = backend.config
-        limit: int = config.get("max_queued_requests", MAX_QUEUED)
-        limit_bytes: int = config.get("max_queued_bytes", MAX_QUEUED_BYTES)
-        if call.batch:
-            limit, limit_bytes = batch_limit(limit), batch_limit(limit_bytes)
-        call.backend, call.record = backend.tag, backend
-        call.limit, call.limit_bytes = limit, limit_bytes
+        call.limits = limits = queue_limits(backend, batch=call.batch)
         raw = call.raw
-        if (raw.body is None or len(raw.body) > SMALL) and raw.size_bytes > most_bytes(limit_bytes):
-            raise PayloadTooLarge(raw.size_bytes, limit_bytes, f"max_queued_bytes of {backend.tag!r}")
-        call.entry, call.unsure, call.answered = entry, False, False
-        call.since_ms = self._connection.now_ms()
-        self._calls[call.id] = call
-        if self.closed:
-            self.loop.call_soon(self.in_flight.finish, call, self._unavailable("the connection was closed"))
+        if (raw.body is None or len(raw.body) > SMALL) and raw.size_bytes > most_bytes(limits.bytes):
+            raise PayloadTooLarge(raw.size_bytes, limits.bytes, f"max_queued_bytes of {backend.tag!r}")
+        call.backend, call.record = backend.tag, backend
+        call.entry, call.fate_unknown, call.has_reply = entry, False, False
+        call.started_ms = self._connection.now_ms()
+        in_flight = self.in_flight
+        in_flight.by_id[call.id] = call
+        if in_flight.is_closed:
+            error = self._call_publisher.unavailable("the connection was closed")
+            self.loop.call_soon(in_flight.finish, call, error)
             return
         if timeout_s is not None:
             call.timeout_s = timeout_s
-            call.deadline = self.loop.time() + timeout_s
-            self._timed[call.id] = call
-        if self._sweeper is None:
-            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+            call.deadline_s = self.loop.time() + timeout_s
+            in_flight.timed[call.id] = call
+        self._sweep.ensure_running()
         if entry is None:
-            self._send(call)
+            self._call_publisher.publish(call)
 
-    async def accepted_before(self, backends: Iterable[str]) -> dict[str, tuple[str, bytes]]:
-        """Return what lies on batch streams in the name of this job: backend and entry, by the id of the call."""
-        found: dict[str, tuple[str, bytes]] = {}
-        for backend in backends:
-            try:
-                entries = await self._publisher.find_of(backend, self.id)
-            except NotPermitted:
-                assert self.job is not None
-                log.warning(
-                    "cannot read which items of job %r are queued for %r: they are sent again", self.job.name, backend
-                )
-                continue
-            for id_, entry in entries.items():
-                found[id_.decode()] = backend, entry
-        return found
+    async def wait_until_queued(self, timeout_s: float) -> int:
+        """Wait until each call in flight is durably queued or refused. Return the number of calls that are neither."""
+        waiting = [call.accepted() for call in self.in_flight.by_id.values() if call.entry is None]
+        if not waiting:
+            return 0
+        _, late = await asyncio.wait([asyncio.ensure_future(one) for one in waiting], timeout=timeout_s)
+        return len(late)
 
-    def withdraw(self, backend: str, entry: bytes) -> None:
-        """Take an item of the job back from a batch stream."""
-        self._publisher.withdraw(backend, entry, batch=True)
+    async def drain_replies(self) -> None:
+        """Return once all replies that have been written by now are passed on.
 
-    def dead_queue(self, backend: str) -> DeadLetterStream:
-        return DeadLetterStream(self._connection, self.keys, backend)
-
-    async def drain(self) -> None:
-        """Return when all replies that have been written by now have been heard."""
+        Raises:
+            BrokerUnavailable: Redis cannot be reached.
+        """
         await self._replies.drain()
-        await self.receiver.drain()
+        await self._receiver.drain()
 
-    def _take_back(self, call: Call, entry: bytes) -> None:
-        self._publisher.withdraw(call.backend, entry, batch=call.batch)
-        self._drop_body(call)
-
-    def _send(self, call: Call) -> None:
-        if call.body:
-            # Its body is stored only if there is room for it.
-            then = partial(self._on_reserved, call)
-            self._publisher.reserve(
-                call.backend, call.raw, call.limit, then, batch=call.batch, limit_bytes=call.limit_bytes
-            )
-            if len(self._calls) == 1:
-                self._connection.hurry()
-        else:
-            self._publish(call, call.limit, call.limit_bytes)
-
-    def _on_reserved(self, call: Call, result: QueueFull | Exception | None) -> None:
-        if call.id not in self._calls:  # given up meanwhile
-            self._doomed.pop(call.id, None)
-            if result is None:
-                self._publisher.forget_reservation(call.backend, call.raw)
-        elif result is None:
-            self._put_body(call)
-            self._publish(call, call.limit, call.limit_bytes)
-        else:
-            self.in_flight.finish(call, self._refusal(call, result))
-
-    def _publish(self, call: Call, limit: int, limit_bytes: int) -> None:
-        then = partial(self._on_published, call)
-        self._publisher.publish(call.backend, call.raw, limit, then, batch=call.batch, limit_bytes=limit_bytes)
-        if len(self._calls) == 1:
-            self._connection.hurry()
-
-    def _send_again(self, call: Call, accepted: bool) -> None:
-        if not accepted:
-            self._send(call)
-            return
-        if call.body:
-            self._put_body(call, patient=True)
-        self._publish(call, NO_LIMIT, NO_LIMIT)
-
-    def _put_body(self, call: Call, *, patient: bool = False) -> None:
-        ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
-        key, then = self.keys.body(call.backend, call.id), partial(self._on_body_put, call)
-        self._bodies.put(key, call.body, ttl_ms, then, patient=patient)
-
-    def _on_body_put(self, call: Call, result: Any) -> None:
-        if isinstance(result, Exception):
-            self.in_flight.break_off(call, self._refusal(call, result))
-
-    def _drop_body(self, call: Call) -> None:
-        if call.body:
-            self._bodies.drop(self.keys.body(call.backend, call.id))
-
-    # -- looking
+    # -- what else the connection serves
 
     async def backend_stats(self) -> dict[str, BackendStats]:
-        """Return what each backend has to do and has done, by tag. Raises `BrokerUnavailable`."""
+        """Return the stats of each backend, by tag.
+
+        Raises:
+            BrokerUnavailable: Redis cannot be reached.
+        """
         tags = sorted(self.watcher.snapshot.backends)
         found = await asyncio.gather(*[read_stats(self._connection, self.keys, tag) for tag in tags])
         return dict(zip(tags, found, strict=True))
 
-    # -- hearing
+    def dead_letter_stream(self, backend: str) -> DeadLetterStream:
+        """Return the dead letters of a backend."""
+        return DeadLetterStream(self._connection, self.keys, backend)
 
-    def _on_published(self, call: Call, result: Published) -> None:
-        if type(result) is bytes:
-            call.accept(result)
-            if self._doomed and self._doomed.pop(call.id, None) is not None:
-                self._take_back(call, result)
-        elif isinstance(result, FateUnknown) and not self.closed:
-            call.unsure = True  # until we are connected again, and can look
-        else:
-            self._doomed.pop(call.id, None)
-            self._drop_body(call)
-            self.in_flight.finish(call, self._refusal(call, result))
+    def _send_credit(self, call: Call, read_bytes: int) -> None:
+        tell_taken(self._connection, self.keys, call.backend, call.id, read_bytes)
+        self._replies.trim()  # the reply stream trims itself 5 times a second, too seldom for a fast stream
 
-    def _refusal(self, call: Call, result: object) -> PenstockError:
-        if isinstance(result, QueueFull):
-            if result.in_bytes:
-                return Overloaded(
-                    call.backend, result.depth, call.limit_bytes, result.retry_after_s, call.raw.size_bytes
-                )
-            return Overloaded(call.backend, result.depth, call.limit, result.retry_after_s)
-        if isinstance(result, BrokerFull):
-            return Overloaded(call.backend, 0, call.limit)
-        if isinstance(result, StringTooLong):
-            return too_long(call.body, len(call.body) - 1)
-        if isinstance(result, BrokerRefused) and not isinstance(result, NotPermitted):
-            # By a script of the request stream that something else than a lack of memory has ended.
-            return self._unavailable(f"it refused the request: {result.said}")
-        assert isinstance(result, PenstockError)
-        return result
-
-    def _unavailable(self, reason: str) -> BrokerUnavailable:
-        return BrokerUnavailable(shown_url(self.url), reason)
-
-    def _grant(self, call: Call, taken: int) -> None:
-        tell_taken(self._connection, self.keys, call.backend, call.id, taken)
-        self._replies.trim()  # or what a fast stream has sent in a fifth of a second would still lie there
-
-    def _sweep(self) -> None:
-        # One sweep for all deadlines instead of a timer for each request.
-        self._sweeper = None
-        now = self.loop.time()
-        for call in [call for call in self._timed.values() if call.deadline <= now]:
-            self.in_flight.break_off(call, RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
-        for incoming in self.in_flight.streaming.values():
-            if now - incoming.granted_at > REPEAT_S:
-                incoming.grant()
-        if self._connection.connected:
-            self._gone_since = None
-        elif self._gone_since is None:
-            self._gone_since = now
-        elif now - self._gone_since > _GIVE_UP_S:
-            for call in list(self._calls.values()):
-                self.in_flight.finish(call, self._unavailable(f"it has been away for {_GIVE_UP_S:g} s"))
-        if self._calls:
-            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
-        else:
-            self._gone_since = None
-            self._close_if_idle()
-
-    # -- after the connection or Redis's memory was lost
-
-    async def _on_reconnect(self) -> None:
-        while self._connection.connected:
-            try:
-                await self._replies.renew()
-                await self._reconcile()
-                return
-            except BrokerRefused as e:
-                log.error("cannot look for what was in flight: %s", e)
-            except BrokerUnavailable as e:
-                # Of a server that has come back and refuses writes. If the connection broke again, the loop ends.
-                log.debug("cannot look for what was in flight: %s", e)
-            await asyncio.sleep(_RETRY_S)
-
-    async def _reconcile(self) -> None:
-        await self._reconciler.reconcile()
+    async def _recover(self) -> None:
+        # A method, as the reply stream is given it before the recovery, which needs the reply stream, exists.
+        await self._recovery.recover()
 
 
-_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], RequestClient]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Whoever waited for it may be gone: what it raised is not to be reported as never retrieved."""
+def _retrieve_exception(task: asyncio.Task[None]) -> None:
+    """Keep asyncio from logging the exception as never retrieved, when everything that waited was cancelled."""
     if not task.cancelled():
         task.exception()

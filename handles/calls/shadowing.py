@@ -1,4 +1,4 @@
-"""Shadow traffic: copies of requests that never affect the original or its caller."""
+"""Shadow traffic: copies of requests that never affect the original request or its caller."""
 
 from __future__ import annotations
 
@@ -11,82 +11,75 @@ from ...broker.queue.publisher import Published, Publisher, QueueFull
 from ...broker.registry.records import EndpointRecord
 from ...broker.registry.watcher import Watcher
 from ...broker.wire._fields import LARGE
-from ...broker.wire.keys import Keys
 from ...broker.wire.requests import Header, RawEntry
-from .call import MAX_QUEUED, MAX_QUEUED_BYTES, batch_limit
+from .call import QueueLimits, queue_limits
 from .large_bodies import LargeBodies
 
 _BODY_TTL_MS = 600_000
 
 
 @dataclass(slots=True)
-class ShadowCopies:
-    """Of one shadow backend, and of one process since it started."""
+class ShadowStats:
+    """Counters of the copies for one shadow backend, since the client was created."""
 
     queued: int = 0
     refused: int = 0
-    """Its queue was full, or the broker did not take them or could not say so."""
+    """Copies that the broker refused, or of which it is not known whether they were queued."""
 
 
 class ShadowTraffic:
-    """Sends the copies of one caller, and counts them."""
+    """Publishes the copies of one client's requests. A copy has no caller, so nobody receives its reply."""
 
-    def __init__(
-        self, watcher: Watcher, publisher: Publisher, bodies: LargeBodies, keys: Keys, next_id: Callable[[], str]
-    ) -> None:
-        """``next_id`` makes the id of another call."""
-        self._watcher, self._publisher, self._bodies, self._keys = watcher, publisher, bodies, keys
-        self._next_id = next_id
-        self._chance = random.Random().random
-        self.copies: dict[str, ShadowCopies] = {}
-        """What became of them, by backend."""
+    def __init__(self, watcher: Watcher, publisher: Publisher, bodies: LargeBodies, next_id: Callable[[], str]) -> None:
+        """``next_id`` returns the id of the next request."""
+        self._watcher, self._publisher, self._bodies, self._next_id = watcher, publisher, bodies, next_id
+        self._random = random.Random().random
+        self.stats: dict[str, ShadowStats] = {}
+        """By tag of the shadow backend."""
 
-    def send(self, endpoint: EndpointRecord, header: Header, body: bytes, *, batch: bool = False) -> None:
-        """Send copies to the endpoint's shadows, in their proportions."""
+    def publish(self, endpoint: EndpointRecord, header: Header, body: bytes, *, batch: bool = False) -> None:
+        """Publish copies of a request to the endpoint's shadow backends, in their proportions."""
         for tag, proportion in endpoint.shadows.items():
             backend = self._watcher.snapshot.backends.get(tag)
-            if backend is None or self._chance() >= proportion:
+            if backend is None or self._random() >= proportion:
                 continue
             id_ = self._next_id()
-            limit: int = backend.config.get("max_queued_requests", MAX_QUEUED)
-            limit_bytes: int = backend.config.get("max_queued_bytes", MAX_QUEUED_BYTES)
-            if batch:
-                limit, limit_bytes = batch_limit(limit), batch_limit(limit_bytes)
+            limits = queue_limits(backend, batch=batch)
             if len(body) <= LARGE:
                 raw = RawEntry(id_.encode(), b"", header.dump(), body)
-                then = partial(self._on_published, tag, None)
-                self._publisher.publish(tag, raw, limit, then, batch=batch, limit_bytes=limit_bytes)
+                on_published = partial(self._on_published, tag, None)
+                self._publisher.publish(tag, raw, limits.requests, on_published, batch=batch, limit_bytes=limits.bytes)
                 continue
             raw = RawEntry(id_.encode(), b"", header.dump(), None, len(body))
-            on_reserved = partial(self._on_reserved, tag, raw, body, limit, limit_bytes, batch)
-            self._publisher.reserve(tag, raw, limit, on_reserved, batch=batch, limit_bytes=limit_bytes)
+            on_reserved = partial(self._on_reserved, tag, raw, body, limits, batch)
+            self._publisher.reserve(tag, raw, limits.requests, on_reserved, batch=batch, limit_bytes=limits.bytes)
 
     def _on_reserved(
         self,
         tag: str,
         raw: RawEntry,
         body: bytes,
-        limit: int,
-        limit_bytes: int,
+        limits: QueueLimits,
         batch: bool,
         result: QueueFull | Exception | None,
     ) -> None:
         if result is not None:
-            self._count(tag).refused += 1
+            self._stats_of(tag).refused += 1
             return
-        key = self._keys.body(tag, raw.id.decode())
-        self._bodies.put(key, body, _BODY_TTL_MS)
-        then = partial(self._on_published, tag, key)
-        self._publisher.publish(tag, raw, limit, then, batch=batch, limit_bytes=limit_bytes)
+        request = raw.id.decode()
+        self._bodies.store_request_body(tag, request, body, _BODY_TTL_MS)
+        on_published = partial(self._on_published, tag, request)
+        self._publisher.publish(tag, raw, limits.requests, on_published, batch=batch, limit_bytes=limits.bytes)
 
-    def _on_published(self, tag: str, body: str | None, result: Published) -> None:
-        copies = self._count(tag)
+    def _on_published(self, tag: str, stored: str | None, result: Published) -> None:
+        """Count a copy. ``stored`` is the id of a request whose body is stored."""
+        stats = self._stats_of(tag)
         if type(result) is bytes:
-            copies.queued += 1
+            stats.queued += 1
             return
-        copies.refused += 1
-        if body is not None:
-            self._bodies.drop(body)
+        stats.refused += 1
+        if stored is not None:
+            self._bodies.drop_request_body(tag, stored)
 
-    def _count(self, tag: str) -> ShadowCopies:
-        return self.copies.setdefault(tag, ShadowCopies())
+    def _stats_of(self, tag: str) -> ShadowStats:
+        return self.stats.setdefault(tag, ShadowStats())

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ...broker.wire import exact_json
 from ...handles import BatchItem, BatchResult
-from ...handles.batch.producer import Batch
+from ...handles.batch.batch import Batch
 from ...handles.errors import BackendError, ConfigError, MalformedBody
 from ...handles.files.csv_rows import parse_types
 from ...handles.files.json_lines import MAX_ROW_BYTES

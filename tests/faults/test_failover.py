@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from penstock import handles
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import BrokerUnavailable
 from penstock.proxy.proxy import Proxy
 from tests.faults.backends import Journal
@@ -147,7 +147,7 @@ async def test_every_kind_of_connection_follows_the_primary(
         warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert [record.exc_info for record in warnings if record.exc_info] == []
         assert len(warnings) <= 2, [record.getMessage() for record in warnings]
-        await (await RequestClient.get(url, "default")).close()
+        await (await SharedClient.get(url, "default")).close()
         await asyncio.to_thread(door.close)
         await proxy.drain(1.0)
 

@@ -13,7 +13,7 @@ from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.handles import AsyncServeHandle, ServeHandle
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
@@ -183,6 +183,6 @@ def in_loop(handle: ServeHandle) -> AsyncServeHandle:
 
 async def close_here(handle: ServeHandle) -> None:
     _, (url, instance, *_) = handle.__reduce__()
-    caller = RequestClient.shared(url, instance)
+    caller = SharedClient.find(url, instance)
     if caller is not None:
         await caller.close()

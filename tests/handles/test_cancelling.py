@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.handles import AsyncServeHandle
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Lingering, Site, echo, noting
 from tests.waiting import wait_until, wait_until_async
@@ -80,19 +80,19 @@ async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> N
         await asyncio.wait_for(future, 0.01)
     await wait_until_async(lingering.cancelled.is_set)
     await wait_until_async(lambda: site.depth() == 0)
-    await (await RequestClient.get(site.url, INSTANCE)).close()
+    await (await SharedClient.get(site.url, INSTANCE)).close()
 
 
 async def test_cancelling_remote_takes_the_request_back(site: Site) -> None:
     site.declare()
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
-    await RequestClient.get(site.url, INSTANCE)
+    await SharedClient.get(site.url, INSTANCE)
     sending = asyncio.ensure_future(handle.remote())
     await asyncio.sleep(0)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
-    caller = await RequestClient.get(site.url, INSTANCE)
+    caller = await SharedClient.get(site.url, INSTANCE)
     await caller.registry.snapshot()
     await wait_until_async(lambda: site.depth() == 0)
     await caller.close()

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from penstock import handles
 from penstock.broker.wire._fields import LARGE
 from penstock.handles import AsyncServeHandle, ServeHandle
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import (
     BackendError,
@@ -83,7 +83,7 @@ async def test_an_asyncio_handle_is_answered(any_site: Site) -> None:
     assert await future == {"any": "json"}
     futures = await asyncio.gather(*[handle.remote(n) for n in range(200)])
     assert await asyncio.gather(*futures) == list(range(200))
-    await (await RequestClient.get(any_site.url, INSTANCE)).close()
+    await (await SharedClient.get(any_site.url, INSTANCE)).close()
 
 
 async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
@@ -94,7 +94,7 @@ async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
     assert not any(future.done() for future in futures)
     await asyncio.to_thread(site.serve, echo)
     assert await asyncio.gather(*futures) == list(range(5))
-    await (await RequestClient.get(site.url, INSTANCE)).close()
+    await (await SharedClient.get(site.url, INSTANCE)).close()
 
 
 # -- what is sent and what comes back

@@ -12,7 +12,7 @@ from redis.asyncio import Redis as AsyncRedis
 from starlette.responses import StreamingResponse
 
 from penstock.broker.queue.flow_control import WINDOW
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, ConfigError, RequestCancelled, RequestTimeout, StreamBroken
 from penstock.handles.handle import AsyncServeHandle
@@ -373,7 +373,7 @@ async def test_a_cut_connection_costs_no_value(site: Site) -> None:
 
 
 async def close_caller(site: Site) -> None:
-    caller = RequestClient.shared(site.url, INSTANCE)
+    caller = SharedClient.find(site.url, INSTANCE)
     assert caller is not None
     await caller.close()
 

@@ -11,7 +11,7 @@ from redis import Redis
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import ConfigError
 from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, PayloadTooLarge
 from penstock.proxy.proxy import Proxy
@@ -89,7 +89,7 @@ def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, conne
 
 
 async def test_over_http_it_is_a_413(redis_url: str) -> None:
-    owner = await RequestClient.get(redis_url, INSTANCE)
+    owner = await SharedClient.get(redis_url, INSTANCE)
     backend = BackendRecord(tag="f", version="1", code="")
     endpoint = EndpointRecord(name="e", route="/e", methods=("POST",), traffic={"f": 1.0})
     await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
@@ -105,7 +105,7 @@ async def test_over_http_it_is_a_413(redis_url: str) -> None:
 
 
 async def test_code_that_is_too_long_is_refused(redis_url: str) -> None:
-    owner = await RequestClient.get(redis_url, INSTANCE)
+    owner = await SharedClient.get(redis_url, INSTANCE)
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"{TOO_LONG} bytes of code .* is {TOO_LONG - 1} or less\)"):
             await owner.registry.put_code(bytes(TOO_LONG))

@@ -18,6 +18,7 @@ from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Header
 from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded, Overloaded
 from penstock.proxy.proxy import Proxy
 from penstock.workers.actor import Serving
@@ -109,7 +110,7 @@ async def test_callers_of_every_kind_are_answered(site: Site, broker: Guarded) -
         handle = door.get_handle("f", sync=False)
         assert await (await handle.remote(7)) == 7
         assert await (await handle.remote(large)) == large
-    await (await RequestClient.get(broker.url("alice"), "default")).close()
+    await (await SharedClient.get(broker.url("alice"), "default")).close()
 
 
 async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Site, broker: Guarded) -> None:
@@ -130,7 +131,7 @@ async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Si
             assert "max_queued_bytes is 1048576" in str(refused[0])
         for call in calls:
             call.cancel()
-    await (await RequestClient.get(broker.url("alice"), "default")).close()
+    await (await SharedClient.get(broker.url("alice"), "default")).close()
 
 
 async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
@@ -213,7 +214,7 @@ async def test_a_batch_job_that_is_continued_sends_again_what_it_cannot_look_for
             return [[result.value for result in door.batch("f", job="j").map(range(20))] for _ in range(2)]
 
     assert await asyncio.to_thread(twice) == [list(range(20))] * 2
-    assert "cannot read which items of job 'j' are queued for 'f'" in caplog.text
+    assert "cannot read which items of job 'j' are queued for backend 'f'" in caplog.text
     assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
 
 
@@ -359,7 +360,7 @@ async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, b
     bob = RequestClient(broker.url("bob"), "default")
     await bob.open()
     outcomes: list[Any] = []
-    call = bob.submit(backend, Header(), b"x" * (LARGE + 1), outcomes.append)
+    call = bob.send(backend, Header(), b"x" * (LARGE + 1), outcomes.append)
     await call.accepted()
 
     def try_all() -> None:
@@ -379,7 +380,7 @@ async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, b
     await bob.close()
 
 
-def test_the_ids_of_callers_begin_with_their_user(broker: Guarded) -> None:
+async def test_the_ids_of_callers_begin_with_their_user(broker: Guarded) -> None:
     assert RequestClient(broker.url("alice"), "default").id.startswith("alice@")
     assert "@" not in RequestClient("redis://:secret@localhost", "default").id
     assert RequestClient("redis://a%40b%7D:secret@localhost", "default").id.startswith("a%40b%7D@")

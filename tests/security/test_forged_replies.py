@@ -80,7 +80,7 @@ def ids_on(redis: Any, stream: str) -> list[str]:
 
 def collect(caller: RequestClient, backend: BackendRecord, **header: Any) -> tuple[Call, list[CallOutcome]]:
     outcomes: list[CallOutcome] = []
-    return caller.submit(backend, Header(codec="bytes", **header), b"x", outcomes.append), outcomes
+    return caller.send(backend, Header(codec="bytes", **header), b"x", outcomes.append), outcomes
 
 
 @pytest.mark.parametrize("request_id", ["web-1", ""])
@@ -97,7 +97,7 @@ async def test_a_reply_is_taken_only_with_the_id_of_its_call(
     for id_ in tried:
         forger.write(alice.id, *forgeries(id_))
     forger.write_together(alice.id, tried)
-    await alice.drain()
+    await alice.drain_replies()
     assert outcomes == []
 
     forger.write(alice.id, Reply(call.id, codec="text", body=b"right"))
@@ -122,8 +122,8 @@ async def test_parts_of_an_answer_are_taken_only_with_the_id_of_its_call(
     for id_ in guesses(alice.id, call.shown_id):
         forger.write(alice.id, Part(id_, 1, "text", [6], body=b"forged"), Reply(id_, codec="stream", body=b"2"))
     forger.write(alice.id, Part(call.id, 1, "text", [5], body=b"right"), Reply(call.id, codec="stream", body=b"2"))
-    pieces = await incoming.pieces() + await incoming.pieces()
-    while more := await incoming.pieces():
+    pieces = await incoming.read() + await incoming.read()
+    while more := await incoming.read():
         pieces += more
     assert [piece.body for piece in pieces] == [b"right", b"right"]
     await alice.close()

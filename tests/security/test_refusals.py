@@ -13,7 +13,7 @@ from penstock import handles
 from penstock.broker.queue.leases import Lease
 from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
 from penstock.handles import AsyncServeHandle
-from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BrokerRefused, BrokerUnavailable, NotPermitted, PenstockError
 from penstock.proxy.proxy import Proxy
@@ -149,7 +149,7 @@ def test_a_batch_that_may_not_be_sent_ends_at_its_first_item(site: Site) -> None
 
 
 async def test_http_clients_hear_that_it_was_refused_and_nothing_of_the_broker(redis_url: str) -> None:
-    owner = await RequestClient.get(redis_url, "default")
+    owner = await SharedClient.get(redis_url, "default")
     backend, endpoint = (
         BackendRecord(tag="f", version="1", code=""),
         EndpointRecord(name="e", route="/e", traffic={"f": 1.0}),
@@ -181,7 +181,7 @@ def test_a_lease_that_may_not_be_taken_is_an_error_of_ours(redis_url: str) -> No
 
 
 async def test_other_refusals_are_ours_too(redis_url: str) -> None:
-    caller = await RequestClient.get(redis_url, "default")
+    caller = await SharedClient.get(redis_url, "default")
     with Redis.from_url(redis_url) as redis:
         redis.set(caller.keys.backends, "no hash")
         with pytest.raises(BrokerRefused, match=r"refused EVAL.*WRONGTYPE"):

@@ -174,7 +174,7 @@ def pickle(call: Call) -> list[Reply | Part]:
 async def read(outcome: Any, *, in_parts: bool) -> None:
     if not in_parts:
         result_of(outcome)
-    while await outcome.pieces():
+    while await outcome.read():
         pass
 
 

@@ -129,7 +129,7 @@ class Client:
                 future.set_exception(outcome)
 
         header = Header(codec="bytes", **options)
-        return self.caller.submit(backend, header, body, then, timeout_s=timeout_s, batch=batch), future
+        return self.caller.send(backend, header, body, then, timeout_s=timeout_s, batch=batch), future
 
     async def ask(self, body: bytes = b"", **options: Any) -> Reply:
         return await self.call(body, **options)[1]

@@ -26,7 +26,7 @@ def ask(client: Client) -> "tuple[Call, asyncio.Future[CallOutcome]]":
     """Send a request whose answer may come in parts."""
     begun: asyncio.Future[CallOutcome] = asyncio.get_running_loop().create_future()
     backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
-    return client.caller.submit(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
+    return client.caller.send(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
 
 
 async def begun(outcome: "asyncio.Future[CallOutcome]") -> IncomingStream:
@@ -37,7 +37,7 @@ async def begun(outcome: "asyncio.Future[CallOutcome]") -> IncomingStream:
 
 async def rest_of(incoming: IncomingStream) -> list[bytes]:
     got: list[bytes] = []
-    while pieces := await incoming.pieces():
+    while pieces := await incoming.read():
         got += [piece.body for piece in pieces]
     return got
 
@@ -68,7 +68,7 @@ async def test_a_replica_that_is_killed_breaks_its_streams_off_and_nobody_runs_t
     async with calling(redis_url) as client:
         _, outcome = ask(client)
         incoming = await begun(outcome)
-        assert (await incoming.pieces())[0].body == b"0"
+        assert (await incoming.read())[0].body == b"0"
         async with serving(redis_url, elsewhere):
             loop = asyncio.get_running_loop()
             killed_at = loop.time()
@@ -102,7 +102,7 @@ async def test_it_breaks_off_also_where_the_others_are_busy_with_streams_of_thei
 
 async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.workers.consuming.stream_sender.LAPSE_S", 0.5)
-    monkeypatch.setattr("penstock.handles.calls.request_client.REPEAT_S", 3600.0)
+    monkeypatch.setattr("penstock.handles.calls.sweep.REPEAT_S", 3600.0)
     ended = threading.Event()
 
     def endless(request: object) -> Iterator[bytes]:
@@ -194,7 +194,7 @@ async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> N
 
 
 async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.handles.calls.request_client.REPEAT_S", 0.05)
+    monkeypatch.setattr("penstock.handles.calls.sweep.REPEAT_S", 0.05)
     values = [b"%d" % n * 1000 for n in range(1000)]
 
     def give(request: object) -> Iterator[bytes]:
@@ -334,11 +334,11 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
                     part = Part.of(wire.parts.popleft())
                     if incoming is None:
                         incoming = IncomingStream(part, "b", lambda: "r", window, flow.taken, flow.stop)
-                    incoming.take(part)
+                    incoming.add(part)
             if ended and incoming is not None:
                 incoming.end(Reply("id", codec="stream", body=b"%d" % flow.parts))
             if incoming is not None and (ended or incoming._pieces):  # pyright: ignore[reportPrivateUsage]
-                pieces = await incoming.pieces()
+                pieces = await incoming.read()
                 assert ended or sum(len(p.body) + VALUE_COST for p in pieces) < window + CHUNK + VALUE_COST
                 for codec, body, more in pieces:
                     unfinished += body
@@ -362,15 +362,15 @@ def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> 
         good = 0
         for n in order:
             try:
-                incoming.take(parts[n])
+                incoming.add(parts[n])
             except StreamBroken:
                 break
             good += 1
         assert list(order[:good]) == list(range(good))
         if good == 5:
             incoming.end(Reply("id", codec="stream", body=b"5"))
-            assert [piece.body for piece in await incoming.pieces()] == [b"0", b"1", b"2", b"3", b"4"]
-            assert await incoming.pieces() == []
+            assert [piece.body for piece in await incoming.read()] == [b"0", b"1", b"2", b"3", b"4"]
+            assert await incoming.read() == []
 
     asyncio.run(run())
 
@@ -379,10 +379,10 @@ async def test_parts_that_were_sent_again_are_taken_once() -> None:
     parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(4)]
     incoming = IncomingStream(parts[0], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     for n in (0, 1, 2, 1, 2, 3):
-        incoming.take(parts[n])
+        incoming.add(parts[n])
     incoming.end(Reply("id", codec="stream", body=b"4"))
-    assert [piece.body for piece in await incoming.pieces()] == [b"0", b"1", b"2", b"3"]
-    assert await incoming.pieces() == []
+    assert [piece.body for piece in await incoming.read()] == [b"0", b"1", b"2", b"3"]
+    assert await incoming.read() == []
 
 
 @pytest.mark.parametrize(
@@ -395,11 +395,11 @@ async def test_parts_that_were_sent_again_are_taken_once() -> None:
 async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> None:
     part = Part("id", 0, "text", [1], body=b"a")
     incoming = IncomingStream(part, "b", lambda: "r", 1000, lambda taken: None, lambda: None)
-    incoming.take(part)
+    incoming.add(part)
     incoming.end(end)
-    assert len(await incoming.pieces()) == 1
+    assert len(await incoming.read()) == 1
     with pytest.raises(StreamBroken, match=said):
-        await incoming.pieces()
+        await incoming.read()
 
 
 async def test_a_thread_that_waits_for_room_is_stopped() -> None:

@@ -101,7 +101,7 @@ def test_what_failed_is_run_again_where_that_is_asked_for(site: Site, connected:
 def test_options_of_a_job_need_its_name(connected: Connection, site: Site, option: str) -> None:
     site.declare()
     options: Any = {option: True}
-    with pytest.raises(ConfigError, match=f"{option} is for a job"):
+    with pytest.raises(ConfigError, match=f"{option}=True needs a job"):
         connected.batch("ask", **options)
     options = {option: 1}
     with pytest.raises(TypeError, match=f"{option} must be a bool"):

@@ -20,6 +20,7 @@ from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Header
 from penstock.handles.calls.call import Call, CallOutcome
 from penstock.handles.calls.request_client import RequestClient
+from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import (
     BackendNotFound,
     BrokerUnavailable,
@@ -58,7 +59,7 @@ def send(
             future.set_exception(outcome)
             future.exception()
 
-    return caller.submit(backend, Header(codec="bytes"), body, then, timeout_s=timeout_s), future
+    return caller.send(backend, Header(codec="bytes"), body, then, timeout_s=timeout_s), future
 
 
 def cut(url: str) -> None:
@@ -325,7 +326,7 @@ async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, ca
         assert (await future).body == body
     await wait_until_async(lambda: heard == bodies)
     await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
-    assert (caller.shadows.copies["candidate"].queued, caller.shadows.copies["candidate"].refused) == (2, 0)
+    assert (caller.shadows.stats["candidate"].queued, caller.shadows.stats["candidate"].refused) == (2, 0)
 
 
 # -- broken connections
@@ -412,7 +413,7 @@ async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable
     await asyncio.sleep(0)  # it has been written, and no answer read
     await asyncio.sleep(0)
     cut(durable.url)
-    await wait_until_async(lambda: call.unsure or call.entry is not None)
+    await wait_until_async(lambda: call.fate_unknown or call.entry is not None)
     call.cancel()
     await wait_until_async(lambda: caller.connected)
     await wait_until_async(lambda: site.depth() == 0)
@@ -427,22 +428,22 @@ async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable
 
 
 async def test_all_who_ask_in_one_loop_share_a_caller(site: Site) -> None:
-    first, *others = await asyncio.gather(*[RequestClient.get(site.url, INSTANCE) for _ in range(5)])
+    first, *others = await asyncio.gather(*[SharedClient.get(site.url, INSTANCE) for _ in range(5)])
     assert others == [first] * 4
     await first.close()
-    second = await RequestClient.get(site.url, INSTANCE)
+    second = await SharedClient.get(site.url, INSTANCE)
     assert second is not first
     assert not second.closed
     await second.close()
 
 
 async def test_one_who_gives_up_connecting_leaves_the_others_waiting(site: Site) -> None:
-    asking = [asyncio.ensure_future(RequestClient.get(site.url, INSTANCE)) for _ in range(3)]
+    asking = [asyncio.ensure_future(SharedClient.get(site.url, INSTANCE)) for _ in range(3)]
     await asyncio.sleep(0)
     asking[0].cancel()
     second, third = await asyncio.gather(*asking[1:])
     assert second is third
-    assert second is await RequestClient.get(site.url, INSTANCE)
+    assert second is await SharedClient.get(site.url, INSTANCE)
     await second.close()
 
 
@@ -451,9 +452,9 @@ async def test_a_caller_that_could_not_connect_is_tried_anew(durable: EmbeddedSe
         admin.config_set("requirepass", "geheim")
         for _ in range(2):
             with pytest.raises(BrokerUnavailable, match="Authentication required"):
-                await RequestClient.get(durable.url, INSTANCE)
+                await SharedClient.get(durable.url, INSTANCE)
         admin.config_set("requirepass", "")
-    caller = await RequestClient.get(durable.url, INSTANCE)
+    caller = await SharedClient.get(durable.url, INSTANCE)
     assert caller.connected
     await caller.close()
 
@@ -491,13 +492,13 @@ def test_a_loop_that_ends_without_closing_takes_its_caller_along(site: Site) -> 
     """No "task was destroyed", no unclosed transport, no caller that is kept for ever."""
     site.serve(echo)
 
-    async def ask() -> RequestClient:
-        caller = await RequestClient.get(site.url, INSTANCE)
+    async def ask() -> SharedClient:
+        caller = await SharedClient.get(site.url, INSTANCE)
         assert (await send(caller, b"x")[1]).body == b"x"
         send(caller, b"left in flight")
         return caller
 
-    left: list[weakref.ref[RequestClient]] = []
+    left: list[weakref.ref[SharedClient]] = []
     for _ in range(3):
         caller = asyncio.run(ask())
         assert caller.closed

@@ -1,28 +1,28 @@
-"""Pickle policy: a reply is unpickled only if the record of the backend that was called allows it.
+"""Pickle policy: a reply is unpickled only if the record of the called backend allows it.
 
-A pickle runs code where it is read, and any process that may write replies can write one.
+Unpickling runs code, and every process that may write to the reply stream can write a pickle.
 """
 
 from __future__ import annotations
 
-from ..broker.registry.records import BackendRecord
-from ..broker.registry.watcher import Watcher
-from .calls.call import Call
-from .errors import BrokerRefused, BrokerUnavailable, WireError
+from ...broker.registry.records import BackendRecord
+from ...broker.registry.watcher import Watcher
+from ..errors import BrokerRefused, BrokerUnavailable, WireError
+from .call import Call
 
 
 class PicklePolicy:
-    """Decides for the calls of one caller, by the registry that ``watcher`` follows."""
+    """Decides whether replies may be unpickled, by the records that ``watcher`` follows."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
 
     def allows(self, call: Call) -> bool:
-        """Return whether the record of the call's backend allows pickle now or did when the call was made."""
+        """Return whether the backend's record allows pickle, now or when the call was made."""
         return _allows(call.record) or _allows(self._watcher.snapshot.backends.get(call.backend))
 
     async def check(self, call: Call) -> None:
-        """Return if `allows`, also by a record that is newer than the last snapshot.
+        """Return if pickle is allowed, also by a record that is newer than the last snapshot.
 
         Raises:
             WireError: the backend's record does not allow pickle.
@@ -30,7 +30,7 @@ class PicklePolicy:
         if self.allows(call):
             return
         try:
-            await self._watcher.refresh()  # replicas may follow the registry more closely than this process
+            await self._watcher.refresh()  # a replica may have seen a newer record than this process
         except (BrokerUnavailable, BrokerRefused):
             pass
         if not self.allows(call):
