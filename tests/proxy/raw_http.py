@@ -1,4 +1,4 @@
-"""Responses as they lie on a connection, taken apart by the framing rules of HTTP/1.1."""
+"""Parser of raw HTTP/1.1 responses, strict about their framing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,10 +15,10 @@ class RawResponse(NamedTuple):
 
 
 def responses(raw: bytes, methods: Sequence[str] = ()) -> list[RawResponse]:
-    """Return the responses in ``raw`` to requests with ``methods``; ``GET`` where it names none.
+    """Return the responses in ``raw`` to requests with ``methods``, or ``GET`` for those beyond them.
 
     Raises:
-        ValueError: something in there is not a whole response.
+        ValueError: ``raw`` contains something that is not a whole response.
     """
     found: list[RawResponse] = []
     while raw:

@@ -1,4 +1,4 @@
-"""A proxy's application over a real broker and a real caller, with the tests themselves as the backends."""
+"""The application of a proxy over a real broker and a real request client; tests play the backends."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from penstock.proxy.server import Server
 INSTANCE = "proxy-tests"
 
 Answerer = Callable[[Entry], Reply | Awaitable[Reply | None] | None]
-"""Makes the reply to an entry; None: never answered."""
+"""Returns the reply to an entry, or None to leave it unanswered."""
 
 
 def text(of: str) -> Answerer:
@@ -36,7 +36,7 @@ def text(of: str) -> Answerer:
 def header_as_json(entry: Entry) -> Reply:
     header = entry.header
     params = {name: [type(value).__name__, str(value)] for name, value in header.path_params.items()}
-    told = {
+    fields = {
         "endpoint": header.endpoint,
         "method": header.method,
         "path": header.path,
@@ -50,22 +50,22 @@ def header_as_json(entry: Entry) -> Reply:
         "deadline_ms": header.deadline_ms,
         "size": len(entry.body),
     }
-    return Reply(entry.id, codec="json", body=json.dumps(told).encode())
+    return Reply(entry.id, codec="json", body=json.dumps(fields).encode())
 
 
 WAYS = ("asgi", "direct")
-"""Through a proxy: by its ASGI application, or from uvicorn's parser to the stream without a task."""
+"""Paths through a proxy: its ASGI application, or the fast path."""
 
 
 class Site:
-    """What a test has of it."""
+    """A running application, and what tests need around it."""
 
     def __init__(self, redis: Redis, caller: RequestClient) -> None:
         self.redis, self.caller = redis, caller
         self.keys = Keys(INSTANCE)
         self.app: App = cast(Any, None)
         self.served: ASGIApp = cast(Any, None)
-        """What a `Server` is to be given, for the way that was asked for."""
+        """The application for a `Server`: wrapped if the path is ``asgi``."""
         self.http: httpx.AsyncClient = cast(Any, None)
         self.started: list[Entry] = []
         """Every entry that a backend claimed."""
@@ -83,7 +83,7 @@ class Site:
         max_queued_requests: int = 10_000,
         max_queued_bytes: int = 1024 * 1024 * 1024,
     ) -> None:
-        """Create an endpoint with a backend of the same name; without an ``answer`` nobody claims from it."""
+        """Create an endpoint with a backend of the same name; without an ``answer`` no entry is claimed."""
         config = {"max_queued_requests": max_queued_requests, "max_queued_bytes": max_queued_bytes}
         backend = BackendRecord(tag=name, version="1", code="", config=config)
         endpoint = EndpointRecord(
@@ -103,7 +103,7 @@ class Site:
         stream = self.keys.requests(backend)
         with contextlib.suppress(ResponseError):
             await self.redis.xgroup_create(stream, GROUP, "0", mkstream=True)
-        # Not only until it is cancelled: redis-py can swallow that while it connects.
+        # Checks a flag as well: redis-py can swallow a cancellation while it connects.
         while not self._closed:
             claimed: Any = await self.redis.xreadgroup(GROUP, "tests", {stream: ">"}, 16, 200)
             for ref, fields in claimed[0][1] if claimed else ():
@@ -137,7 +137,7 @@ class Site:
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        # What a backend of a test raised fails the test.
+        # An exception in a backend fails the test.
         done = await asyncio.gather(*self._tasks, return_exceptions=True)
         raised = [e for e in done if isinstance(e, Exception)]
         if erase:
@@ -148,7 +148,7 @@ class Site:
 
 
 class Connected:
-    """An ASGI server's side of one request, whose client hangs up when a test says so."""
+    """The server side of one ASGI request, whose client disconnects when a test sets `gone`."""
 
     def __init__(self, site: Site, **scope: Any) -> None:
         self.gone = asyncio.Event()
@@ -187,8 +187,8 @@ async def running(
 ) -> AsyncGenerator[Site]:
     """Run a site on the broker at ``url``; ``site.http`` is its client.
 
-    That speaks ASGI to the application, or HTTP to a server if the ``way`` is ``direct``. A ``guest`` is a second proxy
-    of an instance that belongs to another site.
+    The client uses ASGI, or HTTP to a server if the ``way`` is ``direct``. A ``guest`` is a second proxy of an instance
+    that belongs to another site.
     """
     caller = RequestClient(url, INSTANCE)
     await caller.open()
@@ -206,7 +206,7 @@ async def running(
 
 
 def _without_type(app: ASGIApp) -> ASGIApp:
-    """Return an application that a server does not know for a proxy's, and so calls as any other."""
+    """Return an application that a server does not recognise as an `App`, so that it does not use the fast path."""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         await app(scope, receive, send)

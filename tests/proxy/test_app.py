@@ -29,59 +29,59 @@ def failing(error: PenstockError) -> Answerer:
     return lambda entry: Reply(entry.id, error=to_wire(error))
 
 
-class TestTheRequestThatABackendGets:
+class TestTheRequestOfABackend:
     async def test_path_parameters_are_typed(self, site: Site) -> None:
         await site.endpoint("/api/{user_id:int}/{number:float}")
-        told = (await site.http.get("/api/123/3.14")).json()
-        assert told["params"] == {"user_id": ["int", "123"], "number": ["float", "3.14"]}
+        received = (await site.http.get("/api/123/3.14")).json()
+        assert received["params"] == {"user_id": ["int", "123"], "number": ["float", "3.14"]}
         assert (await site.http.get("/api/abc/3.14")).status_code == 404
 
-    async def test_everything_that_http_says_reaches_it(self, site: Site) -> None:
+    async def test_method_path_query_headers_and_body_reach_the_backend(self, site: Site) -> None:
         await site.endpoint("/{x}")
         headers = [(b"X-Two", b"1"), (b"x-two", b"2"), (b"content-type", b"text/csv"), (b"x-odd", b"caf\xe9")]
         response = await site.http.post("/h%C3%A9?a=1&b=%20", content=b"1,2", headers=headers)
-        told = response.json()
-        assert told["endpoint"] == "e"
-        assert told["method"] == "POST"
-        assert told["path"] == "/hé"
-        assert told["params"] == {"x": ["str", "hé"]}
-        assert told["query"] == "a=1&b=%20"
-        assert told["size"] == 3
-        assert told["call"] == "__call__"
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", told["client"])
-        sent = [tuple(pair) for pair in told["headers"]]
+        received = response.json()
+        assert received["endpoint"] == "e"
+        assert received["method"] == "POST"
+        assert received["path"] == "/hé"
+        assert received["params"] == {"x": ["str", "hé"]}
+        assert received["query"] == "a=1&b=%20"
+        assert received["size"] == 3
+        assert received["call"] == "__call__"
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", received["client"])
+        sent = [tuple(pair) for pair in received["headers"]]
         assert [value for name, value in sent if name == "x-two"] == ["1", "2"]
         assert ("content-type", "text/csv") in sent
         assert ("x-odd", "caf\xe9") in sent
 
-    async def test_what_speaks_of_the_connection_does_not(self, site: Site) -> None:
+    async def test_hop_by_hop_headers_do_not_reach_the_backend(self, site: Site) -> None:
         await site.endpoint("/")
         headers = {"connection": "close, X-Mine", "x-mine": "1", "te": "trailers", "upgrade": "h2c", "x-kept": "1"}
-        told = (await site.http.get("/", headers=headers)).json()
-        names = {name for name, _ in told["headers"]}
+        received = (await site.http.get("/", headers=headers)).json()
+        names = {name for name, _ in received["headers"]}
         assert names.isdisjoint({"connection", "x-mine", "te", "upgrade"})
         assert {"x-kept", "host"} <= names
 
-    async def test_the_codec_is_never_one_that_a_client_could_choose(self, site: Site) -> None:
+    async def test_no_client_can_choose_the_codec(self, site: Site) -> None:
         await site.endpoint("/")
         for content_type in ("application/python-pickle", "pickle", "application/x-pickle"):
-            told = (await site.http.post("/", content=b"\x80\x04.", headers={"content-type": content_type})).json()
-            assert told["codec"] == ""
+            received = (await site.http.post("/", content=b"\x80\x04.", headers={"content-type": content_type})).json()
+            assert received["codec"] == ""
 
-    async def test_its_deadline_is_that_of_the_broker_s_clock(self, redis_url: str) -> None:
+    async def test_the_deadline_is_in_the_broker_s_clock(self, redis_url: str) -> None:
         async with running(redis_url, request_timeout_s=30) as site:
             await site.endpoint("/")
             seconds, _ = await site.redis.time()
-            told = (await site.http.get("/")).json()
-            assert 0 <= told["deadline_ms"] - (seconds + 30) * 1000 < 3000
+            received = (await site.http.get("/")).json()
+            assert 0 <= received["deadline_ms"] - (seconds + 30) * 1000 < 3000
 
-    async def test_a_method_of_its_class_may_be_named(self, site: Site) -> None:
+    async def test_a_header_selects_the_method_of_the_backend(self, site: Site) -> None:
         await site.endpoint("/")
         for name in ("predict", "__call__"):
             assert (await site.http.get("/", headers={"x-serve-call-method": name})).json()["call"] == name
 
     @pytest.mark.parametrize("name", ["_private", "__init__", "a b", "a.b", "", "1"])
-    async def test_but_no_private_one(self, site: Site, name: str) -> None:
+    async def test_private_methods_are_refused(self, site: Site, name: str) -> None:
         await site.endpoint("/")
         response = await site.http.get("/", headers={"x-serve-call-method": name})
         assert response.status_code == 400
@@ -89,17 +89,19 @@ class TestTheRequestThatABackendGets:
         assert not site.started
 
     @pytest.mark.parametrize("headers", [{}, {"x-serve-call-method": "reset"}, {"x-serve-call-method": "__call__"}])
-    async def test_only_one_that_the_endpoint_offers(self, site: Site, headers: dict[str, str]) -> None:
+    async def test_methods_that_the_endpoint_does_not_offer_are_refused(
+        self, site: Site, headers: dict[str, str]
+    ) -> None:
         await site.endpoint("/", call_methods=("predict", "explain"))
         response = await site.http.get("/", headers=headers)
         assert response.status_code == 403
         name = headers.get("x-serve-call-method", "__call__")
-        said = f"endpoint 'e' offers the methods 'predict', 'explain', not {name!r}"
-        assert response.json()["error"]["message"] == said
+        message = f"endpoint 'e' offers the methods 'predict', 'explain', not {name!r}"
+        assert response.json()["error"]["message"] == message
         assert not site.started
         assert (await site.http.get("/", headers={"x-serve-call-method": "explain"})).json()["call"] == "explain"
 
-    async def test_a_shard_key_picks_the_backend(self, site: Site) -> None:
+    async def test_a_shard_key_selects_the_backend(self, site: Site) -> None:
         for name in ("a", "b"):
             await site.endpoint(None, text(name), name=name)
         both = EndpointRecord(name="both", route="/", traffic={"a": 0.5, "b": 0.5})
@@ -112,7 +114,7 @@ class TestTheRequestThatABackendGets:
         assert set(seen.values()) == {"a", "b"}
 
 
-class TestTheAnswer:
+class TestTheResponse:
     @pytest.mark.parametrize(
         ("codec", "body", "content_type"),
         [
@@ -132,7 +134,7 @@ class TestTheAnswer:
         assert response.headers.get("content-type") == content_type
         assert response.headers["content-length"] == str(len(body))
 
-    async def test_a_whole_response_stays_as_it_is(self, site: Site) -> None:
+    async def test_a_response_of_the_backend_keeps_status_headers_and_body(self, site: Site) -> None:
         headers = [("Content-Type", "image/png"), ("set-cookie", "a=1"), ("set-cookie", "b=2"), ("etag", '"x"')]
         await site.endpoint("/", replying("response", b"png", 201, headers))
         response = await site.http.get("/")
@@ -141,7 +143,7 @@ class TestTheAnswer:
         assert response.headers["content-type"] == "image/png"
         assert response.headers.get_list("set-cookie") == ["a=1", "b=2"]
 
-    async def test_but_for_what_speaks_of_a_connection(self, site: Site) -> None:
+    async def test_hop_by_hop_headers_of_a_response_are_dropped(self, site: Site) -> None:
         headers = [
             ("Connection", "close, X-Gone"),
             ("x-gone", "1"),
@@ -183,14 +185,14 @@ class TestTheAnswer:
         assert response.status_code == 500
         assert "101" in response.json()["error"]["message"]
 
-    async def test_a_value_that_only_python_reads_is_an_error_that_says_so(self, site: Site) -> None:
+    async def test_a_value_that_only_python_can_read_is_an_error_that_names_allow_pickle(self, site: Site) -> None:
         await site.endpoint("/", replying("pickle", b"\x80\x04."))
         response = await site.http.get("/")
         assert response.status_code == 500
         message = response.json()["error"]["message"]
         assert re.search(r"is pickled, and was not read.*allow_pickle", message), message
 
-    async def test_head_has_all_of_it_but_the_body(self, site: Site) -> None:
+    async def test_head_gets_the_response_without_the_body(self, site: Site) -> None:
         await site.endpoint("/", replying("text", b"hello"))
         response = await site.http.head("/")
         assert response.status_code == 200
@@ -198,19 +200,19 @@ class TestTheAnswer:
         assert response.headers["content-length"] == "5"
         assert site.started[0].header.method == "HEAD"
 
-    async def test_head_has_the_length_that_a_backend_gave_for_a_body_it_left_out(self, site: Site) -> None:
+    async def test_head_keeps_the_content_length_of_an_omitted_body(self, site: Site) -> None:
         await site.endpoint("/", replying("response", b"", headers=[("content-length", "77")]))
         assert (await site.http.head("/")).headers["content-length"] == "77"
         assert (await site.http.get("/")).headers["content-length"] == "0"
 
 
 class TestErrors:
-    async def test_no_such_route(self, site: Site) -> None:
+    async def test_an_unknown_route_is_a_404(self, site: Site) -> None:
         response = await site.http.get("/nowhere/☃")
         assert response.status_code == 404
         assert response.json() == {"error": {"type": "NotFound", "message": "no endpoint has a route for '/nowhere/☃'"}}
 
-    async def test_another_method(self, site: Site) -> None:
+    async def test_a_method_that_is_not_allowed_is_a_405_with_allow(self, site: Site) -> None:
         await site.endpoint("/a", methods=("GET", "PUT"))
         for method in ("DELETE", "OPTIONS"):
             response = await site.http.request(method, "/a")
@@ -218,13 +220,13 @@ class TestErrors:
             assert response.headers["allow"] == "GET, HEAD, PUT"
             assert response.json()["error"]["type"] == "MethodNotAllowed"
 
-    async def test_a_slash_too_many_is_mended_by_the_client(self, site: Site) -> None:
+    async def test_an_extra_slash_is_redirected(self, site: Site) -> None:
         await site.endpoint("/a/{x}")
         response = await site.http.get("/a/%C3%A9/?q=%20")
         assert response.status_code == 307
         assert response.headers["location"] == "/a/%C3%A9?q=%20"
 
-    async def test_code_that_raised(self, site: Site) -> None:
+    async def test_an_exception_of_user_code_is_a_500_without_its_traceback(self, site: Site) -> None:
         await site.endpoint("/", failing(BackendError("ZeroDivisionError", "division by zero", "Traceback: secret")))
         response = await site.http.get("/")
         assert response.status_code == 500
@@ -232,10 +234,10 @@ class TestErrors:
         assert "secret" not in response.text
 
     async def test_the_headers_of_an_error_reach_the_client(self, site: Site) -> None:
-        told = to_wire(BackendError("HTTPException", "who are you?", "", 401))
+        error = to_wire(BackendError("HTTPException", "who are you?", "", 401))
         headers = [("www-authenticate", 'Basic realm="é"'), ("content-type", "text/html"), ("retry-after", "7")]
         headers += [("connection", "x-hop"), ("x-hop", "1"), ("content-length", "1"), ("content-encoding", "gzip")]
-        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", headers, told))
+        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", headers, error))
         response = await site.http.get("/")
         assert (response.status_code, response.json()["error"]["message"]) == (401, "who are you?")
         assert response.headers["www-authenticate"] == 'Basic realm="é"'
@@ -243,15 +245,15 @@ class TestErrors:
         assert response.headers.get_list("content-type") == ["application/json"]
         assert not {"x-hop", "content-encoding"} & set(response.headers)
 
-    async def test_nor_can_they_end_the_head_early(self, site: Site) -> None:
-        told = to_wire(BackendError("HTTPException", "no", "", 401))
-        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", [("x-a", "1\r\nx-b: 2")], told))
+    async def test_headers_of_an_error_cannot_end_the_head_early(self, site: Site) -> None:
+        error = to_wire(BackendError("HTTPException", "no", "", 401))
+        await site.endpoint("/", lambda entry: Reply(entry.id, 401, "none", [("x-a", "1\r\nx-b: 2")], error))
         response = await site.http.get("/")
         assert response.status_code == 500
         assert "which HTTP cannot carry" in response.json()["error"]["message"]
         assert "x-b" not in response.headers
 
-    async def test_its_traceback_is_for_debugging_only(self, redis_url: str) -> None:
+    async def test_debug_shows_the_traceback(self, redis_url: str) -> None:
         async with running(redis_url, debug=True) as site:
             await site.endpoint("/", failing(BackendError("KeyError", "'x'", "Traceback: here")))
             assert (await site.http.get("/")).json()["error"]["traceback"] == "Traceback: here"
@@ -272,7 +274,7 @@ class TestErrors:
         assert response.status_code == status
         assert set(response.json()["error"]) == {"type", "message"}
 
-    async def test_a_full_queue_says_when_to_come_again(self, site: Site) -> None:
+    async def test_a_full_queue_is_a_503_with_retry_after(self, site: Site) -> None:
         await site.endpoint("/", None, max_queued_requests=1)
         waiting = asyncio.ensure_future(site.http.get("/"))
         await wait_until_async(site.queued)
@@ -283,7 +285,7 @@ class TestErrors:
         assert "max_queued_requests is 1" in response.json()["error"]["message"]
         waiting.cancel()
 
-    async def test_a_queue_whose_bytes_are_used_up_says_when_to_come_again(self, site: Site) -> None:
+    async def test_a_queue_without_room_for_bytes_is_a_503_with_retry_after(self, site: Site) -> None:
         await site.endpoint("/", None, max_queued_bytes=1024 * 1024)
         waiting = [asyncio.ensure_future(site.http.post("/", content=bytes(LARGE + 1))) for _ in range(3)]
         await wait_until_async(lambda: _has(site, 3))
@@ -299,11 +301,11 @@ class TestErrors:
             one.cancel()
         await wait_until_async(site.is_empty)
 
-    async def test_when_to_come_again_is_in_whole_seconds_rounded_up(self, site: Site) -> None:
+    async def test_retry_after_is_rounded_up_to_whole_seconds(self, site: Site) -> None:
         await site.endpoint("/", failing(Overloaded("e", 5, 5, 1.2)))
         assert (await site.http.get("/")).headers["retry-after"] == "2"
 
-    async def test_a_deadline_that_passes(self, redis_url: str) -> None:
+    async def test_a_request_that_expires_is_a_504(self, redis_url: str) -> None:
         async with running(redis_url, request_timeout_s=0.2) as site:
             await site.endpoint("/", None)
             response = await site.http.get("/")
@@ -311,12 +313,12 @@ class TestErrors:
             assert response.json()["error"]["type"] == "RequestTimeout"
             await wait_until_async(site.is_empty)
 
-    async def test_an_endpoint_whose_backend_is_gone(self, site: Site) -> None:
+    async def test_an_endpoint_without_its_backend_is_an_error(self, site: Site) -> None:
         await site.change(Change({}, {"e": EndpointRecord(name="e", route="/", traffic={"gone": 1.0})}))
         response = await site.http.get("/")
         assert response.json()["error"]["type"] == "BackendNotFound"
 
-    async def test_what_fails_in_the_proxy_is_logged_and_kept_there(
+    async def test_an_exception_in_the_proxy_is_logged_and_not_shown(
         self, site: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
         await site.endpoint("/")
@@ -336,7 +338,7 @@ class TestOtherScopes:
         await client.served
         assert [message["type"] for message in client.sent] == ["websocket.close"]
 
-    async def test_lifespan_is_answered(self, site: Site) -> None:
+    async def test_lifespan_messages_are_confirmed(self, site: Site) -> None:
         messages = iter(["lifespan.startup", "lifespan.shutdown"])
         sent: list[str] = []
 
@@ -367,7 +369,7 @@ class TestOtherScopes:
         max_size=6,
     ),
 )
-async def test_nothing_that_a_client_sends_makes_it_fail(
+async def test_no_request_makes_the_application_fail(
     site: Site, path: str, method: str, headers: list[tuple[bytes, bytes]]
 ) -> None:
     client = Connected(site, path="/" + path, method=method, headers=headers, query_string=b"\xff%zz")

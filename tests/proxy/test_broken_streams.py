@@ -1,4 +1,4 @@
-"""Bodies that break off behind middlewares never look complete, and clients that hang up are no errors."""
+"""Bodies that break off behind middlewares never look complete, and clients that disconnect log no errors."""
 
 import asyncio
 import os
@@ -25,14 +25,14 @@ LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class Passes(BaseHTTPMiddleware):
-    """Starlette's way to write a middleware: it sends the body anew."""
+    """Starlette's base class for middlewares: it sends the body again, piece by piece."""
 
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         return await call_next(request)  # type: ignore[no-any-return]
 
 
 class Collects(BaseHTTPMiddleware):
-    """Sends the body as a whole, whatever came of it."""
+    """Collects the body and sends it as a whole, even if it broke off."""
 
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         response = await call_next(request)
@@ -48,7 +48,7 @@ class Plain:
 
 
 class Swallows(Plain):
-    """Ends the body itself where the application fails."""
+    """Ends the body itself if the application fails."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -58,7 +58,7 @@ class Swallows(Plain):
 
 
 class Replaces(Plain):
-    """Holds the response back, and sends an error of its own where the application fails."""
+    """Delays the response, and sends its own error if the application fails."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         held: list[Message] = []
@@ -76,7 +76,7 @@ class Replaces(Plain):
 
 
 class FailsAtTheEnd(Plain):
-    """Has a fault that shows when the body ends."""
+    """Raises when the body ends."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def fail_at_the_end(message: Message) -> None:
@@ -88,7 +88,7 @@ class FailsAtTheEnd(Plain):
 
 
 class Forgets(Plain):
-    """Leaves the end of the body out."""
+    """Omits the end of the body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def forget(message: Message) -> None:
@@ -99,7 +99,7 @@ class Forgets(Plain):
 
 
 class ReadsBodies(BaseHTTPMiddleware):
-    """Waits for the whole body before it goes on."""
+    """Reads the whole request body before it calls the application."""
 
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         await request.body()
@@ -107,7 +107,7 @@ class ReadsBodies(BaseHTTPMiddleware):
 
 
 class Announces(Plain):
-    """Sets an event when a request comes."""
+    """Sets an event when a request arrives."""
 
     def __init__(self, app: ASGIApp, came: asyncio.Event) -> None:
         super().__init__(app)
@@ -133,7 +133,7 @@ STACKS: dict[str, tuple[Middleware, ...]] = {
 
 
 class Breaking:
-    """A generator that raises after its first value, when a test says so."""
+    """A generator that raises after its first value, when a test sets `go_on`."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
@@ -150,7 +150,7 @@ async def give(request: Any) -> AsyncIterator[bytes]:
 
 
 async def broken_off(serving: Serving, code: Breaking) -> bytes:
-    """Return all that a client gets, whose server breaks off after the head is there."""
+    """Return the bytes that a client gets of a response that breaks off after its head."""
     reader, writer = await asyncio.open_connection("127.0.0.1", serving.server.port)
     try:
         writer.write(GET)
@@ -162,7 +162,7 @@ async def broken_off(serving: Serving, code: Breaking) -> bytes:
 
 
 def unchunked(answer: bytes) -> bytes:
-    """Return the body of an answer in chunks, as far as there is one."""
+    """Return the body of a chunked response, which may be incomplete."""
     rest, body = answer.partition(b"\r\n\r\n")[2], b""
     while rest:
         size, _, rest = rest.partition(b"\r\n")
@@ -201,7 +201,7 @@ async def test_a_body_that_is_complete_has_one(redis_url: str, stack: str) -> No
         assert answer.endswith(LAST_CHUNK)
 
 
-async def test_what_was_collected_of_it_is_not_sent_as_if_it_were_all(redis_url: str) -> None:
+async def test_a_middleware_that_collects_a_broken_body_does_not_send_it_as_complete(redis_url: str) -> None:
     code = Breaking()
     code.go_on.set()
     async with serve(redis_url, "direct", code.__call__, middlewares=(Middleware(Collects),)) as serving:
@@ -214,7 +214,7 @@ async def test_what_was_collected_of_it_is_not_sent_as_if_it_were_all(redis_url:
         assert (response.status_code, response.content) == (200, b"firstsecond")
 
 
-async def test_a_middleware_may_answer_with_an_error_of_its_own_instead(redis_url: str) -> None:
+async def test_a_middleware_may_respond_to_a_broken_body_with_its_own_error(redis_url: str) -> None:
     code = Breaking()
     code.go_on.set()
     async with serve(redis_url, "direct", code.__call__, middlewares=(PASSES, Middleware(Replaces))) as serving:
@@ -244,7 +244,7 @@ HANG_UPS: dict[str, tuple[Middleware, ...]] = {
 
 @pytest.mark.parametrize("stack", HANG_UPS.values(), ids=HANG_UPS)
 @pytest.mark.parametrize("body", [b"x", b"x" * 10], ids=["in its body", "before the head"])
-async def test_a_client_that_hangs_up_is_no_error(
+async def test_a_client_that_disconnects_logs_no_error(
     redis_url: str, stack: tuple[Middleware, ...], body: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     came = asyncio.Event()
@@ -267,7 +267,7 @@ async def test_a_client_that_hangs_up_is_no_error(
 
 
 @pytest.mark.parametrize("stack", [(), *STACKS.values()], ids=["bare", *STACKS])
-async def test_nor_is_one_that_hangs_up_in_the_middle_of_a_stream(
+async def test_a_client_that_disconnects_in_the_middle_of_a_stream_logs_no_error(
     redis_url: str, stack: tuple[Middleware, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     ended = asyncio.Event()
@@ -275,7 +275,7 @@ async def test_nor_is_one_that_hangs_up_in_the_middle_of_a_stream(
     async def go_on(request: Any) -> AsyncIterator[bytes]:
         try:
             while True:
-                yield os.urandom(4096)  # which no compression holds back
+                yield os.urandom(4096)  # incompressible, so that no compressor buffers it
                 await asyncio.sleep(0)
         finally:
             ended.set()

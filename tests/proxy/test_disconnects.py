@@ -9,8 +9,8 @@ from tests.proxy.site import Connected, Site, text
 from tests.waiting import wait_until_async
 
 
-class TestAClientThatHangsUp:
-    async def test_while_its_request_waits_it_is_never_started(self, site: Site) -> None:
+class TestAClientThatDisconnects:
+    async def test_a_request_whose_client_disconnects_while_it_waits_is_never_started(self, site: Site) -> None:
         await site.endpoint("/", None)
         client = Connected(site)
         await wait_until_async(site.queued)
@@ -20,13 +20,13 @@ class TestAClientThatHangsUp:
         assert client.sent == []
         assert 'status="499"} 1' in site.app.metrics.render()
 
-    async def test_costs_nothing_while_answers_are_fast(self, site: Site) -> None:
+    async def test_fast_responses_start_no_watcher(self, site: Site) -> None:
         await site.endpoint("/", text("fast"))
         client = Connected(site)
         await asyncio.wait_for(client.served, 5)
         assert client.received == 0
 
-    async def test_in_the_middle_of_its_body_is_told_nothing(self, site: Site) -> None:
+    async def test_a_client_that_disconnects_in_its_body_gets_no_response(self, site: Site) -> None:
         await site.endpoint("/")
 
         async def receive() -> Any:
@@ -60,7 +60,7 @@ class TestAClientThatHangsUp:
             await client.served
         await wait_until_async(site.is_empty)
 
-    async def test_leaves_no_task_behind(self, site: Site) -> None:
+    async def test_a_waiting_request_leaves_no_task_behind(self, site: Site) -> None:
         release = asyncio.Event()
 
         async def later(entry: Entry) -> Reply:
@@ -72,5 +72,5 @@ class TestAClientThatHangsUp:
         await wait_until_async(lambda: all(client.received == 2 for client in clients))
         release.set()
         await asyncio.gather(*(client.served for client in clients))
-        await wait_until_async(lambda: not any("_watch" in repr(task) for task in asyncio.all_tasks()))
+        await wait_until_async(lambda: not any("coro=<_watch()" in repr(task) for task in asyncio.all_tasks()))
         assert all(client.sent[0]["status"] == 200 for client in clients)

@@ -1,4 +1,4 @@
-"""What a client sends to be read as more, or other, than it says: on raw sockets, for each way through a proxy."""
+"""Request smuggling and forged logs, on raw sockets, for each path through a proxy."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ CHUNKED = POST + b"transfer-encoding: chunked\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 
 AMBIGUOUS = [
-    # Where does it end?
+    # Ambiguous end of the body.
     POST + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     CHUNKED + b"content-length: 4\r\n\r\n0\r\n\r\n",
     POST + b"content-length: 0\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED),
@@ -41,7 +41,7 @@ AMBIGUOUS = [
     CHUNKED + b"\r\n1;a\nb\r\nx\r\n0\r\n\r\n",
     CHUNKED + b"\r\n1\r\nxy0\r\n\r\n",
     CHUNKED + b"\r\n0\r\ncontent-length: 5\r\n\r\n",
-    # Where does a line end?
+    # Ambiguous end of a line.
     b"POST /a HTTP/1.1\nhost: x\n\n",
     POST + b"x-a: 1\nx-b: 2\r\n\r\n",
     POST + b"x-a: 1\rx-b: 2\r\n\r\n",
@@ -51,7 +51,7 @@ AMBIGUOUS = [
     POST + b"x-a: 1\x002\r\n\r\n",
     POST + b"x a: 1\r\n\r\n",
     POST + b": 1\r\n\r\n",
-    # Whose is it?
+    # Ambiguous or missing host.
     b"POST /a HTTP/1.1\r\n\r\n",
     POST + b"host: y\r\n\r\n",
     b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n",
@@ -83,9 +83,7 @@ async def server(site: Site) -> AsyncIterator[Server]:
         yield server
 
 
-async def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_read(
-    site: Site, server: Server
-) -> None:
+async def test_an_ambiguous_request_is_refused_and_nothing_after_it_is_read(site: Site, server: Server) -> None:
     for sent in AMBIGUOUS:
         answered = await talk(server, sent + SMUGGLED)
         assert re.match(rb"HTTP/1\.1 (400|501) ", answered), sent
@@ -93,7 +91,7 @@ async def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_i
     assert not [entry for entry in site.started if entry.header.path == "/smuggled"]
 
 
-async def test_a_length_that_is_said_twice_is_no_length(site: Site, server: Server) -> None:
+async def test_a_repeated_content_length_is_refused(site: Site, server: Server) -> None:
     assert (await talk(server, POST + b"content-length: 1\r\ncontent-length: 1\r\n\r\nx")).startswith(b"HTTP/1.1 400 ")
     assert not site.started
 
@@ -107,10 +105,10 @@ async def test_a_length_that_is_said_twice_is_no_length(site: Site, server: Serv
         (b"", b""),
     ],
 )
-async def test_the_body_of_a_request_that_would_upgrade_is_its_body(
+async def test_the_body_of_a_request_with_upgrade_is_not_read_as_a_request(
     site: Site, server: Server, framing: bytes, body: bytes, in_one_write: bool
 ) -> None:
-    """The parser takes what follows such a head for another protocol, and what comes later for a request."""
+    """After such a head the parser stops, as for another protocol, and would read later bytes as a request."""
     async with connected(server) as (reader, writer):
         head = POST + b"connection: upgrade\r\nupgrade: h2c\r\n" + framing + b"\r\n"
         for part in [head + body + SMUGGLED.replace(b"smuggled", b"next")] if in_one_write else [head, body]:
@@ -127,14 +125,14 @@ async def test_the_body_of_a_request_that_would_upgrade_is_its_body(
     ]
 
 
-async def test_many_heads_that_would_upgrade_in_one_read_are_many_requests(site: Site, server: Server) -> None:
-    """As many as would be too deep for Python's stack, if one led to the next."""
+async def test_many_heads_with_upgrade_in_one_read_are_many_requests(site: Site, server: Server) -> None:
+    """Enough of them to exhaust Python's stack, if one were parsed inside the other."""
     head = b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
     answered = await talk(server, 400 * head + SMUGGLED, timeout_s=60)
     assert answered.count(b"HTTP/1.1 200 OK") == 401
 
 
-async def test_headers_that_connection_names_end_here_however_often_it_is_said(site: Site, server: Server) -> None:
+async def test_headers_named_by_any_connection_header_are_not_forwarded(site: Site, server: Server) -> None:
     headers = (
         b"connection: x-one, X-Two\r\nconnection: close\r\nx-one: 1\r\nx-two: 2\r\nx-three: 3\r\nkeep-alive: 5\r\n"
     )
@@ -142,8 +140,8 @@ async def test_headers_that_connection_names_end_here_however_often_it_is_said(s
     assert site.started[0].header.headers == [("host", "x"), ("x-three", "3")]
 
 
-async def test_a_pickle_that_came_by_http_is_never_unpickled(site: Site, server: Server) -> None:
-    """Not even by a backend that takes pickles from handles: what says so is no header of a client's."""
+async def test_a_pickle_that_came_over_http_is_never_unpickled(site: Site, server: Server) -> None:
+    """Not even by a backend with ``allow_pickle``: no header of a client selects the codec."""
     bomb = pickle.dumps(_Bomb())
     headers = dict.fromkeys(("content-encoding", "x-codec", "codec", "x-serve-codec", "accept"), "pickle")
     headers |= {"content-type": "application/x-python-pickle", "x-serve-call-method": "pickle"}
@@ -155,7 +153,7 @@ async def test_a_pickle_that_came_by_http_is_never_unpickled(site: Site, server:
     for entry in site.started:
         assert entry.header.codec == HTTP_CODEC
         assert Request(entry, allow_pickle=True).data == bomb
-    # They would go off, if only they were unpickled.
+    # The pickle would raise if it were unpickled.
     with pytest.raises(MalformedBody, match="cannot be unpickled: it went off"):
         decode("pickle", bomb, allow_pickle=True)
 
@@ -169,7 +167,7 @@ def _explode() -> None:
     raise AssertionError("it went off")
 
 
-async def test_nothing_that_a_client_sends_forges_a_log_line_or_a_metric(
+async def test_no_request_forges_a_log_line_or_a_metric(
     site: Site, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -16,7 +16,7 @@ from tests.proxy.site import running, text
 
 
 class Adds:
-    """Marks each answer, innermost first."""
+    """Adds a header to each response."""
 
     def __init__(self, app: ASGIApp, mark: str) -> None:
         self.app, self.mark = app, mark
@@ -31,7 +31,7 @@ class Adds:
 
 
 class Guard(BaseHTTPMiddleware):
-    """Answers some requests itself, in one way or another."""
+    """Responds to some requests itself, or raises."""
 
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         match request.url.path:
@@ -49,19 +49,19 @@ class Guard(BaseHTTPMiddleware):
                 return await call_next(request)  # type: ignore[no-any-return]
 
 
-def test_without_any_the_application_stays_bare() -> None:
+def test_without_middlewares_the_application_is_not_wrapped() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None: ...
 
     assert wrap(app, ()) is app
 
 
-async def test_the_first_one_is_outermost(redis_url: str) -> None:
+async def test_the_first_middleware_is_outermost(redis_url: str) -> None:
     async with running(redis_url, middlewares=(Middleware(Adds, mark="a"), Middleware(Adds, mark="b"))) as site:
         await site.endpoint("/", text("x"))
         assert (await site.http.get("/")).headers.get_list("x-mark") == ["b", "a"]
 
 
-async def test_starlette_s_own_work(redis_url: str) -> None:
+async def test_middlewares_of_starlette_work(redis_url: str) -> None:
     cors = Middleware(CORSMiddleware, allow_origins=["http://here"], allow_methods=["PUT"])
     async with running(redis_url, middlewares=(cors, Middleware(GZipMiddleware, minimum_size=100))) as site:
         await site.endpoint("/", text("x" * 1000), methods=("GET", "PUT"))
@@ -74,7 +74,7 @@ async def test_starlette_s_own_work(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "said"),
+    ("path", "status", "body"),
     [
         ("/", 200, "fine"),
         ("/refused", 401, "no"),
@@ -83,16 +83,16 @@ async def test_starlette_s_own_work(redis_url: str) -> None:
         ("/none", 404, '{"error":{"type":"NotFound","message":"no endpoint has a route for \'/none\'"}}'),
     ],
 )
-async def test_answers_of_their_own_have_a_request_id_too(redis_url: str, path: str, status: int, said: str) -> None:
+async def test_responses_of_middlewares_have_a_request_id(redis_url: str, path: str, status: int, body: str) -> None:
     async with running(redis_url, middlewares=(Middleware(Guard),)) as site:
         await site.endpoint("/", text("fine"))
         for given in ("mine", None):
             headers = {} if given is None else {"x-request-id": given}
             response: httpx.Response = await site.http.get(path, headers=headers)
-            assert (response.status_code, response.text) == (status, said)
+            assert (response.status_code, response.text) == (status, body)
             (request_id,) = response.headers.get_list("x-request-id")
             assert request_id == given if given else request_id
-            assert response.headers["content-length"] == str(len(said))
+            assert response.headers["content-length"] == str(len(body))
 
 
 async def test_an_exception_of_a_middleware_keeps_its_headers(redis_url: str) -> None:
@@ -107,7 +107,7 @@ async def test_an_exception_of_a_middleware_keeps_its_headers(redis_url: str) ->
         assert "content-type" not in same.headers
 
 
-async def test_the_backend_hears_the_same_request_id(redis_url: str) -> None:
+async def test_the_backend_gets_the_same_request_id(redis_url: str) -> None:
     async with running(redis_url, middlewares=(Middleware(Guard),)) as site:
         await site.endpoint("/")
         response = await site.http.post("/", content=b"body")

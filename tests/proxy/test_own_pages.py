@@ -7,7 +7,7 @@ from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async
 
 
-class TestItsOwnPages:
+class TestSystemPages:
     async def test_routes(self, site: Site) -> None:
         await site.endpoint("/a/{x:int}", name="a", methods=("GET",))
         await site.endpoint("/b", name="b", methods=("POST",))
@@ -47,10 +47,10 @@ class TestItsOwnPages:
         assert 'penstock_http_request_duration_seconds_count{endpoint="alpha"} 2' in lines
         assert "penstock_http_requests_in_flight 0" in lines
         assert 'penstock_backend_requests_queued{backend="alpha"} 0' in lines
-        assert 'penstock_backend_served_total{backend="alpha"} 0' in lines  # nobody but a replica says so
+        assert 'penstock_backend_served_total{backend="alpha"} 0' in lines  # only replicas count these
         assert (await site.http.head("/-/metrics")).headers["content-type"] == response.headers["content-type"]
 
-    async def test_metrics_of_backends_are_the_brokers(self, site: Site) -> None:
+    async def test_metrics_of_backends_come_from_the_broker(self, site: Site) -> None:
         await site.endpoint("/a", None, name="alpha")
         pending = asyncio.create_task(site.http.get("/a"))
 
@@ -83,7 +83,7 @@ class TestItsOwnPages:
         pending.cancel()
         await asyncio.gather(pending, return_exceptions=True)
 
-    async def test_others_are_not_there_whatever_the_routes_say(self, site: Site) -> None:
+    async def test_other_reserved_paths_are_404_whatever_the_routes(self, site: Site) -> None:
         await site.endpoint("/{rest:path}")
         assert (await site.http.get("/-/secrets")).status_code == 404
         assert (await site.http.get("/-/")).status_code == 404
@@ -93,7 +93,7 @@ class TestItsOwnPages:
 
 
 class TestBelowAPrefix:
-    async def test_it_may_be_stripped_before_us_or_not(self, redis_url: str) -> None:
+    async def test_the_prefix_may_be_stripped_by_a_gateway_or_not(self, redis_url: str) -> None:
         async with running(redis_url, root_path="/serve/") as site:
             await site.endpoint("/a/{x:int}")
             for path in ("/serve/a/1", "/a/1"):

@@ -34,7 +34,7 @@ async def reports(site: Site) -> dict[str, dict[str, Any]]:
     return await site.caller.registry.reports("proxies")
 
 
-async def test_it_serves_and_says_where(site: Site, redis_url: str) -> None:
+async def test_a_proxy_serves_and_reports_its_url(site: Site, redis_url: str) -> None:
     await site.endpoint("/{x:int}", text("hello"))
     async with proxy(redis_url) as one, httpx.AsyncClient() as http:
         where = await one.ready()
@@ -47,7 +47,7 @@ async def test_it_serves_and_says_where(site: Site, redis_url: str) -> None:
     assert "url" not in (await reports(site))["p1"]
 
 
-async def test_it_holds_a_lease_as_long_as_it_serves(site: Site, redis_url: str) -> None:
+async def test_a_proxy_has_a_lease_while_it_serves(site: Site, redis_url: str) -> None:
     with Redis.from_url(redis_url) as redis:
         lease = Keys(INSTANCE).proxy_alive("p1")
         async with proxy(redis_url) as one:
@@ -56,7 +56,7 @@ async def test_it_holds_a_lease_as_long_as_it_serves(site: Site, redis_url: str)
         assert not redis.exists(lease)
 
 
-async def test_it_follows_the_registry_and_says_how_far(site: Site, redis_url: str) -> None:
+async def test_a_proxy_follows_the_registry_and_reports_the_version(site: Site, redis_url: str) -> None:
     await site.endpoint("/a", text("hello"))
     async with proxy(redis_url) as one, httpx.AsyncClient() as http:
         url = (await one.ready())["url"]
@@ -64,12 +64,12 @@ async def test_it_follows_the_registry_and_says_how_far(site: Site, redis_url: s
             moved = EndpointRecord(name="e", route=f"/{n}", traffic={"e": 1.0})
             await site.change(Change({}, {"e": moved}))
             await wait_until_async(lambda: _has(site, "p1", {"version": site.caller.snapshot.version}))
-            # What it says is so.
+            # The reported version is the one that is served.
             assert (await http.get(f"{url}/{n}")).text == "hello"
             assert (await http.get(f"{url}/{n - 1}")).status_code == 404
 
 
-async def test_its_options_are_those_of_http_options(site: Site, redis_url: str) -> None:
+async def test_options_are_those_of_http_options(site: Site, redis_url: str) -> None:
     await site.endpoint("/", None)
     options: dict[str, Any] = {
         "host": "127.0.0.1",
@@ -93,22 +93,22 @@ async def test_its_options_are_those_of_http_options(site: Site, redis_url: str)
             assert (refused.status_code, refused.headers["connection"]) == (503, "close")
 
 
-async def test_proxies_of_a_node_take_the_same_port_however_they_start(site: Site, redis_url: str) -> None:
+async def test_proxies_of_a_node_share_a_port_however_they_start(site: Site, redis_url: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     async with AsyncExitStack() as stack:
         proxies = [await stack.enter_async_context(proxy(redis_url, f"p{n}", port=port)) for n in range(3)]
-        for n in range(3):  # as the controller writes it before it starts one
+        for n in range(3):  # as the controller does before it starts a proxy
             await site.caller.registry.report("proxies", f"p{n}", {"node": "n1", "state": "starting"})
         where = await asyncio.gather(*(one.ready() for one in proxies))
-        assert {told["url"] for told in where} == {f"http://127.0.0.1:{port}"}
-        # A fourth, later.
+        assert {report["url"] for report in where} == {f"http://127.0.0.1:{port}"}
+        # A fourth one, later.
         late = await stack.enter_async_context(proxy(redis_url, "p4", port=port))
         assert (await late.ready())["url"] == f"http://127.0.0.1:{port}"
 
 
-async def test_proxies_of_two_nodes_with_one_address_share_its_port(site: Site, redis_url: str) -> None:
+async def test_proxies_of_two_nodes_with_the_same_address_share_a_port(site: Site, redis_url: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -120,11 +120,11 @@ async def test_proxies_of_two_nodes_with_one_address_share_its_port(site: Site, 
         for n in range(2):
             await site.caller.registry.report("proxies", f"p{n}", {"node": f"n{n}", "state": "starting"})
         where = await asyncio.gather(*(one.ready() for one in proxies))
-        assert [told["node"] for told in where] == ["n0", "n1"]
-        assert {told["url"] for told in where} == {f"http://127.0.0.1:{port}"}
+        assert [report["node"] for report in where] == ["n0", "n1"]
+        assert {report["url"] for report in where} == {f"http://127.0.0.1:{port}"}
         late = await stack.enter_async_context(proxy(redis_url, "p2", node="n2", port=port))
         assert (await late.ready())["url"] == f"http://127.0.0.1:{port}"
-        for _ in range(20):  # by a new connection each, whichever takes it
+        for _ in range(20):  # a new connection each, which either proxy may accept
             async with httpx.AsyncClient() as http:
                 assert (await http.get(f"http://127.0.0.1:{port}/")).text == "hello"
 
@@ -134,7 +134,7 @@ async def test_a_port_of_another_process_is_refused_by_name(site: Site, redis_ur
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        # The proxy of another node has nothing to do with it.
+        # A proxy of another node, at the same port number.
         far = {"node": "n2", "address": "192.0.2.2", "state": "ready", "url": f"http://127.0.0.1:{port}"}
         await site.caller.registry.report("proxies", "far", far)
         async with proxy(redis_url, port=port) as one:
@@ -143,7 +143,7 @@ async def test_a_port_of_another_process_is_refused_by_name(site: Site, redis_ur
                     await ask()
 
 
-async def test_one_that_listens_everywhere_says_where_its_node_is(site: Site, redis_url: str) -> None:
+async def test_a_proxy_on_all_addresses_reports_the_address_of_its_node(site: Site, redis_url: str) -> None:
     one = Proxy(redis_url, INSTANCE, "p", {"host": "0.0.0.0", "port": 0}, node="n", address="127.0.0.1")
     url = (await one.ready())["url"]
     assert url.startswith("http://127.0.0.1:")
@@ -152,7 +152,7 @@ async def test_one_that_listens_everywhere_says_where_its_node_is(site: Site, re
     await one.drain(1)
 
 
-async def test_draining_finishes_what_is_in_flight(site: Site, redis_url: str) -> None:
+async def test_draining_finishes_the_requests_in_progress(site: Site, redis_url: str) -> None:
     release = asyncio.Event()
 
     async def later(entry: Any) -> Any:
@@ -171,7 +171,7 @@ async def test_draining_finishes_what_is_in_flight(site: Site, redis_url: str) -
         await asyncio.wait_for(draining, 5)
 
 
-async def test_it_can_end_before_it_has_started(redis_url: str) -> None:
+async def test_a_proxy_can_be_drained_before_it_has_started(redis_url: str) -> None:
     one = Proxy(redis_url, INSTANCE, "p", {"port": 0})
     starting = asyncio.ensure_future(one.ready())
     await asyncio.sleep(0)
@@ -179,7 +179,7 @@ async def test_it_can_end_before_it_has_started(redis_url: str) -> None:
     assert (await asyncio.gather(starting, return_exceptions=True))[0] is not None
 
 
-async def test_it_rides_through_a_broker_that_dies_and_comes_back_empty() -> None:
+async def test_a_proxy_survives_a_broker_that_dies_and_returns_empty() -> None:
     with EmbeddedServer.start() as broker:
         async with running(broker.url) as site, proxy(broker.url) as one, httpx.AsyncClient() as http:
             url = (await one.ready())["url"]

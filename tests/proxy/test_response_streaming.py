@@ -1,4 +1,4 @@
-"""Answers in parts over HTTP: a server, a broker, and a worker that runs the backend."""
+"""Streamed replies over HTTP: a server, a broker, and a replica that runs the backend."""
 
 import asyncio
 import json
@@ -73,7 +73,7 @@ def way(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-async def test_the_first_chunk_arrives_before_the_last_is_made(redis_url: str, way: str) -> None:
+async def test_the_first_chunk_arrives_before_the_last_is_yielded(redis_url: str, way: str) -> None:
     go_on = asyncio.Event()
 
     async def give(request: Any) -> AsyncIterator[str]:
@@ -100,7 +100,7 @@ VALUES: list[tuple[list[Any], str, bytes]] = [
 
 
 @pytest.mark.parametrize(("values", "content_type", "body"), VALUES, ids=["text", "bytes", "json", "large"])
-async def test_values_are_sent_as_they_are_or_as_lines_of_json(
+async def test_values_are_sent_unchanged_or_as_lines_of_json(
     redis_url: str, way: str, values: list[Any], content_type: str, body: bytes
 ) -> None:
     def give(request: Any) -> Iterator[Any]:
@@ -115,7 +115,7 @@ async def test_values_are_sent_as_they_are_or_as_lines_of_json(
         assert rest == body
 
 
-async def test_nothing_yielded_is_an_empty_answer(redis_url: str, way: str) -> None:
+async def test_a_generator_without_values_is_an_empty_response(redis_url: str, way: str) -> None:
     def give(request: Any) -> Iterator[str]:
         yield from ()
 
@@ -140,7 +140,7 @@ async def test_a_streaming_response_keeps_its_status_and_headers(redis_url: str,
         assert response.text == "".join(f"{n};" for n in range(100))
 
 
-async def test_a_length_that_is_known_is_told(redis_url: str, way: str, tmp_path: Path) -> None:
+async def test_a_known_length_is_sent(redis_url: str, way: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 3 * WINDOW)
 
@@ -156,7 +156,7 @@ async def test_a_length_that_is_known_is_told(redis_url: str, way: str, tmp_path
         await wait_until_async(serving.is_idle)
 
 
-async def test_an_error_before_the_first_value_is_a_500_and_after_it_cuts_off(redis_url: str, way: str) -> None:
+async def test_an_error_before_the_first_value_is_a_500_and_a_later_one_breaks_off(redis_url: str, way: str) -> None:
     def give(request: Any) -> Iterator[str]:
         if "late" in request.query_params:
             yield "some"
@@ -169,12 +169,12 @@ async def test_an_error_before_the_first_value_is_a_500_and_after_it_cuts_off(re
         with pytest.raises(httpx.RemoteProtocolError):
             await serving.http.get("/s?late=1")
         answer = await serving.raw(b"GET /s?late=1 HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert answer.endswith(b"4\r\nsome\r\n")  # no chunk that says: complete
+        assert answer.endswith(b"4\r\nsome\r\n")  # no last chunk
         assert b" 500 " in (await serving.raw(b"GET /s?late=1 HTTP/1.0\r\n\r\n")).partition(b"\r\n")[0]
 
 
 @pytest.mark.parametrize("middlewares", [(), (Middleware(GZipMiddleware, minimum_size=1),)], ids=["bare", "gzip"])
-async def test_an_answer_that_breaks_off_is_one_line_of_the_log_and_the_end_of_its_connection(
+async def test_a_response_that_breaks_off_is_one_log_line_and_closes_its_connection(
     redis_url: str, way: str, middlewares: tuple[Middleware, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     def give(request: Any) -> Iterator[str]:
@@ -184,7 +184,7 @@ async def test_an_answer_that_breaks_off_is_one_line_of_the_log_and_the_end_of_i
     async with serve(redis_url, way, give, middlewares=middlewares) as serving:
         get = b"GET /s HTTP/1.1\r\nhost: x\r\naccept-encoding: gzip\r\n\r\n"
         answer = await serving.raw(get + get)
-        assert answer.count(b"HTTP/1.1 200 OK") == 1  # what came behind it on the connection is not answered
+        assert answer.count(b"HTTP/1.1 200 OK") == 1  # the pipelined request gets no response
         assert b"transfer-encoding: chunked" in answer
         assert not answer.endswith(b"0\r\n\r\n")
         await wait_until_async(lambda: serving.site.app.metrics.in_flight == 0)
@@ -194,14 +194,14 @@ async def test_an_answer_that_breaks_off_is_one_line_of_the_log_and_the_end_of_i
     assert message.endswith("is cut off: LookupError: no more")
 
 
-async def test_an_answer_that_breaks_off_before_its_head_was_sent_is_an_error(
+async def test_a_response_that_breaks_off_before_its_head_is_an_error(
     redis_url: str, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails() -> str:
         raise LookupError("no more")
 
     async def nothing() -> AsyncIterator[str]:
-        for _ in range(10):  # turns of the loop, in which its head goes out
+        for _ in range(10):  # turns of the loop, in which the head would be sent
             await asyncio.sleep(0)
         yield fails()
 
@@ -218,7 +218,7 @@ async def test_an_answer_that_breaks_off_before_its_head_was_sent_is_an_error(
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
-async def test_a_client_that_hangs_up_stops_the_generator(redis_url: str, way: str, on_loop: bool) -> None:
+async def test_a_client_that_disconnects_stops_the_generator(redis_url: str, way: str, on_loop: bool) -> None:
     ended = threading.Event()
 
     def give(request: Any) -> Iterator[bytes]:
@@ -239,7 +239,7 @@ async def test_a_client_that_hangs_up_stops_the_generator(redis_url: str, way: s
     async with serve(redis_url, way, give_async if on_loop else give) as serving:
         async with serving.http.stream("GET", "/s") as response:
             assert await response.aiter_raw().__anext__()
-        await wait_until_async(ended.is_set, 10.0)  # who is silent, and not gone, has 20 s
+        await wait_until_async(ended.is_set, 10.0)  # a silent reader would have 20 s
         await wait_until_async(serving.is_idle)
         await wait_until_async(lambda: serving.site.app.metrics.in_flight == 0)
 
@@ -287,7 +287,7 @@ async def test_middlewares_see_the_stream(redis_url: str) -> None:
         assert [json.loads(line)["n"] for line in response.text.splitlines()] == list(range(1000))
 
 
-async def test_requests_behind_a_stream_on_its_connection_are_answered(redis_url: str, way: str) -> None:
+async def test_requests_pipelined_behind_a_stream_are_answered(redis_url: str, way: str) -> None:
     def give(request: Any) -> Iterator[str]:
         yield from ("a", "b")
 

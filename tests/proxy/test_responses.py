@@ -8,7 +8,7 @@ from penstock.proxy.metrics import Metrics
 from penstock.proxy.responses import of_error, of_reply, of_status, response_headers
 
 
-def test_where_the_broker_is_stays_inside() -> None:
+def test_the_address_of_the_broker_is_not_shown() -> None:
     error = BrokerUnavailable("redis://user:secret@inner:6379", "connection refused", retry_after_s=0.1)
     answer = of_error(error, debug=False)
     assert (answer.status, dict(answer.headers)[b"retry-after"]) == (503, b"1")
@@ -23,18 +23,18 @@ def test_an_error_is_never_a_success(status: int) -> None:
     assert of_error(error, debug=False).status == 500
 
 
-def test_an_error_of_a_later_release_is_still_one() -> None:
+def test_an_error_type_of_a_later_release_is_still_an_error() -> None:
     reply = Reply("1", error={"kind": "NotInventedYet", "args": [1]})
     answer = of_reply(reply, debug=False)
     assert answer.status == 500
     assert b"NotInventedYet" in answer.body
 
 
-def test_a_status_that_http_has_not_heard_of_has_a_name_too() -> None:
+def test_an_unknown_status_has_an_error_type() -> None:
     assert json.loads(of_status(499, "gone").body)["error"]["type"] == "Error"
 
 
-def test_headers_that_connection_names_are_dropped_whatever_their_case() -> None:
+def test_headers_named_by_connection_are_dropped_in_any_case() -> None:
     headers = [("X-One", "1"), ("connection", "x-oNe , Close"), ("X-Two", "2"), ("PROXY-Connection", "x")]
     assert response_headers(headers) == [(b"x-two", b"2")]
 
@@ -46,7 +46,7 @@ def test_names_in_metrics_cannot_break_out_of_their_quotes() -> None:
     assert r'penstock_http_requests_total{endpoint="a\"b\\c\nd",status="200"} 1' in text.splitlines()
 
 
-def test_a_bucket_has_what_took_at_most_its_bound() -> None:
+def test_a_bucket_counts_requests_up_to_its_bound() -> None:
     metrics = Metrics()
     for took_s in (0.0005, 0.001, 0.0011, 59.0, 61.0):
         metrics.of("e").count(200, took_s)

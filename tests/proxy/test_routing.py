@@ -34,7 +34,7 @@ def found(match: object) -> RouteMatch:
 
 
 class TestParameters:
-    def test_they_have_the_types_of_their_convertors(self) -> None:
+    def test_parameters_have_the_types_of_their_convertors(self) -> None:
         params = found(routes("/api/{user_id:int}/{number:float}").match("GET", "/api/123/3.14")).params
         assert params == {"user_id": 123, "number": 3.14}
         assert {name: type(value) for name, value in params.items()} == {"user_id": int, "number": float}
@@ -44,34 +44,34 @@ class TestParameters:
         assert params == {"x": 3.0}
         assert type(params["x"]) is float
 
-    def test_what_does_not_convert_does_not_match(self) -> None:
+    def test_a_value_that_does_not_convert_does_not_match(self) -> None:
         assert isinstance(routes("/api/{user_id:int}/{number:float}").match("GET", "/api/abc/3.14"), NotFound)
 
-    def test_without_a_convertor_they_are_strings_of_one_segment(self) -> None:
+    def test_parameters_without_a_convertor_are_strings_of_one_segment(self) -> None:
         users = routes("/api/{username}")
         assert found(users.match("GET", "/api/123")).params == {"username": "123"}
         assert isinstance(users.match("GET", "/api/"), NotFound)
         assert isinstance(users.match("GET", "/api/a/b"), NotFound)
 
-    def test_a_uuid_is_one(self) -> None:
+    def test_a_uuid_parameter_is_a_uuid(self) -> None:
         of = uuid.uuid4()
         assert found(routes("/{of:uuid}").match("GET", f"/{of}")).params == {"of": of}
 
-    def test_a_path_has_slashes_and_may_be_empty(self) -> None:
+    def test_a_path_parameter_may_have_slashes_and_be_empty(self) -> None:
         files = routes("/files/{rest:path}")
         assert found(files.match("GET", "/files/a/b.txt")).params == {"rest": "a/b.txt"}
         assert found(files.match("GET", "/files/")).params == {"rest": ""}
 
     @pytest.mark.parametrize("name", ["grüße", "日本", "a b", "100%", "..", "\u202e", "☃" * 100])
-    def test_they_may_hold_any_character(self, name: str) -> None:
+    def test_parameters_may_contain_any_character(self, name: str) -> None:
         assert found(routes("/{name}").match("GET", f"/{name}")).params == {"name": name}
 
-    def test_an_int_may_have_any_size_that_python_reads(self) -> None:
+    def test_an_int_may_have_any_size_that_python_parses(self) -> None:
         big = routes("/{n:int}")
         assert found(big.match("GET", "/" + "9" * 4300)).params == {"n": 10**4300 - 1}
         assert isinstance(big.match("GET", "/" + "9" * 4301), NotFound)
 
-    def test_digits_are_those_of_ascii(self) -> None:
+    def test_only_ascii_digits_are_digits(self) -> None:
         assert isinstance(routes("/{n:int}").match("GET", "/١٢"), NotFound)
 
     def test_a_line_feed_at_the_end_is_part_of_the_path(self) -> None:
@@ -80,15 +80,15 @@ class TestParameters:
 
 
 class TestMethods:
-    def test_another_method_is_told_what_is_allowed(self) -> None:
+    def test_another_method_gets_the_allowed_ones(self) -> None:
         assert routes("/a").match("POST", "/a") == MethodNotAllowed(("GET", "HEAD"))
 
-    def test_head_is_answered_where_get_is(self) -> None:
+    def test_get_includes_head(self) -> None:
         assert found(routes("/a").match("HEAD", "/a")).endpoint.name == "/a"
         only_post = Routes([endpoint("/a", "POST")])
         assert only_post.match("HEAD", "/a") == MethodNotAllowed(("POST",))
 
-    def test_options_is_refused_with_what_is_allowed_unless_an_endpoint_takes_it(self) -> None:
+    def test_options_is_refused_unless_an_endpoint_allows_it(self) -> None:
         assert routes("/{a}").match("OPTIONS", "/a") == MethodNotAllowed(("GET", "HEAD"))
         takes = Routes([endpoint("/a", "options")])
         assert found(takes.match("OPTIONS", "/a")).endpoint.name == "/a"
@@ -99,7 +99,7 @@ class TestMethods:
         assert found(both.match("PUT", "/a/1")).params == {"y": "1"}
         assert both.match("POST", "/a/1") == MethodNotAllowed(("GET", "HEAD", "PUT"))
 
-    def test_a_method_that_a_specific_route_refuses_falls_to_the_next_that_matches(self) -> None:
+    def test_a_method_that_a_specific_route_lacks_goes_to_the_next_matching_route(self) -> None:
         both = Routes([endpoint("/a/me", "GET", name="me"), endpoint("/a/{x}", "POST", name="any")])
         assert found(both.match("POST", "/a/me")).endpoint.name == "any"
         assert found(both.match("GET", "/a/me")).endpoint.name == "me"
@@ -122,7 +122,7 @@ class TestOrder:
             ("/", "/{rest:path}"),
         ],
     )
-    def test_the_most_specific_route_has_the_path(self, path: str, wins: str) -> None:
+    def test_the_most_specific_route_wins(self, path: str, wins: str) -> None:
         of = [
             "/{rest:path}",
             "/users/{rest:path}",
@@ -137,23 +137,23 @@ class TestOrder:
         for order in (of, of[::-1]):
             assert found(routes(*order).match("GET", path)).endpoint.route == wins
 
-    def test_a_route_that_begins_with_literal_text_goes_before_one_that_ends_with_it(self) -> None:
+    def test_literal_text_at_the_beginning_precedes_literal_text_at_the_end(self) -> None:
         assert found(routes("/{x}/b", "/a/{y}").match("GET", "/a/b")).endpoint.route == "/a/{y}"
 
 
 class TestSlashes:
-    def test_a_path_that_has_a_route_but_for_its_last_slash_is_sent_there(self) -> None:
+    def test_a_path_that_differs_by_its_last_slash_is_redirected(self) -> None:
         assert routes("/a/{n:int}", "/b/").match("GET", "/a/1/") == NotFound("/a/1")
         assert routes("/a/{n:int}", "/b/").match("POST", "/b") == NotFound("/b/")
         assert routes("/a").match("GET", "/b/") == NotFound(None)
 
-    def test_nobody_is_sent_to_another_host(self) -> None:
+    def test_no_redirect_leads_to_another_host(self) -> None:
         assert routes("/{rest:path}/end").match("GET", "//example.com/end/") == NotFound(None)
 
 
-class TestWhatMayBeARoute:
+class TestValidRoutes:
     @pytest.mark.parametrize("route", ["/", "/a", "/a/", "/{x}", "/{x:path}", "/é/{x_1:int}.json", "/-", "/a b"])
-    def test_these_may(self, route: str) -> None:
+    def test_these_routes_are_valid(self, route: str) -> None:
         assert check_route(route) == route
 
     @pytest.mark.parametrize(
@@ -173,36 +173,36 @@ class TestWhatMayBeARoute:
             ("/-/healthz", "'/-/'"),
         ],
     )
-    def test_these_may_not(self, route: str, because: str) -> None:
+    def test_these_routes_are_invalid(self, route: str, because: str) -> None:
         with pytest.raises(ConfigError) as raised:
             check_route(route)
         assert repr(route) in str(raised.value)
         assert because in str(raised.value)
 
     @pytest.mark.parametrize("route", [None, 1, b"/a"])
-    def test_it_is_a_string(self, route: object) -> None:
+    def test_a_route_is_a_string(self, route: object) -> None:
         with pytest.raises(TypeError, match=type(route).__name__):
             check_route(route)
 
-    def test_one_that_may_not_be_there_harms_no_other(self) -> None:
+    def test_an_invalid_record_harms_no_other_endpoint(self) -> None:
         some = Routes([endpoint("/{x:nosuch}", name="bad"), endpoint("/a", name="good"), endpoint(None, name="none")])
         assert some.listing() == {"/a": {"endpoint": "good", "methods": ["GET", "HEAD"]}}
 
 
 class TestClashes:
-    def test_the_same_route_clashes_where_a_method_is_the_same(self) -> None:
+    def test_routes_with_a_common_method_clash(self) -> None:
         there = [endpoint("/a", "GET", name="one"), endpoint("/b", "GET", "POST", name="two")]
         assert clash(there, endpoint("/b", "post", "PUT", name="new")) is there[1]
         assert clash(there, endpoint("/a", "POST", name="new")) is None
         assert clash(there, endpoint("/c", name="new")) is None
         assert clash(there, endpoint(None, name="new")) is None
 
-    def test_the_names_of_parameters_make_no_difference_and_their_convertors_do(self) -> None:
+    def test_names_of_parameters_do_not_matter_but_convertors_do(self) -> None:
         there = [endpoint("/a/{x:int}/{y}", name="one")]
         assert clash(there, endpoint("/a/{n:int}/{m:str}", name="new")) is there[0]
         assert clash(there, endpoint("/a/{x}/{y}", name="new")) is None
 
-    def test_head_comes_with_get(self) -> None:
+    def test_get_clashes_with_head(self) -> None:
         there = [endpoint("/a", "GET", name="one")]
         assert clash(there, endpoint("/a", "HEAD", name="new")) is there[0]
 
@@ -244,7 +244,7 @@ def patterns(draw: st.DrawFn) -> Parts:
 
 
 def spelled(parts: Parts, prefix: str = "p") -> str:
-    """Write a pattern as a route, with a name for each parameter."""
+    """Return a pattern as a route, with a name for each parameter."""
     number = 0
     route = ""
     for segment in parts:
@@ -270,7 +270,7 @@ _WIDER = {"{int}": ["{float}", "{str}"], "{float}": ["{str}"], "{uuid}": ["{str}
 
 @st.composite
 def widened(draw: st.DrawFn, parts: Parts) -> Parts:
-    """Draw a pattern that matches all that ``parts`` does, and more."""
+    """Draw a pattern that matches every path of ``parts``, and others."""
     segments = [list(segment) for segment in parts]
     at = draw(st.integers(0, len(segments) - 1))
     wide = draw(st.sampled_from(["part", "segment", "rest"]))
@@ -317,7 +317,7 @@ def _any_order(of: Iterable[EndpointRecord]) -> st.SearchStrategy[list[EndpointR
 
 
 @given(st.data())
-def test_the_order_in_which_routes_were_made_makes_no_difference(data: st.DataObject) -> None:
+def test_the_order_of_creation_does_not_matter(data: st.DataObject) -> None:
     some = data.draw(st.lists(patterns(), min_size=1, max_size=4))
     of = [endpoint(spelled(parts), name=f"e{n}") for n, parts in enumerate(some)]
     path = data.draw(paths(some[0]))
@@ -326,12 +326,12 @@ def test_the_order_in_which_routes_were_made_makes_no_difference(data: st.DataOb
 
 
 @given(st.data())
-def test_routes_that_match_alike_clash(data: st.DataObject) -> None:
+def test_routes_of_the_same_shape_clash(data: st.DataObject) -> None:
     parts = data.draw(patterns())
     one, other = endpoint(spelled(parts, "p"), name="one"), endpoint(spelled(parts, "q"), name="other")
     assert clash([one], other) is one
 
 
 @given(st.lists(st.sampled_from(["get", "GET", "Post", "DELETE"]), min_size=1))
-def test_methods_are_case_blind(methods: list[str]) -> None:
+def test_methods_are_case_insensitive(methods: list[str]) -> None:
     assert all(method.isupper() for method in methods_of(endpoint("/a", *methods)))

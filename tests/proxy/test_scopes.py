@@ -20,7 +20,7 @@ SEEN = ("scheme", "http_version", "root_path", "path", "raw_path", "query_string
 
 
 class Edits:
-    """Changes scopes as a test asks for, and keeps what the application then sees."""
+    """Edits scopes, and records those that the application then gets."""
 
     def __init__(self, app: ASGIApp, edit: Callable[[Scope], object], seen: list[Scope]) -> None:
         self.app, self.edit, self.seen = app, edit, seen
@@ -36,7 +36,7 @@ def edited(url: str, edit: Callable[[Scope], object], seen: list[Scope]) -> Abst
 
 
 def arrived(site: Site) -> Mapping[str, Any]:
-    """The scope that code in a replica has of the last request."""
+    """Return the scope that code in a replica gets for the last request."""
     entry = Entry.of(site.started[-1].fields())
     scope = Request(entry).scope
     return {name: scope[name] for name in SEEN}
@@ -75,7 +75,7 @@ async def test_a_scope_arrives_as_the_application_saw_it(redis_url: str, what: s
             assert arrived(site) == seen[-1]
 
 
-async def test_a_plain_request_carries_nothing_of_its_scope(redis_url: str) -> None:
+async def test_a_plain_request_carries_no_members_of_its_scope(redis_url: str) -> None:
     async with running(redis_url, way="direct") as site:
         await site.endpoint("/hello/{name}", text("fine"))
         for _ in range(2):
@@ -84,7 +84,7 @@ async def test_a_plain_request_carries_nothing_of_its_scope(redis_url: str) -> N
         assert b'"scope"' not in site.started[-1].header.dump()
 
 
-async def test_the_state_arrives_as_far_as_it_is_json(redis_url: str) -> None:
+async def test_members_of_the_state_that_are_json_arrive(redis_url: str) -> None:
     def note(scope: Scope) -> None:
         scope["state"] |= {
             "user": "Ada",
@@ -113,8 +113,8 @@ async def test_requests_that_share_a_header_do_not_share_their_state(redis_url: 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prefix", ["", "/api/é"])
-async def test_the_root_path_of_the_options_is_that_of_the_scope(redis_url: str, way: str, prefix: str) -> None:
-    """Whether whoever stands before the proxy takes the prefix away or leaves it."""
+async def test_the_scope_has_the_root_path_of_the_options(redis_url: str, way: str, prefix: str) -> None:
+    """Whether a gateway in front of the proxy strips the prefix or leaves it."""
     async with running(redis_url, way=way, root_path="/api/é") as site:
         await site.endpoint("/hello/{name}", text("fine"))
         assert (await site.http.get(f"{prefix}/hello/a%20b")).text == "fine"
@@ -123,7 +123,7 @@ async def test_the_root_path_of_the_options_is_that_of_the_scope(redis_url: str,
         assert scope["raw_path"] == b"/api/%C3%A9/hello/a%20b"
 
 
-async def test_urls_of_a_request_behind_tls_say_https(redis_url: str) -> None:
+async def test_urls_of_a_request_behind_tls_are_https(redis_url: str) -> None:
     async with edited(redis_url, EDITS["scheme"], []) as site:
         await site.endpoint("/", text("fine"))
         response: httpx.Response = await site.http.get("/", headers={"host": "www.example.org"})
@@ -140,8 +140,8 @@ members = st.sampled_from(["scheme", "http_version", "root_path", "raw_path", "c
 
 
 @given(st.dictionaries(members, json_values))
-def test_whatever_is_said_of_a_scope_makes_a_request(said: dict[str, Any]) -> None:
-    scope = Request(Entry("1", "", Header(client="192.0.2.7:1", scope=said))).scope
+def test_any_carried_members_make_a_valid_scope(carried_members: dict[str, Any]) -> None:
+    scope = Request(Entry("1", "", Header(client="192.0.2.7:1", scope=carried_members))).scope
     assert isinstance(scope["scheme"], str)
     assert isinstance(scope["raw_path"], bytes)
     assert isinstance(scope["state"], dict)
@@ -159,7 +159,7 @@ def test_whatever_is_said_of_a_scope_makes_a_request(said: dict[str, Any]) -> No
         },
     )
 )
-def test_a_scope_with_less_than_asgi_asks_for_is_carried_as_far_as_it_goes(scope: Scope) -> None:
-    said = carried(scope, b"127.0.0.1:80", "/", "")
-    assert said is None or set(said) <= {"state", "scheme", "server"}
-    Header(scope=said).dump()
+def test_an_incomplete_scope_is_carried_as_far_as_possible(scope: Scope) -> None:
+    carried_members = carried(scope, b"127.0.0.1:80", "/", "")
+    assert carried_members is None or set(carried_members) <= {"state", "scheme", "server"}
+    Header(scope=carried_members).dump()

@@ -39,14 +39,14 @@ async def connected(server: Server) -> AsyncGenerator[tuple[asyncio.StreamReader
 
 
 async def talk(server: Server, sent: bytes, timeout_s: float = 20.0) -> bytes:
-    """Send bytes, and return what comes back until the server closes."""
+    """Send bytes, and return the bytes received until the server closes."""
     async with connected(server) as (reader, writer):
         writer.write(sent)
         return await asyncio.wait_for(reader.read(), timeout_s)
 
 
 class TestServing:
-    async def test_a_free_port_is_found_and_told(self, site: Site) -> None:
+    async def test_port_0_picks_a_free_port(self, site: Site) -> None:
         await site.endpoint("/a/{x:int}", text("hello"))
         async with serving(site) as server, httpx.AsyncClient() as http:
             assert server.port > 0
@@ -77,7 +77,7 @@ class TestServing:
             assert answered.count(b"HTTP/1.1 200 OK") == 3
             assert answered.index(b"\r\n\r\n/1") < answered.index(b"\r\n\r\n/2") < answered.index(b"\r\n\r\n/3")
 
-    async def test_a_client_that_asks_first_may_send_its_body(self, site: Site) -> None:
+    async def test_a_client_that_expects_100_continue_sends_its_body(self, site: Site) -> None:
         await site.endpoint("/")
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n")
@@ -85,7 +85,7 @@ class TestServing:
             writer.write(b"abc")
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
 
-    async def test_one_that_asks_first_is_told_no_at_once(self, redis_url: str) -> None:
+    async def test_a_client_that_expects_100_continue_gets_a_refusal_at_once(self, redis_url: str) -> None:
         async with running(redis_url, max_body_bytes=10) as site:
             await site.endpoint("/")
             async with serving(site) as server:
@@ -93,7 +93,7 @@ class TestServing:
                 assert (await talk(server, head)).startswith(b"HTTP/1.1 413 ")
 
     @pytest.mark.parametrize("size", [11, 100_000, 20_000_000])
-    async def test_a_client_that_sends_too_much_hears_so(self, redis_url: str, size: int) -> None:
+    async def test_a_body_that_is_too_long_gets_a_413(self, redis_url: str, size: int) -> None:
         async with running(redis_url, max_body_bytes=10) as site:
             await site.endpoint("/")
             async with serving(site) as server, httpx.AsyncClient() as http:
@@ -102,7 +102,7 @@ class TestServing:
                     assert (await http.post(url, content=b"x" * size)).status_code == 413
                 assert not site.started
 
-    async def test_a_client_that_hangs_up_takes_its_request_back(self, site: Site) -> None:
+    async def test_a_client_that_disconnects_cancels_its_request_and_is_counted(self, site: Site) -> None:
         await site.endpoint("/", None)
         async with serving(site) as server:
             async with connected(server) as (_, writer):
@@ -110,7 +110,7 @@ class TestServing:
                 await wait_until_async(site.queued)
             await wait_until_async(site.is_empty)
 
-    async def test_an_upgrade_is_not_made(self, site: Site) -> None:
+    async def test_upgrades_are_ignored(self, site: Site) -> None:
         await site.endpoint("/", text("plain"))
         async with serving(site) as server:
             head = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
@@ -119,7 +119,7 @@ class TestServing:
                 assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
 
 
-class TestWhatIsNotHTTP:
+class TestInvalidHTTP:
     @pytest.mark.parametrize(
         "garbage",
         [
@@ -133,7 +133,7 @@ class TestWhatIsNotHTTP:
             b"\r\n\r\n\x00\r\n\r\n",
         ],
     )
-    async def test_it_is_refused_and_harms_nobody(self, site: Site, garbage: bytes) -> None:
+    async def test_invalid_http_is_refused_and_harms_no_other_connection(self, site: Site, garbage: bytes) -> None:
         await site.endpoint("/", text("fine"))
         async with serving(site) as server, httpx.AsyncClient() as http:
             assert (await talk(server, garbage)).startswith(b"HTTP/1.1 400 ")
@@ -143,7 +143,7 @@ class TestWhatIsNotHTTP:
 
 class TestLimits:
     @pytest.mark.parametrize("chunk", [1 << 10, 1 << 20])
-    async def test_a_head_that_goes_on_and_on_is_refused(self, site: Site, chunk: int) -> None:
+    async def test_an_endless_head_is_refused(self, site: Site, chunk: int) -> None:
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(b"GET / HTTP/1.1\r\nx: ")
             with contextlib.suppress(ConnectionError):
@@ -152,31 +152,33 @@ class TestLimits:
                     await writer.drain()
             assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)).startswith(b"HTTP/1.1 431 ")
 
-    async def test_a_long_path_counts_too(self, site: Site) -> None:
+    async def test_a_long_path_counts_as_part_of_the_head(self, site: Site) -> None:
         async with serving(site) as server:
             assert (await talk(server, b"GET /" + b"a" * 200_000)).startswith(b"HTTP/1.1 431 ")
 
-    async def test_heads_below_the_limit_and_bodies_above_it_pass(self, site: Site) -> None:
+    async def test_heads_below_the_limit_and_larger_bodies_pass(self, site: Site) -> None:
         await site.endpoint("/")
         async with serving(site) as server, httpx.AsyncClient() as http:
             url = f"http://127.0.0.1:{server.port}/"
-            told = (await http.post(url, headers={"x": "a" * 60_000}, content=b"b" * 200_000)).json()
-            assert told["size"] == 200_000
-            assert ["x", "a" * 60_000] in told["headers"]
+            received = (await http.post(url, headers={"x": "a" * 60_000}, content=b"b" * 200_000)).json()
+            assert received["size"] == 200_000
+            assert ["x", "a" * 60_000] in received["headers"]
 
-    @pytest.mark.parametrize(("begun", "told"), [(b"", b""), (b"GET / HTTP/1.1\r\n", b"HTTP/1.1 408 Request Timeout")])
-    async def test_a_head_that_does_not_come_ends_the_connection(
-        self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes, told: bytes
+    @pytest.mark.parametrize(
+        ("begun", "expected"), [(b"", b""), (b"GET / HTTP/1.1\r\n", b"HTTP/1.1 408 Request Timeout")]
+    )
+    async def test_a_slow_head_ends_the_connection(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes, expected: bytes
     ) -> None:
         monkeypatch.setattr(protocol_module, "HEAD_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(begun)
             answered = await asyncio.wait_for(reader.read(), 20)
-            assert answered.partition(b"\r\n")[0] == told
-            assert (b"\r\nconnection: close\r\n" in answered) == bool(told)
+            assert answered.partition(b"\r\n")[0] == expected
+            assert (b"\r\nconnection: close\r\n" in answered) == bool(expected)
 
-    async def test_an_answer_that_nobody_reads_ends_the_connection(
+    async def test_a_response_that_is_not_read_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(protocol_module, "STALL_TIMEOUT_S", 0.3)
@@ -192,7 +194,7 @@ class TestLimits:
 
 class TestPorts:
     @pytest.mark.parametrize("shares", [False, True])
-    async def test_one_in_use_is_refused_by_name(self, site: Site, shares: bool) -> None:
+    async def test_a_port_in_use_is_refused_by_name(self, site: Site, shares: bool) -> None:
         with socket.socket() as taken:
             if shares:
                 taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -203,7 +205,7 @@ class TestPorts:
                 await Server(site.app, "127.0.0.1", port).start()
             assert isinstance(raised.value, ConfigError)
 
-    async def test_proxies_of_one_node_share_it(self, redis_url: str) -> None:
+    async def test_proxies_of_one_node_share_a_port(self, redis_url: str) -> None:
         async with (
             running(redis_url) as one,
             running(redis_url, guest=True) as other,
@@ -218,7 +220,7 @@ class TestPorts:
             assert sum(counts) == 100
             assert min(counts) > 10
 
-    async def test_one_that_was_just_left_can_be_taken_again(self, site: Site) -> None:
+    async def test_a_port_can_be_used_again_at_once(self, site: Site) -> None:
         async with serving(site) as server, httpx.AsyncClient() as http:
             await http.get(f"http://127.0.0.1:{server.port}/")
         async with serving(site, server.port):
@@ -228,12 +230,12 @@ class TestPorts:
         ("host", "because"),
         [("192.0.2.1", "not an address of this machine"), ("no.such.host.invalid", "cannot be resolved")],
     )
-    async def test_a_host_that_is_not_ours_is_refused_by_name(self, site: Site, host: str, because: str) -> None:
+    async def test_a_foreign_host_is_refused_by_name(self, site: Site, host: str, because: str) -> None:
         with pytest.raises(ConfigError, match=because) as raised:
             await Server(site.app, host, 0).start()
         assert host in str(raised.value)
 
-    async def test_a_name_is_served_at_all_its_addresses(self, site: Site) -> None:
+    async def test_a_host_name_is_served_on_all_its_addresses(self, site: Site) -> None:
         server = Server(site.served, "localhost", 0)
         await server.start()
         try:
@@ -243,7 +245,7 @@ class TestPorts:
         finally:
             await server.stop(1)
 
-    def test_wildcards_are_no_addresses(self) -> None:
+    def test_wildcards_are_not_addresses_for_urls(self) -> None:
         assert [is_wildcard(host) for host in ("0.0.0.0", "::", "", "127.0.0.1", "::1", "localhost")] == [
             True,
             True,
@@ -255,7 +257,7 @@ class TestPorts:
 
 
 class TestStopping:
-    async def test_what_is_in_flight_is_finished(self, site: Site) -> None:
+    async def test_requests_in_progress_are_finished(self, site: Site) -> None:
         release = asyncio.Event()
 
         async def later(entry: Entry) -> Reply:
@@ -280,7 +282,7 @@ class TestStopping:
             assert (response.text, response.headers["connection"]) == ("done", "close")
             await asyncio.wait_for(stopping, 5)
 
-    async def test_what_is_not_finished_in_time_is_refused(self, site: Site) -> None:
+    async def test_requests_that_are_unfinished_in_time_get_503(self, site: Site) -> None:
         await site.endpoint("/", None)
         server = Server(site.served, "127.0.0.1", 0)
         await server.start()
@@ -295,13 +297,13 @@ class TestStopping:
             assert "shutting down" in response.text
         await wait_until_async(site.is_empty)
 
-    async def test_it_says_whether_it_serves(self, site: Site) -> None:
+    async def test_check_reports_whether_the_server_runs(self, site: Site) -> None:
         async with serving(site) as server:
             await server.check()
         with pytest.raises(PenstockError, match=f"127.0.0.1:{server.port} has ended"):
             await server.check()
 
-    async def test_idle_connections_do_not_hold_it_up(self, site: Site) -> None:
+    async def test_idle_connections_do_not_delay_the_stop(self, site: Site) -> None:
         async with httpx.AsyncClient() as http:
             server = Server(site.served, "127.0.0.1", 0)
             await server.start()
@@ -309,9 +311,7 @@ class TestStopping:
             async with connected(server):
                 await asyncio.wait_for(server.stop(30), 5)
 
-    async def test_clients_that_keep_their_connections_fail_no_request_while_another_proxy_is_there(
-        self, redis_url: str
-    ) -> None:
+    async def test_clients_with_open_connections_move_to_another_proxy_without_an_error(self, redis_url: str) -> None:
         async with running(redis_url) as one, running(redis_url, guest=True) as other:
             await one.endpoint("/", text("one"))
             async with serving(one) as stays:
@@ -329,7 +329,7 @@ class TestStopping:
                             answered += 1
 
                 clients: list[asyncio.Future[None]] = []
-                # The kernel draws which of the two has a connection: more of them, until the one that leaves has some.
+                # The kernel chooses one of the two for each connection: open more until the one that stops has some.
                 while other.app.metrics.of("e").by_status.get(200, 0) <= 20:
                     clients += [asyncio.ensure_future(client()) for _ in range(8)]
                     before = answered
@@ -341,7 +341,7 @@ class TestStopping:
                 going_on = False
                 await asyncio.gather(*clients)
 
-    async def test_clients_that_connect_just_then_fail_no_request_either(self, redis_url: str) -> None:
+    async def test_clients_that_connect_during_the_stop_get_their_responses(self, redis_url: str) -> None:
         async with running(redis_url) as one, running(redis_url, guest=True) as other:
             await one.endpoint("/", text("one"))
             async with serving(one) as stays:

@@ -1,4 +1,4 @@
-"""The budget of a proxy for bodies: what it holds is bounded, and all of it is released."""
+"""The memory budget for bodies: it bounds what a proxy holds, and all of it is released."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_bodies_beyond_the_budget_are_refused_until_others_are_answered(re
         assert site.app.buffers.requests_bytes == 0
 
 
-async def test_requests_that_fail_or_whose_client_leaves_release_what_they_held(redis_url: str) -> None:
+async def test_failed_and_cancelled_requests_release_their_bytes(redis_url: str) -> None:
     async with running(redis_url, max_buffered_bytes=8 * MIB, max_body_bytes=4 * MIB, request_timeout_s=0.3) as site:
         await site.endpoint("/", None)
         late = await site.http.post("/", content=bytes(MIB))
@@ -56,7 +56,7 @@ async def test_requests_that_fail_or_whose_client_leaves_release_what_they_held(
         await wait_until_async(lambda: site.app.buffers.requests_bytes == 0)
 
 
-async def test_replies_that_nobody_reads_use_the_budget_up(redis_url: str) -> None:
+async def test_unread_replies_use_up_the_budget(redis_url: str) -> None:
     def answer(entry: Entry) -> Reply:
         return Reply(entry.id, body=bytes(200_000), codec="bytes")
 
@@ -68,7 +68,7 @@ async def test_replies_that_nobody_reads_use_the_budget_up(redis_url: str) -> No
         slow: list[socket.socket] = []
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as reader:
-                # Each takes what the kernel buffers and no more.
+                # Each connection takes as much as the kernel buffers.
                 while (await reader.get("/")).status_code == 200:
                     assert len(slow) < 500
                     connection = socket.create_connection(("127.0.0.1", server.port))
@@ -90,7 +90,7 @@ async def test_replies_that_nobody_reads_use_the_budget_up(redis_url: str) -> No
             await server.stop(0.1)
 
 
-def test_an_estimate_of_unsent_replies_is_made_exact_before_it_refuses() -> None:
+def test_the_estimate_of_unsent_replies_is_made_exact_before_a_refusal() -> None:
     buffers = Buffers(100)
     buffers.replies_bytes = 1_000_000
     buffers.measure = lambda: 40
@@ -101,7 +101,7 @@ def test_an_estimate_of_unsent_replies_is_made_exact_before_it_refuses() -> None
     buffers.reserve(60)
 
 
-def test_the_default_has_room_for_a_body_at_least() -> None:
+def test_the_default_budget_has_room_for_one_body() -> None:
     assert default_bytes(2**50) == 2**50
     assert default_bytes(1, 2) == default_bytes(1) // 2
 

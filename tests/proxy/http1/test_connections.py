@@ -1,4 +1,4 @@
-"""How many connections there are, how long they last, and clients that shut down their sending direction."""
+"""Connections: their number, their time limits, and clients that shut down their sending direction."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from tests.waiting import wait_until_async
 
 
 async def read_all(reader: asyncio.StreamReader) -> bytes:
-    """Return what comes until the server closes, or resets as it was sent to once more."""
+    """Return the bytes received until the server closes or resets the connection."""
     whole = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := await asyncio.wait_for(reader.read(1 << 16), 30):
@@ -37,7 +37,7 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
 
 
 class Impatient:
-    """A middleware that answers without reading the body."""
+    """A middleware that responds without reading the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -53,7 +53,7 @@ class TestIdleConnections:
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.05)
 
     @pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"])
-    async def test_they_are_closed_whatever_bytes_they_sent(self, site: Site, sent: bytes) -> None:
+    async def test_idle_connections_are_closed_whatever_bytes_they_sent(self, site: Site, sent: bytes) -> None:
         await site.endpoint("/a", text("here"))
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(get("/a"))
@@ -61,7 +61,7 @@ class TestIdleConnections:
             writer.write(sent)
             assert await read_all(reader) == b""
 
-    async def test_blank_lines_do_not_keep_them(self, site: Site) -> None:
+    async def test_blank_lines_do_not_keep_a_connection_open(self, site: Site) -> None:
         await site.endpoint("/a", text("here"))
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(get("/a"))
@@ -72,7 +72,7 @@ class TestIdleConnections:
                 await asyncio.sleep(0.02)
             assert await ended == b""
 
-    async def test_the_rest_of_a_body_that_nobody_reads_does_not_keep_them(self, redis_url: str) -> None:
+    async def test_an_unread_body_does_not_keep_a_connection_open(self, redis_url: str) -> None:
         async with running(redis_url) as site:
             site.served = wrap(site.app, [Middleware(Impatient)])
             async with serving(site) as server, connected(server) as (reader, writer):
@@ -84,24 +84,24 @@ class TestIdleConnections:
                     await asyncio.sleep(0.02)
                 assert await ended == b""
 
-    async def test_a_request_that_is_waited_for_is_not_idle(self, site: Site) -> None:
+    async def test_a_connection_with_a_waiting_request_is_not_idle(self, site: Site) -> None:
         gate = Gate()
         await site.endpoint("/slow", gate)
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(get("/slow"))
             await wait_until_async(lambda: site.started)
-            await asyncio.sleep(1.0)  # twice as long as an idle one has
+            await asyncio.sleep(1.0)  # twice the limit of idle connections
             gate.opened.set()
             assert (await asyncio.wait_for(reader.readuntil(b"/slow"), 30)).startswith(b"HTTP/1.1 200 ")
 
-    async def test_an_answer_that_is_still_being_read_is_not_idle(self, site: Site) -> None:
+    async def test_a_connection_whose_response_is_being_read_is_not_idle(self, site: Site) -> None:
         large = bytes(20_000_000)
         await site.endpoint("/a", lambda entry: Reply(entry.id, codec="bytes", body=large))
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(get("/a"))
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
             read = 0
-            while read < len(large):  # slowly, for twice as long as an idle one has, and never standing still
+            while read < len(large):  # slowly and steadily, for twice the limit of idle connections
                 read += len(await asyncio.wait_for(reader.read(1_000_000), 30))
                 await asyncio.sleep(0.05)
             assert read == len(large)
@@ -110,7 +110,7 @@ class TestIdleConnections:
 class TestHalfClosedConnections:
     @pytest.mark.parametrize("count", [1, 3])
     @pytest.mark.parametrize("is_slow", [False, True])
-    async def test_what_was_asked_for_is_answered_and_then_they_are_closed(
+    async def test_whole_requests_are_answered_before_a_half_closed_connection_ends(
         self, site: Site, count: int, is_slow: bool
     ) -> None:
         gate = Gate()
@@ -118,7 +118,7 @@ class TestHalfClosedConnections:
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(count * get("/slow") + get("/none/none") + get("/last") + b"GET /half")
             writer.write_eof()
-            if is_slow:  # until the client has been looked for
+            if is_slow:  # until the presence of the client was checked
                 assert await asyncio.wait_for(reader.readexactly(9), 30) == b"HTTP/1.1 "
                 for _ in range(3):
                     assert b"here" not in await talk(server, get("/none/none", "connection: close"))
@@ -131,15 +131,15 @@ class TestHalfClosedConnections:
         assert [one.status for one in responses(answered)] == count * [200] + [404, 200]
 
     @pytest.mark.parametrize("sent", [b"", b"GET /a HTTP/1.1\r\nhost: x", b"\r\n"])
-    async def test_without_a_whole_request_they_are_closed(self, site: Site, sent: bytes) -> None:
+    async def test_half_closed_connections_without_a_whole_request_are_closed(self, site: Site, sent: bytes) -> None:
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(sent)
             writer.write_eof()
             assert await read_all(reader) == b""
 
     @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-    async def test_a_client_that_is_gone_takes_its_request_back_as_ever(self, site: Site, version: bytes) -> None:
-        """Its end of data looks the same, whatever it did after it."""
+    async def test_a_client_that_closed_its_socket_cancels_its_request(self, site: Site, version: bytes) -> None:
+        """A closed socket sends the same end of data as a half-closed one."""
         await site.endpoint("/", None)
         async with serving(site) as server:
             async with connected(server) as (_, writer):
@@ -150,7 +150,7 @@ class TestHalfClosedConnections:
             await wait_until_async(lambda: not server.connections)
             assert site.app.metrics.of("e").by_status == {499: 1}
 
-    async def test_a_stream_goes_on_to_its_end(self, redis_url: str) -> None:
+    async def test_a_stream_to_a_half_closed_connection_is_completed(self, redis_url: str) -> None:
         go_on = asyncio.Event()
 
         async def give(request: Any) -> AsyncIterator[str]:
@@ -164,13 +164,13 @@ class TestHalfClosedConnections:
                 writer.write(get("/s"))
                 head = await asyncio.wait_for(reader.readuntil(b"first \r\n"), 30)
                 writer.write_eof()
-                # A leading zero of the length of the next chunk, which is still to come.
+                # The leading zero of the next chunk's length.
                 assert await asyncio.wait_for(reader.readexactly(1), 30) == b"0"
                 go_on.set()
                 (one,) = responses(head + b"0" + await read_all(reader))
                 assert (one.status, one.body) == (200, b"first second")
 
-    async def test_a_stream_ends_when_its_client_is_gone(self, redis_url: str) -> None:
+    async def test_a_stream_to_a_closed_socket_ends(self, redis_url: str) -> None:
         for way in WAYS:
             ended = threading.Event()
 
@@ -190,8 +190,8 @@ class TestHalfClosedConnections:
                 await wait_until_async(served.is_idle)
 
 
-class TestTheirNumber:
-    async def test_those_beyond_it_are_refused_and_others_go_on(self, site: Site) -> None:
+class TestTheNumberOfConnections:
+    async def test_connections_beyond_the_limit_are_refused_and_others_continue(self, site: Site) -> None:
         await site.endpoint("/a", text("here"))
         server = Server(site.served, "127.0.0.1", 0, max_connections=2)
         await server.start()
@@ -215,7 +215,9 @@ class TestTheirNumber:
         finally:
             await server.stop(0.5)
 
-    async def test_refused_ones_that_stay_are_closed_too(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_refused_connections_that_stay_open_are_closed(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(protocol_module, "_LINGERING_REFUSALS", 3)
         server = Server(site.served, "127.0.0.1", 0, max_connections=0)
         await server.start()
@@ -230,7 +232,7 @@ class TestTheirNumber:
         finally:
             await server.stop(0.5)
 
-    def test_it_is_no_more_than_the_files_that_may_be_open(self) -> None:
+    def test_the_limit_is_below_the_limit_of_open_files(self) -> None:
         code = (
             "import resource, sys; from penstock.proxy.http1.connection_limit import allowed_connections as allowed;"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])));"
@@ -243,7 +245,7 @@ class TestTheirNumber:
             assert ran.stdout.split() == [str(allowed), str(soft)]
             assert ("raise the hard limit of open files" in ran.stderr) == (allowed < wanted)
 
-    async def test_a_client_that_waits_for_an_answer_to_a_refused_body_reads_the_refusal(self, site: Site) -> None:
+    async def test_a_client_whose_body_is_refused_can_read_the_refusal(self, site: Site) -> None:
         server = Server(site.served, "127.0.0.1", 0, max_connections=0)
         await server.start()
         try:

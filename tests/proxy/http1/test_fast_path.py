@@ -1,4 +1,4 @@
-"""What the way without a task leaves to the one with a task, and that nobody can tell them apart."""
+"""The fast path: which requests it leaves to ASGI, and that clients see no difference."""
 
 import asyncio
 import gc
@@ -22,13 +22,13 @@ from tests.waiting import wait_until_async
 
 
 async def raw(server: Server, *sent: bytes) -> bytes:
-    """Send pieces apart from each other, and return what comes back until the server closes."""
+    """Send pieces separately, and return the bytes received until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         for piece in sent:
             writer.write(piece)
             await writer.drain()
-            await asyncio.sleep(0.02)  # so that they arrive apart; nothing rests on it
+            await asyncio.sleep(0.02)  # usually they then arrive separately; the test holds either way
         return await asyncio.wait_for(reader.read(), 20)
     finally:
         writer.close()
@@ -92,7 +92,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("sent", REQUESTS.values(), ids=REQUESTS)
-async def test_an_answer_is_the_same_whichever_way_it_takes(redis_url: str, sent: list[bytes]) -> None:
+async def test_the_response_is_the_same_on_both_paths(redis_url: str, sent: list[bytes]) -> None:
     answers: list[list[bytes]] = []
     for way in WAYS:
         async with running(redis_url, way=way, max_body_bytes=150_000) as site:
@@ -108,7 +108,7 @@ async def test_an_answer_is_the_same_whichever_way_it_takes(redis_url: str, sent
     assert answers[0][0].startswith(b"HTTP/1.1 ")
 
 
-async def test_a_client_that_hangs_up_cancels_its_request(redis_url: str) -> None:
+async def test_a_client_that_disconnects_cancels_its_request(redis_url: str) -> None:
     async with running(redis_url, way="direct") as site:
         await site.endpoint("/", answer=None)
         with pytest.raises(httpx.ReadTimeout):
@@ -119,7 +119,7 @@ async def test_a_client_that_hangs_up_cancels_its_request(redis_url: str) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_counted(
+async def test_a_client_that_disconnects_in_its_body_is_counted(
     redis_url: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fast_path, "_PATIENCE_S", 60.0)
@@ -136,7 +136,7 @@ async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_counted(
         await server.stop(0.1)
 
 
-async def test_what_is_unfinished_at_the_end_is_told_so(redis_url: str) -> None:
+async def test_unfinished_requests_get_503_at_the_end(redis_url: str) -> None:
     async with running(redis_url, way="direct") as site:
         await site.endpoint("/", answer=None)
         server = Server(site.served, "127.0.0.1", 0)
@@ -151,7 +151,7 @@ async def test_what_is_unfinished_at_the_end_is_told_so(redis_url: str) -> None:
         await wait_until_async(site.is_empty)
 
 
-async def test_middlewares_take_the_way_through_asgi(redis_url: str) -> None:
+async def test_middlewares_disable_the_fast_path(redis_url: str) -> None:
     async with running(redis_url, way="direct", middlewares=(Middleware(GZipMiddleware, minimum_size=10),)) as site:
         assert protocol_for(site.app) is FastPath
         assert protocol_for(wrap(site.app, [Middleware(GZipMiddleware)])) is not FastPath
@@ -168,7 +168,7 @@ async def slow_echo(entry: Entry) -> Reply:
 
 @contextmanager
 def uncollected() -> Generator[list[object]]:
-    """Lists, once it is left, what of ours waits for the garbage collector since it was entered."""
+    """Context manager that then lists our objects that became garbage in it."""
     ours: list[object] = []
     gc.collect()
     gc.disable()
@@ -186,7 +186,7 @@ def uncollected() -> Generator[list[object]]:
 @pytest.mark.parametrize("answer", [text("hello"), slow_echo])
 @pytest.mark.parametrize("size", [0, 100_000])
 async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str, answer: Answerer, size: int) -> None:
-    """What leads in circles waits for it, with bodies that are large; and while it looks, everybody waits."""
+    """A cycle keeps large bodies until a collection, and a collection delays every request."""
     async with running(redis_url, way="direct") as site:
         await site.endpoint("/", answer)
         for _ in range(3):
@@ -198,7 +198,7 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(redis_url: str
     assert ours == []
 
 
-async def test_a_client_that_hangs_up_leaves_no_body_for_the_garbage_collector(redis_url: str) -> None:
+async def test_a_client_that_disconnects_leaves_no_body_for_the_garbage_collector(redis_url: str) -> None:
     async with running(redis_url, way="direct") as site:
         await site.endpoint("/", answer=None)
         with uncollected() as ours:

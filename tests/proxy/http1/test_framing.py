@@ -1,4 +1,4 @@
-"""What a request's head, chunks and trailers may be, at the limits and beyond them."""
+"""Framing of requests: heads, hosts, chunks and trailers, at their limits and beyond."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ async def one_response(server: Server, sent: bytes) -> RawResponse:
 
 
 class TestTrailers:
-    async def test_they_never_become_headers(self, site: Site) -> None:
+    async def test_trailers_never_become_headers(self, site: Site) -> None:
         await site.endpoint("/a")
         names = ["x-serve-call-method", "x-serve-shard-key", "x-request-id", "x-user", "authorization", "content-type"]
         names += ["cookie", "host", "expect", "prefer", "idempotency-key", "traceparent", "te"]
@@ -42,13 +42,13 @@ class TestTrailers:
             assert {name for name, _ in entry.header.headers} == {"host"}
 
     @pytest.mark.parametrize("field", [b"content-length: 5", b"transfer-encoding: chunked"])
-    async def test_one_that_would_frame_another_body_is_refused(self, site: Site, field: bytes) -> None:
+    async def test_a_trailer_with_framing_is_refused(self, site: Site, field: bytes) -> None:
         await site.endpoint("/a")
         async with serving(site) as server:
             assert (await one_response(server, CHUNKED + b"\r\n0\r\n" + field + b"\r\n\r\n")).status == 400
         assert not site.started
 
-    async def test_they_change_nothing_for_the_next_request(self, site: Site) -> None:
+    async def test_trailers_do_not_affect_the_next_request(self, site: Site) -> None:
         await site.endpoint("/a")
         trailers = b"connection: upgrade\r\nupgrade: h2c\r\nconnection: close\r\nexpect: 100-continue\r\n"
         async with serving(site) as server:
@@ -56,14 +56,14 @@ class TestTrailers:
         assert [one.status for one in responses(answered)] == [200, 200, 200]
         assert [entry.header.method for entry in site.started] == ["POST", "POST", "GET"]
 
-    async def test_a_connection_field_among_them_removes_no_header(self, site: Site) -> None:
+    async def test_a_connection_field_among_trailers_removes_no_header(self, site: Site) -> None:
         await site.endpoint("/a")
         async with serving(site) as server:
             await one_response(server, CHUNKED + CLOSE + b"x-user: me\r\n\r\n0\r\nconnection: x-user\r\n\r\n")
         assert ("x-user", "me") in site.started[0].header.headers
 
     @pytest.mark.parametrize("size", [40_000, 60_000])
-    async def test_they_count_with_the_head(self, site: Site, size: int) -> None:
+    async def test_the_bytes_of_trailers_count_with_the_head(self, site: Site, size: int) -> None:
         await site.endpoint("/a", text("here"))
         head = CHUNKED + CLOSE + b"x: " + b"y" * 20_000 + b"\r\n\r\n"
         trailers = b"".join(b"x: %b\r\n" % (b"z" * 990) for _ in range(size // 1_000))
@@ -72,7 +72,7 @@ class TestTrailers:
         assert (one.status, len(site.started)) == ((200, 1) if size == 40_000 else (431, 0))
 
     @pytest.mark.parametrize("count", [100, 200])
-    async def test_their_number_counts_with_that_of_the_headers(self, site: Site, count: int) -> None:
+    async def test_the_number_of_trailers_counts_with_that_of_the_headers(self, site: Site, count: int) -> None:
         await site.endpoint("/a", text("here"))
         async with serving(site) as server:
             one = await one_response(server, CHUNKED + CLOSE + b"\r\n0\r\n" + count * b"x: y\r\n" + b"\r\n")
@@ -83,7 +83,7 @@ class TestTrailers:
         [b"\r\n0\r\n" + b"x: %b\r\n" % (b"y" * 1000), b"\r\n0\r\nx: yyyyyyyy", b"\r\n5;x=yyyyyyyy"],
         ids=["many", "one that is long", "an extension of a chunk"],
     )
-    async def test_what_goes_on_and_on_behind_the_head_is_refused(self, site: Site, endless: bytes) -> None:
+    async def test_endless_trailers_and_extensions_are_refused(self, site: Site, endless: bytes) -> None:
         await site.endpoint("/a")
         start, again = endless[: -len(b"yyyyyyyy")], endless[-len(b"yyyyyyyy") :]
         async with serving(site) as server, connected(server) as (reader, writer):
@@ -104,7 +104,7 @@ class TestTrailers:
 
 class TestTheHead:
     @pytest.mark.parametrize("count", [framing.MAX_HEADER_FIELDS, framing.MAX_HEADER_FIELDS + 1])
-    async def test_it_has_128_fields_at_most(self, site: Site, count: int) -> None:
+    async def test_a_head_has_at_most_128_fields(self, site: Site, count: int) -> None:
         await site.endpoint("/a", text("here"))
         async with serving(site) as server:
             one = await one_response(server, GET + CLOSE + (count - 2) * b"x: y\r\n" + b"\r\n")
@@ -112,7 +112,9 @@ class TestTheHead:
 
     @pytest.mark.parametrize("excess", [0, 1])
     @pytest.mark.parametrize("in_pieces", [False, True])
-    async def test_it_has_64_kib_at_most_whatever_follows_it(self, site: Site, excess: int, in_pieces: bool) -> None:
+    async def test_a_head_has_at_most_64_kib_whatever_follows_it(
+        self, site: Site, excess: int, in_pieces: bool
+    ) -> None:
         await site.endpoint("/a", text("here"))
         frame = b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\nconnection: close\r\nx: %b\r\n\r\n"
         head = frame % (b"y" * (framing.MAX_HEAD_BYTES + excess - len(frame % b"")))
@@ -125,11 +127,11 @@ class TestTheHead:
             (one,) = responses(await asyncio.wait_for(reader.read(), 20))
         assert (one.status, one.headers["connection"]) == (431 if excess else 200, "close")
 
-    async def test_blank_lines_before_it_count_too(self, site: Site) -> None:
+    async def test_blank_lines_before_a_head_count(self, site: Site) -> None:
         async with serving(site) as server:
             assert (await one_response(server, b"\r\n" * 40_000)).status == 431
 
-    async def test_it_may_arrive_byte_by_byte(self, site: Site) -> None:
+    async def test_a_head_may_arrive_byte_by_byte(self, site: Site) -> None:
         await site.endpoint("/a")
         sent = CHUNKED + CLOSE + b"\r\n2\r\n\r\n\r\n0\r\nx: y\r\n\r\n"
         async with serving(site) as server, connected(server) as (reader, writer):
@@ -142,13 +144,13 @@ class TestTheHead:
         assert [entry.body for entry in site.started] == [b"", b"\r\n"]
 
     @pytest.mark.parametrize("version", [b"2.0", b"0.9"])
-    async def test_a_version_that_is_not_served_is_refused(self, site: Site, version: bytes) -> None:
+    async def test_unsupported_versions_are_refused(self, site: Site, version: bytes) -> None:
         await site.endpoint("/a")
         async with serving(site) as server:
             one = await one_response(server, b"GET /a HTTP/%b\r\nhost: x\r\n\r\n" % version)
         assert (one.status, site.started) == (505, [])
 
-    async def test_a_client_of_http_1_0_is_sent_no_interim_response(self, site: Site) -> None:
+    async def test_a_client_of_http_1_0_gets_no_interim_response(self, site: Site) -> None:
         await site.endpoint("/a")
         head = b"POST /a HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n"
         async with serving(site) as server:
@@ -197,7 +199,7 @@ INVALID_HOSTS = [
 
 class TestTheHost:
     @pytest.mark.parametrize("way", ["asgi", "direct", "middlewares"])
-    async def test_it_is_there_once_and_has_its_form(self, redis_url: str, way: str) -> None:
+    async def test_a_request_has_one_valid_host(self, redis_url: str, way: str) -> None:
         async with running(redis_url, way="direct" if way == "middlewares" else way) as site:
             await site.endpoint("/a", text("here"))
             if way == "middlewares":
@@ -218,7 +220,7 @@ class TestTheHost:
                     sent = b"GET /a HTTP/%b\r\n%bConnection: close\r\n\r\n" % (version, fields)
                     assert (await one_response(server, sent)).status == status, sent
 
-    def test_more_of_them_than_are_remembered_are_still_told_apart(self) -> None:
+    def test_more_hosts_than_the_cache_holds_are_still_validated(self) -> None:
         for n in range(3_000):
             assert framing.is_valid_host(b"host-%d" % n)
         assert len(framing.valid_hosts) <= 1_024
@@ -234,7 +236,7 @@ class TestTheHost:
             (b"http://example.com", ("example.com", "/", "")),
         ],
     )
-    async def test_the_authority_of_a_target_takes_its_place(
+    async def test_the_authority_of_an_absolute_target_replaces_the_host(
         self, site: Site, target: bytes, seen: tuple[str, str, str]
     ) -> None:
         await site.endpoint("/{path:path}")
@@ -258,23 +260,21 @@ class TestTheHost:
             b"*",
         ],
     )
-    async def test_another_target_is_refused(self, site: Site, target: bytes) -> None:
+    async def test_other_forms_of_a_target_are_refused(self, site: Site, target: bytes) -> None:
         await site.endpoint("/a")
         async with serving(site) as server:
             one = await one_response(server, b"GET %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % target)
         assert one.status == (404 if target == b"//" else 400)
         assert not site.started
 
-    async def test_a_full_target_needs_a_host_as_well(self, site: Site) -> None:
+    async def test_an_absolute_target_needs_a_host_as_well(self, site: Site) -> None:
         async with serving(site) as server:
             for fields in (b"", b"host: x\r\nhost: x\r\n", b"host: x y\r\n"):
                 sent = b"GET http://x/a HTTP/1.1\r\n%bconnection: close\r\n\r\n" % fields
                 assert (await one_response(server, sent)).status == 400
 
 
-async def test_what_is_refused_is_told_why_in_json_and_by_a_line_of_the_log(
-    site: Site, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_refusal_is_json_and_one_log_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(site) as server:
         one = await one_response(server, GET + 200 * b"x: y\r\n" + b"\r\n")
     assert one.headers["content-type"] == "application/json"
@@ -282,7 +282,7 @@ async def test_what_is_refused_is_told_why_in_json_and_by_a_line_of_the_log(
     assert any("128 header fields" in record.getMessage() for record in caplog.records)
 
 
-async def test_the_answer_to_a_refused_head_request_has_no_body(site: Site) -> None:
+async def test_a_refused_head_request_gets_no_body(site: Site) -> None:
     async with serving(site) as server:
         answered = await talk(server, b"HEAD /a HTTP/1.1\r\nhost: x\r\n" + 200 * b"x: y\r\n" + b"\r\n")
     ((status, _, body),) = responses(answered, ["HEAD"])
@@ -290,7 +290,7 @@ async def test_the_answer_to_a_refused_head_request_has_no_body(site: Site) -> N
     assert answered.endswith(b"\r\n\r\n")
 
 
-async def test_a_body_that_is_refused_ends_what_waits_for_it(site: Site) -> None:
+async def test_a_refused_body_ends_the_request_that_reads_it(site: Site) -> None:
     await site.endpoint("/a")
     async with serving(site) as server, connected(server) as (reader, writer):
         writer.write(b"POST /a HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ntransfer-encoding: chunked\r\n\r\n")

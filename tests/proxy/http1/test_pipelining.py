@@ -1,4 +1,4 @@
-"""Requests that a client sends without waiting for answers: answered in order, one at a time, in bounded memory."""
+"""Pipelined requests: answered in order, one at a time, in bounded memory."""
 
 import asyncio
 import gc
@@ -86,7 +86,7 @@ PIPELINES = [[first, second] for first in KINDS for second in KINDS] + [[*KINDS,
 
 @pytest.mark.parametrize("middlewares", [(), (Middleware(GZipMiddleware),)], ids=["bare", "middleware"])
 @pytest.mark.parametrize("way", WAYS)
-async def test_answers_leave_in_the_order_of_their_requests_whatever_their_kinds(
+async def test_responses_leave_in_the_order_of_their_requests(
     redis_url: str, way: str, middlewares: tuple[Middleware, ...]
 ) -> None:
     if middlewares and way == "direct":
@@ -94,13 +94,13 @@ async def test_answers_leave_in_the_order_of_their_requests_whatever_their_kinds
     async with serve(redis_url, way, give, middlewares=middlewares) as served:
         for sent in PIPELINES:
             if any(b"upgrade: " in KINDS[kind][1] for kind in sent[-1:]):
-                continue  # it has a connection header of its own, and so cannot be the last
+                continue  # it has its own connection header, so it cannot be the last
             data = b"".join(request_of(kind, n, is_last=n == len(sent) - 1) for n, kind in enumerate(sent))
             check(sent, await served.raw(data))
 
 
 class Gate:
-    """A backend that holds ``/slow`` until it may go on, and answers all else at once."""
+    """A backend that replies to ``/slow`` once the gate opens, and to all else at once."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -116,13 +116,13 @@ def get(path: str, *fields: str) -> bytes:
 
 
 def cycles() -> int:
-    """Return how many requests are known to servers of this process."""
+    """Return the number of requests that servers of this process have in memory."""
     gc.collect()
     return sum(isinstance(one, RequestResponseCycle) for one in gc.get_objects())
 
 
-async def test_hundreds_behind_a_slow_request_are_answered_after_it(site: Site) -> None:
-    """As many as are too deep for Python's stack, if the end of one began the next."""
+async def test_hundreds_of_requests_behind_a_slow_one_are_answered(site: Site) -> None:
+    """Enough of them to exhaust Python's stack, if the end of one started the next."""
     gate = Gate()
     await site.endpoint("/slow", gate)
     async with serving(site) as server, connected(server) as (reader, writer):
@@ -136,7 +136,7 @@ async def test_hundreds_behind_a_slow_request_are_answered_after_it(site: Site) 
     assert [f"'/none/{n}'".encode() in one.body for n, one in enumerate(found[1:-1])] == 2_000 * [True]
 
 
-async def test_many_short_requests_in_one_write_are_no_long_head(site: Site) -> None:
+async def test_many_short_requests_in_one_write_are_not_one_long_head(site: Site) -> None:
     await site.endpoint("/{x}", text("here"))
     async with serving(site) as server:
         sent = 3_000 * get("/none/none/none/none", "x: y") + get("/a", "connection: close")
@@ -146,9 +146,7 @@ async def test_many_short_requests_in_one_write_are_no_long_head(site: Site) -> 
 
 @pytest.mark.parametrize("size", [10, 100_000, 400_000])
 @pytest.mark.parametrize("is_chunked", [False, True])
-async def test_a_request_is_answered_though_half_of_the_next_head_came_with_it(
-    site: Site, size: int, is_chunked: bool
-) -> None:
+async def test_a_request_with_half_of_the_next_head_is_answered(site: Site, size: int, is_chunked: bool) -> None:
     await site.endpoint("/{x}", lambda entry: Reply(entry.id, codec="text", body=b"%d" % len(entry.body)))
     body = bytes(size)
     framing = b"content-length: %d\r\n\r\n%b" % (size, body)
@@ -168,7 +166,7 @@ async def test_a_request_is_answered_though_half_of_the_next_head_came_with_it(
 
 
 @pytest.mark.parametrize("count", [500, 5_000], ids=["few", "more than are read"])
-async def test_one_request_of_a_connection_is_begun_at_a_time_and_none_once_it_is_lost(site: Site, count: int) -> None:
+async def test_a_connection_starts_one_request_at_a_time_and_none_after_it_is_lost(site: Site, count: int) -> None:
     await site.endpoint("/slow", None)
     sent = count * get("/slow")
     async with serving(site) as server:
@@ -178,14 +176,14 @@ async def test_one_request_of_a_connection_is_begun_at_a_time_and_none_once_it_i
             await wait_until_async(site.queued)
             writer.write(sent)
             await wait_until_async(lambda: waiting_bytes(server) >= min(len(sent), MAX_PIPELINED_BYTES))
-            for _ in range(100):  # turns of the loop, each of which could begin another
+            for _ in range(100):  # turns of the loop, each of which could start another
                 await asyncio.sleep(0)
             assert waiting_bytes(server) < 10 * MAX_PIPELINED_BYTES
             assert await site.queued() == 1
             assert cycles() <= known + 1
         await wait_until_async(lambda: not server.connections)
         await wait_until_async(site.is_empty)
-        assert site.app.metrics.of("e").by_status == {499: 1}  # nothing else was routed
+        assert site.app.metrics.of("e").by_status == {499: 1}  # no other request was routed
         await wait_until_async(lambda: cycles() <= known)
 
 
@@ -193,14 +191,14 @@ def waiting_bytes(server: Any) -> int:
     return sum(connection.waiting_bytes for connection in server.connections)
 
 
-async def test_a_client_that_reads_nothing_of_large_answers_is_answered_two_at_most(site: Site) -> None:
+async def test_a_client_that_reads_nothing_gets_at_most_two_large_responses(site: Site) -> None:
     large = bytes(4_000_000)
     await site.endpoint("/large", lambda entry: Reply(entry.id, codec="bytes", body=large))
     await site.endpoint("/small", text("small"), name="other")
     async with serving(site) as server, connected(server) as (reader, writer):
         writer.write(29 * get("/large") + get("/large", "connection: close"))
         await wait_until_async(lambda: site.started)
-        for _ in range(50):  # the time that others take meanwhile
+        for _ in range(50):  # time for other connections
             assert b"small" in await talk(server, get("/small", "connection: close"))
         assert sum(entry.header.path == "/large" for entry in site.started) <= 2
         sizes = [len(one.body) for one in responses(await asyncio.wait_for(reader.read(), 120))]
@@ -218,7 +216,7 @@ async def test_a_client_that_reads_nothing_of_large_answers_is_answered_two_at_m
     ],
     ids=["no head", "two hosts", "many fields", "long head", "bad chunk"],
 )
-async def test_a_request_that_is_refused_leaves_the_one_before_it_its_answer(
+async def test_a_refused_request_does_not_take_the_response_of_the_one_before(
     site: Site, broken: bytes, status: int
 ) -> None:
     gate = Gate()
@@ -233,7 +231,7 @@ async def test_a_request_that_is_refused_leaves_the_one_before_it_its_answer(
     assert len(site.started) == 1
 
 
-async def test_a_pipelined_client_that_asks_first_is_told_to_go_on_in_its_turn(site: Site) -> None:
+async def test_a_pipelined_100_continue_is_sent_in_its_turn(site: Site) -> None:
     gate = Gate()
     await site.endpoint("/slow", gate)
     async with serving(site) as server, connected(server) as (reader, writer):
@@ -247,7 +245,7 @@ async def test_a_pipelined_client_that_asks_first_is_told_to_go_on_in_its_turn(s
         assert [one.status for one in responses(await asyncio.wait_for(reader.read(), 20))] == [200, 404]
 
 
-async def test_nothing_behind_an_answer_that_ends_its_connection_is_begun(site: Site) -> None:
+async def test_no_request_behind_a_closing_response_is_started(site: Site) -> None:
     await site.endpoint("/{x}", text("here"))
     async with serving(site) as server:
         found = responses(await talk(server, get("/a", "connection: close") + 100 * get("/b")))
