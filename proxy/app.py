@@ -44,7 +44,10 @@ SCRAPED = HTTPResponse(200, [])
 _SCRAPE_TIMEOUT_S = 2.0
 """How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
 
-_COUNTED_BYTES = 64 * 1024
+_COUNTED_REQUEST_BYTES = 4 * 1024
+"""Smaller bodies that arrive in one read are not added to the budget: a connection has one, as much as its buffers."""
+
+_COUNTED_REPLY_BYTES = 64 * 1024
 """Replies up to this size are not added to `Buffers.replies_bytes`: usually the kernel takes them at once."""
 
 _HOP_BY_HOP = frozenset(name.encode() for name in responses.HOP_BY_HOP)
@@ -223,7 +226,9 @@ class App:
         """
         scope, headers, endpoint = request.scope, request.headers, request.endpoint
         assert endpoint is not None
-        self._reserve(request, len(body) - request.reserved_bytes)  # `read_body` has reserved all of it
+        unreserved = len(body) - request.reserved_bytes  # `read_body` has reserved all of what it read
+        if unreserved > _COUNTED_REQUEST_BYTES or self.buffers.may_be_full():
+            self._reserve(request, unreserved)
         method_name = headers.get(b"x-serve-call-method")
         client = scope["client"]
         shard_key = headers.get(b"x-serve-shard-key")
@@ -284,7 +289,7 @@ class App:
             if request.scope["method"] == "HEAD":
                 length, body = head_length or length, b""
             headers.append((b"content-length", b"%d" % length))
-            if length > _COUNTED_BYTES:
+            if length > _COUNTED_REPLY_BYTES:
                 self.buffers.replies_bytes += len(body)
         if self.draining or close:
             headers.append(_CLOSE)

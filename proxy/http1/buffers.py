@@ -39,6 +39,10 @@ class Buffers:
         self.measure: Callable[[], int] = lambda: 0
         """Returns the bytes of replies that the kernel has not taken yet. Set once the server exists."""
 
+    def may_be_full(self) -> bool:
+        """Return whether `check` has to look more closely, for any size."""
+        return self.requests_bytes + self.replies_bytes > self.limit_bytes
+
     def check(self, size: int) -> None:
         """Raise `BuffersFull` if there is no room for ``size`` more bytes."""
         if self.requests_bytes + self.replies_bytes + size <= self.limit_bytes:

@@ -36,6 +36,16 @@ def _declared_bytes(cycle: RequestResponseCycle) -> float:
     return math.inf
 
 
+class _NoEvent:
+    """In place of an `asyncio.Event` while no task waits for more of a body: an event costs as much as a look-up."""
+
+    def set(self) -> None:
+        pass
+
+
+_NO_EVENT = cast("asyncio.Event", _NoEvent())
+
+
 def protocol_for(app: ASGIApp) -> type[Protocol]:
     """Return what serves ``app`` best."""
     return FastPath if type(app) is App else Protocol
@@ -45,6 +55,7 @@ class FastPath(Protocol):
     """A connection whose application is an `App` without middlewares."""
 
     _app_checks_framing = True
+    _message_event = staticmethod(lambda: _NO_EVENT)
     _undecided: RequestResponseCycle | None = None
     """Its head has been read, and its body may soon be complete."""
     _pieces: list[bytes]
@@ -61,6 +72,7 @@ class FastPath(Protocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.waiting_for_100_continue or cycle.scope["method"] == "HEAD":
+            cycle.message_event = asyncio.Event()
             super()._start_asgi_task(cycle, app)
         else:
             self._undecided, self._pieces = cycle, []
@@ -114,8 +126,13 @@ class FastPath(Protocol):
 
     def _hand_over(self, cycle: RequestResponseCycle, body: bytes) -> None:
         cycle.body = cast("bytearray", body)  # as in `Protocol.on_body`
+        self._start_task(cycle, cast(Any, self.app))
+
+    def _start_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        """Run ``app`` for a request whose body is in ``cycle``, as far as it has come."""
+        cycle.message_event = asyncio.Event()
         cycle.message_event.set()
-        super()._start_asgi_task(cycle, cast(Any, self.app))
+        super()._start_asgi_task(cycle, cast(Any, app))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -161,7 +178,7 @@ class FastPath(Protocol):
     def _on_outcome(self, cycle: RequestResponseCycle, asked: ProxiedRequest, outcome: CallOutcome) -> None:
         if isinstance(outcome, IncomingStream):
             self._waiting = None
-            super()._start_asgi_task(cycle, cast(Any, self._penstock.relaying(asked, outcome)))
+            self._start_task(cycle, self._penstock.relaying(asked, outcome))
             return
         self._write(cycle, asked, self._penstock.answer(asked, outcome))
 

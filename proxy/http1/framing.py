@@ -136,6 +136,20 @@ def body_length(headers: Sequence[tuple[bytes, bytes]]) -> int:
     return CHUNKED
 
 
+def declares_length(data: bytes, end: int, length: int) -> bool:
+    """Return whether the head ``data[:end]`` says, in a usual way of writing, that its body has ``length`` bytes.
+
+    False decides nothing: the field may be written in another way.
+    """
+    at = data.find(b"\r\nContent-Length: ", 0, end)
+    if at < 0:
+        at = data.find(b"\r\ncontent-length: ", 0, end)
+        if at < 0:
+            return False
+    at += len(b"\r\nContent-Length: ")
+    return data[at : data.find(b"\r", at)] == b"%d" % length
+
+
 class BlankLines:
     """Finds blank lines in a sequence of bytes that arrives in pieces."""
 

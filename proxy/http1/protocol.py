@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 import urllib.parse
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
@@ -86,6 +87,12 @@ class Protocol(HttpToolsProtocol):
     _unread = b""
     """What was received and not parsed, from `_at` on."""
     _at = 0
+    _last_target = b""
+    """The target of the previous request, as most clients of a connection repeat it."""
+    _last_path: tuple[str, bytes, bytes]
+    """Path, raw path and query string of that."""
+    _message_event: Callable[[], asyncio.Event] = asyncio.Event
+    """Makes the event by which a cycle waits for more of its body."""
     _idle_since = 0.0
     _has_answered = False
     _unsent = 0
@@ -210,19 +217,19 @@ class Protocol(HttpToolsProtocol):
     def _read_usual(self, data: bytes) -> None:
         """Feed the parser with what begins with a head: fast where that is one request, and there is nothing else."""
         end = data.find(framing.BLANK_LINE) + len(framing.BLANK_LINE)
-        if end == len(data) <= framing.MAX_HEAD_BYTES:
-            self._head_bytes = end
-            self._parse(data)
-            return
-        self._unread = data
         if len(framing.BLANK_LINE) <= end <= framing.MAX_HEAD_BYTES:
-            self._head_bytes = self._at = end
-            self._parse(data[:end])
-            if self._in_body and framing.body_length(self.headers) == len(data) - end:
-                body = self._piece(end, len(data))
-                self._unread, self._at = b"", 0
-                self._parse(body)
+            if end == len(data):
+                self._head_bytes = end
+                self._parse(data)
                 return
+            if framing.declares_length(data, end, len(data) - end):
+                self._head_bytes, parser = end, self.parser
+                self._parse(data)
+                if self.parser is not parser and not self._lingering_since:  # it stopped behind the head
+                    self._unread, self._at = data, end
+                    self._read()
+                return
+        self._unread = data
         self._read()
 
     def _read(self) -> None:
@@ -327,13 +334,9 @@ class Protocol(HttpToolsProtocol):
             raise framing.Refused(*framing.TOO_MANY_FIELDS)
         if not self._app_checks_framing and (refusal := framing.refusal(headers, version)) is not None:
             raise framing.Refused(*refusal)
-        target = framing.parsed_target(self.url, headers, version)
-        path = target.path.decode("ascii")
-        if "%" in path:
-            path = urllib.parse.unquote(path)
-        scope["path"] = self.root_path + path
-        scope["raw_path"] = self.root_path.encode("ascii") + target.path
-        scope["query_string"] = target.query or b""
+        if self.url != self._last_target:
+            self._read_target(headers, version)
+        scope["path"], scope["raw_path"], scope["query_string"] = self._last_path
         self._in_head, self._in_body, self._is_busy = False, True, True
         self._head_since, self._body_left = 0.0, None
         self.cycle = RequestResponseCycle(
@@ -344,12 +347,21 @@ class Protocol(HttpToolsProtocol):
             access_logger=self.access_logger,
             access_log=self.access_log,
             default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
+            message_event=self._message_event(),
             expect_100_continue=self.expect_100_continue,
             keep_alive=version != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self._start_asgi_task(self.cycle, self.app)
+
+    def _read_target(self, headers: framing.RawHeaders, version: str) -> None:
+        target = framing.parsed_target(self.url, headers, version)
+        path = target.path.decode("ascii")
+        if "%" in path:
+            path = urllib.parse.unquote(path)
+        self._last_path = self.root_path + path, self.root_path.encode("ascii") + target.path, target.query or b""
+        # A target with an authority has changed the headers as well, so it is read again each time.
+        self._last_target = self.url if self.url.startswith(b"/") else b""
 
     def on_chunk_header(self) -> None:
         self._has_progressed = True
