@@ -129,8 +129,7 @@ class Serving:
             if record.files:
                 self._directories = await asyncio.to_thread(UnpackedRuntimeEnv, await self._code(record.files))
                 self._directories.enter()
-            self._runner = Runner(self._backend, self._replica, code, record.config)
-            await self._runner.start()
+            self._runner = await Runner.start(self._backend, self._replica, code, record.config)
         except PenstockError as e:
             log.error("replica %s cannot start: %s", self._replica, e)
             self._say(state="failed", error=to_wire(e))
@@ -230,7 +229,7 @@ class Serving:
 
     async def _count(self, worker: Replica) -> None:
         """Say what was done since this was said last."""
-        run_stats, worker.run_stats = worker.run_stats, stats.RunStats()
+        run_stats = worker.take_run_stats()
         if not run_stats or self._connection is None:
             return
         try:

@@ -15,8 +15,8 @@ from ..broker.queue.signals import LOOK, Signals
 from ..broker.queue.stats import RunStats
 from ..broker.transport.connection import RedisConnection
 from ..broker.wire.keys import Keys
-from .consuming.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from .consuming.consumer import Consumer
+from .consuming.policies.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from .consuming.redelivery import Redelivery
 from .consuming.settlement import Settlement
 from .consuming.stray_claims import StrayClaims
@@ -36,12 +36,15 @@ class Replica:
         keys = Keys(instance)
         commands = self._commands = RedisConnection(url, name=f"penstock-{replica}")
         reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims")
-        claims = self._group = ConsumerGroup(commands, reads, keys, backend, replica)
-        answers = Settlement(commands, claims, keys, backend, replica)
-        self._consumer = Consumer(runner, commands, claims, answers, keys, backend, replica)
-        self._stream_sender = self._consumer.stream_sender
-        self._strays = StrayClaims(self._consumer, claims)
-        self._redelivery = Redelivery(self._consumer, claims, answers, self._strays, backend)
+        group = self._group = ConsumerGroup(commands, reads, keys, backend, replica)
+        settlement = Settlement(commands, group, keys, backend, replica)
+        self._scan_soon = asyncio.Event()
+        """Set when there may be an entry to redeliver."""
+        consumer = self._consumer = Consumer(
+            runner, commands, group, settlement, keys, backend, replica, self._scan_soon
+        )
+        self._strays = StrayClaims(consumer, group)
+        self._redelivery = Redelivery(consumer, group, settlement, self._strays, backend, self._scan_soon)
         self._lease = Lease(url, keys.alive(backend, replica))
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._scan: asyncio.Task[None] | None = None
@@ -51,20 +54,20 @@ class Replica:
     @property
     def capacity(self) -> int:
         """How many requests run here at a time when all of it is busy."""
-        return self._consumer.capacity
+        return self._consumer.settings.capacity
 
     @property
     def in_progress(self) -> int:
-        return len(self._consumer.held)
+        return len(self._consumer.in_progress)
 
     @property
     def run_stats(self) -> RunStats:
-        """What was done since it was last set."""
+        """The counters since they were last taken."""
         return self._consumer.run_stats
 
-    @run_stats.setter
-    def run_stats(self, run_stats: RunStats) -> None:
-        self._consumer.run_stats = run_stats
+    def take_run_stats(self) -> RunStats:
+        """Return the counters, and start new ones."""
+        return self._consumer.take_run_stats()
 
     async def start(self) -> None:
         """Connect, take the lease and begin to claim. The runner must have started.
@@ -73,9 +76,7 @@ class Replica:
             BrokerUnavailable: Redis cannot be reached.
         """
         loop = asyncio.get_running_loop()
-        self._consumer.open()
-        self._runner.stream_to(self._stream_sender)
-        self._runner.keep_time_by(self._commands.now_ms)
+        self._runner.attach(self._consumer.stream_sender, self._commands.now_ms)
         await self._commands.open()
         await self._reads.open()
         # Either may have carried a claim that we never saw.
@@ -85,10 +86,9 @@ class Replica:
         await loop.run_in_executor(None, self._lease.start)
         await self._group.ensure()
         await self._signals.open()
-        self._consumer.configure()
         self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="take-over")
         self._observe_claims()
-        self._consumer.ask()
+        self._consumer.claim()
 
     async def check(self) -> None:
         """Return if it claims, has no room, or nothing waits for it.
@@ -112,8 +112,7 @@ class Replica:
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Use another configuration from now on. Raises `BackendError` if the user's code does not take it."""
         await self._runner.reconfigure(config)
-        self._consumer.configure()
-        self._consumer.ask()
+        self._consumer.reconfigure()
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop claiming, give back what was only prefetched, and finish the rest.
@@ -129,7 +128,7 @@ class Replica:
 
     async def stop(self) -> None:
         """Drop the lease and disconnect. What is still held is taken over by other replicas, so `drain` first."""
-        self._consumer.draining = True
+        self._consumer.stop_claiming()
         if self._scan is not None:
             self._scan.cancel()
             await asyncio.wait([self._scan])
@@ -149,9 +148,9 @@ class Replica:
 
     def _on_signal(self, signal: bytes) -> None:
         if signal == LOOK:
-            self._consumer.wake.set()
+            self._scan_soon.set()
         elif signal.startswith(TAKEN):
-            self._stream_sender.hear(signal)
+            self._consumer.stream_sender.on_signal(signal)
         else:
             self._consumer.withdraw(signal)
 

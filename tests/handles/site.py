@@ -117,8 +117,7 @@ class Site:
 
     async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Replica:
         replica = f"{tag}#{next(self._numbers)}"
-        runner = Runner(tag, replica, user_code.dump(ByReference(function)), config)
-        await runner.start()
+        runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), config)
         worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
         self._workers.append((worker, runner))

@@ -13,9 +13,8 @@ async def start() -> AsyncIterator[Start]:
     replicas: list[Replica] = []
 
     async def start(target: Any, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Replica:
-        replica = Replica(Runner("b", "b#1", dump(target, args, kwargs), config or {}))
+        replica = Replica(await Runner.start("b", "b#1", dump(target, args, kwargs), config or {}))
         replicas.append(replica)
-        await replica.runner.start()
         return replica
 
     yield start

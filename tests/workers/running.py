@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.workers import Request, accept_batch
-from penstock.workers.executing.calls import RunningCall
+from penstock.workers.claim import Claim, RunningCall
 from penstock.workers.executing.runner import Runner
 from tests.waiting import wait_until_async
 from tests.workers.requests import from_handle, value_of
@@ -18,27 +18,40 @@ from tests.workers.requests import from_handle, value_of
 Start = Callable[..., Awaitable["Replica"]]
 
 
+class Running:
+    """Entries that run, and how to cancel them."""
+
+    def __init__(self, call: RunningCall, claims: Sequence[Claim]) -> None:
+        self._call = call
+        self._claims = {claim.entry.id: claim for claim in claims}
+
+    def cancel(self, entry: Entry) -> None:
+        self._call.cancel(self._claims.get(entry.id) or Claim(b"0-0", entry))
+
+
 class Replica:
-    """A runner, and the answers that it gave."""
+    """A runner, and the replies that it gave."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.replies: dict[str, Reply] = {}
         self._loop_thread = threading.get_ident()
 
-    def run(self, *entries: Entry) -> RunningCall:
+    def run(self, *entries: Entry) -> Running:
         given_before = len(self.replies)
-        running = self.runner.run(entries, self.done)
-        assert len(self.replies) == given_before, "answered from within run()"
-        return running
+        claims = [Claim(b"0-0", entry) for entry in entries]
+        call = self.runner.run(claims, self.done)
+        assert len(self.replies) == given_before, "replied from within run()"
+        return Running(call, claims)
 
-    def done(self, entry: Entry, reply: Reply) -> None:
+    def done(self, claim: Claim, reply: Reply) -> None:
+        id_ = claim.entry.id
         assert threading.get_ident() == self._loop_thread
-        assert entry.id == reply.id
-        assert entry.id not in self.replies, "answered twice"
+        assert id_ == reply.id
+        assert id_ not in self.replies, "replied twice"
         assert reply.replica == "b#1"
         reply.fields()  # it can travel
-        self.replies[entry.id] = reply
+        self.replies[id_] = reply
 
     async def reply_to(self, entry: Entry) -> Reply:
         await wait_until_async(lambda: entry.id in self.replies)

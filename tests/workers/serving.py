@@ -35,8 +35,7 @@ _numbers = itertools.count(1)
 async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Replica]:
     """A worker of the backend ``tag`` in this loop."""
     replica = f"{tag}#{next(_numbers)}"
-    runner = Runner(tag, replica, user_code.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
-    await runner.start()
+    runner = await Runner.start(tag, replica, user_code.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
     worker = Replica(url, "default", tag, replica, runner)
     await worker.start()
     try:
@@ -196,8 +195,7 @@ async def tick(request: Any) -> AsyncGenerator[str]:
 async def _main(url: str, name: str) -> None:
     function = globals()[name]
     replica = f"{TAG}#p{os.getpid()}"
-    runner = Runner(TAG, replica, user_code.dump(function), CONFIG)
-    await runner.start()
+    runner = await Runner.start(TAG, replica, user_code.dump(function), CONFIG)
     await Replica(url, "default", TAG, replica, runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -17,6 +17,8 @@ from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.calls.call import Call, CallOutcome
 from penstock.handles.calls.incoming_stream import IncomingStream
 from penstock.handles.errors import StreamBroken
+from penstock.workers.claim import Claim
+from penstock.workers.consuming.stream_sender import StreamSender
 from penstock.workers.executing.stream_writer import StreamStopped, StreamWriter
 from tests.waiting import wait_until_async
 from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, serving, start_killable
@@ -200,18 +202,18 @@ async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, mo
     def give(request: object) -> Iterator[bytes]:
         yield from values
 
-    async with calling(redis_url) as client, serving(redis_url, give) as worker:
-        heard: list[bytes] = []
-        hear = worker._stream_sender.hear  # pyright: ignore[reportPrivateUsage]
+    received: list[bytes] = []
+    on_signal = StreamSender.on_signal
 
-        def hear_every_third(word: bytes) -> None:
-            heard.append(word)
-            if len(heard) % 3 == 0:
-                hear(word)
+    def lose_two_of_three(sender: StreamSender, signal: bytes) -> None:
+        received.append(signal)
+        if len(received) % 3 == 0:
+            on_signal(sender, signal)
 
-        worker._stream_sender.hear = hear_every_third  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(StreamSender, "on_signal", lose_two_of_three)
+    async with calling(redis_url) as client, serving(redis_url, give):
         assert await rest_of(await begun(ask(client)[1])) == values
-        assert len(heard) >= 3
+        assert len(received) >= 3
 
 
 async def test_grants_with_ids_that_were_guessed_open_no_window(redis_url: str) -> None:
@@ -294,10 +296,10 @@ class Wire:
         self.parts: deque[list[bytes]] = deque()
         self.begun = 0
 
-    def begin(self, flow: StreamWriter) -> None:
+    def begin(self, writer: StreamWriter) -> None:
         self.begun += 1
 
-    def send(self, flow: StreamWriter, part: Part) -> None:
+    def send(self, writer: StreamWriter, part: Part) -> None:
         assert len(part.body) <= 2 * CHUNK
         self.parts.append(part.fields())
 
@@ -313,7 +315,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
     async def run() -> None:
         entry = Entry("id", "caller", Header(window=window))
         wire = Wire(window)
-        flow = StreamWriter(wire, asyncio.get_running_loop(), entry)
+        flow = StreamWriter(wire, asyncio.get_running_loop(), Claim(b"0-0", entry))
         incoming: IncomingStream | None = None
         got: list[tuple[str, bytes]] = []
         unfinished = b""
@@ -333,7 +335,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
                 while wire.parts:
                     part = Part.of(wire.parts.popleft())
                     if incoming is None:
-                        incoming = IncomingStream(part, "b", lambda: "r", window, flow.taken, flow.stop)
+                        incoming = IncomingStream(part, "b", lambda: "r", window, flow.grant, flow.stop)
                     incoming.add(part)
             if ended and incoming is not None:
                 incoming.end(Reply("id", codec="stream", body=b"%d" % flow.parts))
@@ -405,7 +407,7 @@ async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> No
 async def test_a_thread_that_waits_for_room_is_stopped() -> None:
     wire = Wire(1)
     loop = asyncio.get_running_loop()
-    flow = StreamWriter(wire, loop, Entry("id", "caller", Header(window=1)))
+    flow = StreamWriter(wire, loop, Claim(b"0-0", Entry("id", "caller", Header(window=1))))
     flow.put("text", b"a")
     waiting = loop.run_in_executor(None, flow.put, "text", b"b")
     await wait_until_async(lambda: wire.parts)

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-from .batch_capacity import BatchCapacity, BatchRun
-from .claim import Claim
+from ..claim import Claim
+from .policies.batch_capacity import BatchCapacity, BatchRun
+from .policies.fairness import StreamSharing
+from .settings import ConsumerSettings
 
 _QUICK_S = 0.002
 """Behind batches this short the next one is always claimed: nobody waits longer than that for a slot."""
@@ -34,15 +36,16 @@ class Batching:
 
     def __init__(
         self,
+        settings: ConsumerSettings,
+        sharing: StreamSharing,
         now_ms: Callable[[], float],
-        is_considerate: Callable[[], bool],
+        *,
         on_lingered: Callable[[], None],
         on_nearly_free: Callable[[], None],
     ) -> None:
-        self._now_ms, self._is_considerate = now_ms, is_considerate
+        self._settings, self._sharing, self._now_ms = settings, sharing, now_ms
         self._on_lingered, self._on_nearly_free = on_lingered, on_nearly_free
-        self._capacity = BatchCapacity()
-        self._size, self._wait_s, self._is_blocking = 1, 0.0, False
+        self._capacity = BatchCapacity(settings.concurrency)
         self.loading: set[Claim] = set()
         """Claims whose large bodies are being fetched."""
         self._awaited: set[Claim] | None = None
@@ -56,10 +59,10 @@ class Batching:
         self._lingered = False
         self._nearly_free: asyncio.TimerHandle | None = None
 
-    def configure(self, size: int, slots: int, wait_s: float, *, is_blocking: bool) -> None:
-        """Set ``max_batch_size``, ``max_concurrent_queries`` and ``batch_wait_timeout``."""
-        self._size, self._wait_s, self._is_blocking = size, wait_s, is_blocking
-        self._capacity.resize(slots, monotonic())
+    def apply(self, settings: ConsumerSettings) -> None:
+        """Apply a changed configuration."""
+        self._settings = settings
+        self._capacity.resize(settings.concurrency, monotonic())
 
     def close(self) -> None:
         """Cancel the timers."""
@@ -93,8 +96,8 @@ class Batching:
 
     def room(self, waiting: int) -> int:
         """Return how many requests to claim beside ``waiting`` ones, which are claimed and in no batch yet."""
-        size = self._size
-        if self.is_quick and not self._wait_s and self._is_considerate():
+        size = self._settings.batch_size
+        if self.is_quick and not self._settings.batch_wait_s and self._sharing.is_mixed(monotonic()):
             size = min(size, _SHARED_CLAIM)
         slots = self._capacity.free
         if slots <= 0:
@@ -105,7 +108,7 @@ class Batching:
 
     def needs_more(self, waiting: int) -> bool:
         """Whether to look for more requests before the next batch starts with those that are ``waiting``."""
-        return 0 < waiting < self._size and not self.is_quick and not self._is_considerate()
+        return 0 < waiting < self._settings.batch_size and not self.is_quick and not self._sharing.is_mixed(monotonic())
 
     def fetch_began(self, up_to: int) -> None:
         """Note that a claim was sent which does not wait at the broker: an incomplete batch waits for its result."""
@@ -116,7 +119,7 @@ class Batching:
         if not self._is_fetching:
             return
         self._is_fetching, self._ran_dry = False, claimed < self._wanted
-        if 2 * claimed < self._size:
+        if 2 * claimed < self._settings.batch_size:
             self._fetch_began_s = None  # too few to measure by
         self._measure_fetch()
 
@@ -133,16 +136,16 @@ class Batching:
         """Take the next batch off what waits; it is empty if none is to start now."""
         if not waiting:
             return []
-        is_full = len(waiting) >= self._size
+        is_full = len(waiting) >= self._settings.batch_size
         if self._capacity.free <= 0:
             # A thread goes on with what is on its queue without a switch to the loop.
-            if not (is_full and self._is_blocking and not self.is_quick and self._slots_ahead() > 0):
+            if not (is_full and self._settings.is_blocking and not self.is_quick and self._slots_ahead() > 0):
                 return []
         elif not is_full and (self._is_fetching or self._awaits_bodies() or self._lingers(waiting[0])):
             return []
         self._lingered, self._awaited = False, None
         self._stop_lingering()
-        return [waiting.popleft() for _ in range(min(self._size, len(waiting)))]
+        return [waiting.popleft() for _ in range(min(self._settings.batch_size, len(waiting)))]
 
     def start(self, size: int) -> BatchRun:
         """Note that a batch of ``size`` requests was handed to the user's code."""
@@ -183,7 +186,7 @@ class Batching:
 
     def _slots_ahead(self) -> int:
         """How many batches to claim beyond those that can start at once."""
-        if self._is_considerate():
+        if self._sharing.is_mixed(monotonic()):
             return 0
         if self.is_quick:
             return 1 - self._capacity.queued
@@ -208,10 +211,10 @@ class Batching:
 
     def _lingers(self, first: Claim) -> bool:
         # The wait counts from the first entry of the batch.
-        if self._wait_s <= 0 or self._lingered:
+        if self._settings.batch_wait_s <= 0 or self._lingered:
             return False
         if self._linger is None:
-            left_s = self._wait_s - (self._now_ms() - first.claimed_ms) / 1000
+            left_s = self._settings.batch_wait_s - (self._now_ms() - first.claimed_ms) / 1000
             self._linger = asyncio.get_running_loop().call_later(max(0.0, left_s), self._end_linger)
         return True
 

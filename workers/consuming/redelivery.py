@@ -19,7 +19,7 @@ from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.pending_entries import RedeliveredEntry
 from ...broker.wire.requests import Entry
 from ...handles.errors import DeliveryLimitExceeded
-from .claim import Claim
+from ..claim import Claim
 from .consumer import Consumer
 from .settlement import Settlement
 from .stray_claims import StrayClaims
@@ -39,50 +39,50 @@ in progress; running them one by one would keep the replica from new requests fo
 
 
 class Redelivery:
-    """Finds entries to redeliver and runs them on one consumer."""
+    """Finds entries to redeliver and runs them on one consumer.
+
+    ``scan_soon`` is set when there may be one; each scan clears it.
+    """
 
     def __init__(
-        self, consumer: Consumer, claims: ConsumerGroup, answers: Settlement, strays: StrayClaims, backend: str
+        self,
+        consumer: Consumer,
+        group: ConsumerGroup,
+        settlement: Settlement,
+        strays: StrayClaims,
+        backend: str,
+        scan_soon: asyncio.Event,
     ) -> None:
-        self._consumer, self._group, self._settlement, self._backend = consumer, claims, answers, backend
-        self._strays = strays
+        self._consumer, self._in_progress = consumer, consumer.in_progress
+        self._group, self._settlement, self._backend = group, settlement, backend
+        self._strays, self._scan_soon = strays, scan_soon
         self._own_redelivered: list[RedeliveredEntry] = []
         """Stray claims of this replica that are redelivered entries and have not run yet."""
 
     async def scan_until_drained(self) -> None:
-        """Scan at short intervals, and whenever the consumer is woken, until the replica drains."""
+        """Scan at short intervals, and whenever ``scan_soon`` is set, until the replica drains."""
         drop_at_s = 0.0
-        while not self._consumer.draining:
-            self._consumer.wake.clear()
+        while not self._consumer.is_draining:
+            self._scan_soon.clear()
             try:
                 if monotonic() >= drop_at_s:
-                    await self._group.dead_letters.drop_oldest(self._consumer.max_dead_letters)
+                    await self._group.dead_letters.drop_oldest(self._consumer.settings.max_dead_letters)
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
-                held = len(self._consumer.held)
+                held = len(self._in_progress)
                 expired, returned, pending = await self._group.pending.count()
                 if expired:
                     await self._break_off_streams()
                     await self._run_in_quarantine()
                 if self._strays.may_exist(pending, held) and (own := await self._strays.take_all()):
                     await self._run_in_quarantine(own)
-                while returned and (room := self._consumer.room()) > 0 and not self._consumer.draining:
-                    wanted = min(room, self._consumer.claim_size)
-                    retaken = await self._group.claimer.claim_returned(wanted)
-                    for ref, fields in retaken:
-                        self._consumer.take(ref, fields)
-                    returned = len(retaken) if len(retaken) == wanted else 0
-                    self._consumer.returned = returned > 0
-                    self._consumer.fill_up()
-                    self._consumer.start_unstarted()
-                self._consumer.returned = returned > 0
-                self._consumer.ask()
+                await self._consumer.claim_returned(returned)
             except (BrokerUnavailable, BrokerRefused) as e:
                 log.debug("cannot scan for expired consumers of backend %r: %s", self._backend, e)
             except Exception:  # an escaping error would end redelivery on this replica
                 log.exception("cannot redeliver entries of backend %r", self._backend)
             # Random, so that the replicas do not all scan at the same moment.
             pause_s = _SCAN_EVERY_S * random.uniform(0.6, 1.0)
-            waking = asyncio.ensure_future(self._consumer.wake.wait())
+            waking = asyncio.ensure_future(self._scan_soon.wait())
             try:
                 await asyncio.wait([waking], timeout=pause_s)
             finally:
@@ -96,33 +96,29 @@ class Redelivery:
     async def _break_off_stream(self, redelivered: RedeliveredEntry) -> None:
         if (entry := await self._read(redelivered)) is None:
             return
-        self._settlement.break_off(redelivered.entry, entry, "its replica died")
+        self._settlement.break_off(Claim(redelivered.entry, entry), "its replica died")
         self._group.pending.forget_history(redelivered.entry)
         self._group.replies.forget_streamed(redelivered.entry)
 
     async def _run_in_quarantine(self, own: Sequence[RedeliveredEntry] = ()) -> None:
         """Run redelivered entries in isolation until none is left, ``own`` first; claim nothing meanwhile."""
         self._own_redelivered = list(own)
-        self._consumer.is_quarantining = True
-        try:
-            while not self._consumer.draining:
+        with self._consumer.quarantine():
+            while not self._consumer.is_draining:
                 if not await self._wait_until_alone():
                     return
                 if not await self._run_next():
                     return
-        finally:
-            self._consumer.is_quarantining = False
-            self._consumer.start_unstarted()
-            self._consumer.ask()
 
     async def _run_next(self) -> bool:
         """Run the next redelivered entries: several that may die again together, or one on its last delivery alone.
 
         Returns False if no entry is left or the replica drains.
         """
+        settings = self._consumer.settings
         together: list[RedeliveredEntry] = []
         try:
-            while len(together) < min(_MAX_CONCURRENT, self._consumer.capacity) and not self._consumer.draining:
+            while len(together) < min(_MAX_CONCURRENT, settings.capacity) and not self._consumer.is_draining:
                 redelivered = (
                     self._own_redelivered.pop()
                     if self._own_redelivered
@@ -132,17 +128,17 @@ class Redelivery:
                     break
                 if redelivered.streamed:
                     await self._break_off_stream(redelivered)
-                elif redelivered.deliveries >= self._consumer.max_deliveries:
+                elif redelivered.deliveries >= settings.max_deliveries:
                     await self._reject_poison_request(redelivered)
-                elif redelivered.deliveries == self._consumer.max_deliveries - 1:
+                elif redelivered.deliveries == settings.max_deliveries - 1:
                     # Entries in `together` wait meanwhile, pending: they can afford another death of this replica.
                     await self._run([redelivered])
                 else:
                     together.append(redelivered)
         except (BrokerUnavailable, BrokerRefused) as e:
-            # Run what was adopted before: it is pending for this live replica, so no other replica redelivers it.
+            # Run what was claimed before: it is pending for this live replica, so no other replica redelivers it.
             log.debug("cannot redeliver more entries of backend %r: %s", self._backend, e)
-        if self._consumer.draining:
+        if self._consumer.is_draining:
             self._group.acknowledger.give_back([redelivered.entry for redelivered in together])
             return False
         await self._run(together)
@@ -153,55 +149,36 @@ class Redelivery:
 
         Returns False if other replicas redelivered all entries meanwhile, or this replica drains.
         """
-        while len(self._consumer.held) > len(self._consumer.unstarted):
-            self._consumer.idle.clear()
-            try:
-                await asyncio.wait_for(self._consumer.idle.wait(), _SCAN_EVERY_S)
-            except asyncio.TimeoutError:
+        while self._in_progress.any_started:
+            if not await self._in_progress.wait_until_empty(_SCAN_EVERY_S):
                 none_left = not self._own_redelivered and not (await self._group.pending.count()).expired
-                if none_left or self._consumer.draining:
+                if none_left or self._consumer.is_draining:
                     return False
         return True
 
-    async def _run(self, entries: list[RedeliveredEntry]) -> None:
+    async def _run(self, redelivered: Sequence[RedeliveredEntry]) -> None:
         """Run the entries concurrently, and return when all are settled."""
-        done_events: list[asyncio.Event] = []
-        ready: list[Claim] = []
-        for redelivered in entries:
-            entry = await self._read(redelivered)
-            if entry is None or (claim := self._consumer.hold(redelivered.entry, entry)) is None:
-                continue
-            claim.quarantine_ended = done = asyncio.Event()
-            done_events.append(done)
-            if not entry.large:
-                ready.append(claim)
-                continue
-            await self._consumer.load_body(claim)
-            if redelivered.entry not in self._consumer.held:
-                done.set()
-        self._consumer.start_redelivered(ready)
-        for done in done_events:
-            await done.wait()
-        for redelivered in entries:
-            self._group.pending.forget_history(redelivered.entry)
+        read = [(one.entry, await self._read(one)) for one in redelivered]
+        await self._consumer.run_redelivered([(ref, entry) for ref, entry in read if entry is not None])
+        for one in redelivered:
+            self._group.pending.forget_history(one.entry)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""
         try:
             return Entry.of(redelivered.fields)
         except WireError as e:
-            await self._group.dead_letters.add(redelivered, str(e), max_dead_letters=self._consumer.max_dead_letters)
+            await self._group.dead_letters.add(
+                redelivered, str(e), max_dead_letters=self._consumer.settings.max_dead_letters
+            )
             return None
 
     async def _reject_poison_request(self, redelivered: RedeliveredEntry) -> None:
         """Make a dead letter of a poison request, and reply with `DeliveryLimitExceeded`."""
         if (entry := await self._read(redelivered)) is None:
             return
-        error = DeliveryLimitExceeded(
-            self._backend, entry.shown_id, redelivered.deliveries, self._consumer.max_deliveries
-        )
+        settings = self._consumer.settings
+        error = DeliveryLimitExceeded(self._backend, entry.shown_id, redelivered.deliveries, settings.max_deliveries)
         log.error("%s", error)
-        tell = partial(self._settlement.tell, entry, error)
-        await self._group.dead_letters.add(
-            redelivered, str(error), tell, max_dead_letters=self._consumer.max_dead_letters
-        )
+        refuse = partial(self._settlement.refuse, entry, error)
+        await self._group.dead_letters.add(redelivered, str(error), refuse, max_dead_letters=settings.max_dead_letters)

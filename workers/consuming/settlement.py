@@ -14,6 +14,7 @@ from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import too_long as too_long_of
 from ...handles.errors import BackendError, PayloadTooLarge, PenstockError, StreamBroken, to_wire
+from ..claim import Claim
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +30,20 @@ _COMBINED_MAX_REPLIES = 64
 class Settlement:
     """Replies to callers and settles entries, for one replica. A reply precedes its settlement in the same write."""
 
-    def __init__(
-        self, commands: RedisConnection, claims: ConsumerGroup, keys: Keys, backend: str, replica: str
-    ) -> None:
-        self._commands, self._group, self._keys = commands, claims, keys
+    def __init__(self, commands: RedisConnection, group: ConsumerGroup, keys: Keys, backend: str, replica: str) -> None:
+        self._commands, self._group, self._keys = commands, group, keys
         self._backend, self._replica = backend, replica
         self._settled: list[bytes] = []
-        self._replies: list[tuple[bytes, str, Reply]] = []
+        self._replies: list[tuple[Claim, Reply]] = []
         """Small replies, combined and written when their entries are settled."""
 
-    def reply(self, ref: bytes, caller: str, reply: Reply) -> None:
-        """Send ``reply`` to ``caller``. The next call must be `settle` with the same entry ref, ``ref``."""
+    def reply(self, claim: Claim, reply: Reply) -> None:
+        """Send the reply to a claim, which has a caller. The next call must be `settle` with the same claim."""
         if len(reply.body) <= _COMBINED_MAX_BYTES and reply.error is None and not reply.headers:
-            self._replies.append((ref, caller, reply))
+            self._replies.append((claim, reply))
             return
-        reply.queue_ms = _queue_ms(ref, reply, self._commands.now_ms())
+        caller = claim.entry.caller
+        reply.queue_ms = _queue_ms(claim.ref, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
             body, longest = reply.body, self._commands.longest
 
@@ -64,9 +64,9 @@ class Settlement:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
         now_ms = self._commands.now_ms()
         written, self._replies = self._replies, []
-        for ref, caller, reply in written:
-            reply.queue_ms = _queue_ms(ref, reply, now_ms)
-            key = caller, reply.codec, reply.status
+        for claim, reply in written:
+            reply.queue_ms = _queue_ms(claim.ref, reply, now_ms)
+            key = claim.entry.caller, reply.codec, reply.status
             if (together := alike.get(key)) is None:
                 alike[key] = [reply]
             else:
@@ -75,8 +75,14 @@ class Settlement:
             for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
                 self._group.replies.send(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
 
-    def settle(self, ref: bytes) -> None:
-        """Acknowledge and delete the entry, behind its reply in the same write."""
+    def settle(self, claim: Claim) -> None:
+        """Acknowledge and delete the entry of a claim and its large body, behind its reply in the same write."""
+        self.settle_ref(claim.ref)
+        if claim.entry.large:
+            self._drop_body(claim.entry)
+
+    def settle_ref(self, ref: bytes) -> None:
+        """Acknowledge and delete an entry that has no body to delete."""
         # Never before the reply: a death in between repeats a request, while the other order would lose one.
         if not self._settled:
             self._commands.join_write(self._flush_settled)
@@ -88,25 +94,24 @@ class Settlement:
             self._reply_together()
         self._group.acknowledger.settle(settled)
 
-    def drop_body(self, entry: Entry) -> None:
-        if entry.large:
-            self._commands.post(
-                _log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True, patient=True
-            )
-
-    def break_off(self, ref: bytes, entry: Entry, reason: str) -> None:
+    def break_off(self, claim: Claim, reason: str) -> None:
         """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""
+        entry = claim.entry
         log.warning("streamed reply to request %s of backend %r broke off: %s", entry.shown_id, self._backend, reason)
-        self.tell(entry, StreamBroken(self._backend, entry.shown_id, reason))
+        self.refuse(entry, StreamBroken(self._backend, entry.shown_id, reason))
         if entry.size_bytes:
-            self._group.acknowledger.hold_sized(ref)
-        self.settle(ref)
-        self.drop_body(entry)
+            self._group.acknowledger.hold_sized(claim.ref)
+        self.settle(claim)
 
-    def tell(self, entry: Entry, error: PenstockError) -> None:
+    def refuse(self, entry: Entry, error: PenstockError) -> None:
+        """Reply with an error to an entry that does not run. It is not settled."""
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
             self._group.replies.send(entry.caller, reply.fields())
+
+    def _drop_body(self, entry: Entry) -> None:
+        key = self._keys.body(self._backend, entry.id)
+        self._commands.post(_log_failure, "UNLINK", key, repeat=True, patient=True)
 
 
 def _queue_ms(ref: bytes, reply: Reply, now_ms: float) -> float:

@@ -23,10 +23,10 @@ _IDLE_MS = 2_000
 
 
 class StrayClaims:
-    """Finds them and hands them to the consumer. Only for the loop of the consumer."""
+    """Finds stray claims and passes them to the consumer. Only for the loop of the consumer."""
 
-    def __init__(self, consumer: Consumer, claims: ConsumerGroup) -> None:
-        self._consumer, self._group = consumer, claims
+    def __init__(self, consumer: Consumer, group: ConsumerGroup) -> None:
+        self._consumer, self._in_progress, self._group = consumer, consumer.in_progress, group
         self._searching = asyncio.Lock()
         self._next_at_s = 0.0
 
@@ -39,35 +39,30 @@ class StrayClaims:
         return True
 
     async def take_fresh(self) -> None:
-        """Hand the consumer what was claimed for the first time and lost. For after a reconnect."""
+        """Pass the consumer the entries that were claimed for the first time and lost. For after a reconnect."""
         await self._take(0, redelivered=False)
 
     async def take_all(self) -> list[RedeliveredEntry]:
-        """Hand the consumer what was claimed some time ago and lost.
+        """Pass the consumer the entries that were claimed some time ago and lost.
 
         Returns the entries that were redelivered to this replica: those must run in quarantine.
         """
         return await self._take(_IDLE_MS, redelivered=True)
 
     async def _take(self, idle_ms: int, *, redelivered: bool) -> list[RedeliveredEntry]:
-        consumer = self._consumer
         async with self._searching:
             while True:
-                # What is settled or given back while the answers are on their way was held when they were made.
-                released = consumer.released = set[bytes]()
-                try:
+                with self._in_progress.recording_released() as released:
                     pending = await self._group.pending.own_refs(idle_ms)
-                    lost = [ref for ref in pending if ref not in consumer.held and ref not in released]
+                    lost = [ref for ref in pending if ref not in self._in_progress and ref not in released]
                     found = await self._group.pending.reclaim(lost) if lost else []
-                finally:
-                    consumer.released = None
                 if not self._group.acknowledger.has_waiting:
                     break
                 # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
-        found = [one for one in found if one.ref not in consumer.held and one.ref not in released]
+        found = [one for one in found if one.ref not in self._in_progress and one.ref not in released]
         fresh = [(one.ref, one.fields) for one in found if one.is_fresh]
-        if consumer.draining:
+        if self._consumer.is_draining:
             self._group.acknowledger.give_back([ref for ref, _ in fresh])
             return []
-        consumer.take_all(fresh)
+        self._consumer.take_over(fresh)
         return [one.as_redelivered() for one in found if not one.is_fresh] if redelivered else []

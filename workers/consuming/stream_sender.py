@@ -1,16 +1,19 @@
-"""Sender side of streamed replies: writes parts to the caller's reply stream, within its window."""
+"""Sender side of streamed replies: writes parts to the caller's reply stream, within the window that the caller grants.
+
+The reader of a stream reports what it has read in signals, which also prove that it is alive. A stream whose reader
+sends none for `LAPSE_S` seconds is stopped.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.flow_control import LAPSE_S, read_taken
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire.replies import Part
-from ...broker.wire.requests import Entry
+from ..claim import Claim
 from ..executing.stream_writer import StreamWriter
 
 log = logging.getLogger(__name__)
@@ -19,82 +22,86 @@ _CHECK_S = 1.0
 
 
 class StreamSender:
-    """Sends the parts of all answers that stream here. Only for the loop.
+    """Sends the parts of all replies that stream from one replica. Only for the loop in which they run."""
 
-    ``ref_of`` names the place of an entry that is held, and is None for one that is not.
-    """
-
-    def __init__(
-        self, commands: RedisConnection, claims: ConsumerGroup, ref_of: Callable[[Entry], bytes | None]
-    ) -> None:
-        self._commands, self._group, self._ref_of = commands, claims, ref_of
-        # By place and not by the request's id: callers choose ids, so that two requests may have the same.
-        self._flows: dict[bytes, StreamWriter] = {}
-        self._heard_at: dict[bytes, float] = {}
-        self._places: dict[str, list[bytes]] = {}
-        """By request id, which is what signals name."""
+    def __init__(self, commands: RedisConnection, group: ConsumerGroup) -> None:
+        self._commands, self._group = commands, group
+        # By entry ref and not by call id: callers choose the ids, so that two requests may have the same.
+        self._open: dict[bytes, _OpenStream] = {}
+        self._refs: dict[str, list[bytes]] = {}
+        """Entry refs by call id, which is what signals name."""
         self._check: asyncio.TimerHandle | None = None
 
     @property
-    def flows(self) -> list[StreamWriter]:
-        """All that have begun and not ended."""
-        return list(self._flows.values())
+    def writers(self) -> list[StreamWriter]:
+        """The writers of all streams that have begun and not ended."""
+        return [stream.writer for stream in self._open.values()]
 
-    def begin(self, flow: StreamWriter) -> None:
-        entry, ref = flow.entry, self._ref_of(flow.entry)
-        if ref is None:
-            flow.stop()
+    def begin(self, writer: StreamWriter) -> None:
+        """Note that the first part of a reply is about to be sent. The writer is stopped if its claim was released."""
+        claim = writer.claim
+        if claim.is_released:
+            writer.stop()
             return
-        if entry.caller:
-            # Ahead of its first part on the same connection: nobody who takes the entry over may run it again.
-            self._group.replies.mark_streamed(ref)
-        self._flows[ref] = flow
-        self._places.setdefault(entry.id, []).append(ref)
+        if claim.entry.caller:
+            # Ahead of the first part on the same connection: a replica that redelivers the entry must not run it again.
+            self._group.replies.mark_streamed(claim.ref)
         loop = asyncio.get_running_loop()
-        self._heard_at[ref] = loop.time()
+        claim.is_streaming = True
+        self._open[claim.ref] = _OpenStream(writer, loop.time())
+        self._refs.setdefault(claim.entry.id, []).append(claim.ref)
         if self._check is None:
             self._check = loop.call_later(_CHECK_S, self._stop_lapsed)
 
-    def send(self, flow: StreamWriter, part: Part) -> None:
-        if flow.entry.caller and not flow.stopped:
-            self._group.replies.send_part(flow.entry.caller, part.fields(), flow.stop)
+    def send(self, writer: StreamWriter, part: Part) -> None:
+        """Append a part to the caller's reply stream. Shadow traffic has no caller, and its parts are dropped."""
+        caller = writer.claim.entry.caller
+        if caller and not writer.is_stopped:
+            self._group.replies.send_part(caller, part.fields(), writer.stop)
 
-    def carries(self, ref: bytes) -> bool:
-        """Return whether the answer to the entry at ``ref`` streams, and has not been forgotten by `end`."""
-        return ref in self._flows
-
-    def end(self, entry: Entry, ref: bytes) -> None:
-        """Forget an answer that streams, once its entry is settled."""
-        del self._flows[ref], self._heard_at[ref]
-        refs = self._places[entry.id]
-        refs.remove(ref)
+    def end(self, claim: Claim) -> None:
+        """Forget the stream of a settled claim."""
+        del self._open[claim.ref]
+        refs = self._refs[claim.entry.id]
+        refs.remove(claim.ref)
         if not refs:
-            del self._places[entry.id]
-        if entry.caller:
-            self._group.replies.forget_streamed(ref)
+            del self._refs[claim.entry.id]
+        if claim.entry.caller:
+            self._group.replies.forget_streamed(claim.ref)
 
-    def hear(self, word: bytes) -> None:
-        """Take a signal that says how much of an answer was taken; it may be of another replica's."""
+    def on_signal(self, signal: bytes) -> None:
+        """Apply a reader's report of how many bytes it has read. The stream may be one of another replica."""
         try:
-            request, taken = read_taken(word)
+            call_id, read_bytes = read_taken(signal)
         except ValueError:
-            log.error("dropped a signal of %d bytes that cannot be read", len(word))
+            log.error("dropped a signal of %d bytes that cannot be read", len(signal))
             return
-        for ref in self._places.get(request, ()):
-            self._heard_at[ref] = asyncio.get_running_loop().time()
-            self._flows[ref].taken(taken)
+        for ref in self._refs.get(call_id, ()):
+            stream = self._open[ref]
+            stream.heard_at_s = asyncio.get_running_loop().time()
+            stream.writer.grant(read_bytes)
 
     def close(self) -> None:
+        """Cancel the timer."""
         if self._check is not None:
             self._check.cancel()
 
     def _stop_lapsed(self) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        for ref, flow in list(self._flows.items()):
+        now_s = loop.time()
+        for stream in list(self._open.values()):
             if not self._commands.connected:
-                self._heard_at[ref] = now  # what they say cannot reach us
-            elif now - self._heard_at[ref] > LAPSE_S:
-                # A copy for a shadow has no caller, who could leave it: it has as long as one that is silent.
-                flow.stop(f"its caller has said nothing for {LAPSE_S:g} s" if flow.entry.caller else "")
-        self._check = loop.call_later(_CHECK_S, self._stop_lapsed) if self._flows else None
+                stream.heard_at_s = now_s  # no signal can arrive
+            elif now_s - stream.heard_at_s > LAPSE_S:
+                # Shadow traffic has no reader, and its streams are stopped after the same time.
+                has_caller = stream.writer.claim.entry.caller
+                stream.writer.stop(f"its caller has said nothing for {LAPSE_S:g} s" if has_caller else "")
+        self._check = loop.call_later(_CHECK_S, self._stop_lapsed) if self._open else None
+
+
+class _OpenStream:
+    __slots__ = ("heard_at_s", "writer")
+
+    def __init__(self, writer: StreamWriter, heard_at_s: float) -> None:
+        self.writer, self.heard_at_s = writer, heard_at_s
+        """When the last signal of the reader arrived, by the loop's clock."""

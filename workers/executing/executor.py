@@ -15,6 +15,7 @@ from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import check_size
 from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
+from ..claim import Claim
 from .errors import failed_reply, raised_reply
 from .results import Encoded, encode, is_at_hand
 from .stream_writer import GENERATORS, StreamSink, StreamWriter, Values
@@ -29,7 +30,7 @@ CallResult = Union[Reply, Response, Values]  # noqa: UP007 - it is evaluated, al
 _PLAIN = frozenset((dict, list, str, int, float, bool, bytes, type(None)))
 """What most results are: neither an exception nor a response, without asking each."""
 
-OnReply = Callable[[Entry, Reply], None]
+OnReply = Callable[[Claim, Reply], None]
 """Takes the complete answer to one request.
 
 Called on the loop, once for each, and never from within the ``run`` or ``cancel`` that it follows from.
@@ -80,48 +81,49 @@ class Executor:
         await asyncio.wait(self.tasks, timeout=1.0)
         return False
 
-    def outcomes(self, method: Method, entries: Sequence[Entry], result: object, run_ms: float) -> Sequence[CallResult]:
+    def outcomes(self, method: Method, claims: Sequence[Claim], result: object, run_ms: float) -> Sequence[CallResult]:
         """Return what becomes of each entry after ``method`` returned ``result`` for them.
 
         That is its reply, or what must be run on before there is one: a response that is called on the loop, or a
         generator.
         """
         if not method.accepts_batch:
-            if type(result) in GENERATORS and self.streams(entries[0]):
+            if type(result) in GENERATORS and self.streams(claims[0].entry):
                 return [cast("Values", result)]
-            return [self._outcome(entries[0], result, run_ms)]
+            return [self._outcome(claims[0].entry, result, run_ms)]
         try:
-            results = _one_each(result, len(entries), self.backend)
+            results = _one_each(result, len(claims), self.backend)
         except BaseException as e:  # what it returned may iterate by code of its own
-            return self.failures(entries, e, run_ms)
-        return [self._outcome(entry, one, run_ms) for entry, one in zip(entries, results, strict=True)]
+            return self.failures(claims, e, run_ms)
+        return [self._outcome(claim.entry, one, run_ms) for claim, one in zip(claims, results, strict=True)]
 
     def streams(self, entry: Entry) -> bool:
         """Return whether the answer to ``entry`` may be sent in parts."""
         return entry.header.window > 0 and self.stream_sink is not None
 
-    def flow(self, entry: Entry) -> StreamWriter:
-        """Begin to answer in parts. To be called only if the entry `streams`; may be called on any thread."""
+    def stream_writer(self, claim: Claim) -> StreamWriter:
+        """Return the writer of a streamed reply, for an entry that `streams`. May be called on any thread."""
         assert self.stream_sink is not None
-        return StreamWriter(self.stream_sink, self.loop, entry)
+        return StreamWriter(self.stream_sink, self.loop, claim)
 
-    def ended(self, flow: StreamWriter, run_ms: float) -> Reply:
+    def ended(self, writer: StreamWriter, run_ms: float) -> Reply:
         """Return the answer that ends a stream, once it is complete."""
-        flow.finish()
-        return self.reply(flow.entry, Encoded(200, "stream", [], b"%d" % flow.parts), run_ms)
+        writer.finish()
+        return self.reply(writer.claim.entry, Encoded(200, "stream", [], b"%d" % writer.parts), run_ms)
 
-    def broken(self, flow: StreamWriter, error: BaseException, run_ms: float) -> Reply:
+    def broken(self, writer: StreamWriter, error: BaseException, run_ms: float) -> Reply:
         """Return the answer that ends a stream, if the user's code raised ``error`` or was stopped."""
-        flow.flush()
-        if flow.stopped_because:
-            return self.refusal(flow.entry, StreamBroken(self.backend, flow.entry.shown_id, flow.stopped_because))
-        if flow.stopped:
-            return self.cancelled(flow.entry)
-        reply = failed_reply if flow.parts else raised_reply
-        return reply(flow.entry, error, self.replica, run_ms)
+        writer.flush()
+        entry = writer.claim.entry
+        if writer.stopped_because:
+            return self.refusal(entry, StreamBroken(self.backend, entry.shown_id, writer.stopped_because))
+        if writer.is_stopped:
+            return self.cancelled(entry)
+        reply = failed_reply if writer.parts else raised_reply
+        return reply(entry, error, self.replica, run_ms)
 
-    def failures(self, entries: Sequence[Entry], error: BaseException, run_ms: float) -> list[Reply]:
-        return [raised_reply(entry, error, self.replica, run_ms) for entry in entries]
+    def failures(self, claims: Sequence[Claim], error: BaseException, run_ms: float) -> list[Reply]:
+        return [raised_reply(claim.entry, error, self.replica, run_ms) for claim in claims]
 
     def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
         status, codec, headers, body = encoded

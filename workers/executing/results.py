@@ -80,7 +80,7 @@ class Collector:
         self._chunks: list[bytes] = []
         self.complete = False
 
-    def take(self, message: Message) -> Encoded | None:
+    def add(self, message: Message) -> Encoded | None:
         """Add a message. Returns the response when it was the last one."""
         if message["type"] == "http.response.start":
             self.status, self.headers = _checked(message["status"]), _pairs(list(message.get("headers", ())))

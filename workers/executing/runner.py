@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ...broker.wire.requests import Entry
 from ...handles.errors import BackendError, ConfigError
-from .calls import CallGroup, LoopCall, RefusedCall, RunningCall, ThreadCall
+from ..claim import Claim, RunningCall
+from .calls import CallGroup, LoopCall, RefusedCall, ThreadCall
 from .context import context_of
 from .errors import backend_error, failure
 from .executor import Executor, OnReply
@@ -27,54 +27,65 @@ _HEALTH_CHECK_TIMEOUT_S = 30.0
 
 
 class Runner:
-    """The user's code in one replica.
+    """The user code of one replica, loaded and constructed by `start`.
 
-    ``blob`` is what `target.dump` wrote; ``config`` is a backend's configuration, of which this uses ``allow_pickle``,
-    ``health_check_timeout_s``, ``max_concurrent_queries`` and ``user_config``.
-
-    Code that blocks runs on threads, one unless ``max_concurrent_queries`` says more; ``async def`` code runs on the
-    loop. That is decided for each method. A constructor runs where ``__call__`` will.
+    Code that blocks runs on threads; ``async def`` code runs on the loop. That is decided for each method. A
+    constructor runs where ``__call__`` will.
     """
 
-    def __init__(self, backend: str, replica: str, blob: bytes, config: Mapping[str, Any]) -> None:
-        self.backend, self.replica = backend, replica
-        self.config = dict(config)
-        self._blob = blob
+    def __init__(self, code: UserCode, executor: Executor, config: Mapping[str, Any]) -> None:
+        self.config = config
+        """The backend's present configuration."""
+        self._code, self._executor, self._threads = code, executor, executor.threads
+        self._backend = executor.backend
 
-    def stream_to(self, stream_sink: StreamSink) -> None:
-        """Send the parts of streamed replies to ``stream_sink``, for callers that accept parts."""
-        self._executor.stream_sink = stream_sink
+    @classmethod
+    async def start(cls, backend: str, replica: str, blob: bytes, config: Mapping[str, Any]) -> Runner:
+        """Load and construct user code, and configure it if there is a ``user_config``.
 
-    def keep_time_by(self, now_ms: Callable[[], float]) -> None:
-        """Start nothing whose deadline has passed by ``now_ms``, Unix time by the clock that deadlines are in.
-
-        What is not started is answered as what was cancelled is: its caller no longer waits. Any thread may ask for the
-        time.
-        """
-        self._executor.now_ms = now_ms
-
-    async def start(self) -> None:
-        """Load and construct the user's code, and configure it if there is a ``user_config``.
+        Args:
+            backend: the backend's tag.
+            replica: the replica's tag.
+            blob: what `user_code.dump` returned.
+            config: the backend's configuration, of which the runner uses ``allow_pickle``, ``health_check_timeout_s``,
+                ``max_batch_size``, ``max_concurrent_queries`` (for blocking code, the number of threads: 1 by default)
+                and ``user_config``.
 
         Raises:
-            BackendError: what any of that raised, with its traceback.
-            ConfigError: there is a ``max_batch_size``, and nothing of it takes batches; or a ``user_config``, and it
-                has no ``reconfigure``.
+            BackendError: what user code raised, with its traceback.
+            ConfigError: there is a ``max_batch_size``, and no method takes batches; or there is a ``user_config``, and
+                no ``reconfigure``.
         """
-        context = context_of(self.backend, self.replica)
-        self._threads = Threads(self.replica, self._thread_limit(), context)
-        self._executor = Executor(self.backend, self.replica, self._threads, context)
-        self._executor.allow_pickle = self._allow_pickle()
-        code: LoadedCode = await self._threads.call(_guarded, LoadedCode.load, self._blob)
-        self._target: UserCode
-        if code.is_async:
-            self._target = context.run(_guarded, code.construct)
-        else:
-            self._target = await self._threads.call(_guarded, code.construct)
-        self._blob = b""  # it can be a whole model
-        self._check_batch_size(self.config)
-        if (user_config := self.config.get("user_config")) is not None:
-            await self._configure(user_config)
+        config = dict(config)
+        context = context_of(backend, replica)
+        threads = Threads(replica, _thread_limit(config), context)
+        try:
+            loaded: LoadedCode = await threads.call(_guarded, LoadedCode.load, blob)
+            code: UserCode
+            if loaded.is_async:
+                code = context.run(_guarded, loaded.construct)
+            else:
+                code = await threads.call(_guarded, loaded.construct)
+            executor = Executor(backend, replica, threads, context)
+            executor.allow_pickle = _allows_pickle(config)
+            runner = cls(code, executor, config)
+            runner._check_batch_size(config)
+            if (user_config := config.get("user_config")) is not None:
+                await runner._configure(user_config)
+        except BaseException:
+            await threads.stop(0.0)
+            raise
+        return runner
+
+    def attach(self, stream_sink: StreamSink | None, now_ms: Callable[[], float]) -> None:
+        """Connect the runner to a replica.
+
+        Args:
+            stream_sink: sends the parts of streamed replies; without it, no reply is streamed.
+            now_ms: Unix time in milliseconds by the broker's clock. From now on, a request whose deadline has passed is
+                not started; its reply is `RequestCancelled`, for a caller that no longer waits. Any thread may call it.
+        """
+        self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Use ``config`` from now on, calling the user's ``reconfigure`` only if ``user_config`` is another one.
@@ -87,8 +98,8 @@ class Runner:
         if (user_config := config.get("user_config")) != self.config.get("user_config"):
             await self._configure(user_config)
         self.config = dict(config)
-        self._executor.allow_pickle = self._allow_pickle()
-        self._threads.limit = self._thread_limit()
+        self._executor.allow_pickle = _allows_pickle(config)
+        self._threads.limit = _thread_limit(config)
 
     async def check_health(self) -> None:
         """Call the user's ``check_health``, if there is one.
@@ -98,7 +109,7 @@ class Runner:
         Raises:
             BackendError: it raised, or took longer than ``health_check_timeout_s``.
         """
-        if (hook := self._target.hook(CHECK_HEALTH)) is None:
+        if (hook := self._code.hook(CHECK_HEALTH)) is None:
             return
         loop, started = asyncio.get_running_loop(), asyncio.Event()
 
@@ -116,35 +127,35 @@ class Runner:
         await asyncio.wait([call], timeout=timeout_s)
         if not call.done():
             call.cancel()
-            message = f"check_health of {self.backend!r} took longer than {timeout_s:g} s"
+            message = f"check_health of {self._backend!r} took longer than {timeout_s:g} s"
             raise BackendError("TimeoutError", message)
         _result(call)
 
     @property
-    def blocking(self) -> bool:
+    def is_blocking(self) -> bool:
         """Whether ``__call__`` is other than ``async def``."""
-        return not self._target.call.is_async
+        return not self._code.call.is_async
 
     @property
     def accepts_batch(self) -> bool:
         """Whether any method takes batches."""
-        return self._target.accepts_batch
+        return self._code.accepts_batch
 
     def concurrency(self) -> int:
         """Return how many calls, each of one request or of a batch, may run at once."""
-        return self.config.get("max_concurrent_queries") or (1 if self.blocking else _ASYNC_CONCURRENCY)
+        return self.config.get("max_concurrent_queries") or (1 if self.is_blocking else _ASYNC_CONCURRENCY)
 
-    def run(self, entries: Sequence[Entry], done: OnReply) -> RunningCall:
-        """Start ``entries``: in one call if they are for a method that takes batches, else in one call each.
+    def run(self, claims: Sequence[Claim], done: OnReply) -> RunningCall:
+        """Start claims: in one call if they are for a method that takes batches, else in one call each.
 
-        Never raises: what goes wrong is the answer of the requests that it concerns.
+        Never raises: an error is the reply to the requests that it concerns. ``done`` is called once for each claim.
         """
-        first = entries[0].header.call
-        if len(entries) == 1 or all(entry.header.call == first for entry in entries):
-            return self._run(first, entries, done)
-        calls: dict[str, list[Entry]] = {}
-        for entry in entries:
-            calls.setdefault(entry.header.call, []).append(entry)
+        first = claims[0].entry.header.call
+        if len(claims) == 1 or all(claim.entry.header.call == first for claim in claims):
+            return self._run(first, claims, done)
+        calls: dict[str, list[Claim]] = {}
+        for claim in claims:
+            calls.setdefault(claim.entry.header.call, []).append(claim)
         return CallGroup([self._run(call, together, done) for call, together in calls.items()])
 
     async def stop(self, timeout_s: float = 0.0) -> bool:
@@ -159,49 +170,51 @@ class Runner:
         # What was on a thread may have gone on in a task, but not the other way round.
         return await self._executor.close(max(0.0, ends_at - loop.time())) and threads_ended
 
-    def _run(self, call: str, entries: Sequence[Entry], done: OnReply) -> RunningCall:
+    def _run(self, call: str, claims: Sequence[Claim], done: OnReply) -> RunningCall:
         try:
-            method = self._target.method(call)
+            method = self._code.method(call)
         except NotCallable as e:
-            return RefusedCall(self._executor, entries, BackendError("AttributeError", str(e), status=e.status), done)
+            return RefusedCall(self._executor, claims, BackendError("AttributeError", str(e), status=e.status), done)
         except BaseException as e:  # a descriptor is the user's code, and may raise anything
-            return self._fail(entries, e, done)
-        if len(entries) > 1 and not method.accepts_batch:
-            return CallGroup([self._start(method, [entry], done) for entry in entries])
-        return self._start(method, entries, done)
+            return self._fail(claims, e, done)
+        if len(claims) > 1 and not method.accepts_batch:
+            return CallGroup([self._start(method, [claim], done) for claim in claims])
+        return self._start(method, claims, done)
 
-    def _start(self, method: Method, entries: Sequence[Entry], done: OnReply) -> RunningCall:
+    def _start(self, method: Method, claims: Sequence[Claim], done: OnReply) -> RunningCall:
         try:
-            return (LoopCall if method.is_async else ThreadCall)(self._executor, method, entries, done)
+            return (LoopCall if method.is_async else ThreadCall)(self._executor, method, claims, done)
         except Exception as e:  # such as a thread that the system does not start
-            log.exception("cannot start a call of backend %r", self.backend)
-            return self._fail(entries, e, done)
+            log.exception("cannot start a call of backend %r", self._backend)
+            return self._fail(claims, e, done)
 
-    def _fail(self, entries: Sequence[Entry], error: BaseException, done: OnReply) -> RunningCall:
-        return RefusedCall(self._executor, entries, failure(error), done)
-
-    def _allow_pickle(self) -> bool:
-        return bool(self.config.get("allow_pickle", False))
-
-    def _thread_limit(self) -> int:
-        return self.config.get("max_concurrent_queries") or 1
+    def _fail(self, claims: Sequence[Claim], error: BaseException, done: OnReply) -> RunningCall:
+        return RefusedCall(self._executor, claims, failure(error), done)
 
     def _check_batch_size(self, config: Mapping[str, Any]) -> None:
         # Where the code was at hand, whoever called has been told before anything started.
         if (size := config.get("max_batch_size")) is not None and not self.accepts_batch:
             raise ConfigError(
-                f"max_batch_size is {size}, but {self._target} takes one request: mark it with @serve.accept_batch"
+                f"max_batch_size is {size}, but {self._code} takes one request: mark it with @serve.accept_batch"
             )
 
     async def _configure(self, user_config: Any) -> None:
-        if (hook := self._target.hook(RECONFIGURE)) is None:
-            raise ConfigError(f"user_config is given, but {self._target} has no method reconfigure to take it")
+        if (hook := self._code.hook(RECONFIGURE)) is None:
+            raise ConfigError(f"user_config is given, but {self._code} has no method reconfigure to take it")
         if hook.is_async:
             call = self._executor.spawn(_guarded_async(hook.function, user_config))
             await asyncio.wait([call])
             _result(call)
         else:
             await self._threads.call(_guarded, hook.function, user_config)
+
+
+def _allows_pickle(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("allow_pickle", False))
+
+
+def _thread_limit(config: Mapping[str, Any]) -> int:
+    return config.get("max_concurrent_queries") or 1
 
 
 # The exceptions of the user's code are turned where they are raised: some, such as SystemExit and StopIteration, would

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Union
 from ...broker.queue.flow_control import CHUNK
 from ...broker.wire._fields import VALUE_COST, Pairs
 from ...broker.wire.replies import Part
-from ...broker.wire.requests import Entry
+from ..claim import Claim
 from .results import encode
 
 GENERATORS = (GeneratorType, AsyncGeneratorType)
@@ -29,21 +29,23 @@ class StreamStopped(Exception):  # it never leaves the replica
 
 
 class StreamSink(Protocol):
-    """What carries parts to their callers, and tells their `StreamWriter` what these say."""
+    """Sends parts to callers: the stream sender."""
 
-    def begin(self, flow: StreamWriter) -> None:
-        """Its first part is about to be sent."""
+    def begin(self, writer: StreamWriter) -> None:
+        """Note that the first part of a reply is about to be sent."""
         ...
 
-    def send(self, flow: StreamWriter, part: Part) -> None: ...
+    def send(self, writer: StreamWriter, part: Part) -> None:
+        """Send a part."""
+        ...
 
 
 class StreamWriter:
-    """One answer on its way out."""
+    """One streamed reply on its way out."""
 
-    def __init__(self, stream_sink: StreamSink, loop: asyncio.AbstractEventLoop, entry: Entry) -> None:
-        self.entry = entry
-        self.stopped = False
+    def __init__(self, stream_sink: StreamSink, loop: asyncio.AbstractEventLoop, claim: Claim) -> None:
+        self.claim = claim
+        self.is_stopped = False
         self.stopped_because = ""
         """What its caller is to be told; nothing if it was the caller who stopped it."""
         self.on_stop: Callable[[], None] | None = None
@@ -52,8 +54,8 @@ class StreamWriter:
         """How many were sent."""
         self._sink, self._loop = stream_sink, loop
         # Nobody takes anything of a copy to a shadow, and nothing of it is sent.
-        self._window: float = entry.header.window if entry.caller else inf
-        self._put = self._taken = 0
+        self._window: float = claim.entry.header.window if claim.entry.caller else inf
+        self._put = self._read = 0
         self._pending: deque[tuple[str, bytes, bool]] = deque()
         self._status = 200
         self._headers: Pairs = []
@@ -73,34 +75,34 @@ class StreamWriter:
         """Send a value from a thread, when there is room. Raises `StreamStopped`."""
         for chunk, more in _cut(body):
             with self._room:
-                while self._is_full() and not self.stopped:
+                while self._is_full() and not self.is_stopped:
                     self._room.wait()
             self._add(codec, chunk, more)
 
     async def put_soon(self, codec: str, body: bytes) -> None:
         """Send a value from the loop, when there is room. Raises `StreamStopped`."""
         for chunk, more in _cut(body):
-            while self._is_full() and not self.stopped:
+            while self._is_full() and not self.is_stopped:
                 self._waiting = self._loop.create_future()
                 await self._waiting
             self._add(codec, chunk, more)
 
     # -- for the loop
 
-    def taken(self, taken: int) -> None:
-        """Hear how much the reader has taken since the beginning."""
-        if taken > self._taken:
+    def grant(self, read_bytes: int) -> None:
+        """Record that the reader has read ``read_bytes`` in total, and send as much more as the window allows."""
+        if read_bytes > self._read:
             with self._room:
-                self._taken = taken
+                self._read = read_bytes
                 self._room.notify_all()
             self._wake_waiting()
 
     def stop(self, because: str = "") -> None:
         """Nobody wants the rest: have the code closed that makes it."""
-        if self.stopped:
+        if self.is_stopped:
             return
         with self._room:
-            self.stopped, self.stopped_because = True, because
+            self.is_stopped, self.stopped_because = True, because
             self._room.notify_all()
         self._wake_waiting()
         if self.on_stop is not None:
@@ -115,7 +117,7 @@ class StreamWriter:
         """Send what there is."""
         self._woken = False
         pending = self._pending
-        while (pending or self._head_due) and not self.stopped:
+        while (pending or self._head_due) and not self.is_stopped:
             codec, sizes, bodies, size, more = "response", list[int](), list[bytes](), 0, False
             while pending and not more and size < CHUNK and (not sizes or pending[0][0] == codec):
                 codec, body, more = pending.popleft()
@@ -124,16 +126,18 @@ class StreamWriter:
                 size += len(body) + VALUE_COST
             if self.parts == 0:
                 self._sink.begin(self)
-            part = Part(self.entry.id, self.parts, codec, sizes, more, self._status, self._headers, b"".join(bodies))
+            part = Part(
+                self.claim.entry.id, self.parts, codec, sizes, more, self._status, self._headers, b"".join(bodies)
+            )
             self._head_due = False
             self.parts += 1
             self._sink.send(self, part)
 
     def _is_full(self) -> bool:
-        return self._put - self._taken >= self._window
+        return self._put - self._read >= self._window
 
     def _add(self, codec: str, body: bytes, more: bool) -> None:
-        if self.stopped:
+        if self.is_stopped:
             raise StreamStopped
         self._put += len(body) + VALUE_COST
         # Appended first, looked at second; `flush` does both the other way round. So either it sees this one, or we see
@@ -151,7 +155,7 @@ class StreamWriter:
             self._waiting.set_result(None)
 
 
-def pump(flow: StreamWriter, values: Generator[Any, Any, Any], backend: str, allow_pickle: bool) -> None:
+def pump(writer: StreamWriter, values: Generator[Any, Any, Any], backend: str, allow_pickle: bool) -> None:
     """Send what a generator yields, on the thread that this is called on, and close it. Raises what it raises.
 
     Raises:
@@ -159,16 +163,16 @@ def pump(flow: StreamWriter, values: Generator[Any, Any, Any], backend: str, all
     """
     try:
         for value in values:
-            flow.put(*_written(value, backend, allow_pickle))
+            writer.put(*_written(value, backend, allow_pickle))
     finally:
         values.close()
 
 
-async def pump_soon(flow: StreamWriter, values: AsyncGenerator[Any, Any], backend: str, allow_pickle: bool) -> None:
+async def pump_soon(writer: StreamWriter, values: AsyncGenerator[Any, Any], backend: str, allow_pickle: bool) -> None:
     """`pump` for an asynchronous generator, on the loop."""
     try:
         async for value in values:
-            await flow.put_soon(*_written(value, backend, allow_pickle))
+            await writer.put_soon(*_written(value, backend, allow_pickle))
     finally:
         await values.aclose()
 

@@ -265,8 +265,8 @@ async def slowly(request):
 
 async def main(url):
     replica = f"model#{os.getpid()}"
-    runner = Runner("model", replica, user_code.dump(slowly), {"max_deliveries": 100, "max_concurrent_queries": 8})
-    await runner.start()
+    config = {"max_deliveries": 100, "max_concurrent_queries": 8}
+    runner = await Runner.start("model", replica, user_code.dump(slowly), config)
     await Replica(url, "default", "model", replica, runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()

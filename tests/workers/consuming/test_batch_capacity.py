@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from hypothesis import given, strategies as st
 
-from penstock.workers.consuming.batch_capacity import BatchCapacity
+from penstock.workers.consuming.policies.batch_capacity import BatchCapacity
 
 SAMPLE_SIZE, MAX_FETCH_S, MAX_OVERRUN_S = 6, 0.1, 0.005
 TIMER_S = 0.0015

@@ -29,11 +29,11 @@ async def test_what_waits_for_a_thread_can_be_cancelled_and_what_runs_cannot(sta
     running, waiting = replica.run(first), replica.run(second)
     replica.run(third)
     await wait_until_async(lambda: seen)
-    running.cancel(first.id)
-    waiting.cancel(second.id)
+    running.cancel(first)
+    waiting.cancel(second)
     assert second.id not in replica.replies, "answered from within cancel()"
-    waiting.cancel(second.id)
-    waiting.cancel("unknown")
+    waiting.cancel(second)
+    waiting.cancel(from_handle("never run"))
     assert isinstance(error_of(await replica.reply_to(second)), RequestCancelled)
     assert first.id not in replica.replies
     gate.open()
@@ -52,7 +52,7 @@ async def test_what_expires_while_it_waits_for_a_thread_is_never_started(start: 
 
     hooks["late"] = work
     replica = await start(call_hook)
-    replica.runner.keep_time_by(lambda: clock_ms)
+    replica.runner.attach(None, lambda: clock_ms)
     running, late, in_time, without = (from_handle("late", n=number) for number in range(4))
     running.header.deadline_ms = late.header.deadline_ms = 2_000
     in_time.header.deadline_ms = 2_001
@@ -69,7 +69,7 @@ async def test_what_expires_while_it_waits_for_a_thread_is_never_started(start: 
 
 async def test_a_batch_begins_without_what_has_expired(start: Start) -> None:
     replica = await start(Mixed)
-    replica.runner.keep_time_by(lambda: 2_000.0)
+    replica.runner.attach(None, lambda: 2_000.0)
     late, in_time = from_handle(), from_handle()
     late.header.deadline_ms = 1_000
     replica.run(late, in_time)
@@ -79,7 +79,7 @@ async def test_a_batch_begins_without_what_has_expired(start: Start) -> None:
 
 async def test_async_code_that_would_begin_too_late_is_not_begun(start: Start) -> None:
     replica = await start(double_async)
-    replica.runner.keep_time_by(lambda: 2_000.0)
+    replica.runner.attach(None, lambda: 2_000.0)
     late = from_handle([1])
     late.header.deadline_ms = 1_000
     assert isinstance(error_of(await replica.call(late)), RequestCancelled)
@@ -95,7 +95,7 @@ async def test_one_of_a_batch_that_waits_can_be_cancelled(start: Start, gate: Ga
     replica = await start(Held)
     replica.run(from_handle("hold", call="hold"))
     first, second = from_handle(), from_handle()
-    replica.run(first, second).cancel(first.id)
+    replica.run(first, second).cancel(first)
     gate.open()
     assert isinstance(error_of(await replica.reply_to(first)), RequestCancelled)
     assert value_of(await replica.reply_to(second)) == 1
@@ -114,8 +114,8 @@ async def test_async_code_is_cancelled(start: Start) -> None:
     started, unstarted = from_handle(), from_handle()
     running = replica.run(started)
     await asyncio.sleep(0.01)
-    running.cancel(started.id)
-    replica.run(unstarted).cancel(unstarted.id)
+    running.cancel(started)
+    replica.run(unstarted).cancel(unstarted)
     for entry in (started, unstarted):
         reply = await replica.reply_to(entry)
         assert isinstance(error_of(reply), RequestCancelled)
@@ -133,14 +133,14 @@ async def test_an_async_batch_is_cancelled_once_nobody_waits_for_it(start: Start
     first, second = from_handle(True), from_handle(True)
     running = replica.run(first, second)
     await asyncio.sleep(0.01)
-    running.cancel(first.id)
+    running.cancel(first)
     assert [value_of(await replica.reply_to(entry)) for entry in (first, second)] == [1, 1]
 
     first, second = from_handle(False), from_handle(False)
     running = replica.run(first, second)
     await asyncio.sleep(0.01)
-    running.cancel(first.id)
-    running.cancel(second.id)
+    running.cancel(first)
+    running.cancel(second)
     for entry in (first, second):
         assert isinstance(error_of(await replica.reply_to(entry)), RequestCancelled)
 
@@ -154,8 +154,7 @@ def test_every_request_gets_exactly_one_answer_whatever_is_cancelled_when(
     steps: list[tuple[list[str], int]],
 ) -> None:
     async def scenario() -> None:
-        replica = Replica(Runner("b", "b#1", dump(Mixed), {}))
-        await replica.runner.start()
+        replica = Replica(await Runner.start("b", "b#1", dump(Mixed), {}))
         given: list[Entry] = []
         for step, cancelled in steps:
             entries = [from_handle(call=call) for call in step]
@@ -164,7 +163,7 @@ def test_every_request_gets_exactly_one_answer_whatever_is_cancelled_when(
             if cancelled == 1:
                 await asyncio.sleep(0)
             for entry in entries[:cancelled]:
-                running.cancel(entry.id)
+                running.cancel(entry)
         assert await replica.runner.stop(10)
         await asyncio.sleep(0)
         assert set(replica.replies) == {entry.id for entry in given}

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.broker.queue.group.claimer import Claimer
 from penstock.handles.errors import PenstockError
-from penstock.workers.consuming.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
+from penstock.workers.consuming.policies.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from tests.waiting import wait_until_async
 from tests.workers.serving import calling, serving
 

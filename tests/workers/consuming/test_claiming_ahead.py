@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from penstock.broker.queue.group.member import GROUP, RETURNED
-from penstock.workers.consuming import prefetch
+from penstock.workers.consuming.policies import prefetch
 from penstock.workers.replica import Replica
 from tests.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving

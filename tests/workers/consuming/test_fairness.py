@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings, strategies as st
 
-from penstock.workers.consuming.fairness import Fairness
+from penstock.workers.consuming.policies.fairness import Fairness
 
 shares = st.floats(0.0, 1.0)
 rooms = st.lists(st.integers(1, 64), min_size=1, max_size=200)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from penstock.workers.consuming.load_shedding import LoadShedding
+from penstock.workers.consuming.policies.load_shedding import LoadShedding
 
 
 def test_what_has_time_left_is_started_as_long_as_nothing_expires() -> None:

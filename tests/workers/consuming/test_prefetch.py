@@ -4,7 +4,7 @@ import math
 
 from hypothesis import given, strategies as st
 
-from penstock.workers.consuming.prefetch import CallTimePredictor
+from penstock.workers.consuming.policies.prefetch import CallTimePredictor
 
 CALLS, ALIKE_S, SHORT_S = 8, 0.002, 0.1
 any_calls = st.lists(st.floats(0.0, 0.2), max_size=30)

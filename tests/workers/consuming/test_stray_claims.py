@@ -14,6 +14,7 @@ from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import BackendError, DeliveryLimitExceeded, from_wire
+from penstock.workers.claim import Claim
 from penstock.workers.consuming.settlement import Settlement
 from penstock.workers.executing.runner import Runner
 from tests.waiting import wait_until_async
@@ -176,10 +177,10 @@ async def test_an_answer_that_cannot_be_written_is_replaced_by_an_error(
 ) -> None:
     write = Settlement.reply
 
-    def fail_at_times(answers: Settlement, ref: bytes, caller: str, reply: Reply) -> None:
+    def fail_at_times(settlement: Settlement, claim: Claim, reply: Reply) -> None:
         if reply.body == b"bad":
             raise RuntimeError("a fault")
-        write(answers, ref, caller, reply)
+        write(settlement, claim, reply)
 
     monkeypatch.setattr(Settlement, "reply", fail_at_times)
     async with calling(redis_url) as client:
@@ -196,10 +197,10 @@ async def test_a_call_that_cannot_be_started_by_a_fault_of_ours_is_answered(
 ) -> None:
     run = Runner.run
 
-    def fail_at_times(runner: Runner, entries: Sequence[Entry], done: Any) -> Any:
-        if entries[0].body == b"bad":
+    def fail_at_times(runner: Runner, claims: Sequence[Claim], done: Any) -> Any:
+        if claims[0].entry.body == b"bad":
             raise RuntimeError("a fault")
-        return run(runner, entries, done)
+        return run(runner, claims, done)
 
     monkeypatch.setattr(Runner, "run", fail_at_times)
     async with calling(redis_url) as client:

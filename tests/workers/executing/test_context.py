@@ -33,8 +33,7 @@ async def test_code_can_ask_where_it_runs(start: Start) -> None:
     replica = await start(Asking)
     assert await replica.ask() == ["b", "b#1", "b", "b#1", "b#1"]
     assert await replica.ask(call="on_loop") == ["b", "b#1"]
-    other = Replica(Runner("c", "c#1", dump(double), {}))
-    await other.runner.start()
+    other = Replica(await Runner.start("c", "c#1", dump(double), {}))
     assert await replica.ask() == ["b", "b#1", "b", "b#1", "c#1"]
     await other.runner.stop()
 

@@ -155,10 +155,10 @@ def test_only_a_plain_response_is_at_hand() -> None:
 def test_the_messages_of_an_application_make_one_response() -> None:
     collector = Collector()
     start = {"type": "http.response.start", "status": 202, "headers": [(b"a", b"1")]}
-    assert collector.take(start) is None
-    assert collector.take({"type": "http.response.body", "body": b"ab", "more_body": True}) is None
-    assert collector.take({"type": "http.response.body", "body": b"c"}) == (202, "response", [("a", "1")], b"abc")
-    assert collector.take({"type": "http.response.body", "body": b"late"}) is None
+    assert collector.add(start) is None
+    assert collector.add({"type": "http.response.body", "body": b"ab", "more_body": True}) is None
+    assert collector.add({"type": "http.response.body", "body": b"c"}) == (202, "response", [("a", "1")], b"abc")
+    assert collector.add({"type": "http.response.body", "body": b"late"}) is None
 
 
 class Unprintable(Exception):

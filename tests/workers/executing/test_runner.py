@@ -53,7 +53,7 @@ async def test_sync_code_runs_on_one_thread_and_async_code_on_the_loop(start: St
     assert constructed == first != threading.get_ident()
     assert await replica.ask() == [constructed, first]
     assert await replica.ask(call="on_loop") == [constructed, threading.get_ident()]
-    assert replica.runner.blocking
+    assert replica.runner.is_blocking
     assert replica.runner.concurrency() == 1
 
 
@@ -67,7 +67,7 @@ async def test_a_class_with_an_async_call_is_constructed_on_the_loop(start: Star
 
     replica = await start(Async)
     assert await replica.ask() is True
-    assert not replica.runner.blocking
+    assert not replica.runner.is_blocking
     assert replica.runner.concurrency() == 100
 
 

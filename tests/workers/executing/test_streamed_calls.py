@@ -93,5 +93,5 @@ async def test_a_stream_can_be_cancelled(start: Start) -> None:
         entry = from_handle()
         running = replica.run(entry)
         await asyncio.sleep(pause_s)
-        running.cancel(entry.id)
+        running.cancel(entry)
         assert isinstance(error_of(await replica.reply_to(entry)), RequestCancelled)

@@ -6,7 +6,7 @@ nothing or with an error. No answer to a claim for longer than that means that t
 
 from __future__ import annotations
 
-from ...broker.transport.session import BLOCK_MS, STALL_S
+from ....broker.transport.session import BLOCK_MS, STALL_S
 
 OBSERVE_S = 0.5
 """Seconds between observations."""

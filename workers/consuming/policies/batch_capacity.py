@@ -49,8 +49,8 @@ class BatchRun:
 class BatchCapacity:
     """The slots of one replica."""
 
-    def __init__(self) -> None:
-        self._slots = 1
+    def __init__(self, slots: int = 1) -> None:
+        self._slots = slots
         self._running: list[BatchRun] = []
         self._queued: deque[BatchRun] = deque()
         self._durations_s: deque[float] = deque(maxlen=_SAMPLE_SIZE)

@@ -1,0 +1,160 @@
+"""Entry reader: makes claims of claimed entries, and offers them to the scheduler.
+
+It decodes each entry and fetches a large body. An entry that cannot be decoded becomes a dead letter. An entry that its
+caller withdrew, or that would miss its deadline, is settled without a reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
+from ...broker.queue.consumer_group import ConsumerGroup
+from ...broker.queue.group.pending_entries import RedeliveredEntry
+from ...broker.transport.connection import RedisConnection
+from ...broker.wire.keys import Keys
+from ...broker.wire.replies import Reply
+from ...broker.wire.requests import Entry
+from ...handles.errors import to_wire
+from ..claim import Claim
+from ..executing.errors import failed_reply
+from .in_progress import InProgress
+from .policies.load_shedding import LoadShedding
+from .scheduling import ReplyHandler, Scheduler
+from .settings import ConsumerSettings
+from .settlement import Settlement
+
+log = logging.getLogger(__name__)
+
+
+class EntryReader:
+    """Reads the entries that one replica has claimed. Only for the loop in which it is made."""
+
+    def __init__(
+        self,
+        commands: RedisConnection,
+        group: ConsumerGroup,
+        settlement: Settlement,
+        in_progress: InProgress,
+        scheduler: Scheduler,
+        load_shedding: LoadShedding,
+        replies: ReplyHandler,
+        settings: ConsumerSettings,
+        keys: Keys,
+        backend: str,
+        replica: str,
+    ) -> None:
+        self._commands, self._group, self._settlement, self._keys = commands, group, settlement, keys
+        self._in_progress, self._scheduler, self._load_shedding = in_progress, scheduler, load_shedding
+        self._replies = replies
+        self._max_dead_letters = settings.max_dead_letters
+        self._backend, self._replica = backend, replica
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def apply(self, settings: ConsumerSettings) -> None:
+        """Apply a changed configuration."""
+        self._max_dead_letters = settings.max_dead_letters
+
+    def close(self) -> None:
+        """Cancel what is being fetched."""
+        for task in self._tasks:
+            task.cancel()
+
+    def read(self, entries: Iterable[tuple[bytes, list[bytes] | None]]) -> None:
+        """Hold each entry, and start it or let it wait. An entry that fails does not affect the next.
+
+        An entry without fields was deleted by its caller while it was pending.
+        """
+        now_ms, now_s = self._commands.now_ms(), self._loop.time()
+        for ref, fields in entries:
+            try:
+                self._read_one(ref, fields, now_ms, now_s)
+            except Exception as e:
+                self._fail(ref, e)
+
+    def hold(self, ref: bytes, entry: Entry, now_ms: float, now_s: float) -> Claim | None:
+        """Hold an entry. Return None, and settle it, if its caller withdrew it or it would miss its deadline.
+
+        ``now_ms`` is the time by the broker's clock, ``now_s`` by the loop's.
+        """
+        if entry.size_bytes:
+            self._group.acknowledger.hold_sized(ref)
+        claim = Claim(ref, entry, now_ms)
+        deadline_ms = entry.header.deadline_ms
+        # No reply: a caller with a deadline has a timer of its own.
+        if self._in_progress.forget_withdrawn(ref) or (
+            deadline_ms and not self._load_shedding.should_start(deadline_ms - now_ms, now_s)
+        ):
+            self._settlement.settle(claim)
+            return None
+        self._in_progress.add(claim)
+        return claim
+
+    async def load_body(self, claim: Claim) -> None:
+        """Fetch the large body of a claim, then offer the claim to the scheduler."""
+        entry = claim.entry
+        key = self._keys.body(self._backend, entry.id)
+        try:
+            body = await self._commands.send("GET", key, repeat=True, patient=True, bulky_reply=True)
+        except (BrokerUnavailable, BrokerRefused) as e:
+            # The entry stays pending in this replica's name, where `StrayClaims` finds it.
+            log.warning("cannot fetch the body of request %s: %s", entry.shown_id, e)
+            self._in_progress.release(claim)
+            return
+        if body is None:
+            error = WireError(f"the body of request {entry.shown_id!r} has expired")
+            self._replies.on_reply(claim, Reply(entry.id, 500, error=to_wire(error), replica=self._replica))
+            return
+        entry.body = body
+        try:
+            self._scheduler.offer(claim)
+        except Exception as e:
+            self._fail(claim.ref, e)
+
+    def _read_one(self, ref: bytes, fields: list[bytes] | None, now_ms: float, now_s: float) -> None:
+        if ref in self._in_progress.claims:
+            return
+        if fields is None:
+            self._in_progress.forget_withdrawn(ref)
+            self._settlement.settle_ref(ref)
+            return
+        try:
+            entry = Entry.of(fields)
+        except Exception as e:  # a `WireError`; garbage can cause others
+            self._bury(ref, fields, e)
+            return
+        if (claim := self.hold(ref, entry, now_ms, now_s)) is None:
+            return
+        if entry.large:
+            self._scheduler.batching.loading.add(claim)
+            self._spawn(self._load_claimed(claim))
+        else:
+            self._scheduler.offer(claim)
+
+    async def _load_claimed(self, claim: Claim) -> None:
+        try:
+            await self.load_body(claim)
+        finally:
+            self._scheduler.batching.loaded(claim)
+            self._scheduler.start_waiting()
+            self._replies.claim()  # the claim may have been dropped
+
+    def _bury(self, ref: bytes, fields: list[bytes], error: Exception) -> None:
+        log.error("entry %s of %r cannot be read and goes to the dead letters: %s", ref.decode(), self._backend, error)
+        unreadable = RedeliveredEntry(ref, 0, fields)
+        self._spawn(self._group.dead_letters.add(unreadable, str(error), max_dead_letters=self._max_dead_letters))
+
+    def _fail(self, ref: bytes, error: Exception) -> None:
+        """Reply with an error to an entry whose handling failed by a fault of Penstock."""
+        log.error("cannot handle entry %s of %r", ref.decode(), self._backend, exc_info=error)
+        if (claim := self._in_progress.claims.get(ref)) is not None:
+            self._replies.on_reply(claim, failed_reply(claim.entry, error, self._replica))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

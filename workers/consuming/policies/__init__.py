@@ -1,0 +1,1 @@
+"""Policies of a consumer: decisions without I/O, which take the clock as an argument."""
