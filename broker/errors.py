@@ -12,7 +12,8 @@
     ├── Overloaded
     └── WireError
 
-The errors that calls of a backend raise besides these are in ``handles/errors.py``.
+`EmbeddedServerError`, a ``RuntimeError``, stands apart. Other errors that calls of a backend raise are in
+``handles/errors.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "BrokerRefused",
     "BrokerUnavailable",
     "ConfigError",
+    "EmbeddedServerError",
     "NotPermitted",
     "Overloaded",
     "PenstockError",
@@ -41,6 +43,10 @@ class PenstockError(Exception):
 
     status: int = 500
     """The status of the proxy's HTTP response (RFC 9110, section 15)."""
+
+
+class EmbeddedServerError(RuntimeError):
+    """An embedded server could not be started. The message has the reason and, if there is one, the way out."""
 
 
 class WireError(PenstockError):

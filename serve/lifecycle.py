@@ -17,8 +17,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..broker.defaults import default_instance, default_url, needed_url
-from ..broker.embedded.server import EmbeddedServer, EmbeddedServerError
-from ..broker.errors import ConfigError
+from ..broker.embedded.server import EmbeddedServer
+from ..broker.errors import ConfigError, EmbeddedServerError
 from ..broker.transport.dial import user_of
 from ..broker.transport.url import REDIS_URL, shown_url
 from ..broker.wire.keys import Keys

@@ -237,7 +237,7 @@ class Serving:
         except FateUnknown:
             pass  # rather not counted than twice
         except BrokerUnavailable:
-            worker.run_stats.take(run_stats)
+            worker.run_stats.add(run_stats)
         except BrokerRefused as e:
             log.warning("cannot count what %s has done: %s", self._replica, e)
 

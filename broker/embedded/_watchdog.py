@@ -1,16 +1,16 @@
-"""The watchdog of an embedded server: runs it while its owner lives, then removes it and its files.
+"""The watchdog of an embedded server: runs the server while its owner lives, then ends it and removes its files.
 
-Run as a script, with the standard library's small modules only, because it stays in memory as long as the
+It is a script, and imports only small modules of the standard library, because it stays in memory as long as the
 server::
 
     python -I -S _watchdog.py OWNER_PID DIRECTORY SERVER [ARGUMENT ...]
 
-The owner is the parent of this process and holds the other ends of standard input and output. Anything on
-standard input, its end, or another parent means that the owner has gone or wants to stop: the server is ended
-and ``DIRECTORY`` removed. Standard output tells the owner ``up PID`` and ``down EXIT_CODE``, one a line.
+The owner is the parent of this process and holds the other ends of its standard input and output. A byte on standard
+input, its end, or another parent process means that the owner has ended or stops the server: then the server is ended
+and ``DIRECTORY`` removed. Events go to standard output, one a line: ``up PID`` and ``down EXIT_CODE``.
 
-The owner may take this process along: Ray kills the children of a worker that it ends. So there is a *janitor*, forked
-from this process, that removes the directory if this one could not.
+This process may be killed together with its owner: Ray kills the children of a worker that it ends. A *janitor*, forked
+from this process, then removes the directory.
 """
 
 import fcntl
@@ -20,18 +20,20 @@ import signal
 import sys
 import time
 
-_LOOK_S = 0.25
-"""How often to look for the parent. Usually the pipe tells at once, but children that the owner forked may
-hold its other end open after the owner has died."""
+_CHECK_S = 0.25
+"""Time between two checks of the parent. Usually the pipe ends at once when the owner dies, but children that the owner
+forked may hold its other end open.
+"""
 
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 1.0
 _SETTLED_S = 2.0
-"""A server that lived this long is restarted at once, the others after twice the delay of the time before."""
+"""A server that lived this long is restarted at once, any other after twice the last delay."""
 
 _TERMINATE_S = 0.8
-"""How long a server may take to end in order. Killing it then loses nothing that it has answered: such writes
-have reached the operating system."""
+"""How long a server may take to end before it is killed. Killing it loses no write that it has answered: such writes
+have reached the operating system.
+"""
 
 _LOG_LIMIT_BYTES = 1024 * 1024
 
@@ -55,14 +57,14 @@ def main(owner_pid: int, directory: str, command: list[str]) -> None:
         now = time.monotonic()
         if not server_pid and now >= start_at:
             server_pid, started_at = _launch(command, os.path.join(directory, "broker.log")), now
-            _tell(f"up {server_pid}")
+            _report(f"up {server_pid}")
 
-        if _owner_left(owner_pid, wake_fd, _LOOK_S if server_pid else min(_LOOK_S, start_at - now)):
+        if _owner_left(owner_pid, wake_fd, _CHECK_S if server_pid else min(_CHECK_S, start_at - now)):
             break
 
         if server_pid and (exit_code := _exit_code(server_pid)) is not None:
             server_pid = 0
-            _tell(f"down {exit_code}")
+            _report(f"down {exit_code}")
             now = time.monotonic()
             settled = now - started_at >= _SETTLED_S
             start_at = now + (0.0 if settled else delay_s)
@@ -78,10 +80,10 @@ def main(owner_pid: int, directory: str, command: list[str]) -> None:
 def _wake_on_signals() -> int:
     """Return a descriptor that becomes readable when a signal arrives.
 
-    Of all signals only the death of the server matters. Requests to end are for the owner, which may need the
-    server for its own orderly end; that is the one that ends this process.
+    Only the death of the server matters. Signals that ask for an end, such as SIGTERM, are ignored: the owner may need
+    the server for its own shutdown, and ends this process afterwards.
     """
-    # The owner may have blocked signals, and both the mask and ignored signals would reach the server.
+    # The owner may have blocked signals. The server would inherit the mask, and ignored signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
@@ -93,13 +95,13 @@ def _wake_on_signals() -> int:
 
 
 def _fork_janitor(directory: str) -> int:
-    """Start the process that removes ``directory`` once the owner, all watchdogs and the server have gone."""
+    """Start the process that removes ``directory`` when the owner, all watchdogs and the server have ended."""
     if pid := os.fork():
         return pid
     try:
         signal.set_wakeup_fd(-1)
         stdin_fd = 0
-        # What remains open must not pass for a living watchdog: neither our locks nor the owner's other pipe.
+        # An open lock or pipe would look like a live watchdog.
         for fd in map(int, os.listdir("/dev/fd")):
             if fd != stdin_fd:
                 _close(fd)
@@ -114,11 +116,11 @@ def _close(fd: int) -> None:
     try:
         os.close(fd)
     except OSError:
-        pass  # the one that read the listing is closed already
+        pass  # the descriptor of the listing is closed already
 
 
 def _owner_left(owner_pid: int, wake_fd: int, wait_s: float) -> bool:
-    """Wait up to ``wait_s`` seconds, less when something happens, and return whether the owner has left."""
+    """Wait for an event, at most ``wait_s`` seconds; return whether the owner has ended or stops the server."""
     stdin_fd = 0
     readable, _, _ = select.select([stdin_fd, wake_fd], [], [], max(wait_s, 0.0))
     if wake_fd in readable:
@@ -129,7 +131,7 @@ def _owner_left(owner_pid: int, wake_fd: int, wait_s: float) -> bool:
 def _launch(command: list[str], log_path: str) -> int:
     """Start the server, its output appended to ``log_path``, and return its process id.
 
-    A command that cannot be run says so in the log and ends with exit code 127.
+    If the command cannot be run, the reason goes to the log and the process ends with exit code 127.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     if os.path.exists(log_path) and os.path.getsize(log_path) > _LOG_LIMIT_BYTES:
@@ -144,7 +146,7 @@ def _launch(command: list[str], log_path: str) -> int:
             os.dup2(fd, standard_fd)
         if sys.platform == "linux":
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == watchdog_pid:  # else it died before we asked to be told
+        if os.getppid() == watchdog_pid:  # else the watchdog died before the call of prctl
             os.execv(command[0], command)
     except BaseException as error:
         os.write(2, f"cannot run {command[0]}: {error}\n".encode(errors="replace"))
@@ -159,9 +161,9 @@ def _exit_code(pid: int) -> int | None:
 
 def _end(pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
-    give_up_at = time.monotonic() + _TERMINATE_S
+    ends_at = time.monotonic() + _TERMINATE_S
     while _exit_code(pid) is None:
-        if time.monotonic() > give_up_at:
+        if time.monotonic() > ends_at:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return
@@ -177,11 +179,11 @@ def _remove(directory: str) -> None:
     os.rmdir(directory)
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     try:
         os.write(1, f"{message}\n".encode())
     except BrokenPipeError:
-        pass  # the owner has died; the next look sees it
+        pass  # the owner has died, which the next check finds
 
 
 if __name__ == "__main__":

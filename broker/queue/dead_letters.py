@@ -1,7 +1,7 @@
-"""Dead letters: requests that were given up, kept with the history of their deliveries.
+"""Dead letters: entries that were given up, kept with the history of their deliveries.
 
-An entry that cannot be read is one, and so is one whose every replica died. They stay until somebody looks: what they
-are is for a person to say. Replayed, they go onto the batch stream, behind everything interactive.
+An entry becomes a dead letter if it cannot be read, or if it is a poison request. An operator inspects it, and replays
+or drops it. A replayed request goes onto the batch stream, behind all interactive requests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
 
 _PAGE = 100
 
-# KEYS: the dead letters, the interactive stream, the batch stream, the records of sizes. ARGV: the letter's id, the
-# limit of requests, the limit of bytes, the request's bytes, then its fields. Answers the entry's id; what _PUBLISH of
-# broker/queue/publisher.py answers for a refused request; or nothing if the letter is gone.
+# Moves a dead letter to the batch stream, if the queue has room. KEYS: the dead letters, the interactive stream, the
+# batch stream, the records of sizes. ARGV: the letter's id, the limit of requests, the limit of bytes, the request's
+# bytes, then its fields. Returns the id of the new entry; or for a refused request the number that _PUBLISH of
+# broker/queue/publisher.py returns; or nothing if the letter is gone.
 _REPLAY = Script(f"""#!lua
 {RECOUNT}
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return false end
@@ -51,21 +52,22 @@ return id
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One of them."""
+    """An entry that was given up."""
 
     id: str
-    """Its place among the dead letters; it begins with when it died, in milliseconds of Unix time."""
+    """Its id on the stream of dead letters. It begins with `died_ms`."""
     error: str
-    """What ended it."""
+    """Why the entry was given up."""
     deliveries: tuple[Mapping[str, Any], ...]
-    """``{"replica", "died_ms"}`` of each replica that died with it."""
+    """``{"replica", "died_ms"}`` of each replica that died while it held the entry."""
     entry: Entry | None
-    """The request, or None if it cannot be read. Its body is not here if it is large."""
+    """The request; None if it cannot be read. A large body is not included, see `DeadLetterStream.body`."""
     fields: tuple[bytes, ...] = field(repr=False)
-    """All that lay on the stream: names and values in turn."""
+    """The fields of the entry and its history: names and values in turn."""
 
     @property
     def died_ms(self) -> int:
+        """When the entry was given up, in milliseconds of Unix time by the broker's clock."""
         return int(self.id.partition("-")[0])
 
 
@@ -80,7 +82,7 @@ class DeadLetterStream:
         return int(await self._connection.send("XLEN", self._key, repeat=True))
 
     async def letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield them, oldest first."""
+        """Yield all dead letters, oldest first."""
         after = "-"
         while page := await self._connection.send("XRANGE", self._key, after, "+", "COUNT", _PAGE, repeat=True):
             for id_, fields in page:
@@ -88,11 +90,12 @@ class DeadLetterStream:
             after = f"({page[-1][0].decode()}"
 
     async def get(self, id_: str) -> DeadLetter | None:
+        """Return the dead letter of an id; None if there is none."""
         found = await self._connection.send("XRANGE", self._key, id_, id_, repeat=True)
         return _read(*found[0]) if found else None
 
     async def body(self, letter: DeadLetter) -> bytes | None:
-        """Return the body of the request; None if it was large and has expired, or there is none to be read."""
+        """Return the body of the request; None if it was large and has expired, or if the request cannot be read."""
         if letter.entry is None:
             return None
         if not letter.entry.large:
@@ -101,7 +104,7 @@ class DeadLetterStream:
         return cast("bytes | None", await self._connection.send("GET", key, repeat=True))
 
     async def drop(self, id_: str) -> bool:
-        """Delete one, with its body; False if it was gone already."""
+        """Delete a dead letter and its large body; return False if there is none of this id."""
         letter = await self.get(id_)
         if letter is None:
             return False
@@ -110,14 +113,14 @@ class DeadLetterStream:
         return bool(await self._connection.send("XDEL", self._key, id_, repeat=True))
 
     async def replay(self, letter: DeadLetter, limit: int, limit_bytes: int = NO_LIMIT) -> str | QueueFull | None:
-        """Put the request onto the batch stream again, without its deadline, and out of the dead letters.
+        """Move the request back onto the batch stream, without its deadline.
 
-        Returns the id of the new entry; or what refused it, by the limits that `Publisher.publish` has; or None if the
-        letter is gone.
+        Returns the id of the new entry; the refusal if the queue has reached one of the limits, which are those of
+        `Publisher.publish`; or None if the letter is gone.
 
         Raises:
-            WireError: it cannot be read, so no replica could.
-            PenstockError: its body has expired.
+            WireError: the entry cannot be read, so no replica could serve it.
+            PenstockError: the request's body has expired.
         """
         if letter.entry is None:
             raise WireError(f"the dead letter {letter.id} cannot be read, so no replica could serve it: {letter.error}")
@@ -131,8 +134,8 @@ class DeadLetterStream:
             fields += (SIZE_FIELD, b"%d" % raw.size_bytes)
         keys = [self._keys.requests(self._backend), self._keys.batch(self._backend), self._keys.sizes(self._backend)]
         args: list[Arg] = [letter.id, limit, limit_bytes, raw.size_bytes, *fields]
-        answer = await self._connection.run_script(_REPLAY, [self._key, *keys], args)
-        return refusal(answer) if isinstance(answer, int) else None if answer is None else answer.decode()
+        result = await self._connection.run_script(_REPLAY, [self._key, *keys], args)
+        return refusal(result) if isinstance(result, int) else None if result is None else result.decode()
 
 
 def _read(id_: bytes, fields: list[bytes]) -> DeadLetter:
@@ -141,7 +144,7 @@ def _read(id_: bytes, fields: list[bytes]) -> DeadLetter:
     try:
         history = orjson.loads(named.get(HISTORY, b""))
     except ValueError:
-        pass  # whatever lies there is shown
+        pass  # the other fields are shown nevertheless
     known = cast("dict[str, Any]", history) if isinstance(history, dict) else {}
     deliveries = known.get("deliveries")
     try:

@@ -30,11 +30,11 @@ def tell_taken(connection: RedisConnection, keys: Keys, backend: str, request: s
     signal(connection, keys, backend, b"%b%b %d" % (TAKEN, request.encode(), taken))
 
 
-def read_taken(word: bytes) -> tuple[str, int]:
+def read_taken(signal_: bytes) -> tuple[str, int]:
     """Return the request's id and the bytes read, from a signal of `tell_taken`. Raises ``ValueError`` for another one.
 
     >>> read_taken(b"+c0ffee-7 4096")
     ('c0ffee-7', 4096)
     """
-    request, _, taken = word.removeprefix(TAKEN).partition(b" ")
+    request, _, taken = signal_.removeprefix(TAKEN).partition(b" ")
     return request.decode(), int(taken)

@@ -7,8 +7,9 @@ replica redelivers work that is still running, and the caller ignores the second
 A lease also expires when the broker takes no renewals: it refuses writes, it hangs, it is restarted. Then the leases of
 all replicas expire together, and an expired lease proves nothing. So the value of a lease is the time since when it has
 been renewed without a gap, and the time of the last renewal, both by the broker's clock. A replica whose own lease has
-a gap within the last `TTL_S` seconds does not take over from others: they may not have come to renew theirs
-(`TAKE_OVER`). A lease that the controller marks as `DROPPED`, because Ray reported the death, is proof at any time.
+a gap within the last `TTL_S` seconds redelivers no entries: the other replicas may have been unable to renew their
+leases (`IS_EXPIRED`). A lease that the controller marks as `DROPPED`, because Ray reported the death, is proof at any
+time.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ TTL_S = 2.0
 RENEW_S = 0.5
 _GAP_MS = int(2 * RENEW_S * 1000)
 """Without a renewal for longer than this, the lease of another replica may have expired for the same reason."""
-assert 2 * _GAP_MS <= TTL_S * 1000, "who has no gap must know that no other lease can have expired without a death"
+assert 2 * _GAP_MS <= TTL_S * 1000, "no lease may expire without a death between two unbroken renewals of another"
 
 DROPPED = "dropped"
 """The value of the lease of a replica that is known to be dead."""
 
-# KEYS: the lease. ARGV: milliseconds until it expires. A broker that is out of memory refuses SET, and a replica that
-# serves must not count as dead for that.
+# Renews a lease. KEYS: the lease. ARGV: milliseconds until it expires. A script with the flag allow-oom, as a broker
+# that is out of memory refuses SET: a replica that serves must not count as dead for that.
 _RENEW = f"""#!lua flags=allow-oom
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
@@ -46,8 +47,8 @@ if not since or now - last > {_GAP_MS} then since = now end
 return redis.call('SET', KEYS[1], string.format('%.0f %.0f', since, now), 'PX', ARGV[1])
 """
 
-TAKE_OVER = f"""
-local function judge(leases, me)
+IS_EXPIRED = f"""
+local function expiry_checker(leases, me)
   local now = redis.call('TIME')
   now = now[1] * 1000 + math.floor(now[2] / 1000)
   local mine = redis.call('GET', leases .. me)
@@ -59,8 +60,9 @@ local function judge(leases, me)
   end
 end
 """
-"""A Lua function: what the keys of leases begin with, and a replica. Returns a function which returns whether that
-replica may take over from the replica of a name. A lease of an earlier release, which has no times, counts as unbroken.
+"""A Lua function. Its arguments are the beginning of the keys of leases, and a replica. It returns a function that
+tells whether the lease of another replica, given by its name, has expired, so that the first replica may redeliver its
+entries. A lease of an earlier release, which has no times, counts as unbroken.
 """
 
 
@@ -75,7 +77,7 @@ class Lease:
     """
 
     def __init__(self, url: str, key: str, *, ttl_s: float = TTL_S, every_s: float = RENEW_S) -> None:
-        assert every_s * 2 < ttl_s, "one lost renewal must not cost the lease"
+        assert every_s * 2 < ttl_s, "one failed renewal must not lose the lease"
         self._url, self._key, self._ttl_ms, self._every_s = url, key, int(ttl_s * 1000), every_s
         self._shown_url = shown_url(url)
         options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
@@ -96,7 +98,7 @@ class Lease:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop renewing and delete the key. Blocks for a few seconds at most; an unreachable broker is no error."""
+        """Stop renewing and delete the key. Blocks for a few seconds at most; an unreachable broker is not an error."""
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join(self._ttl_ms / 1000)
@@ -109,7 +111,7 @@ class Lease:
         while not self._ended.wait(self._every_s):
             try:
                 self._renew()
-            except Exception as e:  # whatever it is, the next renewal may go through
+            except Exception as e:  # of any kind: the next renewal may succeed
                 outages.report_began(self._shown_url, self, f"cannot renew the lease {self._key}: {e}")
             else:
                 outages.report_ended(self._shown_url, self)
@@ -123,7 +125,7 @@ class Lease:
                 self._redis.connection_pool.disconnect()  # the address may lead to the primary by now
             if code in NOT_PRIMARY or code in TEMPORARY:
                 raise BrokerUnavailable(self._shown_url, f"it refuses writes: {e}") from None
-            said = f"{code} {e}" if code == "NOPERM" else f"ERR {e}"
-            raise error_of(said, [b"EVAL", b"", b"1", self._key.encode()], self._url) from None
+            message = f"{code} {e}" if code == "NOPERM" else f"ERR {e}"
+            raise error_of(message, [b"EVAL", b"", b"1", self._key.encode()], self._url) from None
         except redis.RedisError as e:
             raise BrokerUnavailable(self._shown_url, reason_of(e)) from None

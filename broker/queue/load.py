@@ -11,9 +11,9 @@ from ..wire.keys import Keys
 from .group.member import GROUP
 from .queued_bytes import SMALL
 
-# KEYS: the streams, the records of sizes. ARGV: the group. Answers how many entries are unsettled, how many of them
-# replicas hold, and the bytes that they are charged for.
-_LOAD = Script("""#!lua flags=no-writes
+# KEYS: the streams, the records of sizes. ARGV: the group, the least charge of a request. Returns the numbers of
+# unsettled entries and of pending ones, and the bytes that the unsettled ones are charged for.
+_DEPTH = Script("""#!lua flags=no-writes
 local unsettled, held = 0, 0
 for s = 1, 2 do
   local stream = KEYS[s]
@@ -30,20 +30,20 @@ return {unsettled, held, unsettled * ARGV[2] + (redis.call('HGET', KEYS[3], 'tot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueDepth:
-    """Requests of one backend, over all callers."""
+    """The requests of one backend, of all callers."""
 
     unsettled: int
-    """Waiting and running."""
+    """Requests that wait for a replica, or that replicas hold."""
     in_progress: int
-    """Those of them that replicas hold."""
+    """Requests that replicas hold."""
     queued_bytes: int = 0
-    """What the unsettled ones take, as ``max_queued_bytes`` counts it."""
+    """The bytes of all unsettled requests, as ``max_queued_bytes`` counts them."""
 
 
 async def read_depth(connection: RedisConnection, keys: Keys, backend: str) -> QueueDepth:
     """Count the requests of ``backend``. Raises `BrokerUnavailable`."""
-    found = [keys.requests(backend), keys.batch(backend), keys.sizes(backend)]
-    reply = await connection.run_script(_LOAD, found, [GROUP, SMALL], repeat=True)
+    read = [keys.requests(backend), keys.batch(backend), keys.sizes(backend)]
+    reply = await connection.run_script(_DEPTH, read, [GROUP, SMALL], repeat=True)
     unsettled, held, queued_bytes = cast("list[int]", reply)
-    # What a caller withdrew while it ran is still held, and no longer counted.
+    # A request that was withdrawn while it ran is still pending, but no longer on its stream.
     return QueueDepth(unsettled=unsettled, in_progress=min(held, unsettled), queued_bytes=queued_bytes)

@@ -1,4 +1,4 @@
-"""Purge of a deleted backend: its queued requests are refused and its keys deleted."""
+"""Purge of a deleted backend: refuses its queued requests and deletes its keys."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _delete(connection: RedisConnection, pattern: str) -> None:
     cursor: bytes | int = 0
     while True:
         cursor, found = await connection.send("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, repeat=True)
-        if found:  # they share a hash tag
+        if found:  # one command, as the keys of a backend share a hash tag
             await connection.send("UNLINK", *found, repeat=True)
         if int(cursor) == 0:
             return

@@ -1,13 +1,13 @@
-"""Byte accounting of a backend's queue: how much memory its unsettled requests take, exact at the broker.
+"""Byte accounting of a backend's queue: the bytes of its unsettled requests, exact at any number of callers.
 
-A request is charged for its head and its body, wherever the body lies, and for at least `SMALL` bytes. The charge of a
-queue is therefore ``SMALL`` for each entry on its streams plus what larger requests take beyond that. Only these have a
-record: a field of one hash for each backend, written by the script that appends the entry and deleted by the script
-that removes it, so that neither a death nor a repeated command can count one twice. The first `SET_ASIDE` requests of
-a queue are charged as if they were there, so that a short queue of small requests costs nothing more.
+A request is charged for its header and its body, and for at least `SMALL` bytes. The charge of a queue is therefore
+``SMALL`` for each entry on its streams, plus the bytes of larger requests beyond that. Only larger requests have a
+record: a field of one hash for each backend. The script that appends the entry writes it, and the script that removes
+the entry deletes it, so neither a death nor a repeated command counts an entry twice. The first `SET_ASIDE` requests
+are always charged, even if there are fewer, so that publishing to a short queue need not read the records.
 
-The body of a large request (claim check) is stored before its entry is appended. Its bytes are reserved before that, so
-that bodies of refused requests never reach the broker. A reservation lapses when its caller dies.
+The body of a large request (claim check) is stored before its entry is appended. Its bytes are reserved before that,
+so that bodies of refused requests never reach the broker. A reservation expires if its caller dies.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import hashlib
 from ..transport.commands import Script
 
 SMALL = 4 * 1024
-"""The least that a request is charged, in bytes."""
+"""The least charge of a request, in bytes."""
 
 SET_ASIDE = 16
-"""The room of so many small requests is always charged, so that they can be published without a look at the records."""
+"""The number of small requests that are always charged, so that they can be published without reading the records."""
 
 NO_LIMIT = 2**53
-"""More than any queue can have, and still exact in Lua."""
+"""A limit that no queue reaches; the largest integer up to which Lua counts exactly."""
 
 RESERVATION_S = 60
-"""How long a reservation holds that its caller does not use: the time that the largest body may take to be stored."""
+"""Expiry of a reservation that its caller does not use: the longest time for storing the largest body."""
 
 _CHECK_S = 1
-"""While requests are refused for their size, look this often for records whose entry is gone."""
+"""While requests are refused for their size, the records are checked this often for entries that are gone."""
 
-# Deletes the records of ``refs``, and what they held from the total.
+# A Lua function that deletes the records of entries or reservations, and subtracts their bytes from the total.
 RELEASE = """
-local function release(records, places)
+local function release(records, refs)
   local freed = 0
-  for _, place in ipairs(places) do
-    local held = redis.call('HGET', records, place)
+  for _, ref in ipairs(refs) do
+    local held = redis.call('HGET', records, ref)
     if held then
-      redis.call('HDEL', records, place)
+      redis.call('HDEL', records, ref)
       freed = freed + string.match(held, '^%d+')
     end
   end
@@ -46,10 +46,10 @@ local function release(records, places)
 end
 """
 
-# Forgets the records of entries that something else than our scripts removed, such as XTRIM, and of reservations that
-# lapsed; returns the new total, or nothing if it was called within the last second. What lies before the oldest entry
-# of its stream is gone; a user that may not read the streams only sees whether they are empty. Scripts define this
-# function only where they need it: to define it costs as much as a command.
+# A Lua function that deletes the records of expired reservations, and of entries that something other than Penstock's
+# scripts removed, such as XTRIM. Returns the new total, or nothing if it was called within the last second. Entries
+# older than the oldest entry of their stream are gone. A user without the right to read the streams only sees whether
+# they are empty. Scripts define this function only where they need it: defining it costs as much as a command.
 RECOUNT = f"""
 local function recount(records, requests, batch)
   local time = redis.call('TIME')
@@ -68,18 +68,18 @@ local function recount(records, requests, batch)
   end
   local all = redis.call('HGETALL', records)
   for i = 1, #all, 2 do
-    local place, bytes, since = all[i], string.match(all[i + 1], '^(%d+):?(%d*)$')
-    if place ~= 'total' and place ~= 'checked' then
+    local ref, bytes, since = all[i], string.match(all[i + 1], '^(%d+):?(%d*)$')
+    if ref ~= 'total' and ref ~= 'checked' then
       local gone
       if since ~= '' then
         gone = now - since > {RESERVATION_S * 1000}
       else
-        local on_batch, ms, n = string.match(place, '^(b?)(%d+)-(%d+)$')
+        local on_batch, ms, n = string.match(ref, '^(b?)(%d+)-(%d+)$')
         local oldest = first[on_batch == 'b' and 2 or 1]
         ms, n = tonumber(ms), tonumber(n)
         gone = not oldest or ms < oldest[1] or (ms == oldest[1] and n < oldest[2])
       end
-      if gone then redis.call('HDEL', records, place) else total = total + bytes end
+      if gone then redis.call('HDEL', records, ref) else total = total + bytes end
     end
   end
   redis.call('HSET', records, 'total', total, 'checked', now)
@@ -87,7 +87,8 @@ local function recount(records, requests, batch)
 end
 """
 
-# Returns how many milliseconds ago the oldest entry of two streams was accepted; 0 to a user that may not read them.
+# A Lua function that returns the age of the oldest entry of two streams, in milliseconds; 0 for a user without the
+# right to read them.
 OLDEST = """
 local function oldest_ms(requests, batch)
   local time, oldest = redis.call('TIME'), 0
@@ -101,9 +102,9 @@ local function oldest_ms(requests, batch)
 end
 """
 
-# Reserves room for the body of a request that is about to be stored and published. KEYS: the interactive stream, the
-# batch stream, the records. ARGV: the limit of requests, the limit of bytes, the request's id, its bytes. Answers
-# nothing if it fits; else what _PUBLISH of broker/queue/publisher.py answers for a refused request.
+# Reserves room for a request whose body is about to be stored. KEYS: the interactive stream, the batch stream, the
+# records. ARGV: the limit of requests, the limit of bytes, the request's id, its bytes. Returns nothing if it fits;
+# else the numbers that _PUBLISH of broker/queue/publisher.py returns for a refused request.
 RESERVE = Script(f"""#!lua
 {RECOUNT}
 {OLDEST}
@@ -123,14 +124,14 @@ redis.call('HINCRBY', KEYS[3], 'total', ARGV[4])
 return {{}}
 """)
 
-# Deletes records. KEYS: the records. ARGV: places, or reservations.
+# Deletes records. KEYS: the records. ARGV: entry refs, or names of reservations.
 FORGET = Script(f"""#!lua flags=allow-oom
 {RELEASE}
 release(KEYS[1], ARGV)
 return 0
 """)
 
-# Takes an entry from its stream, with its record. KEYS: the stream, the records. ARGV: the entry's id, its place.
+# Deletes an entry and its record. KEYS: the stream, the records. ARGV: the entry's id, its ref.
 WITHDRAW = Script(f"""#!lua flags=allow-oom
 {RELEASE}
 release(KEYS[2], {{ARGV[2]}})
@@ -139,13 +140,14 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 
 
 def most_bytes(limit_bytes: int) -> int:
-    """Return how many bytes the head and the body of one request may have under a queue's limit."""
+    """Return the most bytes of one request, header and body, that a queue with this limit admits."""
     return limit_bytes - (SET_ASIDE - 1) * SMALL
 
 
 def reservation_of(request: bytes) -> bytes:
-    """Return the name of a request's reservation among the records. No place of an entry begins like it.
+    """Return the name of a request's reservation among the records. No entry ref begins with ``r:``.
 
-    It does not show the request's id, which is the secret of a call: callers of the same backend may read the records.
+    It does not reveal the request's id, which is the secret of a call: callers of the same backend can read the
+    records.
     """
     return b"r:" + hashlib.sha1(request, usedforsecurity=False).hexdigest().encode()

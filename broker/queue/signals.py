@@ -1,7 +1,7 @@
-"""Signals to all replicas of a backend: a caller withdrew a request, or work was given back.
+"""Signals to all replicas of a backend: a request was withdrawn, entries were given back, credit was granted.
 
-Nothing rests on a signal's arrival. It saves work or time; what must hold is written on the request stream. Signals lie
-on a short stream of their own that expires, and each replica reads all of them.
+A signal saves work or time; correctness does not depend on its arrival. Signals lie on a short stream of their own that
+expires, and each replica reads all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..transport.commands import Script
+from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..transport.session import BLOCK_MS
 from ..wire.keys import Keys
@@ -19,28 +19,40 @@ from ..wire.keys import Keys
 log = logging.getLogger(__name__)
 
 LOOK = b"look"
-"""Work was given back. Any other signal is the place of an entry that its caller gave up."""
+"""The signal that entries were given back. A signal that begins with ``TAKEN`` of ``broker/queue/flow_control.py``
+grants credit; any other is the ref of an entry that its caller withdrew.
+"""
 
 _KEPT = 1_000
+"""Most signals on the stream."""
 _TTL_MS = 60_000
 _FIELD = b"s"
 _RETRY_S = 0.2
 
-# KEYS: the stream. ARGV: how many to keep, the name of the field, the word, milliseconds. What is said is about work
-# that was accepted: an answer that streams waits for its reader's word.
+# Appends a signal. KEYS: the stream. ARGV: the most signals to keep, the name of the field, the signal, milliseconds
+# until the stream expires. With the flag allow-oom, as signals concern accepted requests: a streamed reply waits for
+# credit.
 _SIGNAL = Script("""#!lua flags=allow-oom
 redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', ARGV[2], ARGV[3])
 return redis.call('PEXPIRE', KEYS[1], ARGV[4])
 """)
 
 
-def signal(connection: RedisConnection, keys: Keys, backend: str, word: bytes) -> None:
-    """Tell all replicas of ``backend``."""
-    connection.post_script(_ignore, _SIGNAL, [keys.signals(backend)], [_KEPT, _FIELD, word, _TTL_MS], repeat=True)
+def signal(connection: RedisConnection, keys: Keys, backend: str, message: bytes) -> None:
+    """Send a signal to all replicas of ``backend``. Errors are ignored."""
+    args: list[Arg] = [_KEPT, _FIELD, message, _TTL_MS]
+    connection.post_script(_ignore_result, _SIGNAL, [keys.signals(backend)], args, repeat=True)
 
 
 class Signals:
-    """Hears the signals to one backend, on a connection of its own, from `open` to `close`."""
+    """Receives the signals to one backend, on a connection of its own, from `open` to `close`.
+
+    Args:
+        url: of the broker.
+        keys: the keys of the instance.
+        backend: tag of the backend.
+        on_signal: called with each signal.
+    """
 
     def __init__(self, url: str, keys: Keys, backend: str, on_signal: Callable[[bytes], None]) -> None:
         self._key, self._on_signal = keys.signals(backend), on_signal
@@ -49,7 +61,7 @@ class Signals:
         self._closed = False
 
     async def open(self) -> None:
-        """Hear what is said from now on. Raises `BrokerUnavailable`."""
+        """Receive the signals that are sent from now on. Raises `BrokerUnavailable`."""
         await self._reads.open()
         self._read()
 
@@ -66,7 +78,7 @@ class Signals:
     def _on_read(self, reply: Any) -> None:
         if isinstance(reply, Exception):
             if not self._closed:
-                log.debug("cannot hear %s: %s", self._key, reply)
+                log.debug("cannot read signals from %s: %s", self._key, reply)
                 asyncio.get_running_loop().call_later(_RETRY_S, self._read)
             return
         entries: list[tuple[bytes, list[bytes]]] = reply[0][1] if reply else []
@@ -77,5 +89,5 @@ class Signals:
             self._on_signal(fields[1])
 
 
-def _ignore(reply: Any) -> None:
-    """A signal is a courtesy."""
+def _ignore_result(reply: Any) -> None:
+    """Ignore a failed signal: correctness does not depend on it."""

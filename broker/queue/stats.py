@@ -1,7 +1,7 @@
-"""Stats of a backend: counters that its replicas add up at the broker.
+"""Stats of a backend: counters that its replicas add to sums at the broker.
 
-Replicas add what they did since they last said so. So the sums outlive them, and never go backwards, but for a broker
-that loses its data.
+A replica regularly adds what it has counted since the last time. So the sums outlive replicas, and never decrease
+unless the broker loses its data.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .load import read_depth
 
 _SERVED, _FAILED, _RUN_US, _BATCHED = b"served", b"failed", b"run_us", b"batched"
 _BATCHES = b"batches:"
-"""Behind it stands the upper bound of how many requests each of them had."""
+"""The beginning of the names of batch counters; the upper bound of the size of their batches follows."""
 
-# KEYS: the sums. ARGV: names and what to add.
+# KEYS: the sums. ARGV: names of counters, each followed by the number to add.
 _ADD = Script("""#!lua flags=allow-oom
 for i = 1, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
 """)
@@ -28,17 +28,18 @@ for i = 1, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
 
 @dataclass(slots=True)
 class RunStats:
-    """What was done since somebody looked last."""
+    """The counters of one replica since they were last added to the sums."""
 
     served: int = 0
+    """Requests with a reply that is not an error."""
     failed: int = 0
-    """Answered with an error."""
+    """Requests whose reply is an error."""
     run_ms: float = 0.0
-    """Over requests: each of one batch counts all of its time."""
+    """The run time of all requests. Each request of a batch counts the whole time of the batch."""
     batched: int = 0
     """Requests that ran in batches."""
     batches: dict[int, int] = field(default_factory=dict[int, int])
-    """How many batches there were, by the power of two that bounds their size."""
+    """Numbers of batches, by the smallest power of two that is not less than their size."""
 
     def __bool__(self) -> bool:
         return bool(self.served or self.failed or self.batched)
@@ -48,8 +49,8 @@ class RunStats:
         self.batches[bound] = self.batches.get(bound, 0) + 1
         self.batched += size
 
-    def take(self, other: RunStats) -> None:
-        """Add what another one holds."""
+    def add(self, other: RunStats) -> None:
+        """Add the counters of ``other``."""
         self.served += other.served
         self.failed += other.failed
         self.run_ms += other.run_ms
@@ -60,39 +61,42 @@ class RunStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendStats:
-    """Of one backend, over all callers and all replicas since it was created."""
+    """The stats of one backend, over all callers, and over all replicas since it was created."""
 
     queued: int
+    """Requests that wait for a replica."""
     in_progress: int
+    """Requests that replicas hold."""
     queued_bytes: int
-    """What both take, as ``max_queued_bytes`` counts it."""
+    """The bytes of both, as ``max_queued_bytes`` counts them."""
     dead_letters: int
     dead_letters_dropped: int
-    """As there were too many, or they were too old."""
+    """Dead letters that were dropped because there were too many, or because they were too old."""
     served: int
     failed: int
     run_s: float
     batched: int
     batches: dict[int, int]
+    """See `RunStats` for these."""
 
 
-async def add_stats(connection: RedisConnection, keys: Keys, backend: str, tally: RunStats) -> None:
-    """Add ``tally`` to the sums of ``backend``.
+async def add_stats(connection: RedisConnection, keys: Keys, backend: str, stats: RunStats) -> None:
+    """Add ``stats`` to the sums of ``backend``.
 
     Raises:
-        FateUnknown: it may have been added.
-        BrokerUnavailable: it was not.
+        FateUnknown: the connection broke; the broker may have added them.
+        BrokerUnavailable: the broker has not added them.
     """
-    args: list[Arg] = [_SERVED, tally.served, _FAILED, tally.failed, _RUN_US, round(tally.run_ms * 1000)]
-    if tally.batched:
-        args += [_BATCHED, tally.batched]
-        for bound, count in tally.batches.items():
+    args: list[Arg] = [_SERVED, stats.served, _FAILED, stats.failed, _RUN_US, round(stats.run_ms * 1000)]
+    if stats.batched:
+        args += [_BATCHED, stats.batched]
+        for bound, count in stats.batches.items():
             args += [_BATCHES + b"%d" % bound, count]
     await connection.run_script(_ADD, [keys.done(backend)], args)
 
 
 async def read_stats(connection: RedisConnection, keys: Keys, backend: str) -> BackendStats:
-    """Return the figures of ``backend``. Raises `BrokerUnavailable`."""
+    """Return the stats of ``backend``. Raises `BrokerUnavailable`."""
     load, dead, flat = await asyncio.gather(
         read_depth(connection, keys, backend),
         connection.send("XLEN", keys.dead(backend), repeat=True),

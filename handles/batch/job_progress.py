@@ -64,7 +64,7 @@ async def open_job(
         BrokerUnavailable: Redis cannot be reached.
     """
     job = client.job
-    await job.take()
+    await job.acquire()
     if source.restart_job:
         for backend, entry in (await client.published_items()).values():
             client.withdraw(backend, entry)

@@ -188,7 +188,7 @@ class BatchProducer:
             await job_client.open()
             yield job_client
         finally:
-            await job_client.job.leave()
+            await job_client.job.release()
             await job_client.close()
 
 

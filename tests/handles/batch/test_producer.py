@@ -338,7 +338,7 @@ def test_a_job_has_one_producer_at_a_time(site: Site, connected: Connection) -> 
     site.serve(double)
     first = iter(connected.batch("ask", job="mine").as_completed(range(10)))
     next(first)
-    with pytest.raises(ConfigError, match="another producer is at work on the job 'mine'"):
+    with pytest.raises(ConfigError, match="another producer works on the job 'mine'"):
         list(connected.batch("ask", job="mine").map(range(10)))
     assert len(list(first)) == 9
     assert len(list(connected.batch("ask", job="mine").map(range(10)))) == 10
