@@ -216,7 +216,7 @@ class _Written:
             backend = caller.snapshot.backends.get(tag)
             if backend is None:
                 raise BackendNotFound(tag, caller.snapshot.backends)
-            if not backend.config.get("allow_pickle"):
+            if not backend.config.allow_pickle:
                 raise TypeError(
                     f"{self.unsendable}; backend {tag!r} would take it pickled "
                     "if it had config={'allow_pickle': True}"

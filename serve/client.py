@@ -116,7 +116,7 @@ class Client(Connection):
             tag=tag,
             version=token_hex(4),
             code="",
-            config=checked.model_dump(),
+            config=checked.spec(),
             actor_options=validation.check_actor_options(ray_actor_options),
             runtime_env=validation.check_runtime_env(runtime_env),
             accepts_batch=_may_take_batches(func_or_class),
@@ -161,12 +161,12 @@ class Client(Connection):
         BackendConfig().merged(config)  # what is wrong in itself is told first, whatever there is
 
         def update(old: BackendRecord) -> BackendRecord:
-            merged = BackendConfig.stored(old.config).merged(config)
+            merged = BackendConfig.of_spec(old.config).merged(config)
             validation.check_fits(merged, func_or_class, takes_batch=takes_batch)
             return replace(
                 old,
                 version=version,
-                config=merged.model_dump(),
+                config=merged.spec(),
                 actor_options=old.actor_options if ray_actor_options is None else options,
                 runtime_env=old.runtime_env if runtime_env is None else environment,
                 accepts_batch=takes_batch,
@@ -192,21 +192,21 @@ class Client(Connection):
         BackendConfig().merged(config)
 
         def update(old: BackendRecord) -> BackendRecord:
-            merged = BackendConfig.stored(old.config).merged(config)
+            merged = BackendConfig.of_spec(old.config).merged(config)
             validation.check_batch_size(merged, f"the code of {tag!r}", takes_batch=old.accepts_batch)
-            return replace(old, config=merged.model_dump())
+            return replace(old, config=merged.spec())
 
         self._run(self._core.update_backend(tag, update))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """Return how a backend runs. Raises `BackendNotFound`."""
         validation.check_tag(tag)
-        return BackendConfig.stored(registry_changes.backend_of(self._run(self._core.snapshot()), tag).config)
+        return BackendConfig.of_spec(registry_changes.backend_of(self._run(self._core.snapshot()), tag).config)
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """Return every backend's configuration, by tag."""
         seen = self._run(self._core.snapshot())
-        return {tag: BackendConfig.stored(record.config) for tag, record in seen.backends.items()}
+        return {tag: BackendConfig.of_spec(record.config) for tag, record in seen.backends.items()}
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """Delete a backend, with its dead letters; return when its replicas have ended.

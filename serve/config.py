@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import orjson
@@ -13,8 +14,7 @@ from pydantic_core import ErrorDetails
 from starlette.middleware import Middleware
 
 from ..broker.errors import ConfigError
-from ..broker.queue.dead_letter_limits import MAX_DEAD_LETTERS
-from ..handles.calls.call import MAX_QUEUED, MAX_QUEUED_BYTES
+from ..broker.registry.records import DEFAULTS, AutoscalingSpec, BackendSpec
 from ..proxy.http1.connection_limit import MAX_CONNECTIONS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
@@ -57,11 +57,6 @@ class _Config(BaseModel):
             merged[field] = old.merged(new, field) if isinstance(old, _Config) and new is not None else new
         return type(self)(**merged)
 
-    @classmethod
-    def stored(cls: type[_C], fields: Mapping[str, Any]) -> _C:
-        """Read what ``model_dump`` gave, perhaps that of a later release: fields unknown here are ignored."""
-        return cls(**{field: value for field, value in fields.items() if field in cls.model_fields})
-
 
 LEAST_QUEUED_BYTES = 1024 * 1024
 """A lower limit would leave room for hardly more than the requests that are always let through."""
@@ -71,22 +66,26 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+_SCALING = AutoscalingSpec(max_replicas=1)
+"""The defaults of the fields of `AutoscalingConfig`."""
+
+
 class AutoscalingConfig(_Config):
     """How many replicas a backend gets, by what the broker counts: requests queued and in progress."""
 
     max_replicas: Count
     """Never more than this many."""
 
-    min_replicas: Annotated[int, Field(ge=0)] = 1
+    min_replicas: Annotated[int, Field(ge=0)] = _SCALING.min_replicas
     """Never fewer than this many. With 0, no replica runs at rest; the first requests wait for one to start."""
 
-    target_queue_per_replica: Positive = 2.0
+    target_queue_per_replica: Positive = _SCALING.target_queue_per_replica
     """So many unsettled requests for each replica are wanted: more make it grow, fewer let it shrink."""
 
-    upscale_delay_s: NotNegative = 0.0
+    upscale_delay_s: NotNegative = _SCALING.upscale_delay_s
     """The load must call for more replicas this long before there are more."""
 
-    downscale_delay_s: NotNegative = 30.0
+    downscale_delay_s: NotNegative = _SCALING.downscale_delay_s
     """The load must call for fewer replicas this long before there are fewer."""
 
     @model_validator(mode="after")
@@ -114,60 +113,65 @@ def _json(value: Any) -> Any:
 class BackendConfig(_Config):
     """How a backend runs."""
 
-    num_replicas: Count = 1
+    num_replicas: Count = DEFAULTS.num_replicas
     """How many replicas; with ``autoscaling_config``, how many to begin with."""
 
-    max_batch_size: Count | None = None
+    max_batch_size: Count | None = DEFAULTS.max_batch_size
     """The most requests that one call gets. Needs ``@serve.accept_batch``."""
 
-    batch_wait_timeout: NotNegative = 0.0
+    batch_wait_timeout: NotNegative = DEFAULTS.batch_wait_timeout
     """Seconds that a batch waits to fill, counted from its first entry."""
 
-    max_concurrent_queries: Count | None = None
+    max_concurrent_queries: Count | None = DEFAULTS.max_concurrent_queries
     """The most calls that one replica runs at a time; by default 1 for blocking code and 100 for ``async def``."""
 
-    user_config: Annotated[Any, AfterValidator(_json)] = None
+    user_config: Annotated[Any, AfterValidator(_json)] = DEFAULTS.user_config
     """Anything JSON can hold: given to the class's ``reconfigure``, at start and on every update."""
 
     autoscaling_config: AutoscalingConfig | None = None
     """How many replicas, by load. Without it there are always ``num_replicas``."""
 
-    max_queued_requests: Count = MAX_QUEUED
+    max_queued_requests: Count = DEFAULTS.max_queued_requests
     """Publishing beyond this many unsettled requests, waiting and running, raises ``Overloaded``."""
 
-    max_queued_bytes: Annotated[int, Field(ge=LEAST_QUEUED_BYTES)] = MAX_QUEUED_BYTES
+    max_queued_bytes: Annotated[int, Field(ge=LEAST_QUEUED_BYTES)] = DEFAULTS.max_queued_bytes
     """The most bytes of heads and bodies of unsettled requests, each counted as at least 4 KiB; at least 1 MiB.
 
     Beyond it publishing raises ``Overloaded``; a request that is larger by itself raises ``PayloadTooLarge``.
     """
 
-    batch_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    batch_share: Annotated[float, Field(ge=0, le=1)] = DEFAULTS.batch_share
     """While batch items wait, replicas take at least this share of what they take from them, whatever else there is."""
 
-    max_deliveries: Count = 3
+    max_deliveries: Count = DEFAULTS.max_deliveries
     """A request whose replica died this many times is a dead letter."""
 
-    max_dead_letters: Count = MAX_DEAD_LETTERS
+    max_dead_letters: Count = DEFAULTS.max_dead_letters
     """So many dead letters are kept, for at most 14 days; the oldest are dropped, and counted."""
 
-    graceful_shutdown_timeout_s: NotNegative = 20.0
+    graceful_shutdown_timeout_s: NotNegative = DEFAULTS.graceful_shutdown_timeout_s
     """A replica that has to go may take this long to finish what it has begun."""
 
-    health_check_period_s: Positive = 10.0
+    health_check_period_s: Positive = DEFAULTS.health_check_period_s
     """A replica is asked this often whether it is well; ``check_health`` of a class is part of that."""
 
-    health_check_timeout_s: Positive = 30.0
+    health_check_timeout_s: Positive = DEFAULTS.health_check_timeout_s
     """A replica that has not answered after this long is replaced."""
 
-    allow_pickle: bool = False
+    allow_pickle: bool = DEFAULTS.allow_pickle
     """Values that are not JSON may travel between handles and replicas by pickle. Never those from HTTP."""
 
-    @property
-    def initial_replicas(self) -> int:
-        """How many replicas to begin with."""
-        if (bounds := self.autoscaling_config) is None:
-            return self.num_replicas
-        return min(max(self.num_replicas, bounds.min_replicas), bounds.max_replicas)
+    @classmethod
+    def of_spec(cls, spec: BackendSpec) -> BackendConfig:
+        """Return the configuration of a backend's record."""
+        return cls(**asdict(spec))
+
+    def spec(self) -> BackendSpec:
+        """Return the configuration as a backend's record holds it."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        if (scaling := self.autoscaling_config) is not None:
+            fields["autoscaling_config"] = AutoscalingSpec(**scaling.model_dump())
+        return BackendSpec(**fields)
 
 
 def _no_server(value: Any) -> Any:

@@ -23,7 +23,6 @@ from ..broker.wire.keys import Keys
 from ..handles.calls.shared_client import SharedClient
 from ..handles.errors import from_wire
 from . import registry_changes
-from .config import BackendConfig
 from .settings import Settings
 from .status import Status, explained, explained_refusal
 
@@ -165,7 +164,7 @@ class Instance:
         registry_changes.remove_backend(seen, tag)
         record = seen.backends[tag]
         if drain:
-            grace_s = BackendConfig.stored(record.config).graceful_shutdown_timeout_s
+            grace_s = record.config.graceful_shutdown_timeout_s
             await self._until(lambda: self._is_idle(tag), "", grace_s, late_is_fine=True)
         await self.registry.change(lambda seen: registry_changes.remove_backend(seen, tag))
         await self._delete(record.stored)

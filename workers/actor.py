@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, RayError
 from ..broker.defaults import belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue import stats
-from ..broker.registry.records import BackendRecord, Snapshot
+from ..broker.registry.records import DEFAULTS, BackendRecord, Snapshot
 from ..broker.registry.store import Registry
 from ..broker.registry.watcher import Watcher
 from ..broker.transport import outages
@@ -40,7 +40,6 @@ NAMESPACE = "penstock"
 _RETRY_S = 0.5
 _PROMPTLY_S = 1.0
 _COUNT_S = 1.0
-_GRACEFUL_SHUTDOWN_S = 20.0
 
 
 class Serving:
@@ -112,8 +111,8 @@ class Serving:
 
     async def drain_gracefully(self) -> bool:
         """`drain`, for as long as its backend's configuration says."""
-        config = self._runner.config if self._runner is not None else {}
-        return await self.drain(config.get("graceful_shutdown_timeout_s", _GRACEFUL_SHUTDOWN_S))
+        config = DEFAULTS if self._runner is None else self._runner.config
+        return await self.drain(config.graceful_shutdown_timeout_s)
 
     # -- starting
 

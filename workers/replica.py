@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue.consumer_group import ConsumerGroup
@@ -13,6 +11,7 @@ from ..broker.queue.flow_control import TAKEN
 from ..broker.queue.leases import Lease
 from ..broker.queue.signals import LOOK, Signals
 from ..broker.queue.stats import RunStats
+from ..broker.registry.records import BackendSpec
 from ..broker.transport.connection import RedisConnection
 from ..broker.wire.keys import Keys
 from .consuming.consumer import Consumer
@@ -109,7 +108,7 @@ class Replica:
                 f"though requests wait for backend {self.backend!r}"
             )
 
-    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, config: BackendSpec) -> None:
         """Use another configuration from now on. Raises `BackendError` if the user's code does not take it."""
         await self._runner.reconfigure(config)
         self._consumer.reconfigure()

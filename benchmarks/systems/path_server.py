@@ -21,7 +21,6 @@ from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
-from penstock.serve.config import BackendConfig
 from penstock.workers.executing import user_code
 
 INSTANCE, BACKEND = "default", "noop"
@@ -37,7 +36,7 @@ async def fill_registry(url: str) -> None:
     await connection.open()
     registry = Registry(connection, Keys(INSTANCE))
     code = await registry.put_code(user_code.dump(noop))
-    backend = BackendRecord(tag=BACKEND, version="1", code=code, config=BackendConfig().model_dump())
+    backend = BackendRecord(tag=BACKEND, version="1", code=code)
     endpoint = EndpointRecord(name=BACKEND, route="/", methods=("GET", "POST"), traffic={BACKEND: 1.0})
     await registry.change(lambda _: Change({BACKEND: backend}, {BACKEND: endpoint}))
     await connection.close()

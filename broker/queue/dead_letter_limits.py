@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from ..transport.commands import Script
 
-MAX_DEAD_LETTERS = 10_000
-"""Where a backend's configuration does not say how many are kept."""
-
 MAX_AGE_S = 14 * 24 * 3600
-"""Older ones are dropped by the replicas, which look once a minute."""
+"""Replicas drop dead letters that are older, once a minute."""
 
 DROPPED = b"dead_dropped"
-"""The field of the backend's sums that counts them; see ``broker/queue/stats.py``."""
+"""The field of the backend's sums that counts dropped dead letters; see ``broker/queue/stats.py``."""
 
-# Drops the oldest of ``letters`` until there are at most ``most`` and none has died before the age limit, with their
-# large bodies, whose keys begin with ``bodies``.
+# A Lua function that drops the oldest of ``letters`` until there are at most ``most`` and none exceeds the age limit.
+# Large bodies, whose keys begin with ``bodies``, are dropped with their letters. Returns how many were dropped.
 DROP_OLDEST = f"""
 local function drop_oldest(letters, sums, most, bodies)
   local time, dropped, left = redis.call('TIME'), 0, redis.call('XLEN', letters)
@@ -36,7 +33,7 @@ local function drop_oldest(letters, sums, most, bodies)
 end
 """
 
-# KEYS: the dead letters, the backend's sums. ARGV: how many are kept, what the keys of bodies begin with.
+# KEYS: the dead letters, the backend's sums. ARGV: the most letters to keep, the beginning of the keys of bodies.
 DROP = Script(f"""#!lua flags=allow-oom
 {DROP_OLDEST}
 return drop_oldest(KEYS[1], KEYS[2], tonumber(ARGV[1]), ARGV[2])

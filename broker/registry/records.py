@@ -1,29 +1,70 @@
-"""The records of the registry: backends, endpoints, and the snapshot of all of them."""
+"""The records of the registry: backends, endpoints, and the snapshot of all of them.
+
+The fields of `BackendSpec` and `AutoscalingSpec` have the defaults of ``serve.BackendConfig`` and
+``serve.AutoscalingConfig``. They are written here once; every process reads them from here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any
 
-import orjson
 
-from ..errors import WireError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalingSpec:
+    """How the number of a backend's replicas follows its load; see ``serve.AutoscalingConfig``."""
 
-ReportKind = Literal["replicas", "proxies", "backends", "controllers"]
+    max_replicas: int
+    min_replicas: int = 1
+    target_queue_per_replica: float = 2.0
+    upscale_delay_s: float = 0.0
+    downscale_delay_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """How a backend runs: the fields of ``serve.BackendConfig``, which describes and validates them."""
+
+    num_replicas: int = 1
+    max_batch_size: int | None = None
+    batch_wait_timeout: float = 0.0
+    max_concurrent_queries: int | None = None
+    user_config: Any = None
+    autoscaling_config: AutoscalingSpec | None = None
+    max_queued_requests: int = 10_000
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    batch_share: float = 0.1
+    max_deliveries: int = 3
+    max_dead_letters: int = 10_000
+    graceful_shutdown_timeout_s: float = 20.0
+    health_check_period_s: float = 10.0
+    health_check_timeout_s: float = 30.0
+    allow_pickle: bool = False
+
+    @property
+    def initial_replicas(self) -> int:
+        """The number of replicas that a backend begins with."""
+        if (bounds := self.autoscaling_config) is None:
+            return self.num_replicas
+        return min(max(self.num_replicas, bounds.min_replicas), bounds.max_replicas)
+
+
+DEFAULTS = BackendSpec()
+"""The defaults of all fields."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendRecord:
-    """One backend as it should be."""
+    """The desired state of one backend."""
 
     tag: str
     version: str
     """Of its code, arguments and actor options. Replicas of another version are replaced."""
     code: str
     """The digest of the pickled ``(target, init_args, init_kwargs)``; see `Registry.get_code`."""
-    config: dict[str, Any] = field(default_factory=dict[str, Any])
-    """All fields of ``serve.BackendConfig``. A change of them keeps the version: replicas take it over as they run."""
+    config: BackendSpec = field(default_factory=BackendSpec)
+    """A change of it keeps the version: running replicas apply it."""
     config_version: int = 1
     actor_options: dict[str, Any] = field(default_factory=dict[str, Any])
     runtime_env: dict[str, Any] | None = None
@@ -39,7 +80,7 @@ class BackendRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointRecord:
-    """One endpoint as it should be."""
+    """The desired state of one endpoint."""
 
     name: str
     route: str | None = None
@@ -66,57 +107,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to be written, by name; None deletes."""
+    """Records to write, by name; None deletes."""
 
     backends: Mapping[str, BackendRecord | None] = field(default_factory=dict[str, "BackendRecord | None"])
     endpoints: Mapping[str, EndpointRecord | None] = field(default_factory=dict[str, "EndpointRecord | None"])
-
-
-def parse_records(flat: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
-    records: list[tuple[str, dict[str, Any]]] = []
-    for name, raw in zip(flat[::2], flat[1::2], strict=True):
-        try:
-            record = orjson.loads(raw)
-        except ValueError as e:
-            raise WireError(f"the registry's {name!r} is not JSON: {e}") from None
-        if type(record) is not dict:
-            raise WireError(f"the registry's {name!r} must be a JSON object, not {type(record).__name__}")
-        records.append((name.decode(), cast("dict[str, Any]", record)))
-    return records
-
-
-RecordT = TypeVar("RecordT", BackendRecord, EndpointRecord)
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "tag": (str,),
-    "version": (str,),
-    "code": (str,),
-    "config": (dict,),
-    "config_version": (int,),
-    "actor_options": (dict,),
-    "runtime_env": (dict, type(None)),
-    "files": (str,),
-    "accepts_batch": (bool,),
-    "name": (str,),
-    "route": (str, type(None)),
-    "methods": (list,),
-    "traffic": (dict,),
-    "shadows": (dict,),
-    "call_methods": (list, type(None)),
-}
-
-
-def read_record(kind: type[RecordT], name: str, raw: Mapping[str, Any]) -> RecordT:
-    """Return a record, without the fields that a later release has given it."""
-    given: dict[str, Any] = {}
-    for member in fields(kind):
-        if member.name in raw:
-            value = given[member.name] = raw[member.name]
-            if type(value) not in _TYPES[member.name]:
-                raise WireError(f"the registry's {name!r} has a {type(value).__name__} as its {member.name!r}")
-        elif member.default is MISSING and member.default_factory is MISSING:
-            raise WireError(f"the registry's {name!r} has no {member.name!r}")
-    for name_of_list in ("methods", "call_methods"):
-        if given.get(name_of_list) is not None:
-            given[name_of_list] = tuple(given[name_of_list])
-    return kind(**given)

@@ -18,7 +18,9 @@ from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire._fields import LARGEST
 from ..wire.keys import Keys
-from .records import BackendRecord, Change, EndpointRecord, ReportKind, Snapshot, parse_records, read_record
+from .json_records import parse_objects, read_record
+from .records import BackendRecord, Change, EndpointRecord, Snapshot
+from .reports import Report, ReportKind, ReportT
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +80,8 @@ class Registry:
         version, backends, endpoints = reply
         return Snapshot(
             int(version),
-            {tag: read_record(BackendRecord, tag, record) for tag, record in parse_records(backends)},
-            {name: read_record(EndpointRecord, name, record) for name, record in parse_records(endpoints)},
+            {tag: read_record(BackendRecord, tag, record) for tag, record in parse_objects(backends).items()},
+            {name: read_record(EndpointRecord, name, record) for name, record in parse_objects(endpoints).items()},
         )
 
     async def change(self, decide: Callable[[Snapshot], Change]) -> int:
@@ -144,6 +146,24 @@ class Registry:
     async def delete_code(self, digest: str) -> None:
         await self._connection.send("UNLINK", self._keys.code(digest), repeat=True)
 
+    async def put_report(self, name: str, report: Report) -> None:
+        """Store the latest report of a process or backend in place of its former one."""
+        fields = {field: value for field, value in asdict(report).items() if value is not None}
+        key = self._keys.reports(report.kind)
+        await self._connection.run_script(_REPORT, [key], [name, orjson.dumps(fields)], repeat=True)
+
+    async def get_reports(self, kind: type[ReportT]) -> dict[str, ReportT]:
+        """Return the latest reports of one kind, by name. Their processes may have died since.
+
+        Raises:
+            WireError: a report cannot be read.
+        """
+        flat = await self._connection.send("HGETALL", self._keys.reports(kind.kind), repeat=True)
+        return {name: read_record(kind, name, raw) for name, raw in parse_objects(flat).items()}
+
+    async def delete_report(self, kind: type[Report], name: str) -> None:
+        await self._connection.send("HDEL", self._keys.reports(kind.kind), name, repeat=True)
+
     async def report(self, kind: ReportKind, name: str, record: Mapping[str, Any] | None) -> None:
         """Store ``record`` as the latest report of ``name``; None deletes the report."""
         key = self._keys.reports(kind)
@@ -154,7 +174,7 @@ class Registry:
 
     async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
         """Return the latest report of each process of one kind, by name. Some of them may have died since."""
-        return dict(parse_records(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True)))
+        return parse_objects(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True))
 
     async def get_settings(self) -> dict[str, Any] | None:
         """Return the settings that the instance was started with, or None if there is no such instance."""

@@ -38,7 +38,7 @@ def allows_pickle(snapshot: Snapshot, endpoint: str) -> bool:
     """Return whether all backends of an endpoint allow pickle."""
     record = snapshot.endpoints.get(endpoint)
     backends = [snapshot.backends.get(tag) for tag in (record.traffic if record else ())]
-    return bool(backends) and all(backend and backend.config.get("allow_pickle") for backend in backends)
+    return bool(backends) and all(backend and backend.config.allow_pickle for backend in backends)
 
 
 class ItemEncoder:

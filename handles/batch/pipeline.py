@@ -70,8 +70,8 @@ async def default_window(client: RequestClient, tags: Iterable[str]) -> int:
         if (backend := backends.get(tag)) is None:
             continue
         ready = sum(report.get("backend") == tag for report in replicas.values())
-        batch_size: int = backend.config.get("max_batch_size") or 0
-        calls: int = backend.config.get("max_concurrent_queries") or (2 if batch_size else _DEFAULT_CONCURRENCY)
+        batch_size: int = backend.config.max_batch_size or 0
+        calls: int = backend.config.max_concurrent_queries or (2 if batch_size else _DEFAULT_CONCURRENCY)
         concurrency += max(1, ready) * calls * max(1, batch_size)
         limit += queue_limits(backend).requests // 2
     return max(1, min(max(_MIN_WINDOW, 4 * concurrency), limit))

@@ -25,12 +25,6 @@ A call whose ``Header.window`` asks for a streamed reply can have an `IncomingSt
 first part has arrived.
 """
 
-MAX_QUEUED = 10_000
-"""Default of ``max_queued_requests``: the most unsettled requests of a backend."""
-
-MAX_QUEUED_BYTES = 1024 * 1024 * 1024
-"""Default of ``max_queued_bytes``: the most bytes of a backend's unsettled requests."""
-
 
 class QueueLimits(NamedTuple):
     """Limits by which admission refuses a request."""
@@ -47,9 +41,7 @@ def queue_limits(backend: BackendRecord, *, batch: bool = False) -> QueueLimits:
     Batch items may fill four fifths of the queue. The rest is reserved for interactive requests, so that no batch
     causes their refusal.
     """
-    config = backend.config
-    requests: int = config.get("max_queued_requests", MAX_QUEUED)
-    size: int = config.get("max_queued_bytes", MAX_QUEUED_BYTES)
+    requests, size = backend.config.max_queued_requests, backend.config.max_queued_bytes
     if batch:
         return QueueLimits(max(1, requests * 4 // 5), max(1, size * 4 // 5))
     return QueueLimits(requests, size)

@@ -41,4 +41,4 @@ class PicklePolicy:
 
 
 def _allows(record: BackendRecord | None) -> bool:
-    return record is not None and record.config.get("allow_pickle") is True
+    return record is not None and record.config.allow_pickle

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ...broker.queue.load import QueueDepth
-from ..config import AutoscalingConfig
+from ...broker.registry.records import AutoscalingSpec
 
 _BUSY = 0.8
 _MEMORY_S = 1.0
@@ -42,7 +42,7 @@ class Standing:
     """An average of what was in progress."""
 
 
-def decide(config: AutoscalingConfig, concurrency: int, standing: Standing, load: QueueDepth, now_s: float) -> Standing:
+def decide(config: AutoscalingSpec, concurrency: int, standing: Standing, load: QueueDepth, now_s: float) -> Standing:
     """Return the standing after ``load`` was seen at ``now_s``, a time that never runs backwards.
 
     ``concurrency`` is how many requests one replica holds at a time. A restarted controller begins with
@@ -71,7 +71,7 @@ def decide(config: AutoscalingConfig, concurrency: int, standing: Standing, load
     return replace(standing, replicas=min(current, most), more_since_s=None)
 
 
-def _called(config: AutoscalingConfig, standing: Standing, current: int, wanted: int) -> tuple[Called, ...]:
+def _called(config: AutoscalingSpec, standing: Standing, current: int, wanted: int) -> tuple[Called, ...]:
     """Return what was called for in the last ``downscale_delay_s``, ``wanted`` being what is called for now."""
     now_s = standing.at_s
     before = standing.called or ((now_s, current),)
@@ -79,5 +79,5 @@ def _called(config: AutoscalingConfig, standing: Standing, current: int, wanted:
     return (*lately, (now_s, wanted))
 
 
-def _clamped(config: AutoscalingConfig, replicas: int) -> int:
+def _clamped(config: AutoscalingSpec, replicas: int) -> int:
     return min(max(replicas, config.min_replicas), config.max_replicas)

@@ -32,7 +32,7 @@ from ...broker.wire.keys import Keys
 from ...handles.errors import BackendNotFound, to_wire
 from ...workers.actor import RemoteReplica as ReplicaActor
 from ...workers.runtime_env import for_ray
-from ..config import BackendConfig, HTTPOptions
+from ..config import HTTPOptions
 from ..settings import Settings
 from . import planner as planning
 from .actors import ActorPool
@@ -269,7 +269,7 @@ class Controller:
         for name, member in self._replicas.members.items():
             record = snapshot.backends.get(self._sight.backend_of(name))
             if record is not None and member.ready and not member.ending:
-                config = BackendConfig.stored(record.config)
+                config = record.config
                 if time.monotonic() - member.checked_at_s >= config.health_check_period_s:
                     self._replicas.check(name, config.health_check_timeout_s)
         for name, member in self._proxies.members.items():

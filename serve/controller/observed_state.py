@@ -17,7 +17,6 @@ from ...broker.errors import PenstockError
 from ...broker.registry.records import Snapshot
 from ...broker.registry.store import Registry
 from ...handles.errors import to_wire
-from ..config import BackendConfig
 from ..settings import Settings
 from .actors import ActorPool, ManagedActor, alive_nodes
 from .placement import Amounts, Node, asked
@@ -119,7 +118,7 @@ class StateObserver:
         """Return what there should be."""
         backends: dict[str, DesiredBackend] = {}
         for tag, record in snapshot.backends.items():
-            config = BackendConfig.stored(record.config)
+            config = record.config
             backends[tag] = DesiredBackend(
                 tag=tag,
                 version=record.version,

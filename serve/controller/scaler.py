@@ -11,7 +11,6 @@ from ...broker.queue.load import read_depth
 from ...broker.registry.records import Snapshot
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire.keys import Keys
-from ..config import BackendConfig
 from .autoscaler import Standing, decide
 from .planner import DesiredState
 
@@ -42,12 +41,12 @@ class Scaler:
         """
         backends = dict(desired.backends)
         for tag, backend in desired.backends.items():
-            scaling = BackendConfig.stored(snapshot.backends[tag].config).autoscaling_config
+            scaling = snapshot.backends[tag].config.autoscaling_config
             if scaling is None:
                 self._standings.pop(tag, None)
                 continue
             if (tag, backend.version, backend.config_version) not in came_about:
-                scaling = scaling.model_copy(update={"min_replicas": max(scaling.min_replicas, 1)})
+                scaling = replace(scaling, min_replicas=max(scaling.min_replicas, 1))
             standing = self._standings.get(tag)
             if standing is None:
                 # A controller that was restarted goes on from where the one before it was.

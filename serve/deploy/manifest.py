@@ -146,7 +146,7 @@ def plan(
     for tag, backend in application.backends.items():
         record = seen.backends.get(tag)
         if record is None:
-            details = (f"{backend.target}, {backend.config.initial_replicas} replicas",)
+            details = (f"{backend.target}, {backend.config.spec().initial_replicas} replicas",)
             steps.append(ManifestChange("create", "backend", tag, details))
             continue
         rolled = _rolled(backend, record, codes.get(tag))
@@ -193,7 +193,7 @@ def _rolled(backend: DeclaredBackend, record: BackendRecord, code: bytes | None)
 
 
 def _configured(config: BackendConfig, record: BackendRecord) -> tuple[str, ...]:
-    old, new = BackendConfig.stored(record.config).model_dump(), config.model_dump()
+    old, new = BackendConfig.of_spec(record.config).model_dump(), config.model_dump()
     return tuple(f"{name} {_shown(old[name])} -> {_shown(new[name])}" for name in new if old[name] != new[name])
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -66,7 +66,7 @@ class Site:
 
     def declare(self, name: str = "ask", *, tag: str = "model", route: str | None = None, **config: Any) -> None:
         """Make an endpoint and its backend, without anybody to serve it."""
-        backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})
+        backend = BackendRecord(tag=tag, version="1", code="", config=BackendSpec(**{**CONFIG, **config}))
         endpoint = EndpointRecord(name=name, route=route, traffic={tag: 1.0})
         self._run(self._registry.change(lambda seen: Change({tag: backend}, {name: endpoint})))
 
@@ -117,7 +117,7 @@ class Site:
 
     async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Replica:
         replica = f"{tag}#{next(self._numbers)}"
-        runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), config)
+        runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), BackendSpec(**config))
         worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
         self._workers.append((worker, runner))

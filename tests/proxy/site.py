@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.broker.queue.group.member import GROUP
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import DEFAULTS, BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
@@ -80,11 +80,11 @@ class Site:
         name: str = "e",
         methods: tuple[str, ...] = ("GET", "POST"),
         call_methods: tuple[str, ...] | None = None,
-        max_queued_requests: int = 10_000,
-        max_queued_bytes: int = 1024 * 1024 * 1024,
+        max_queued_requests: int = DEFAULTS.max_queued_requests,
+        max_queued_bytes: int = DEFAULTS.max_queued_bytes,
     ) -> None:
         """Create an endpoint with a backend of the same name; without an ``answer`` no entry is claimed."""
-        config = {"max_queued_requests": max_queued_requests, "max_queued_bytes": max_queued_bytes}
+        config = BackendSpec(max_queued_requests=max_queued_requests, max_queued_bytes=max_queued_bytes)
         backend = BackendRecord(tag=name, version="1", code="", config=config)
         endpoint = EndpointRecord(
             name=name, route=route, methods=methods, traffic={name: 1.0}, call_methods=call_methods

@@ -15,7 +15,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, StreamingResponse
 
 from penstock.broker.queue.flow_control import WINDOW
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
 from penstock.workers.executing import user_code
@@ -49,10 +49,10 @@ async def serve(
     url: str, way: str, function: Callable[..., Any], *, middlewares: tuple[Middleware, ...] = (), **options: Any
 ) -> AsyncGenerator[Serving]:
     async with running(url, way=way, **options) as site:
-        backend = BackendRecord(tag="s", version="1", code="", config={})
+        backend = BackendRecord(tag="s", version="1", code="")
         endpoint = EndpointRecord(name="s", route="/s", methods=("GET", "HEAD", "POST"), traffic={"s": 1.0})
         await site.change(Change({"s": backend}, {"s": endpoint}))
-        runner = await Runner.start("s", "s#1", user_code.dump(ByReference(function)), {})
+        runner = await Runner.start("s", "s#1", user_code.dump(ByReference(function)), BackendSpec())
         worker = Replica(url, INSTANCE, "s", "s#1", runner)
         await worker.start()
         server = Server(wrap(site.served, middlewares), "127.0.0.1", 0)

@@ -11,7 +11,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from penstock import handles
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire._fields import LARGE
@@ -49,7 +49,7 @@ class Site:
 
     async def serve(self, target: Any, tag: str = "f", replicas: int = 1, **config: Any) -> list[Serving]:
         code = await self.registry.put_code(dump(target))
-        backend = BackendRecord(tag=tag, version="1", code=code, config={**CONFIG, **config})
+        backend = BackendRecord(tag=tag, version="1", code=code, config=BackendSpec(**{**CONFIG, **config}))
         endpoint = EndpointRecord(name=tag, route=f"/{tag}", methods=("GET", "POST"), traffic={tag: 1.0})
         await self.registry.change(lambda seen: Change({tag: backend}, {tag: endpoint}))
         started = [Serving(self.broker.url("replica"), "default", tag, f"{tag}#{n}") for n in range(replicas)]
@@ -65,7 +65,7 @@ class Site:
 
     async def declare(self, tag: str = "f", **config: Any) -> BackendRecord:
         """Make a backend and its endpoint, without anybody to serve it."""
-        backend = BackendRecord(tag=tag, version="1", code="", config={**CONFIG, **config})
+        backend = BackendRecord(tag=tag, version="1", code="", config=BackendSpec(**{**CONFIG, **config}))
         endpoint = EndpointRecord(name=tag, traffic={tag: 1.0})
         await self.registry.change(lambda seen: Change({tag: backend}, {tag: endpoint}))
         return backend

@@ -26,7 +26,7 @@ from redis import Redis
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from penstock.broker.registry.records import ReportKind
+from penstock.broker.registry.reports import ReportKind
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 from tests.waiting import wait_until

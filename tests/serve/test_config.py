@@ -1,9 +1,11 @@
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
+from penstock.broker.registry.records import AutoscalingSpec, BackendSpec
 from penstock.handles.errors import ConfigError
 from penstock.serve.config import AutoscalingConfig, BackendConfig, HTTPOptions
 
@@ -147,9 +149,16 @@ def test_an_update_is_checked_as_a_whole() -> None:
         config.merged({"num_replicas": "2"})
 
 
-def test_what_is_stored_is_what_is_read_also_by_an_older_release() -> None:
+def test_a_configuration_is_the_same_after_it_was_a_record() -> None:
     config = BackendConfig(num_replicas=3, user_config={"a": [1]}, autoscaling_config=AutoscalingConfig(max_replicas=4))
-    assert BackendConfig.stored({**config.model_dump(), "of_a_later_release": 1}) == config
+    assert BackendConfig.of_spec(config.spec()) == config
+
+
+def test_a_configuration_has_the_fields_and_the_defaults_of_the_record() -> None:
+    assert BackendConfig().spec() == BackendSpec()
+    scaled = BackendConfig(autoscaling_config=AutoscalingConfig(max_replicas=2)).spec()
+    assert scaled.autoscaling_config == AutoscalingSpec(max_replicas=2)
+    assert set(BackendConfig.model_fields) == {field.name for field in fields(BackendSpec)}
 
 
 def test_a_user_config_cannot_be_changed_from_outside_later() -> None:
@@ -162,8 +171,8 @@ def test_a_user_config_cannot_be_changed_from_outside_later() -> None:
 @pytest.mark.parametrize(("num_replicas", "begins_with"), [(1, 2), (3, 3), (9, 4)])
 def test_with_autoscaling_num_replicas_is_where_it_begins(num_replicas: int, begins_with: int) -> None:
     bounds = AutoscalingConfig(min_replicas=2, max_replicas=4)
-    assert BackendConfig(num_replicas=num_replicas, autoscaling_config=bounds).initial_replicas == begins_with
-    assert BackendConfig(num_replicas=num_replicas).initial_replicas == num_replicas
+    assert BackendConfig(num_replicas=num_replicas, autoscaling_config=bounds).spec().initial_replicas == begins_with
+    assert BackendConfig(num_replicas=num_replicas).spec().initial_replicas == num_replicas
 
 
 def test_a_budget_for_bodies_that_holds_not_even_one_is_refused() -> None:

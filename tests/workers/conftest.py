@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from penstock.broker.registry.records import BackendSpec
 from penstock.workers.executing.runner import Runner
 from penstock.workers.executing.user_code import dump
 from tests.workers.running import Gate, Replica, Start
@@ -13,7 +14,7 @@ async def start() -> AsyncIterator[Start]:
     replicas: list[Replica] = []
 
     async def start(target: Any, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Replica:
-        replica = Replica(await Runner.start("b", "b#1", dump(target, args, kwargs), config or {}))
+        replica = Replica(await Runner.start("b", "b#1", dump(target, args, kwargs), BackendSpec(**(config or {}))))
         replicas.append(replica)
         return replica
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 from redis.asyncio import Redis
 
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -35,7 +35,8 @@ _numbers = itertools.count(1)
 async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Replica]:
     """A worker of the backend ``tag`` in this loop."""
     replica = f"{tag}#{next(_numbers)}"
-    runner = await Runner.start(tag, replica, user_code.dump(cast("Any", ByReference(function))), {**CONFIG, **config})
+    code = user_code.dump(cast("Any", ByReference(function)))
+    runner = await Runner.start(tag, replica, code, BackendSpec(**{**CONFIG, **config}))
     worker = Replica(url, "default", tag, replica, runner)
     await worker.start()
     try:
@@ -50,7 +51,7 @@ async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **c
 async def declared(url: str) -> AsyncGenerator[None]:
     """Declare the backend `TAG` and the endpoint ``echo`` (``POST /echo``) in the registry."""
     connection = await RedisConnection(url).open()
-    backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+    backend = BackendRecord(tag=TAG, version="1", code="", config=BackendSpec(**CONFIG))
     endpoint = EndpointRecord(name="echo", route="/echo", methods=("POST",), traffic={TAG: 1.0})
     await Registry(connection, Keys("default")).change(lambda seen: Change({TAG: backend}, {"echo": endpoint}))
     try:
@@ -117,7 +118,9 @@ class Client:
     def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
         """Send a request; return it, and the future of its reply or of the error why there is none."""
         timeout_s, batch = options.pop("timeout_s", None), options.pop("batch", False)
-        backend = BackendRecord(tag=TAG, version="1", code="", config={**CONFIG, **options.pop("config", {})})
+        backend = BackendRecord(
+            tag=TAG, version="1", code="", config=BackendSpec(**{**CONFIG, **options.pop("config", {})})
+        )
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
         def then(outcome: CallOutcome) -> None:
@@ -195,7 +198,7 @@ async def tick(request: Any) -> AsyncGenerator[str]:
 async def _main(url: str, name: str) -> None:
     function = globals()[name]
     replica = f"{TAG}#p{os.getpid()}"
-    runner = await Runner.start(TAG, replica, user_code.dump(function), CONFIG)
+    runner = await Runner.start(TAG, replica, user_code.dump(function), BackendSpec(**CONFIG))
     await Replica(url, "default", TAG, replica, runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -13,7 +13,7 @@ import pytest
 
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.queue.stats import read_stats
-from penstock.broker.registry.records import BackendRecord, Change
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -38,15 +38,16 @@ class Instance:
 
     async def create(self, target: Any, *args: Any, **config: Any) -> None:
         code = await self.registry.put_code(dump(target, args))
-        await self.put(BackendRecord(tag=TAG, version="v1", code=code, config={**CONFIG, **config}))
+        await self.put(BackendRecord(tag=TAG, version="v1", code=code, config=BackendSpec(**{**CONFIG, **config})))
 
     async def put(self, record: BackendRecord | None) -> None:
         await self.registry.change(lambda seen: Change(backends={TAG: record}))
 
     async def update(self, **config: Any) -> None:
         record = (await self.registry.snapshot()).backends[TAG]
-        new = {**record.config, **config}
-        await self.put(replace(record, config=new, config_version=record.config_version + 1))
+        await self.put(
+            replace(record, config=replace(record.config, **config), config_version=record.config_version + 1)
+        )
 
     async def report(self) -> Mapping[str, Any]:
         return (await self.registry.reports("replicas")).get(NAME, {})
@@ -141,7 +142,7 @@ async def test_another_version_of_its_backend_is_not_its_business(instance: Inst
     await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
     await instance.replica.ready()
     record = (await instance.registry.snapshot()).backends[TAG]
-    await instance.put(replace(record, version="v2", config={"user_config": {"name": "Bob"}}, config_version=2))
+    await instance.put(replace(record, version="v2", config=BackendSpec(user_config={"name": "Bob"}), config_version=2))
     await asyncio.sleep(0.1)
     assert await instance.ask() == b"Hello, Ada"
     assert (await instance.report())["config_version"] == 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from penstock.broker.queue.flow_control import CHUNK, WINDOW
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.wire._fields import VALUE_COST
 from penstock.broker.wire.replies import Part, Reply
 from penstock.broker.wire.requests import Entry, Header
@@ -27,7 +27,7 @@ from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, servin
 def ask(client: Client) -> "tuple[Call, asyncio.Future[CallOutcome]]":
     """Send a request whose answer may come in parts."""
     begun: asyncio.Future[CallOutcome] = asyncio.get_running_loop().create_future()
-    backend = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+    backend = BackendRecord(tag=TAG, version="1", code="", config=BackendSpec(**CONFIG))
     return client.caller.send(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
 
 
@@ -151,12 +151,12 @@ async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
             yield str(n)
 
     shadow = "shadow"
-    backend = BackendRecord(tag=shadow, version="1", code="", config=CONFIG)
+    backend = BackendRecord(tag=shadow, version="1", code="", config=BackendSpec(**CONFIG))
     async with calling(redis_url) as client, serving(redis_url, whole):
         keys = client.caller.keys
         async with serving(redis_url, endless_on_loop if on_loop else endless, tag=shadow) as worker:
             endpoint = EndpointRecord(name="e", traffic={TAG: 1.0}, shadows={shadow: 1.0})
-            served = BackendRecord(tag=TAG, version="1", code="", config=CONFIG)
+            served = BackendRecord(tag=TAG, version="1", code="", config=BackendSpec(**CONFIG))
             version = await client.caller.registry.change(
                 lambda _: Change({TAG: served, shadow: backend}, {"e": endpoint})
             )

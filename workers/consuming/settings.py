@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...broker.queue.dead_letter_limits import MAX_DEAD_LETTERS
 from ..executing.runner import Runner
-from .policies.fairness import BATCH_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +34,9 @@ class ConsumerSettings:
         return cls(
             concurrency=runner.concurrency(),
             is_blocking=runner.is_blocking,
-            batch_size=(config.get("max_batch_size") or 1) if runner.accepts_batch else 0,
-            batch_wait_s=config.get("batch_wait_timeout", 0.0),
-            batch_share=config.get("batch_share", BATCH_SHARE),
-            max_deliveries=config.get("max_deliveries", 3),
-            max_dead_letters=config.get("max_dead_letters", MAX_DEAD_LETTERS),
+            batch_size=(config.max_batch_size or 1) if runner.accepts_batch else 0,
+            batch_wait_s=config.batch_wait_timeout,
+            batch_share=config.batch_share,
+            max_deliveries=config.max_deliveries,
+            max_dead_letters=config.max_dead_letters,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from ...broker.registry.records import BackendSpec
 from ...handles.errors import BackendError, ConfigError
 from ..claim import Claim, RunningCall
 from .calls import CallGroup, LoopCall, RefusedCall, ThreadCall
@@ -23,7 +24,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _ASYNC_CONCURRENCY = 100
-_HEALTH_CHECK_TIMEOUT_S = 30.0
 
 
 class Runner:
@@ -33,14 +33,14 @@ class Runner:
     constructor runs where ``__call__`` will.
     """
 
-    def __init__(self, code: UserCode, executor: Executor, config: Mapping[str, Any]) -> None:
+    def __init__(self, code: UserCode, executor: Executor, config: BackendSpec) -> None:
         self.config = config
         """The backend's present configuration."""
         self._code, self._executor, self._threads = code, executor, executor.threads
         self._backend = executor.backend
 
     @classmethod
-    async def start(cls, backend: str, replica: str, blob: bytes, config: Mapping[str, Any]) -> Runner:
+    async def start(cls, backend: str, replica: str, blob: bytes, config: BackendSpec) -> Runner:
         """Load and construct user code, and configure it if there is a ``user_config``.
 
         Args:
@@ -56,7 +56,6 @@ class Runner:
             ConfigError: there is a ``max_batch_size``, and no method takes batches; or there is a ``user_config``, and
                 no ``reconfigure``.
         """
-        config = dict(config)
         context = context_of(backend, replica)
         threads = Threads(replica, _thread_limit(config), context)
         try:
@@ -67,10 +66,10 @@ class Runner:
             else:
                 code = await threads.call(_guarded, loaded.construct)
             executor = Executor(backend, replica, threads, context)
-            executor.allow_pickle = _allows_pickle(config)
+            executor.allow_pickle = config.allow_pickle
             runner = cls(code, executor, config)
             runner._check_batch_size(config)
-            if (user_config := config.get("user_config")) is not None:
+            if (user_config := config.user_config) is not None:
                 await runner._configure(user_config)
         except BaseException:
             await threads.stop(0.0)
@@ -87,7 +86,7 @@ class Runner:
         """
         self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
 
-    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, config: BackendSpec) -> None:
         """Use ``config`` from now on, calling the user's ``reconfigure`` only if ``user_config`` is another one.
 
         Raises:
@@ -95,10 +94,10 @@ class Runner:
             ConfigError: as for `start`.
         """
         self._check_batch_size(config)
-        if (user_config := config.get("user_config")) != self.config.get("user_config"):
+        if (user_config := config.user_config) != self.config.user_config:
             await self._configure(user_config)
-        self.config = dict(config)
-        self._executor.allow_pickle = _allows_pickle(config)
+        self.config = config
+        self._executor.allow_pickle = config.allow_pickle
         self._threads.limit = _thread_limit(config)
 
     async def check_health(self) -> None:
@@ -123,7 +122,7 @@ class Runner:
         else:
             call = self._executor.spawn(self._threads.call(_guarded, check))
         await started.wait()
-        timeout_s = self.config.get("health_check_timeout_s") or _HEALTH_CHECK_TIMEOUT_S
+        timeout_s = self.config.health_check_timeout_s
         await asyncio.wait([call], timeout=timeout_s)
         if not call.done():
             call.cancel()
@@ -143,7 +142,7 @@ class Runner:
 
     def concurrency(self) -> int:
         """Return how many calls, each of one request or of a batch, may run at once."""
-        return self.config.get("max_concurrent_queries") or (1 if self.is_blocking else _ASYNC_CONCURRENCY)
+        return self.config.max_concurrent_queries or (1 if self.is_blocking else _ASYNC_CONCURRENCY)
 
     def run(self, claims: Sequence[Claim], done: OnReply) -> RunningCall:
         """Start claims: in one call if they are for a method that takes batches, else in one call each.
@@ -191,9 +190,9 @@ class Runner:
     def _fail(self, claims: Sequence[Claim], error: BaseException, done: OnReply) -> RunningCall:
         return RefusedCall(self._executor, claims, failure(error), done)
 
-    def _check_batch_size(self, config: Mapping[str, Any]) -> None:
+    def _check_batch_size(self, config: BackendSpec) -> None:
         # Where the code was at hand, whoever called has been told before anything started.
-        if (size := config.get("max_batch_size")) is not None and not self.accepts_batch:
+        if (size := config.max_batch_size) is not None and not self.accepts_batch:
             raise ConfigError(
                 f"max_batch_size is {size}, but {self._code} takes one request: mark it with @serve.accept_batch"
             )
@@ -209,12 +208,8 @@ class Runner:
             await self._threads.call(_guarded, hook.function, user_config)
 
 
-def _allows_pickle(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("allow_pickle", False))
-
-
-def _thread_limit(config: Mapping[str, Any]) -> int:
-    return config.get("max_concurrent_queries") or 1
+def _thread_limit(config: BackendSpec) -> int:
+    return config.max_concurrent_queries or 1
 
 
 # The exceptions of the user's code are turned where they are raised: some, such as SystemExit and StopIteration, would

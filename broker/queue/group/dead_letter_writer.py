@@ -7,9 +7,10 @@ from typing import cast
 
 import orjson
 
+from ...registry.records import DEFAULTS
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import id_of, is_batch
-from ..dead_letter_limits import DROP, DROP_OLDEST, MAX_DEAD_LETTERS
+from ..dead_letter_limits import DROP, DROP_OLDEST
 from ..queued_bytes import RELEASE
 from .member import GROUP, Member
 from .pending_entries import RedeliveredEntry
@@ -54,7 +55,7 @@ class DeadLetterWriter:
         error: str,
         refuse: Callable[[], None] | None = None,
         *,
-        max_dead_letters: int = MAX_DEAD_LETTERS,
+        max_dead_letters: int = DEFAULTS.max_dead_letters,
     ) -> None:
         """Move an entry to the dead letters, with the history of its deliveries.
 

@@ -4,6 +4,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,15 @@ import pytest
 
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import ConfigError, PenstockError, WireError
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord, Snapshot
+from penstock.broker.registry.records import (
+    AutoscalingSpec,
+    BackendRecord,
+    BackendSpec,
+    Change,
+    EndpointRecord,
+    Snapshot,
+)
+from penstock.broker.registry.reports import BackendStatus, ProxyReport, RefusedChange, ReplicaReport
 from penstock.broker.registry.store import Registry
 from penstock.broker.registry.watcher import Watcher
 from penstock.broker.transport.connection import RedisConnection
@@ -68,7 +77,9 @@ def adding(*records: BackendRecord | EndpointRecord) -> Change:
 
 
 async def test_what_is_written_is_what_is_read(registry: Registry) -> None:
-    model = backend("model", config={"num_replicas": 2}, actor_options={"num_cpus": 0.5}, runtime_env={"pip": ["x"]})
+    model = backend(
+        "model", config=BackendSpec(num_replicas=2), actor_options={"num_cpus": 0.5}, runtime_env={"pip": ["x"]}
+    )
     classify = endpoint("classify", model=1.0)
     assert await registry.change(lambda seen: adding(model, classify)) == 1
     assert await registry.snapshot() == Snapshot(1, {"model": model}, {"classify": classify})
@@ -134,12 +145,14 @@ async def test_a_reader_never_sees_half_a_change(
 async def test_a_record_of_a_later_release_is_read_without_what_it_has_more(
     registry: Registry, commands: RedisConnection, keys: Keys
 ) -> None:
-    later: dict[str, Any] = {"tag": "model", "version": "2", "code": "c", "priority": 7, "config": {"x": 1}}
+    later: dict[str, Any] = {"tag": "model", "version": "2", "code": "c", "priority": 7}
+    later["config"] = {"max_deliveries": 5, "autoscaling_config": {"max_replicas": 4, "x": 1}, "x": 1}
     await commands.send("HSET", keys.backends, "model", orjson.dumps(later))
     later = {"name": "e", "traffic": {"model": 1.0}, "methods": ["PUT"], "mirrors": {}}
     await commands.send("HSET", keys.endpoints, "e", orjson.dumps(later))
     seen = await registry.snapshot()
-    assert seen.backends == {"model": BackendRecord(tag="model", version="2", code="c", config={"x": 1})}
+    config = BackendSpec(max_deliveries=5, autoscaling_config=AutoscalingSpec(max_replicas=4))
+    assert seen.backends == {"model": BackendRecord(tag="model", version="2", code="c", config=config)}
     assert seen.endpoints == {"e": EndpointRecord(name="e", traffic={"model": 1.0}, methods=("PUT",))}
 
 
@@ -150,6 +163,14 @@ async def test_a_record_of_a_later_release_is_read_without_what_it_has_more(
         (b"[]", "must be a JSON object, not list"),
         (b"{}", "has no 'tag'"),
         (b'{"tag": "model", "version": 1, "code": ""}', "has a int as its 'version'"),
+        (
+            b'{"tag": "model", "version": "1", "code": "", "config": {"max_deliveries": "3"}}',
+            "has a str as its 'max_deliveries'",
+        ),
+        (
+            b'{"tag": "model", "version": "1", "code": "", "config": {"autoscaling_config": {}}}',
+            "has no 'max_replicas'",
+        ),
     ],
 )
 async def test_a_record_that_cannot_be_read_is_named(
@@ -172,12 +193,28 @@ async def test_code_is_stored_by_its_digest(registry: Registry, commands: RedisC
         await registry.get_code(digest)
 
 
-async def test_parts_report_how_they_are_until_they_take_it_back(registry: Registry) -> None:
-    await registry.report("replicas", "model#1", {"state": "ready"})
-    await registry.report("replicas", "model#2", {"state": "starting"})
-    await registry.report("replicas", "model#1", None)
-    assert await registry.reports("replicas") == {"model#2": {"state": "starting"}}
-    assert await registry.reports("proxies") == {}
+async def test_a_report_replaces_the_former_one_until_it_is_deleted(registry: Registry) -> None:
+    starting = ReplicaReport(backend="model", version="1")
+    ready = replace(starting, state="ready", config_version=2, error={"kind": "BackendError"})
+    for report in (starting, ready):
+        await registry.put_report("model#1", report)
+    await registry.put_report("model#2", starting)
+    assert await registry.get_reports(ReplicaReport) == {"model#1": ready, "model#2": starting}
+    await registry.delete_report(ReplicaReport, "model#1")
+    assert await registry.get_reports(ReplicaReport) == {"model#2": starting}
+    assert await registry.get_reports(ProxyReport) == {}
+
+
+async def test_a_report_of_a_later_release_is_read_without_its_new_fields(
+    registry: Registry, commands: RedisConnection, keys: Keys
+) -> None:
+    change = RefusedChange(version="2", failing=None, lacking="1 GPU", undone_by=3)
+    status = BackendStatus(version="1", config_version=3, refused=change)
+    await registry.put_report("model", status)
+    raw = orjson.loads(await commands.send("HGET", keys.reports("backends"), "model"))
+    raw["refused"]["since"] = raw["priority"] = 7
+    await commands.send("HSET", keys.reports("backends"), "model", orjson.dumps(raw))
+    assert await registry.get_reports(BackendStatus) == {"model": status}
 
 
 async def test_an_instance_has_one_owner_at_a_time(registry: Registry, commands: RedisConnection, keys: Keys) -> None:
@@ -205,7 +242,7 @@ async def test_erasing_leaves_no_key_and_touches_no_other_instance(
         await each.put_code(b"code")
         await each.put_settings({})
         await each.own("me", 60)
-        await each.report("proxies", "p", {})
+        await each.put_report("p", ProxyReport())
     for n in range(2_500):
         commands.post(lambda reply: None, "SET", keys.body("b0", str(n)), "x")
     await registry.erase()
@@ -222,7 +259,7 @@ async def test_a_broker_out_of_memory_takes_changes_reports_settings_and_leases(
     registry = Registry(commands, keys)
     await commands.send("CONFIG", "SET", "maxmemory", 1)
     assert await registry.change(lambda seen: adding(backend("model"))) == 1
-    await registry.report("replicas", "model#1", {"state": "ready"})
+    await registry.put_report("model#1", ReplicaReport(backend="model"))
     await registry.put_settings({"stopping": "keep"})
     assert await registry.own("me", 60)
     await registry.disown("me")

@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 
 from penstock.broker.embedded.server import EmbeddedServer
-from penstock.broker.registry.records import BackendRecord, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, EndpointRecord
 from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Header
@@ -33,7 +33,7 @@ from penstock.handles.errors import (
 from tests.handles.site import CONFIG, INSTANCE, Lingering, Site, echo
 from tests.waiting import wait_until_async
 
-BACKEND = BackendRecord(tag="model", version="1", code="", config=CONFIG)
+BACKEND = BackendRecord(tag="model", version="1", code="", config=BackendSpec(**CONFIG))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ async def test_acceptance_means_that_the_request_is_on_its_stream(site: Site, ca
 
 async def test_a_refused_request_says_how_many_stood_in_its_way(site: Site, caller: RequestClient) -> None:
     site.declare()
-    small = BackendRecord(tag="model", version="1", code="", config={"max_queued_requests": 2})
+    small = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_requests=2))
     calls = [send(caller, backend=small) for _ in range(3)]
     await asyncio.gather(*[call.accepted() for call, _ in calls[:2]])
     for refused in (calls[2][0].accepted(), calls[2][1]):
@@ -108,7 +108,7 @@ async def test_a_refused_request_says_how_many_stood_in_its_way(site: Site, call
 
 
 async def test_a_refused_large_request_leaves_no_body(site: Site, caller: RequestClient) -> None:
-    full = BackendRecord(tag="model", version="1", code="", config={"max_queued_requests": 0})
+    full = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_requests=0))
     with pytest.raises(Overloaded):
         await send(caller, bytes(LARGE + 1), backend=full)[1]
     await wait_until_async(lambda: site.keys_left() == set())
@@ -117,7 +117,7 @@ async def test_a_refused_large_request_leaves_no_body(site: Site, caller: Reques
 async def test_bodies_of_refused_requests_never_reach_the_broker(site: Site, caller: RequestClient) -> None:
     site.declare()
     body = bytes(2 * 1024 * 1024)
-    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 5 * len(body)})
+    narrow = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_bytes=5 * len(body)))
     with Redis.from_url(site.url) as redis:
         redis.config_resetstat()
         calls = [send(caller, body, backend=narrow) for _ in range(25)]
@@ -149,7 +149,7 @@ async def test_a_request_that_is_given_up_before_its_body_is_stored_leaves_nothi
 
 
 async def test_a_request_that_could_never_be_queued_is_too_large(caller: RequestClient) -> None:
-    narrow = BackendRecord(tag="model", version="1", code="", config={"max_queued_bytes": 1024 * 1024})
+    narrow = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_bytes=1024 * 1024))
     with pytest.raises(PayloadTooLarge, match=r"max_queued_bytes of 'model' is 1048576"):
         send(caller, bytes(1024 * 1024), backend=narrow)
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from penstock.broker.queue.load import QueueDepth
-from penstock.serve.config import AutoscalingConfig
+from penstock.broker.registry.records import AutoscalingSpec
 from penstock.serve.controller.autoscaler import Standing, decide
 from tests.serve.record_load import BURST, SCALING, SERVICE_S
 
@@ -23,7 +23,7 @@ _TICK_S = 0.5
 
 
 def simulate(
-    config: AutoscalingConfig,
+    config: AutoscalingSpec,
     arrivals_per_s: Callable[[float], float],
     *,
     service_s: float,
@@ -48,18 +48,18 @@ def changes(curve: Sequence[int]) -> int:
 
 
 def test_a_step_of_load_is_answered_at_the_first_look() -> None:
-    config = AutoscalingConfig(max_replicas=10)
+    config = AutoscalingSpec(max_replicas=10)
     after = decide(config, 1, Standing(replicas=1, at_s=1.0), QueueDepth(unsettled=12, in_progress=1), 1.5)
     assert after.replicas == 6
 
 
 def test_a_backlog_wakes_a_backend_without_replicas_whatever_the_delay() -> None:
-    config = AutoscalingConfig(min_replicas=0, max_replicas=4, upscale_delay_s=60.0)
+    config = AutoscalingSpec(min_replicas=0, max_replicas=4, upscale_delay_s=60.0)
     assert decide(config, 1, Standing(replicas=0), QueueDepth(unsettled=1, in_progress=0), 1.0).replicas == 1
 
 
 def test_at_rest_a_backend_goes_down_to_its_least_after_the_delay() -> None:
-    config = AutoscalingConfig(min_replicas=0, max_replicas=4, downscale_delay_s=10.0)
+    config = AutoscalingSpec(min_replicas=0, max_replicas=4, downscale_delay_s=10.0)
     curve = simulate(config, lambda _: 0.0, service_s=0.1, seconds=60, start=4)
     assert curve[0] == 4
     assert curve[-1] == 0
@@ -67,7 +67,7 @@ def test_at_rest_a_backend_goes_down_to_its_least_after_the_delay() -> None:
 
 
 def test_a_peak_shorter_than_the_delay_starts_nothing() -> None:
-    config = AutoscalingConfig(max_replicas=10, upscale_delay_s=5.0)
+    config = AutoscalingSpec(max_replicas=10, upscale_delay_s=5.0)
     standing = Standing(replicas=1)
     for tick, unsettled in enumerate([1, 20, 20, 20, 1, 20, 20, 20, 1], start=1):
         standing = decide(config, 1, standing, QueueDepth(unsettled=unsettled, in_progress=1), float(tick))
@@ -75,7 +75,7 @@ def test_a_peak_shorter_than_the_delay_starts_nothing() -> None:
 
 
 def test_a_lull_shorter_than_the_delay_stops_nothing() -> None:
-    config = AutoscalingConfig(max_replicas=10, downscale_delay_s=5.0)
+    config = AutoscalingSpec(max_replicas=10, downscale_delay_s=5.0)
     standing = Standing(replicas=10)
     for tick, unsettled in enumerate([20, 0, 0, 0, 20, 0, 0, 0, 20], start=1):
         standing = decide(config, 1, standing, QueueDepth(unsettled=unsettled, in_progress=0), float(tick))
@@ -83,7 +83,7 @@ def test_a_lull_shorter_than_the_delay_stops_nothing() -> None:
 
 
 def test_it_shrinks_to_the_most_that_was_called_for_meanwhile() -> None:
-    config = AutoscalingConfig(max_replicas=10, downscale_delay_s=3.0)
+    config = AutoscalingSpec(max_replicas=10, downscale_delay_s=3.0)
     standing = Standing(replicas=10)
     curve = list[int]()
     for tick, unsettled in enumerate([2, 8, 2, 2, 2], start=1):
@@ -104,7 +104,7 @@ def test_at_rest_it_is_at_its_least_when_the_delay_is_over_whatever_was_before(
 ) -> None:
     """But for the seconds in which what was in progress fades from its average: those that 20 replicas' work takes."""
     low, high = bounds[0], max(bounds)
-    config = AutoscalingConfig(
+    config = AutoscalingSpec(
         min_replicas=low, max_replicas=high, target_queue_per_replica=target, downscale_delay_s=delay_s
     )
     standing, now_s = Standing(replicas=high), 0.0
@@ -120,7 +120,7 @@ def test_at_rest_it_is_at_its_least_when_the_delay_is_over_whatever_was_before(
 
 
 def test_one_request_is_as_soon_forgotten() -> None:
-    config = AutoscalingConfig(min_replicas=0, max_replicas=1, downscale_delay_s=0.1)
+    config = AutoscalingSpec(min_replicas=0, max_replicas=1, downscale_delay_s=0.1)
     standing = decide(config, 1, Standing(replicas=0), QueueDepth(unsettled=1, in_progress=1), 1.0)
     assert standing.replicas == 1
     for tick in range(1, 9):
@@ -142,7 +142,7 @@ def test_under_a_steady_load_it_settles_and_does_not_oscillate(
 
     A load just above what the replicas can do takes its time to fill the queue: there may be one change still.
     """
-    config = AutoscalingConfig(max_replicas=20, target_queue_per_replica=target, downscale_delay_s=20.0)
+    config = AutoscalingSpec(max_replicas=20, target_queue_per_replica=target, downscale_delay_s=20.0)
     curve = simulate(config, lambda _: load / service_s, service_s=service_s, seconds=600, start=start)
     assert changes(curve[len(curve) // 2 :]) <= 1
     assert curve[-1] >= load - 0.1
@@ -158,7 +158,7 @@ def test_it_respects_its_bounds_whatever_the_load(
     unsettled: list[int], bounds: tuple[int, int], delays: tuple[float, float], start: int
 ) -> None:
     low, high = bounds[0], max(bounds)
-    config = AutoscalingConfig(
+    config = AutoscalingSpec(
         min_replicas=low, max_replicas=high, upscale_delay_s=delays[0], downscale_delay_s=delays[1]
     )
     standing = Standing(replicas=start)
@@ -172,7 +172,7 @@ _DAY = [12, 9, 7, 6, 6, 8, 15, 31, 52, 68, 74, 77, 80, 78, 75, 73, 74, 79, 88, 9
 
 
 def test_over_a_day_it_follows_the_load_without_hurry() -> None:
-    config = AutoscalingConfig(max_replicas=20, downscale_delay_s=30.0)
+    config = AutoscalingSpec(max_replicas=20, downscale_delay_s=30.0)
 
     def rate(now_s: float) -> float:
         hour = now_s / 60.0  # a day in 24 minutes
@@ -186,7 +186,7 @@ def test_over_a_day_it_follows_the_load_without_hurry() -> None:
 
 @pytest.mark.parametrize("period_s", [2.0, 10.0, 20.0])
 def test_a_load_that_swings_faster_than_the_delay_does_not_make_it_swing(period_s: float) -> None:
-    config = AutoscalingConfig(max_replicas=20, downscale_delay_s=30.0)
+    config = AutoscalingSpec(max_replicas=20, downscale_delay_s=30.0)
 
     def rate(now_s: float) -> float:
         return 60.0 if now_s % period_s < period_s / 2 else 5.0
@@ -224,7 +224,7 @@ def recorded() -> list[Sample]:
 
 def replayed(samples: Sequence[Sample], **scaling: Any) -> list[int]:
     """How many replicas the policy wants at each sample of what the broker counted then."""
-    config, standing, curve = AutoscalingConfig(**{**SCALING, **scaling}), Standing(replicas=1), list[int]()
+    config, standing, curve = AutoscalingSpec(**{**SCALING, **scaling}), Standing(replicas=1), list[int]()
     for sample in samples:
         standing = decide(config, 1, standing, sample.load, sample.at_s + 1.0)
         curve.append(standing.replicas)
@@ -270,7 +270,7 @@ def test_recorded_arrivals_are_carried_by_replicas_in_virtual_time() -> None:
         before, after = samples[at - 1], samples[at]
         return (after.arrived - before.arrived) / (after.at_s - before.at_s)
 
-    config = AutoscalingConfig(**SCALING)
+    config = AutoscalingSpec(**SCALING)
     curve = simulate(config, rate, service_s=SERVICE_S, seconds=samples[-1].at_s + 30)
     assert max(curve) == SCALING["max_replicas"]
     assert curve[-1] == SCALING["min_replicas"]

@@ -184,7 +184,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def record(tag: str, target: str = "a:b", args: tuple[Any, ...] = (), **config: Any) -> BackendRecord:
-    return BackendRecord(tag=tag, version="1", code=tag, config=BackendConfig(**config).model_dump())
+    return BackendRecord(tag=tag, version="1", code=tag, config=BackendConfig(**config).spec())
 
 
 def deployed(declared: Manifest) -> tuple[Snapshot, dict[str, bytes]]:
@@ -194,7 +194,7 @@ def deployed(declared: Manifest) -> tuple[Snapshot, dict[str, bytes]]:
             tag=tag,
             version="1",
             code=tag,
-            config=backend.config.model_dump(),
+            config=backend.config.spec(),
             actor_options=backend.actor_options,
             runtime_env=backend.runtime_env,
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from hypothesis import given, settings, strategies as st
 
+from penstock.broker.registry.records import BackendSpec
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import RequestCancelled
 from penstock.workers import Request, accept_batch
@@ -154,7 +155,7 @@ def test_every_request_gets_exactly_one_answer_whatever_is_cancelled_when(
     steps: list[tuple[list[str], int]],
 ) -> None:
     async def scenario() -> None:
-        replica = Replica(await Runner.start("b", "b#1", dump(Mixed), {}))
+        replica = Replica(await Runner.start("b", "b#1", dump(Mixed), BackendSpec()))
         given: list[Entry] = []
         for step, cancelled in steps:
             entries = [from_handle(call=call) for call in step]

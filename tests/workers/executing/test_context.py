@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from penstock.broker.registry.records import BackendSpec
 from penstock.handles.log_context import request_ids
 from penstock.workers import Request, accept_batch, get_current_backend_tag, get_current_replica_tag
 from penstock.workers.executing.runner import Runner
@@ -33,7 +34,7 @@ async def test_code_can_ask_where_it_runs(start: Start) -> None:
     replica = await start(Asking)
     assert await replica.ask() == ["b", "b#1", "b", "b#1", "b#1"]
     assert await replica.ask(call="on_loop") == ["b", "b#1"]
-    other = Replica(await Runner.start("c", "c#1", dump(double), {}))
+    other = Replica(await Runner.start("c", "c#1", dump(double), BackendSpec()))
     assert await replica.ask() == ["b", "b#1", "b", "b#1", "c#1"]
     await other.runner.stop()
 

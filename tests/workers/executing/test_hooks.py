@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from penstock.broker.registry.records import BackendSpec
 from penstock.handles.errors import BackendError, ConfigError
 from penstock.workers import Request
 from tests.workers.requests import from_handle, value_of
@@ -14,7 +15,7 @@ from tests.workers.running import Counter, Gate, Start, double
 async def test_a_user_config_is_given_at_the_start_and_when_it_changes(start: Start) -> None:
     replica = await start(Counter, config={"user_config": {"step": 3}})
     assert await replica.ask() == 3
-    await replica.runner.reconfigure({"user_config": {"step": 4}, "max_concurrent_queries": 2})
+    await replica.runner.reconfigure(BackendSpec(user_config={"step": 4}, max_concurrent_queries=2))
     assert await replica.ask() == 7
     assert replica.runner.concurrency() == 2
 
@@ -30,18 +31,18 @@ async def test_a_user_config_that_is_the_same_is_not_given_again(start: Start) -
             return self.given
 
     replica = await start(Counting, config={"user_config": {"step": 3}})
-    await replica.runner.reconfigure({"user_config": {"step": 3}, "max_concurrent_queries": 2})
+    await replica.runner.reconfigure(BackendSpec(user_config={"step": 3}, max_concurrent_queries=2))
     assert await replica.ask() == 1
-    await replica.runner.reconfigure({"user_config": None})
+    await replica.runner.reconfigure(BackendSpec(user_config=None))
     assert await replica.ask() == 2
 
 
 async def test_a_config_that_is_refused_leaves_the_old_one(start: Start) -> None:
     replica = await start(Counter, config={"user_config": {"step": 3}})
     with pytest.raises(BackendError, match="KeyError: 'step'"):
-        await replica.runner.reconfigure({"user_config": {"stepp": 3}, "max_concurrent_queries": 2})
+        await replica.runner.reconfigure(BackendSpec(user_config={"stepp": 3}, max_concurrent_queries=2))
     assert replica.runner.concurrency() == 1
-    assert replica.runner.config == {"user_config": {"step": 3}}
+    assert replica.runner.config == BackendSpec(user_config={"step": 3})
     assert await replica.ask() == 3
 
 
@@ -53,7 +54,7 @@ async def test_a_user_config_needs_a_reconfigure_method(start: Start) -> None:
 async def test_the_users_health_check_is_asked(start: Start) -> None:
     replica = await start(Counter)
     await replica.runner.check_health()
-    await replica.runner.reconfigure({"user_config": {"step": -1}})
+    await replica.runner.reconfigure(BackendSpec(user_config={"step": -1}))
     with pytest.raises(BackendError, match="it runs backwards"):
         await replica.runner.check_health()
     await (await start(double)).runner.check_health()

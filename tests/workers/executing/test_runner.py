@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from penstock import serve
+from penstock.broker.registry.records import BackendSpec
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import MalformedBody
@@ -132,7 +133,7 @@ async def test_python_objects_pass_only_where_they_are_allowed(start: Start) -> 
 
     replica = await start(as_set)
     assert "allow_pickle" in backend_error_of(await replica.call(from_handle([1]))).message
-    await replica.runner.reconfigure({"allow_pickle": True})
+    await replica.runner.reconfigure(BackendSpec(allow_pickle=True))
     assert (await replica.call(from_handle([1]))).codec == "pickle"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BATCH_SHARE = 0.1
+from ....broker.registry.records import DEFAULTS
 
 _MIXED_S = 1.0
 """How long the load counts as mixed after an interactive request, while batch items wait."""
@@ -20,7 +20,7 @@ _MIXED_S = 1.0
 class Fairness:
     """The slots that batch items are owed. Immutable: each claim returns the next state."""
 
-    share: float = BATCH_SHARE
+    share: float = DEFAULTS.batch_share
     """The share of batch items in all that is claimed while any wait, 0 to 1."""
     credit: float = 0.0
     """Slots that batch items were owed and did not get; less than one after each claim that had enough items."""
