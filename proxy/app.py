@@ -38,14 +38,14 @@ logger = logging.getLogger("penstock.proxy")
 CLIENT_CLOSED_REQUEST = 499
 """Status in the metrics of a request whose client disconnected before the response. The number is nginx's."""
 
-SCRAPED = HTTPResponse(200, [])
+METRICS_PAGE = HTTPResponse(200, [])
 """Stands for the response to ``/-/metrics``, which needs stats from the broker and so cannot be made synchronously."""
 
 _SCRAPE_TIMEOUT_S = 2.0
 """How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
 
 _COUNTED_REQUEST_BYTES = 4 * 1024
-"""Smaller bodies that arrive in one read are not added to the budget: a connection has one, as much as its buffers."""
+"""Bodies up to this size that arrive in one read are not reserved: a connection has one, no larger than its buffers."""
 
 _COUNTED_REPLY_BYTES = 64 * 1024
 """Replies up to this size are not added to `Buffers.replies_bytes`: usually the kernel takes them at once."""
@@ -136,7 +136,7 @@ class App:
                     return
                 response = called
             else:
-                if response is SCRAPED:
+                if response is METRICS_PAGE:
                     response = await self._metrics_page()
                 if has_body(request.headers):
                     response = response._replace(close=True)  # rather than read and drop the rest of the body
@@ -146,10 +146,10 @@ class App:
         except ClientDisconnected:
             pass
         finally:
-            self.done(request)
+            self.finish(request)
 
-    def relaying(self, request: ProxiedRequest, incoming: IncomingStream) -> ASGIApp:
-        """Return an ASGI application that sends a streamed reply as the response and then calls `done`."""
+    def relay_app(self, request: ProxiedRequest, incoming: IncomingStream) -> ASGIApp:
+        """Return an ASGI application that sends a streamed reply as the response and then calls `finish`."""
 
         async def relay(_: Scope, receive: Receive, send: Send) -> None:
             try:
@@ -157,7 +157,7 @@ class App:
             except ClientDisconnected:
                 pass
             finally:
-                self.done(request)
+                self.finish(request)
 
         return relay
 
@@ -184,7 +184,7 @@ class App:
     def route(self, request: ProxiedRequest) -> HTTPResponse | None:
         """Find the endpoint of a request and return None; if there is none to call, return the response instead.
 
-        `SCRAPED` means that the caller has to await the response of ``/-/metrics``.
+        `METRICS_PAGE` means that the caller has to await the response of ``/-/metrics``.
         """
         scope, headers = request.scope, request.headers
         path = self._route_path(scope["path"])
@@ -222,7 +222,7 @@ class App:
             timeout_s: seconds until the request expires.
 
         Raises:
-            PenstockError: the request cannot be published. `answer` turns this, as any exception, into a response.
+            PenstockError: the request cannot be published. `response_to` turns this, as any exception, into a response.
         """
         scope, headers, endpoint = request.scope, request.headers, request.endpoint
         assert endpoint is not None
@@ -264,7 +264,7 @@ class App:
         if request.call is not None:
             request.call.cancel()
 
-    def answer(self, request: ProxiedRequest, outcome: Reply | BaseException) -> HTTPResponse:
+    def response_to(self, request: ProxiedRequest, outcome: Reply | BaseException) -> HTTPResponse:
         """Return the response for an outcome, or for what `dispatch` raised."""
         if isinstance(outcome, Reply):
             return responses.of_reply(outcome, debug=self._debug)
@@ -273,7 +273,7 @@ class App:
         logger.error("request %s failed in the proxy", request.request_id.decode(), exc_info=outcome)
         return responses.of_status(500, f"the proxy failed with {type(outcome).__name__}; see its log")
 
-    def out_of_time(self) -> HTTPResponse:
+    def shutdown_response(self) -> HTTPResponse:
         """Return the response to requests that are unfinished when the time to shut down is over."""
         return responses.of_status(503, "the proxy is shutting down", [(b"retry-after", b"1")])
 
@@ -305,7 +305,7 @@ class App:
             headers.append(_CLOSE)
         return response.status, headers
 
-    def done(self, request: ProxiedRequest) -> None:
+    def finish(self, request: ProxiedRequest) -> None:
         """Record the end of a request: its metrics and its budget. To be called once for each routed request."""
         if request.reserved_bytes:
             self.buffers.release(request.reserved_bytes)
@@ -341,7 +341,7 @@ class App:
                     check=self.buffers.check,
                 )
             except PenstockError as e:
-                return self.answer(request, e)._replace(close=True)
+                return self.response_to(request, e)._replace(close=True)
             timeout_s -= time.perf_counter() - began
         watched = self._disconnects.watch(receive)
         try:
@@ -350,7 +350,7 @@ class App:
         except asyncio.CancelledError:
             self.withdraw(request)
             if self.draining:  # the server's time to finish is over
-                return self.out_of_time()
+                return self.shutdown_response()
             raise
         except Exception as e:
             outcome = e
@@ -362,7 +362,7 @@ class App:
             # the body. This cycle would wait for the garbage collector: 16 clients that disconnected in the middle of
             # 10 MiB cost 150 MiB each time.
             raise ClientDisconnected
-        return outcome if isinstance(outcome, IncomingStream) else self.answer(request, outcome)
+        return outcome if isinstance(outcome, IncomingStream) else self.response_to(request, outcome)
 
     def _system_page(self, method: str, path: str) -> HTTPResponse:
         name = path[len(RESERVED) :]
@@ -373,7 +373,7 @@ class App:
         if name == "routes":
             return responses.of_json(self._routes.listing())
         if name == "metrics":
-            return SCRAPED
+            return METRICS_PAGE
         if self.draining:
             return responses.of_text("draining", 503)
         if not self._caller.connected:

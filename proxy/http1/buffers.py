@@ -40,7 +40,7 @@ class Buffers:
         """Returns the bytes of replies that the kernel has not taken yet. Set once the server exists."""
 
     def may_be_full(self) -> bool:
-        """Return whether `check` has to look more closely, for any size."""
+        """Return whether the budget is used up by the estimate, so that `check` has to measure."""
         return self.requests_bytes + self.replies_bytes > self.limit_bytes
 
     def check(self, size: int) -> None:

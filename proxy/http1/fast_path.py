@@ -1,9 +1,9 @@
 """The fast path: requests from the parser to the request stream and back without an asyncio task.
 
-A task, its two steps and two ASGI messages are a third of what a small request costs a proxy. So what arrives whole
-with its head, or soon after, is sent from the parser's callback, and its answer is written by whoever brings the reply.
-All else takes the ASGI way: bodies that are large or slow, HEAD, ``Expect: 100-continue``, answers in parts, the
-metrics, and whatever has middlewares.
+A task, its two steps and two ASGI messages are a third of the proxy's cost of a small request. So a request that
+arrives whole with its head, or soon after, is published from the parser's callback, and its response is written from
+the callback of its reply. The ASGI path serves the others: large or slow bodies, HEAD, ``Expect: 100-continue``,
+streamed replies, the metrics page, and every request if there are middlewares.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 from ...handles.calls.call import CallOutcome
 from ...handles.calls.incoming_stream import IncomingStream
-from ..app import SCRAPED, App, ProxiedRequest
+from ..app import METRICS_PAGE, App, ProxiedRequest
 from ..responses import HTTPResponse
 from .protocol import Protocol
 
 _WHOLE_BYTES = 256 * 1024
-"""A longer body takes the ASGI way, which reads no more of it than somebody takes."""
-_PATIENCE_S = 0.05
-"""So does one that is not complete this soon after the read that brought its head: there it has a time limit."""
+"""A longer body takes the ASGI path, which has backpressure."""
+
+_BODY_WAIT_S = 0.05
+"""A body that is incomplete this long after its head takes the ASGI path as well, where it has a time limit."""
 
 
 def _declared_bytes(cycle: RequestResponseCycle) -> float:
-    """Return the length that a request's body is said to have; infinity if that is not said, or is no number."""
+    """Return the declared length of a request's body, or infinity if none is declared or it is not a number."""
     for name, value in cycle.scope["headers"]:
         if name == b"content-length":
             return int(value) if value.isdigit() and len(value) < 19 else math.inf
@@ -37,7 +38,7 @@ def _declared_bytes(cycle: RequestResponseCycle) -> float:
 
 
 class _NoEvent:
-    """In place of an `asyncio.Event` while no task waits for more of a body: an event costs as much as a look-up."""
+    """Stands for an `asyncio.Event` while no task waits for more of a body, because an event is costly to make."""
 
     def set(self) -> None:
         pass
@@ -47,25 +48,25 @@ _NO_EVENT = cast("asyncio.Event", _NoEvent())
 
 
 def protocol_for(app: ASGIApp) -> type[Protocol]:
-    """Return what serves ``app`` best."""
+    """Return the class of connections that serves ``app`` fastest."""
     return FastPath if type(app) is App else Protocol
 
 
 class FastPath(Protocol):
-    """A connection whose application is an `App` without middlewares."""
+    """A connection to an `App` without middlewares."""
 
     _app_checks_framing = True
     _message_event = staticmethod(lambda: _NO_EVENT)
     _undecided: RequestResponseCycle | None = None
-    """Its head has been read, and its body may soon be complete."""
+    """The request whose head is complete and whose path is not chosen yet: its body may soon be complete."""
     _pieces: list[bytes]
-    """What there is of that."""
-    _patience: asyncio.TimerHandle | None = None
+    """The pieces of its body that have arrived."""
+    _body_timer: asyncio.TimerHandle | None = None
     _waiting: tuple[RequestResponseCycle, ProxiedRequest] | None = None
-    """Its outcome is awaited."""
+    """The request that awaits its outcome."""
 
     @property
-    def _penstock(self) -> App:
+    def _application(self) -> App:
         return cast("App", self.app)
 
     # -- uvicorn's protocol
@@ -87,49 +88,49 @@ class FastPath(Protocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if (cycle := self._undecided) is not None and not cycle.more_body:
-            self._begin(cycle, self._decide())
+            self._serve(cycle, self._take_body())
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._undecided is not None:
-            self._decide_soon()
+            self._decide_or_wait()
 
     def _read(self) -> None:
         super()._read()
         if self._undecided is not None:
-            self._decide_soon()
+            self._decide_or_wait()
 
-    def _decide_soon(self) -> None:
-        if (cycle := self._undecided) is not None and self._patience is None:
+    def _decide_or_wait(self) -> None:
+        if (cycle := self._undecided) is not None and self._body_timer is None:
             if self.transport.is_closing():
-                self._decide()
-            elif _declared_bytes(cycle) <= min(_WHOLE_BYTES, self._penstock.max_body_bytes):
-                self._patience = self.loop.call_later(_PATIENCE_S, self._take_asgi_way)
+                self._take_body()
+            elif _declared_bytes(cycle) <= min(_WHOLE_BYTES, self._application.max_body_bytes):
+                self._body_timer = self.loop.call_later(_BODY_WAIT_S, self._choose_asgi_path)
             else:
-                self._take_asgi_way()
+                self._choose_asgi_path()
 
-    def _decide(self) -> bytes:
-        """Return what has come of the undecided one's body."""
+    def _take_body(self) -> bytes:
+        """Return the pieces of the undecided request's body. From here on no request is undecided."""
         self._undecided = None
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
         pieces, self._pieces = self._pieces, []
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _take_asgi_way(self) -> None:
+    def _choose_asgi_path(self) -> None:
         cycle = self._undecided
         assert cycle is not None
-        body = self._decide()
+        body = self._take_body()
         if not self.transport.is_closing():
-            self._hand_over(cycle, body)
+            self._start_asgi_path(cycle, body)
 
-    def _hand_over(self, cycle: RequestResponseCycle, body: bytes) -> None:
+    def _start_asgi_path(self, cycle: RequestResponseCycle, body: bytes) -> None:
         cycle.body = cast("bytearray", body)  # as in `Protocol.on_body`
         self._start_task(cycle, cast(Any, self.app))
 
     def _start_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
-        """Run ``app`` for a request whose body is in ``cycle``, as far as it has come."""
+        """Run ``app`` in a task. ``cycle`` has the part of the body that has arrived."""
         cycle.message_event = asyncio.Event()
         cycle.message_event.set()
         super()._start_asgi_task(cycle, cast(Any, app))
@@ -137,56 +138,56 @@ class FastPath(Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if (cycle := self._undecided) is not None:
-            self._decide()
-            asked = ProxiedRequest(cast("Scope", cycle.scope))
-            self._penstock.route(asked)
-            self._penstock.done(asked)  # counted as one whose client hung up, as on the other way
+            self._take_body()
+            request = ProxiedRequest(cast("Scope", cycle.scope))
+            self._application.route(request)
+            self._application.finish(request)  # counted as a client disconnect, as on the ASGI path
         if self._waiting is not None:
-            _, asked = self._waiting
+            _, request = self._waiting
             self._waiting = None
-            self._penstock.withdraw(asked)
-            self._penstock.done(asked)
+            self._application.withdraw(request)
+            self._application.finish(request)
 
     def give_up(self) -> None:
-        """Answer at once what is still waited for."""
+        """Respond with 503 to the request that awaits its outcome."""
         if self._waiting is not None:
-            cycle, asked = self._waiting
-            self._penstock.withdraw(asked)
-            self._write(cycle, asked, self._penstock.out_of_time())
+            cycle, request = self._waiting
+            self._application.withdraw(request)
+            self._write(cycle, request, self._application.shutdown_response())
 
     # -- one request
 
-    def _begin(self, cycle: RequestResponseCycle, body: bytes) -> None:
-        app = self._penstock
+    def _serve(self, cycle: RequestResponseCycle, body: bytes) -> None:
+        app = self._application
         if len(body) > min(_WHOLE_BYTES, app.max_body_bytes):
-            self._hand_over(cycle, body)
+            self._start_asgi_path(cycle, body)
             return
-        asked = ProxiedRequest(cast("Scope", cycle.scope))
-        answer = app.route(asked)
-        if answer is None:
-            self._waiting = cycle, asked
+        request = ProxiedRequest(cast("Scope", cycle.scope))
+        response = app.route(request)
+        if response is None:
+            self._waiting = cycle, request
             try:
-                app.dispatch(asked, body, partial(self._on_outcome, cycle, asked), app.request_timeout_s)
+                app.dispatch(request, body, partial(self._on_outcome, cycle, request), app.request_timeout_s)
                 return
             except Exception as e:
-                answer = app.answer(asked, e)
-        elif answer is SCRAPED:
-            self._hand_over(cycle, body)
+                response = app.response_to(request, e)
+        elif response is METRICS_PAGE:
+            self._start_asgi_path(cycle, body)
             return
-        self._write(cycle, asked, answer)
+        self._write(cycle, request, response)
 
-    def _on_outcome(self, cycle: RequestResponseCycle, asked: ProxiedRequest, outcome: CallOutcome) -> None:
+    def _on_outcome(self, cycle: RequestResponseCycle, request: ProxiedRequest, outcome: CallOutcome) -> None:
         if isinstance(outcome, IncomingStream):
             self._waiting = None
-            self._start_task(cycle, self._penstock.relaying(asked, outcome))
+            self._start_task(cycle, self._application.relay_app(request, outcome))
             return
-        self._write(cycle, asked, self._penstock.answer(asked, outcome))
+        self._write(cycle, request, self._application.response_to(request, outcome))
 
-    def _write(self, cycle: RequestResponseCycle, asked: ProxiedRequest, answer: HTTPResponse) -> None:
+    def _write(self, cycle: RequestResponseCycle, request: ProxiedRequest, response: HTTPResponse) -> None:
         self._waiting = None
-        # Nothing of it needs a check: a backend's headers have passed `replies.response_headers`, the rest is ours.
-        status, headers, body = self._penstock.render(asked, answer)
-        if answer.close or self._penstock.draining:
+        # No header needs a check: those of a backend have passed `responses.response_headers`.
+        status, headers, body = self._application.render(request, response)
+        if response.close or self._application.draining:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append((b"connection", b"close"))
@@ -198,7 +199,7 @@ class FastPath(Protocol):
         lines.append(b"\r\n")
         self._writer.write_response(b"".join(lines), body)
         cycle.response_started = cycle.response_complete = True
-        self._penstock.done(asked)
+        self._application.finish(request)
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()

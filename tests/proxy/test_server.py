@@ -11,7 +11,7 @@ from penstock.broker.errors import ConfigError, PenstockError
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.proxy import server as server_module
-from penstock.proxy.http1 import protocol as protocol_module
+from penstock.proxy.http1 import time_limits
 from penstock.proxy.server import PortInUse, Server, is_wildcard
 from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async
@@ -170,7 +170,7 @@ class TestLimits:
     async def test_a_slow_head_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, begun: bytes, expected: bytes
     ) -> None:
-        monkeypatch.setattr(protocol_module, "HEAD_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(time_limits, "HEAD_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         async with serving(site) as server, connected(server) as (reader, writer):
             writer.write(begun)
@@ -181,7 +181,7 @@ class TestLimits:
     async def test_a_response_that_is_not_read_ends_the_connection(
         self, site: Site, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(protocol_module, "STALL_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(time_limits, "STALL_TIMEOUT_S", 0.3)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.1)
         await site.endpoint("/", lambda entry: Reply(entry.id, codec="bytes", body=b"x" * 20_000_000))
         async with serving(site) as server, connected(server) as (reader, writer):

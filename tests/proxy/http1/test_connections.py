@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.broker.wire.replies import Reply
 from penstock.proxy import server as server_module
-from penstock.proxy.http1 import protocol as protocol_module
+from penstock.proxy.http1 import presence, protocol as protocol_module, time_limits
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
 from tests.proxy.http1.test_pipelining import Gate, get
@@ -49,7 +49,7 @@ class Impatient:
 class TestIdleConnections:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(protocol_module, "KEEP_ALIVE_S", 0.5)
+        monkeypatch.setattr(time_limits, "KEEP_ALIVE_S", 0.5)
         monkeypatch.setattr(server_module, "_SWEEP_S", 0.05)
 
     @pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"])
@@ -122,7 +122,7 @@ class TestHalfClosedConnections:
                 assert await asyncio.wait_for(reader.readexactly(9), 30) == b"HTTP/1.1 "
                 for _ in range(3):
                     assert b"here" not in await talk(server, get("/none/none", "connection: close"))
-                    await asyncio.sleep(protocol_module.HALF_CLOSED_S)
+                    await asyncio.sleep(presence.HALF_CLOSED_S)
                 gate.opened.set()
                 answered = b"HTTP/1.1 " + await read_all(reader)
             else:

@@ -122,7 +122,7 @@ async def test_a_client_that_disconnects_cancels_its_request(redis_url: str) -> 
 async def test_a_client_that_disconnects_in_its_body_is_counted(
     redis_url: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_path, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(fast_path, "_BODY_WAIT_S", 60.0)
     async with running(redis_url, way=way) as site:
         await site.endpoint("/", answer=None)
         server = Server(site.served, "127.0.0.1", 0)
