@@ -1,21 +1,36 @@
-"""The thin client: sync and asyncio handles, batch producers and errors, from a Redis URL alone."""
+"""Public API for processes that only call: handles, batches, dead letters and errors. Needs Redis and no Ray."""
 
+from ..broker.queue.dead_letters import DeadLetter
 from . import errors
+from .async_handle import AsyncObjectRefHandle, AsyncServeHandle, AsyncStreamingHandle
 from .batch.batch import Batch
 from .batch.items import BatchItem, BatchResult
 from .batch.producer import BatchProducer
-from .connection import connect
+from .connection import Connection, connect
+from .dead_letters import DeadLetters
 from .files.rows import Rows, read
-from .handle import AsyncServeHandle, ServeHandle
+from .handle import ObjectRefHandle, ServeHandle, StreamingHandle
+from .response import Response
+from .response_stream import AsyncResponseStream, ResponseStream
 
 __all__ = [
+    "AsyncObjectRefHandle",
+    "AsyncResponseStream",
     "AsyncServeHandle",
+    "AsyncStreamingHandle",
     "Batch",
     "BatchItem",
     "BatchProducer",
     "BatchResult",
+    "Connection",
+    "DeadLetter",
+    "DeadLetters",
+    "ObjectRefHandle",
+    "Response",
+    "ResponseStream",
     "Rows",
     "ServeHandle",
+    "StreamingHandle",
     "connect",
     "errors",
     "read",

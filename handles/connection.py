@@ -1,4 +1,4 @@
-"""The connection of a thin client to an instance, by its Redis URL."""
+"""Connection of a client process to an instance, by its Redis URL. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -10,67 +10,78 @@ from ..broker.defaults import default_instance, needed_url
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import check_name
 from . import background_loop
+from ._tracebacks import short_traceback
+from .async_handle import AsyncServeHandle
 from .batch.producer import JOB_TTL_S, BatchProducer
 from .calls.shared_client import SharedClient, starting_tasks
 from .dead_letters import DeadLetters
 from .errors import ConfigError, EndpointNotFound, PenstockError
-from .handle import AsyncServeHandle, ServeHandle, warn_of_the_other_face
+from .handle import ServeHandle, warn_about_face
 
 log = logging.getLogger(__name__)
 
 
 CLOSE_TIMEOUT_S = 10.0
+"""Default of ``close_timeout_s``."""
 
 
+@short_traceback
 def connect(
     redis_url: str | None = None, instance: str | None = None, *, close_timeout_s: float = CLOSE_TIMEOUT_S
 ) -> Connection:
-    """Return the instance of that name on that Redis. Needs no Ray, and runs nothing of it.
+    """Connect to an instance. Needs no Ray, and starts nothing of the instance.
 
     Args:
-        redis_url: ``redis://``, ``rediss://`` or ``unix://``. Without it, inside a backend that of the backend's
-            instance, elsewhere ``PENSTOCK_REDIS_URL``.
-        instance: as given to ``serve.start``. Without it, inside a backend that of the backend, elsewhere
-            ``PENSTOCK_INSTANCE``, or ``"default"``.
-        close_timeout_s: the longest time, in seconds, that `Connection.close` and the end of a ``with`` block wait
-            until all calls are durably queued.
+        redis_url: the Redis URL: ``redis://``, ``rediss://`` or ``unix://``. By default that of the surrounding backend
+            when called inside one, otherwise the value of ``PENSTOCK_REDIS_URL``.
+        instance: name of the instance, as given to ``serve.start``. By default that of the surrounding backend when
+            called inside one, otherwise the value of ``PENSTOCK_INSTANCE``, or ``"default"``.
+        close_timeout_s: the most seconds for which `Connection.close`, and the end of a ``with`` block, wait until all
+            calls are durably queued.
 
     Raises:
-        TypeError: ``close_timeout_s`` is not a number.
-        ConfigError: there is no URL, or it is no Redis URL; ``instance`` is no name of one; ``close_timeout_s`` is
+        TypeError: an argument has the wrong type.
+        ConfigError: there is no URL or it is not a Redis URL; ``instance`` is not a name; ``close_timeout_s`` is
             negative.
-        BrokerUnavailable: Redis cannot be reached, or does not let us in.
-        NotPermitted: its rules do not let the user of the URL do what callers do.
+        BrokerUnavailable: Redis cannot be reached, or rejected the login.
+        NotPermitted: the Redis user of the URL lacks a permission that callers need.
     """
     url = needed_url(redis_url)
-    connected = Connection(url, default_instance() if instance is None else instance, close_timeout_s)
-    connected.open()
-    return connected
+    connection = Connection(url, default_instance() if instance is None else instance, close_timeout_s)
+    connection.open()
+    return connection
 
 
 class Connection:
-    """An instance, as its callers see it."""
+    """A connection to one instance: it creates handles and batch producers, and shows dead letters and endpoints.
+
+    Made by `connect`. Its methods block, and can be called from any thread. As a context manager it calls `close`.
+    """
 
     def __init__(self, redis_url: str, instance: str, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Create a connection that is not open; see `connect` for the arguments."""
         if isinstance(close_timeout_s, bool) or not isinstance(close_timeout_s, int | float):
             raise TypeError(f"close_timeout_s must be a number of seconds, not {type(close_timeout_s).__name__}")
         if not 0 <= close_timeout_s <= 1e9:
             raise ConfigError(f"close_timeout_s must be 0 to 1e9 seconds, not {close_timeout_s}")
         self.redis_url, self.instance = redis_url, instance
         self._close_timeout_s = float(close_timeout_s)
-        self._caller: SharedClient | None = None
-        """The one that this keeps open, until `close`."""
+        self._client: SharedClient | None = None
+        """The shared client that this connection keeps open, from `open` to `close`."""
+
+    def __repr__(self) -> str:
+        return f"Connection({shown_url(self.redis_url)!r}, instance={self.instance!r})"
 
     def open(self) -> None:
-        """Connect. Raises what `connect` does."""
+        """Connect. Raises what `connect` raises."""
         background_loop.run(self._open())
 
     async def _open(self) -> None:
-        async with SharedClient.using(self.redis_url, self.instance) as caller:
-            await caller.registry.snapshot()
-            if self._caller is None:
-                caller.add_user()
-                self._caller = caller
+        async with SharedClient.using(self.redis_url, self.instance) as client:
+            await client.registry.snapshot()
+            if self._client is None:
+                client.add_user()
+                self._client = client
 
     @overload
     def get_handle(self, endpoint: str, *, sync: Literal[True] = True, missing_ok: bool = False) -> ServeHandle: ...
@@ -79,21 +90,23 @@ class Connection:
     @overload
     def get_handle(self, endpoint: str, *, sync: bool, missing_ok: bool = False) -> ServeHandle | AsyncServeHandle: ...
 
+    @short_traceback
     def get_handle(
         self, endpoint: str, *, sync: bool = True, missing_ok: bool = False
     ) -> ServeHandle | AsyncServeHandle:
-        """Return a handle to call ``endpoint`` with.
+        """Return a handle for calls to ``endpoint``.
 
         Args:
-            endpoint: its name.
-            sync: True for a handle whose futures are ``concurrent.futures.Future``; False for one to await. Each warns
-                when it is asked for in the other's place.
-            missing_ok: True for an endpoint that may be created later: a call waits for it until its deadline, 30 s
-                without one.
+            endpoint: name of the endpoint.
+            sync: True for a handle whose futures are ``concurrent.futures.Future``, False for one whose futures are
+                awaited. A warning tells when the other one fits better: whether an event loop runs in this thread.
+            missing_ok: whether the endpoint may be created later. A call waits for it until the call's deadline, or for
+                30 s without one.
 
         Raises:
-            TypeError: ``endpoint`` is not a ``str``, or another argument no ``bool``.
-            EndpointNotFound: there is none of that name, and ``missing_ok`` is False.
+            TypeError: an argument has the wrong type.
+            ConfigError: ``endpoint`` is not a name.
+            EndpointNotFound: the endpoint does not exist, and ``missing_ok`` is False.
             BrokerUnavailable: Redis cannot be reached.
         """
         for name, value in (("sync", sync), ("missing_ok", missing_ok)):
@@ -103,9 +116,10 @@ class Connection:
         handle = kind(self.redis_url, self.instance, endpoint, None, missing_ok)
         if not missing_ok and endpoint not in (known := self.list_endpoints()):
             raise EndpointNotFound(endpoint, known)
-        warn_of_the_other_face(sync)
+        warn_about_face(sync, stacklevel=3)
         return handle
 
+    @short_traceback
     def batch(
         self,
         endpoint: str,
@@ -119,14 +133,14 @@ class Connection:
         restart_job: bool = False,
         retry_errors: bool = False,
     ) -> BatchProducer:
-        """Return what sends any number of items through ``endpoint``, behind its interactive requests.
+        """Return a producer that sends any number of items through ``endpoint``, behind its interactive requests.
 
-        For the arguments see `BatchProducer`.
+        See `BatchProducer` for the arguments.
 
         Raises:
-            TypeError: an argument is of the wrong type.
-            ConfigError: a value cannot be.
-            EndpointNotFound: there is none of that name.
+            TypeError: an argument has the wrong type.
+            ConfigError: an argument has a value that is not allowed.
+            EndpointNotFound: the endpoint does not exist.
             BrokerUnavailable: Redis cannot be reached.
         """
         producer = BatchProducer(
@@ -146,25 +160,30 @@ class Connection:
             raise EndpointNotFound(endpoint, known)
         return producer
 
+    @short_traceback
     def dead_letters(self, tag: str) -> DeadLetters:
-        """Return the requests of a backend that nobody could serve.
+        """Return the dead letters of the backend ``tag``.
 
         Raises:
-            TypeError, ConfigError: ``tag`` cannot be that of a backend.
+            TypeError, ConfigError: ``tag`` is not a name.
         """
         return DeadLetters(self.redis_url, self.instance, check_name("a backend", tag))
 
+    @short_traceback
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """Return ``{name: {"route", "methods", "traffic", "shadows"}}``. Raises `BrokerUnavailable`.
+        """Return the endpoints: ``{name: {"route", "methods", "traffic", "shadows"}}``.
 
         An endpoint that was created with ``call_methods`` has these too.
+
+        Raises:
+            BrokerUnavailable: Redis cannot be reached.
         """
         return background_loop.run(self._list_endpoints())
 
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
-        async with SharedClient.using(self.redis_url, self.instance) as caller:
-            # Asked of Redis, not of the watcher, which may be a moment behind.
-            endpoints = (await caller.registry.snapshot()).endpoints
+        async with SharedClient.using(self.redis_url, self.instance) as client:
+            # From Redis: the client's snapshot follows the registry with a short delay.
+            endpoints = (await client.registry.snapshot()).endpoints
         return {
             name: {
                 "route": endpoint.route,
@@ -177,15 +196,15 @@ class Connection:
         }
 
     def close(self) -> None:
-        """Wait until what was called through sync handles is durably queued, and let go of the connection.
+        """Wait until all calls of sync handles to this instance are durably queued, then close the connection.
 
-        Nothing is given up: calls that are queued are answered, also into futures that are read later. The connection
-        is shared by all sync handles of the process; the last of its users closes it, once nothing is in flight. A
-        handle that is used after that connects anew.
+        No call is cancelled: futures that are read later get their results. The sync handles of the process share the
+        connection; it is closed when its last user has left and no call is in flight. A handle that is used after that
+        connects again.
 
         Raises:
-            PenstockError: some calls were not queued within ``close_timeout_s``. They are not given up: they are queued
-                later if the process lives on, and lost if it does not.
+            PenstockError: some calls were not queued within ``close_timeout_s``. They are queued later if the process
+                lives on, and lost if it ends.
         """
         self._close()
 
@@ -196,46 +215,46 @@ class Connection:
             background_loop.run(self._leave())
 
     async def _leave(self) -> None:
-        held, self._caller = self._caller, None
-        if held is not None:
-            held.remove_user()
-        caller = SharedClient.find(self.redis_url, self.instance)
-        if caller is not None:
-            await caller.leave()
+        kept, self._client = self._client, None
+        if kept is not None:
+            kept.remove_user()
+        client = SharedClient.find(self.redis_url, self.instance)
+        if client is not None:
+            await client.leave()
 
     def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self.close()  # a `Client` closes more
+            self.close()  # a subclass may close more
         except PenstockError as e:
             if error is None:
                 raise
-            log.warning("%s", e)  # what ended the block matters more
+            log.warning("%s", e)  # the error that ended the block is raised
 
 
 def wait_until_queued(url: str, instance: str, timeout_s: float) -> None:
     """Wait until all calls of this process's sync handles are durably queued or refused.
 
     Raises:
-        PenstockError: some were neither within ``timeout_s``.
+        PenstockError: some calls were neither within ``timeout_s`` seconds.
     """
-    if late := background_loop.run(_calls_not_queued(url, instance, timeout_s)):
+    if late := background_loop.run(_count_unqueued(url, instance, timeout_s)):
         raise PenstockError(
             f"{late} calls to {shown_url(url)} were not queued within close_timeout_s={timeout_s:g}, and are lost if "
             "this process ends now: wait for their futures, or give a longer close_timeout_s"
         )
 
 
-async def _calls_not_queued(url: str, instance: str, timeout_s: float) -> int:
+async def _count_unqueued(url: str, instance: str, timeout_s: float) -> int:
     loop = asyncio.get_running_loop()
-    ends = loop.time() + timeout_s
+    ends_s = loop.time() + timeout_s
     late = 0
     if tasks := starting_tasks(url, instance):
         _, waiting = await asyncio.wait(tasks, timeout=timeout_s)
         late = len(waiting)
-    caller = SharedClient.find(url, instance)
-    if caller is not None:
-        late += await caller.wait_until_queued(max(0.0, ends - loop.time()))
+    client = SharedClient.find(url, instance)
+    if client is not None:
+        late += await client.wait_until_queued(max(0.0, ends_s - loop.time()))
     return late

@@ -1,4 +1,4 @@
-"""Dead letters of a backend for synchronous code: list, replay, drop."""
+"""Dead letters of a backend for sync code: list, replay, drop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..broker.queue.dead_letters import DeadLetter, DeadLetterStream
 from ..broker.queue.publisher import QueueFull
 from ..broker.wire.keys import Keys
 from . import background_loop
+from ._tracebacks import short_traceback
 from .calls.call import queue_limits
 from .calls.shared_client import SharedClient
 from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
@@ -20,93 +21,107 @@ _ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
 class DeadLetters:
-    """The requests of a backend that nobody could serve. Made by ``dead_letters(tag)`` of a client or a thin door."""
+    """The dead letters of a backend: requests that were given up, with the history of their deliveries.
+
+    Made by ``dead_letters(tag)`` of a `Connection` or a ``Client``. ``len()`` counts them, and iterating gives them as
+    they are now, oldest first. All methods block, and raise `BrokerUnavailable` if Redis cannot be reached.
+    """
 
     def __init__(self, redis_url: str, instance: str, tag: str) -> None:
         self._url, self._keys, self.tag = redis_url, Keys(instance), tag
 
+    def __repr__(self) -> str:
+        return f"DeadLetters({self.tag!r}, instance={self._keys.instance!r})"
+
+    @short_traceback
     def __len__(self) -> int:
-        return background_loop.run(self._with_queue(lambda queue: queue.count()))
+        return background_loop.run(self._with_stream(lambda stream: stream.count()))
 
+    @short_traceback
     def __iter__(self) -> Iterator[DeadLetter]:
-        """Iterate over them as they are now, oldest first. Raises `BrokerUnavailable`."""
+        async def read_all(stream: DeadLetterStream) -> list[DeadLetter]:
+            return [letter async for letter in stream.letters()]
 
-        async def all_(queue: DeadLetterStream) -> list[DeadLetter]:
-            return [letter async for letter in queue.letters()]
+        return iter(background_loop.run(self._with_stream(read_all)))
 
-        return iter(background_loop.run(self._with_queue(all_)))
-
+    @short_traceback
     def get(self, id_: str) -> DeadLetter:
-        """Return one of them.
+        """Return one dead letter.
 
         Raises:
-            TypeError, ConfigError: ``id_`` is no id of a dead letter.
-            PenstockError: there is none of that id.
+            TypeError, ConfigError: ``id_`` is not the id of a dead letter.
+            PenstockError: no dead letter of the backend has that id.
         """
-        letter = background_loop.run(self._with_queue(lambda queue: queue.get(_checked(id_))))
+        letter = background_loop.run(self._with_stream(lambda stream: stream.get(_check_id(id_))))
         if letter is None:
-            raise self._none(id_)
+            raise self._not_found(id_)
         return letter
 
+    @short_traceback
     def body(self, letter: DeadLetter) -> bytes | None:
-        """Return the body of its request; None if it has expired or cannot be read.
+        """Return the body of a dead letter's request; None if it has expired or cannot be read.
 
         Raises:
-            TypeError: ``letter`` is none of what iterating and `get` give.
+            TypeError: ``letter`` is not a `DeadLetter`.
         """
         if not isinstance(cast(object, letter), DeadLetter):
             raise TypeError(f"letter must be a DeadLetter, as get() returns it, not {type(letter).__name__}")
-        return background_loop.run(self._with_queue(lambda queue: queue.body(letter)))
+        return background_loop.run(self._with_stream(lambda stream: stream.body(letter)))
 
+    @short_traceback
     def drop(self, id_: str) -> None:
-        """Delete one of them. Raises as `get` does."""
-        if not background_loop.run(self._with_queue(lambda queue: queue.drop(_checked(id_)))):
-            raise self._none(id_)
+        """Delete one dead letter. Raises what `get` raises."""
+        if not background_loop.run(self._with_stream(lambda stream: stream.drop(_check_id(id_)))):
+            raise self._not_found(id_)
 
+    @short_traceback
     def replay(self, id_: str) -> None:
-        """Queue its request again, behind interactive ones and without a deadline; it is no dead letter any more.
+        """Queue the request of a dead letter again, and delete the dead letter.
 
-        Its caller has been told of its end: nobody waits for an answer now, unless it is an item of a batch job.
+        The request goes to the batch stream, behind interactive ones, and has no deadline. Its caller has received an
+        error, so the reply goes nowhere, unless the request is an item of a batch job.
 
         Raises:
-            TypeError, ConfigError, PenstockError: see `get`; or its body has expired.
-            WireError: it cannot be read.
-            BackendNotFound: the backend is no more.
+            TypeError, ConfigError: ``id_`` is not the id of a dead letter.
+            PenstockError: no dead letter of the backend has that id, or its body has expired.
+            WireError: the request cannot be read.
+            BackendNotFound: the backend was deleted.
             Overloaded: the backend's queue is full, or the broker is out of memory.
         """
-        background_loop.run(self._replay(_checked(id_)))
+        background_loop.run(self._replay(_check_id(id_)))
 
     async def _replay(self, id_: str) -> None:
-        async with SharedClient.using(self._url, self._keys.instance) as caller:
-            snapshot = await caller.registry.snapshot()
+        async with SharedClient.using(self._url, self._keys.instance) as client:
+            snapshot = await client.registry.snapshot()
             if self.tag not in snapshot.backends:
                 raise BackendNotFound(self.tag, snapshot.backends)
-            limit, limit_bytes = queue_limits(snapshot.backends[self.tag], batch=True)
-            queue = caller.dead_letter_stream(self.tag)
-            letter = await queue.get(id_)
+            limits = queue_limits(snapshot.backends[self.tag], batch=True)
+            stream = client.dead_letter_stream(self.tag)
+            letter = await stream.get(id_)
             try:
-                answer = None if letter is None else await queue.replay(letter, limit, limit_bytes)
+                result = None if letter is None else await stream.replay(letter, limits.requests, limits.bytes)
             except BrokerFull:
-                raise Overloaded(self.tag, 0, limit) from None
-            if letter is None or answer is None:
-                raise self._none(id_)
-            if isinstance(answer, QueueFull):
-                if answer.in_bytes:
+                raise Overloaded(self.tag, 0, limits.requests) from None
+            if letter is None or result is None:
+                raise self._not_found(id_)
+            if isinstance(result, QueueFull):
+                if result.in_bytes:
                     size_bytes = 0 if letter.entry is None else letter.entry.size_bytes
-                    raise Overloaded(self.tag, answer.depth, limit_bytes, answer.retry_after_s, size_bytes)
-                raise Overloaded(self.tag, answer.depth, limit)
+                    raise Overloaded(self.tag, result.depth, limits.bytes, result.retry_after_s, size_bytes)
+                raise Overloaded(self.tag, result.depth, limits.requests)
 
-    async def _with_queue(self, work: Callable[[DeadLetterStream], Coroutine[Any, Any, T]]) -> T:
-        async with SharedClient.using(self._url, self._keys.instance) as caller:
-            return await work(caller.dead_letter_stream(self.tag))
+    async def _with_stream(self, work: Callable[[DeadLetterStream], Coroutine[Any, Any, T]]) -> T:
+        async with SharedClient.using(self._url, self._keys.instance) as client:
+            return await work(client.dead_letter_stream(self.tag))
 
-    def _none(self, id_: str) -> PenstockError:
+    def _not_found(self, id_: str) -> PenstockError:
         return PenstockError(f"backend {self.tag!r} has no dead letter {id_!r}")
 
 
-def _checked(id_: object) -> str:
+def _check_id(id_: object) -> str:
+    """Return ``id_`` if it has the form of a stream entry's id, two integers of 64 bits."""
     if not isinstance(id_, str):
         raise TypeError(f"a dead letter's id must be a str, not {type(id_).__name__}")
     if _ID.fullmatch(id_) is None or max(map(int, id_.split("-"))) >= 2**64:
-        raise ConfigError(f"{id_!r} is no id of a dead letter, such as '1700000000000-0'")
+        raise ConfigError(f"{id_!r} is not the id of a dead letter, such as '1700000000000-0'")
     return id_

@@ -1,30 +1,31 @@
-"""All errors that a caller can meet: one class per situation, each with its HTTP status.
+"""Errors that a caller can meet: one class for each situation, with its HTTP status.
 
 ::
 
     PenstockError
-    ├── BackendError            the user's code raised
+    ├── BackendError            the backend's code raised
     ├── BackendNotFound         (a KeyError)
     ├── BrokerRefused           Redis answered with an error
     │   ├── BrokerFull
-    │   └── NotPermitted        its rules do not let our user do that
+    │   └── NotPermitted        the Redis user lacks a permission
     ├── BrokerUnavailable
-    ├── CallMethodRefused       the endpoint does not offer that method
+    ├── CallMethodRefused       the endpoint does not offer the method
     ├── ConfigError             (a ValueError)
-    ├── DeliveryLimitExceeded   every replica that took the request died
+    ├── DeliveryLimitExceeded   every replica that ran the request died
     ├── EndpointNotFound        (a KeyError)
     ├── MalformedBody           (a ValueError)
     ├── Overloaded
     ├── PayloadTooLarge
     ├── RequestCancelled
     ├── RequestTimeout          (a TimeoutError)
-    ├── StreamBroken            an answer had begun, and cannot go on
+    ├── StreamBroken            a streamed reply had begun and cannot continue
     └── WireError
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from ..broker.errors import (
@@ -60,11 +61,18 @@ __all__ = [
 ]
 
 
-class BackendError(PenstockError):
-    """The backend's code raised.
+_MAX_SHOWN = 10
+"""The most names that the message of an error lists."""
 
-    ``type_name`` and ``message`` are those of its exception, ``traceback`` is its traceback as text, ``status`` what
-    HTTP callers get: 500, or what a Starlette ``HTTPException`` asked for.
+
+class BackendError(PenstockError):
+    """The backend's code raised an exception.
+
+    Args:
+        type_name: name of the exception's class.
+        message: its message.
+        traceback: its traceback as text; empty if the caller may not see it.
+        status: the HTTP status: 500, or that of a Starlette ``HTTPException``.
     """
 
     def __init__(self, type_name: str, message: str, traceback: str = "", status: int = 500) -> None:
@@ -72,12 +80,15 @@ class BackendError(PenstockError):
         self.type_name, self.message, self.traceback, self.status = type_name, message, traceback, status
 
     def __str__(self) -> str:
-        said = f"{self.type_name}: {self.message}" if self.message else self.type_name
-        return f"{said}\n\n{self.traceback}" if self.traceback else said
+        summary = f"{self.type_name}: {self.message}" if self.message else self.type_name
+        return f"{summary}\n\n{self.traceback}" if self.traceback else summary
 
 
 class BackendNotFound(PenstockError, KeyError):
-    """No backend has that tag."""
+    """No backend has the tag ``name``, or, if that is empty, the endpoint sends its requests to no backend.
+
+    ``known`` are the tags of the instance's backends.
+    """
 
     status = 404
 
@@ -86,11 +97,13 @@ class BackendNotFound(PenstockError, KeyError):
         super().__init__(name, self.known)
 
     def __str__(self) -> str:
-        return f"there is no backend {self.name!r}; there is {_listed(self.known)}"
+        if not self.name:
+            return "the endpoint sends its requests to no backend; client.set_traffic() chooses one"
+        return _not_found("backend", self.name, self.known)
 
 
 class CallMethodRefused(PenstockError):
-    """The endpoint was created with ``call_methods``, and the method is not one of them."""
+    """The endpoint was created with ``call_methods``, and the called method is not one of them."""
 
     status = 403
 
@@ -99,11 +112,12 @@ class CallMethodRefused(PenstockError):
         super().__init__(endpoint, method, self.allowed)
 
     def __str__(self) -> str:
-        return f"endpoint {self.endpoint!r} offers the methods {_listed(self.allowed)}, not {self.method!r}"
+        offered = ", ".join(map(repr, self.allowed)) or "none"
+        return f"endpoint {self.endpoint!r} offers the methods {offered}, not {self.method!r}"
 
 
 class EndpointNotFound(PenstockError, KeyError):
-    """No endpoint has that name."""
+    """No endpoint has the name ``name``. ``known`` are the names of the instance's endpoints."""
 
     status = 404
 
@@ -112,11 +126,11 @@ class EndpointNotFound(PenstockError, KeyError):
         super().__init__(name, self.known)
 
     def __str__(self) -> str:
-        return f"there is no endpoint {self.name!r}; there is {_listed(self.known)}"
+        return _not_found("endpoint", self.name, self.known)
 
 
 class DeliveryLimitExceeded(PenstockError):
-    """Every replica that took the request died; it lies among the backend's dead letters."""
+    """Every replica that ran the request died. The request is now a dead letter of the backend."""
 
     def __init__(self, backend: str, request_id: str, deliveries: int, limit: int) -> None:
         super().__init__(backend, request_id, deliveries, limit)
@@ -130,13 +144,13 @@ class DeliveryLimitExceeded(PenstockError):
 
 
 class MalformedBody(PenstockError, ValueError):
-    """The body is not what its content type, or the code that reads it, says."""
+    """The body does not have the format that its content type declares, or that the code reads."""
 
     status = 400
 
 
 class PayloadTooLarge(PenstockError):
-    """The body has more bytes than is allowed."""
+    """The body has more bytes than are allowed. ``limited_by`` names the limit."""
 
     status = 413
 
@@ -149,9 +163,9 @@ class PayloadTooLarge(PenstockError):
 
 
 class RequestCancelled(PenstockError):
-    """The caller gave the request up."""
+    """The caller cancelled the request, or closed its connection."""
 
-    status = 499  # nobody is left to read it; the number is nginx's, for logs
+    status = 499  # for logs, as nginx has it: no client is left to read it
 
     def __init__(self, request_id: str) -> None:
         super().__init__(request_id)
@@ -162,7 +176,7 @@ class RequestCancelled(PenstockError):
 
 
 class RequestTimeout(PenstockError, TimeoutError):
-    """The deadline passed before an answer came."""
+    """The deadline passed before a reply arrived."""
 
     status = 504
 
@@ -175,7 +189,7 @@ class RequestTimeout(PenstockError, TimeoutError):
 
 
 class StreamBroken(PenstockError):
-    """An answer that streams cannot go on. What came of it stands; to run it again would send that twice."""
+    """A streamed reply ended before it was complete. It is not run again, as its first values would arrive twice."""
 
     status = 502
 
@@ -184,10 +198,10 @@ class StreamBroken(PenstockError):
         self.backend, self.request_id, self.reason = backend, request_id, reason
 
     def __str__(self) -> str:
-        return f"the answer of {self.backend!r} to request {self.request_id!r} broke off: {self.reason}"
+        return f"the streamed reply of {self.backend!r} to request {self.request_id!r} broke off: {self.reason}"
 
 
-# What replicas may say over the wire: built from its arguments here, never by name from anywhere else.
+# The errors that a reply can carry. `from_wire` constructs these classes only, whatever the reply names.
 _KINDS: dict[str, type[PenstockError]] = {
     kind.__name__: kind
     for kind in (
@@ -213,12 +227,12 @@ _KINDS: dict[str, type[PenstockError]] = {
 
 
 def to_wire(error: PenstockError) -> dict[str, Any]:
-    """Return ``error`` as the JSON object that a reply carries."""
+    """Return the JSON object by which a reply carries ``error``."""
     return {"kind": type(error).__name__, "args": list(error.args)}
 
 
 def from_wire(raw: Mapping[str, Any]) -> PenstockError:
-    """Return the error that `to_wire` wrote; one of a kind unknown here is a plain `PenstockError` that quotes it."""
+    """Return the error that `to_wire` wrote, or a plain `PenstockError` that quotes one of an unknown class."""
     kind, args = raw.get("kind"), raw.get("args")
     known = _KINDS.get(kind) if isinstance(kind, str) else None
     if known is not None and isinstance(args, list):
@@ -227,7 +241,7 @@ def from_wire(raw: Mapping[str, Any]) -> PenstockError:
             if str(error) and _is_status(error.status):
                 return error
         except Exception:
-            pass  # a later release may give it other arguments
+            pass  # another release may give it other arguments
     return PenstockError(f"{kind}: {args}")
 
 
@@ -235,5 +249,12 @@ def _is_status(status: object) -> bool:
     return type(status) is int and 100 <= status <= 599
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names)) if names else "none"
+def _not_found(kind: str, name: str, known: list[str]) -> str:
+    if not known:
+        return f"no {kind} {name!r}; this instance has no {kind}s yet"
+    shown = ", ".join(map(repr, known[:_MAX_SHOWN]))
+    if len(known) > _MAX_SHOWN:
+        shown += f" and {len(known) - _MAX_SHOWN} more"
+    similar = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {similar[0]!r}?" if similar else ""
+    return f"no {kind} {name!r}; this instance has {shown}{hint}"

@@ -1,7 +1,7 @@
-"""Futures of replies, for asyncio and for threads; cancelling one cancels its request.
+"""Futures of replies, for asyncio and for threads. Cancelling a future cancels its request.
 
-By a method and not by a callback: that would cost each answer another turn of the loop (2 of 32 us of CPU), or take its
-lock twice as often.
+They override ``cancel`` instead of adding a callback. A callback would cost each reply another turn of the event loop
+(2 of 32 us of CPU), or the future's lock twice as often.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -17,14 +19,45 @@ from . import background_loop
 from .calls.call import Call, CallOutcome
 from .response import result_of
 
+_has_warned = False
+"""Whether this process has warned of a future that nothing read."""
+
 
 class AsyncReplyFuture(asyncio.Future[Any]):
-    """The future of an answer in a loop."""
+    """The future of a reply in an event loop.
+
+    A future that is dropped without being read warns once in each process: the second ``await`` was probably forgotten.
+    """
 
     call: Call | None = None
-    """Until it is done: each leads to the other, and what leads to itself waits for the garbage collector."""
+    """The call, until it is over: the two refer to each other, which would leave them to the garbage collector."""
+    _endpoint = ""
+    _is_read = False
+
+    def __init__(self, endpoint: str, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._endpoint = endpoint
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        self._is_read = True
+        return super().__await__()
+
+    # `asyncio.wait` and its like add callbacks, `asyncio.gather` and `asyncio.shield` read the result in theirs.
+
+    def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
+        self._is_read = True
+        super().add_done_callback(*args, **kwargs)
+
+    def result(self) -> Any:
+        self._is_read = True
+        return super().result()
+
+    def exception(self) -> BaseException | None:
+        self._is_read = True
+        return super().exception()
 
     def cancel(self, msg: Any | None = None) -> bool:
+        self._is_read = True
         cancelled = super().cancel(msg)
         if cancelled and self.call is not None:
             self.call.cancel()
@@ -32,6 +65,7 @@ class AsyncReplyFuture(asyncio.Future[Any]):
         return cancelled
 
     def settle(self, outcome: CallOutcome) -> None:
+        """Set the outcome of the call."""
         self.call = None
         if self.done():
             return
@@ -42,17 +76,32 @@ class AsyncReplyFuture(asyncio.Future[Any]):
         else:
             self.set_result(value)
 
-    def consume(self) -> None:
+    def mark_read(self) -> None:
+        """Declare that nothing will read this future, so that dropping it warns of nothing."""
+        self._is_read = True
         if self.done() and not self.cancelled():
             self.exception()
 
+    def __del__(self) -> None:
+        global _has_warned
+        if not self._is_read and not _has_warned and not sys.is_finalizing():
+            _has_warned = True
+            warnings.warn(
+                f"a reply of endpoint {self._endpoint!r} was never read: remote() returns a future once the request is "
+                "queued, and `await` on that future returns the reply, as in `await (await handle.remote(...))`. "
+                "Further unread replies are not reported",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        super().__del__()
+
 
 class _Waiters(list[Any]):
-    """What `concurrent.futures.wait` and ``as_completed`` of other threads add themselves to."""
+    """Waiters of a future: `concurrent.futures.wait` and ``as_completed`` of other threads append themselves."""
 
     __slots__ = ("is_done",)
     is_done: bool
-    """There is nothing to wait for any more."""
+    """Whether the future is done, so that nothing waits any more."""
 
     def append(self, waiter: Any) -> None:
         if background_loop.is_current() and not self.is_done:
@@ -61,15 +110,15 @@ class _Waiters(list[Any]):
 
 
 class ReplyFuture(concurrent.futures.Future[Any]):
-    """The future of an answer for threads.
+    """The future of a reply for threads.
 
-    To wait for it on the background loop, where its callbacks run, would block the loop for ever: that raises
+    Waiting for it on the background loop, which runs its callbacks, would block that loop for ever. It raises
     RuntimeError instead.
     """
 
     _waiters: _Waiters
-    _give_up: Callable[[], object] | None = None
-    """Until it is done, as it leads back here."""
+    _on_cancel: Callable[[], object] | None = None
+    """Cancels the call; None once the future is done, as the call refers back to the future."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +126,7 @@ class ReplyFuture(concurrent.futures.Future[Any]):
         self._waiters.is_done = False
 
     def result(self, timeout: float | None = None) -> Any:
-        if asyncio._get_running_loop() is not None:  # in threads of sync code, that is all it costs
+        if asyncio._get_running_loop() is not None:  # the only cost in threads of sync code
             self._check_wait(timeout)
         return super().result(timeout)
 
@@ -90,29 +139,30 @@ class ReplyFuture(concurrent.futures.Future[Any]):
         if background_loop.is_current() and (timeout is None or timeout > 0) and not self.done():
             raise background_loop.would_wait_for_itself()
 
-    def on_cancel(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]) -> None:
-        """Run ``give_up`` in ``loop`` if this is cancelled or has been."""
-        # Set first, looked at second; `cancel` does both the other way round.
-        self._give_up = give_up_soon = partial(loop.call_soon_threadsafe, give_up)
+    def on_cancel(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+        """Call ``callback`` on ``loop`` when the future is cancelled, or now if it is cancelled already."""
+        # Sets the callback, then checks. `cancel` does it in the other order, so that one of the two calls it.
+        self._on_cancel = callback_soon = partial(loop.call_soon_threadsafe, callback)
         if self.cancelled():
-            give_up_soon()
+            callback_soon()
 
     def cancel(self) -> bool:
         if not super().cancel():
             return False
-        if (give_up := self._give_up) is not None:
+        if (callback := self._on_cancel) is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and its requests with it
-                give_up()
+                callback()
         return True
 
     def settle(self, outcome: CallOutcome) -> None:
-        # Decoded in the background loop: the thread that waits may want only to know that it is done.
+        """Set the outcome of the call."""
+        # Decoded here, on the background loop: the waiting thread may not need the value.
         try:
             value = result_of(outcome)
         except BaseException as e:
             self.fail(e)
         else:
-            self._give_up = None
+            self._on_cancel = None
             self._waiters.is_done = True
             try:
                 self.set_result(value)
@@ -120,17 +170,18 @@ class ReplyFuture(concurrent.futures.Future[Any]):
                 self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
 
     def set_running_or_notify_cancel(self) -> bool:
-        # Called only where it ends. One that is cancelled, and of which nobody was notified yet, is still waited for.
+        # Called only where the future ends. A cancelled one has waiters until it has notified them.
         self._waiters.is_done = True
         return super().set_running_or_notify_cancel()
 
     def fail(self, error: BaseException) -> None:
-        self._give_up = None
+        """Set the error of the call."""
+        self._on_cancel = None
         if self.set_running_or_notify_cancel():
             self.set_exception(error)
 
-    def give_up(self, call: Call) -> None:
-        """Give the request up, for who has cancelled this."""
+    def cancel_call(self, call: Call) -> None:
+        """Cancel the call of a future that was cancelled."""
         if call.cancel():
-            # Else its outcome came first, and has done so.
+            # Otherwise its outcome came first, and has called this.
             self.set_running_or_notify_cancel()

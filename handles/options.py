@@ -52,11 +52,17 @@ class CallOptions:
                 raise TypeError(f"options() has no {name!r}; it has {', '.join(known)}")
         return replace(self, **changes)
 
-    def changed(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults, by name."""
+    def shown(self) -> dict[str, str]:
+        """Return the options that differ from their defaults, as a ``repr`` shows them, by name.
+
+        Of the headers it shows the names alone: a value may be a secret.
+        """
         defaults = CallOptions()
-        options = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {name: value for name, value in options.items() if value != getattr(defaults, name)}
+        names = [option.name for option in fields(self)]
+        shown = {name: repr(getattr(self, name)) for name in names if getattr(self, name) != getattr(defaults, name)}
+        if "http_headers" in shown:
+            shown["http_headers"] = f"<{', '.join(self.http_headers)}>"
+        return shown
 
 
 def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:

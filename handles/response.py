@@ -12,26 +12,46 @@ from .calls.incoming_stream import IncomingStream
 from .codec import decode, load_json
 from .errors import WireError, from_wire
 
+_SHOWN_BYTES = 60
+"""The most bytes of a body that a ``repr`` shows."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Response:
-    """A whole HTTP response, where a backend returned one."""
+    """An HTTP response as a value: the result of a call whose backend returned a Starlette ``Response``."""
 
     status_code: int
+    """Status of the response, such as 200. A status of 400 or more raises nothing."""
     headers: dict[str, str]
-    """Lower-case names. Of a header that was given twice, such as ``set-cookie``, the last; ``raw_headers`` has all."""
+    """Headers by lower-case name. Of a header that occurs twice, such as ``set-cookie``, it holds the last value."""
     body: bytes
+    """The whole body."""
     raw_headers: Pairs
+    """All headers in their order, as pairs of name and value."""
 
     def json(self) -> Any:
-        """Return what the body says. Raises `MalformedBody` if it is not JSON."""
+        """Return the value of a JSON body.
+
+        Raises:
+            MalformedBody: the body is not JSON.
+        """
         return load_json(self.body, "the response")
+
+    def __repr__(self) -> str:
+        body = f"{self.body[:_SHOWN_BYTES]!r}"
+        if len(self.body) > _SHOWN_BYTES:
+            body = f"<{len(self.body):,} bytes, {body}...>"
+        return f"Response(status_code={self.status_code}, headers={self.headers}, body={body})"
 
 
 def value_of(reply: Reply) -> Any:
-    """Return the value that a backend returned, or raise the error that it sent instead.
+    """Return the value that a backend returned.
 
-    Pickled values are read: the receiver lets through only those that the `PicklePolicy` allows.
+    A pickled value is unpickled: the reply receiver passes on only those that the `PicklePolicy` allows.
+
+    Raises:
+        PenstockError: the error that the reply carries.
+        MalformedBody: the body cannot be decoded.
     """
     if reply.error is not None:
         raise from_wire(reply.error)
@@ -42,10 +62,15 @@ def value_of(reply: Reply) -> Any:
 
 
 def result_of(outcome: CallOutcome) -> Any:
-    """Return the value of an answer that was asked for as a whole, or raise why there is none."""
+    """Return the value of a call that did not request a streamed reply.
+
+    Raises:
+        WireError: the reply is streamed nevertheless.
+        PenstockError: the error of the call, or the one that its reply carries.
+    """
     if isinstance(outcome, Reply):
         return value_of(outcome)
     if isinstance(outcome, IncomingStream):
         outcome.close()
-        raise WireError(f"the answer to request {outcome.shown_id!r} came in parts, which were not asked for")
+        raise WireError(f"the reply to request {outcome.shown_id!r} is streamed, which the call did not request")
     raise outcome

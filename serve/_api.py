@@ -1,6 +1,22 @@
 """The names that ``penstock.serve`` exports, with everything that they import."""
 
-from ..handles import AsyncServeHandle, ServeHandle, errors
+from ..handles import (
+    AsyncObjectRefHandle,
+    AsyncResponseStream,
+    AsyncServeHandle,
+    AsyncStreamingHandle,
+    Batch,
+    BatchItem,
+    BatchProducer,
+    BatchResult,
+    DeadLetter,
+    DeadLetters,
+    ObjectRefHandle,
+    ResponseStream,
+    ServeHandle,
+    StreamingHandle,
+    errors,
+)
 from ..workers.executing.accept_batch import accept_batch
 from ..workers.executing.context import get_current_backend_tag, get_current_replica_tag
 from ..workers.executing.request import Request
@@ -8,16 +24,30 @@ from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions
 from .controller.controller import ControllerActor
 from .lifecycle import connect, start
+from .status import Status
 
 __all__ = [
+    "AsyncObjectRefHandle",
+    "AsyncResponseStream",
     "AsyncServeHandle",
+    "AsyncStreamingHandle",
     "AutoscalingConfig",
     "BackendConfig",
+    "Batch",
+    "BatchItem",
+    "BatchProducer",
+    "BatchResult",
     "Client",
     "ControllerActor",
+    "DeadLetter",
+    "DeadLetters",
     "HTTPOptions",
+    "ObjectRefHandle",
     "Request",
+    "ResponseStream",
     "ServeHandle",
+    "Status",
+    "StreamingHandle",
     "accept_batch",
     "connect",
     "errors",

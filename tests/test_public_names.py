@@ -1,15 +1,33 @@
-"""What users may import, so that nothing is added or lost without anybody deciding it."""
+"""What users may import, so that a name is added or removed on purpose only."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import penstock
 from penstock import handles, serve
 
 SERVE = [
+    "AsyncObjectRefHandle",
+    "AsyncResponseStream",
     "AsyncServeHandle",
+    "AsyncStreamingHandle",
     "AutoscalingConfig",
     "BackendConfig",
+    "Batch",
+    "BatchItem",
+    "BatchProducer",
+    "BatchResult",
     "Client",
+    "DeadLetter",
+    "DeadLetters",
     "HTTPOptions",
+    "ObjectRefHandle",
     "Request",
+    "ResponseStream",
     "ServeHandle",
+    "Status",
+    "StreamingHandle",
     "accept_batch",
     "connect",
     "errors",
@@ -19,13 +37,23 @@ SERVE = [
 ]
 
 HANDLES = [
+    "AsyncObjectRefHandle",
+    "AsyncResponseStream",
     "AsyncServeHandle",
+    "AsyncStreamingHandle",
     "Batch",
     "BatchItem",
     "BatchProducer",
     "BatchResult",
+    "Connection",
+    "DeadLetter",
+    "DeadLetters",
+    "ObjectRefHandle",
+    "Response",
+    "ResponseStream",
     "Rows",
     "ServeHandle",
+    "StreamingHandle",
     "connect",
     "errors",
     "read",
@@ -40,11 +68,24 @@ def test_handles_exports_what_is_documented() -> None:
     assert handles.__all__ == HANDLES == sorted(HANDLES)
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_is_there_and_has_a_docstring() -> None:
     for module in (serve, handles):
         for name in module.__all__:
-            assert getattr(module, name) is not None
+            assert getattr(module, name).__doc__, name
 
 
-def test_the_errors_of_both_are_the_same() -> None:
-    assert serve.errors is handles.errors
+def test_what_both_export_is_the_same() -> None:
+    for name in set(SERVE) & set(HANDLES) - {"connect"}:
+        assert getattr(serve, name) is getattr(handles, name)
+
+
+def test_the_package_has_its_version_and_imports_nothing() -> None:
+    command = "import sys, penstock; print(penstock.__version__, [n for n in sys.modules if n.startswith('penstock.')])"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [penstock.__version__, "[]"]
+
+
+def test_the_version_is_written_once() -> None:
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "penstock.__version__" }' in pyproject
+    assert penstock.__version__ not in pyproject

@@ -70,6 +70,10 @@ class DeadLetter:
         """When the entry was given up, in milliseconds of Unix time by the broker's clock."""
         return int(self.id.partition("-")[0])
 
+    def __repr__(self) -> str:
+        request = "unreadable" if self.entry is None else f"request={self.entry.shown_id!r}"
+        return f"DeadLetter({self.id!r}, {request}, error={self.error!r}, deliveries={len(self.deliveries)})"
+
 
 class DeadLetterStream:
     """The dead letters of one backend."""

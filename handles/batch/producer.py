@@ -113,9 +113,12 @@ class BatchProducer:
         self._source = replace(self._source, name=name, names=names, on_restart=on_restart)
 
     def __repr__(self) -> str:
-        given = {"window": self._window, "job": self._job, **self._options.changed()}
-        shown = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
-        return f"BatchProducer({self._endpoint!r}, instance={self._instance!r}{shown})"
+        shown = self._options.shown()
+        for name, value in (("window", self._window), ("job", self._job)):
+            if value is not None:
+                shown[name] = repr(value)
+        options = "".join(f", {name}={value}" for name, value in shown.items())
+        return f"BatchProducer({self._endpoint!r}, instance={self._instance!r}{options})"
 
     def as_completed(self, items: Iterable[Any] | AsyncIterable[Any], *, skip: Container[int] = ()) -> Batch:
         """Return the results of ``items`` in the order in which they finish.

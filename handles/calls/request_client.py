@@ -259,7 +259,7 @@ class RequestClient:
         tag = traffic.choose(endpoint.traffic, shard_key, self._random())
         backend = None if tag is None else backends.get(tag)
         if backend is None:
-            raise BackendNotFound(str(tag), backends)
+            raise BackendNotFound(tag or "", backends)
         return backend
 
     def send(

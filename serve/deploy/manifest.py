@@ -320,7 +320,7 @@ class _Reading:
         if "shadows" in members:
             for tag, (tag_node, share_node) in self.members(members["shadows"][1], f"shadows of {what}").items():
                 if tag not in known:
-                    self.note(tag_node, f"there is no backend {tag!r}")
+                    self.note(tag_node, f"no backend {tag!r}")
                 share = self.check(share_node, partial(validation.check_proportion, self.value(share_node)))
                 if share:
                     shadows[tag] = share

@@ -15,8 +15,8 @@ from redis.asyncio import Redis
 
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.queue.flow_control import WINDOW
+from penstock.handles.async_handle import AsyncServeHandle
 from penstock.handles.errors import BrokerUnavailable, PenstockError, StreamBroken
-from penstock.handles.handle import AsyncServeHandle
 from tests.faults.tcp_proxy import TcpProxy
 from tests.proxy.site import INSTANCE
 from tests.proxy.test_response_streaming import Serving, serve

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from penstock import handles
-from penstock.handles import ServeHandle
+from penstock.handles import ServeHandle, background_loop
 from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Site, echo
 
@@ -39,7 +39,8 @@ def in_a_callback(connected: Connection, attempt: Attempt) -> Any:
         except BaseException as e:
             outcome.set_exception(e)
 
-    handle.remote(1).add_done_callback(call_back)
+    # Called on the loop, so that the future cannot be done before it has the callback.
+    background_loop.soon(lambda: handle.remote(1).add_done_callback(call_back))
     return outcome.result(20)
 
 

@@ -43,11 +43,12 @@ def test_they_are_listed_oldest_first(site: Site, connected: Connection) -> None
 
 def test_one_tells_its_request_and_its_history(site: Site, connected: Connection) -> None:
     site.declare()
-    letter = connected.dead_letters("model").get(bury(site, entry()))
+    letter = connected.dead_letters("model").get(bury(site, entry(), "poison"))
     assert letter.entry is not None
     assert letter.entry.header.endpoint == "ask"
     assert [delivery["replica"] for delivery in letter.deliveries] == ["model#1"]
     assert connected.dead_letters("model").body(letter) == b'"x"'
+    assert repr(letter) == f"DeadLetter({letter.id!r}, request={letter.entry.shown_id!r}, error='poison', deliveries=1)"
 
 
 def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, connected: Connection) -> None:
@@ -125,9 +126,9 @@ def test_a_broker_out_of_memory_refuses_a_replay_and_the_letter_stays(durable: E
 
 def test_wrong_names_are_refused(site: Site, connected: Connection) -> None:
     site.declare()
-    with pytest.raises(ConfigError, match="no id of a dead letter"):
+    with pytest.raises(ConfigError, match="not the id of a dead letter"):
         connected.dead_letters("model").get("x")
-    with pytest.raises(ConfigError, match="no id of a dead letter"):
+    with pytest.raises(ConfigError, match="not the id of a dead letter"):
         connected.dead_letters("model").get(f"{2**64}-0")
     with pytest.raises(TypeError, match="letter must be a DeadLetter"):
         connected.dead_letters("model").body("1-0")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -12,9 +12,9 @@ from penstock.handles.errors import PenstockError, from_wire, to_wire
 EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (errors.BackendError("ValueError", "bad", "Traceback …"), 500, "ValueError: bad"),
     (errors.BackendError("HTTPException", "teapot", status=418), 418, "HTTPException: teapot"),
-    (errors.BackendNotFound("b", ["a", "c"]), 404, "there is no backend 'b'; there is 'a', 'c'"),
+    (errors.BackendNotFound("b", ["a", "c"]), 404, "no backend 'b'; this instance has 'a', 'c'"),
     (errors.CallMethodRefused("e", "f", ["g", "h"]), 403, "endpoint 'e' offers the methods 'g', 'h', not 'f'"),
-    (errors.EndpointNotFound("e"), 404, "there is no endpoint 'e'; there is none"),
+    (errors.EndpointNotFound("e"), 404, "no endpoint 'e'; this instance has no endpoints yet"),
     (errors.BrokerUnavailable("redis://h", "gone"), 503, "the broker at redis://h is unavailable: gone"),
     (errors.DeliveryLimitExceeded("b", "id", 3, 3), 500, "3"),
     (errors.MalformedBody("not JSON"), 400, "not JSON"),
@@ -47,7 +47,7 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (
         errors.StreamBroken("b", "id", "its replica died"),
         502,
-        "the answer of 'b' to request 'id' broke off: its replica died",
+        "the streamed reply of 'b' to request 'id' broke off: its replica died",
     ),
     (errors.WireError("what is this"), 500, "what is this"),
     (errors.ConfigError("port must be …"), 400, "port must be …"),

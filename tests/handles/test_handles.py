@@ -229,7 +229,7 @@ def test_what_the_users_code_raised_is_told(site: Site, connected: Connection) -
 
 def test_an_endpoint_that_is_not_there_is_named(site: Site, connected: Connection) -> None:
     site.declare("other")
-    with pytest.raises(EndpointNotFound, match="no endpoint 'ask'; there is 'other'"):
+    with pytest.raises(EndpointNotFound, match="no endpoint 'ask'; this instance has 'other'"):
         connected.get_handle("ask")
     refused_everywhere(connected, EndpointNotFound)
 

@@ -12,10 +12,10 @@ from redis.asyncio import Redis as AsyncRedis
 from starlette.responses import StreamingResponse
 
 from penstock.broker.queue.flow_control import WINDOW
+from penstock.handles.async_handle import AsyncServeHandle
 from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, ConfigError, RequestCancelled, RequestTimeout, StreamBroken
-from penstock.handles.handle import AsyncServeHandle
 from penstock.handles.response_stream import AsyncResponseStream
 from penstock.workers import accept_batch
 from tests.handles.site import INSTANCE, Site
@@ -381,6 +381,6 @@ async def close_caller(site: Site) -> None:
 def test_the_option_is_checked(connected: Connection) -> None:
     handle = connected.get_handle("ask", missing_ok=True)
     with pytest.raises(TypeError, match="stream must be a bool, not str"):
-        handle.options(stream="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        handle.options(stream="yes")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     with pytest.raises(ConfigError, match="return_type='object_ref'"):
         handle.options(stream=True, return_type="object_ref")

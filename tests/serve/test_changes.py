@@ -84,8 +84,8 @@ def test_traffic_and_shadows_are_replaced() -> None:
     ("change", "kind", "says"),
     [
         (lambda: add_backend(SEEN, backend("f")), ConfigError, "there is a backend 'f' already"),
-        (lambda: update_backend(SEEN, "x", lambda old: old), BackendNotFound, "there is no backend 'x'"),
-        (lambda: remove_backend(SEEN, "x"), BackendNotFound, "there is no backend 'x'; there is 'f', 'g', 'h'"),
+        (lambda: update_backend(SEEN, "x", lambda old: old), BackendNotFound, "no backend 'x'"),
+        (lambda: remove_backend(SEEN, "x"), BackendNotFound, "no backend 'x'; this instance has 'f', 'g', 'h'"),
         (lambda: remove_backend(SEEN, "f"), ConfigError, "the backend 'f' is in use by 'api'"),
         (lambda: remove_backend(SEEN, "h"), ConfigError, "the backend 'h' is in use by 'api'"),
         (lambda: add_endpoint(SEEN, endpoint("api", None)), ConfigError, "there is an endpoint 'api' already"),
@@ -97,13 +97,13 @@ def test_traffic_and_shadows_are_replaced() -> None:
         (
             lambda: add_endpoint(SEEN, EndpointRecord(name="b", traffic={"x": 1.0})),
             BackendNotFound,
-            "there is no backend 'x'",
+            "no backend 'x'",
         ),
-        (lambda: remove_endpoint(SEEN, "x"), EndpointNotFound, "there is no endpoint 'x'; there is 'api'"),
-        (lambda: set_traffic(SEEN, "x", {"f": 1}), EndpointNotFound, "there is no endpoint 'x'"),
-        (lambda: set_traffic(SEEN, "api", {"x": 1}), BackendNotFound, "there is no backend 'x'"),
+        (lambda: remove_endpoint(SEEN, "x"), EndpointNotFound, "no endpoint 'x'; this instance has 'api'"),
+        (lambda: set_traffic(SEEN, "x", {"f": 1}), EndpointNotFound, "no endpoint 'x'"),
+        (lambda: set_traffic(SEEN, "api", {"x": 1}), BackendNotFound, "no backend 'x'"),
         (lambda: set_traffic(SEEN, "api", {"f": 0.5}), ConfigError, "they sum to 0.5"),
-        (lambda: set_shadow(SEEN, "api", "x", 1.0), BackendNotFound, "there is no backend 'x'"),
+        (lambda: set_shadow(SEEN, "api", "x", 1.0), BackendNotFound, "no backend 'x'"),
     ],
 )
 def test_what_cannot_be_changed_raises_and_names_it(

@@ -137,7 +137,7 @@ def test_traffic_of_a_wrong_type(traffic: Any) -> None:
 
 
 def test_traffic_to_an_unknown_backend_names_it_and_the_known_ones() -> None:
-    with pytest.raises(BackendNotFound, match="there is no backend 'c'; there is 'a', 'b'"):
+    with pytest.raises(BackendNotFound, match="no backend 'c'; this instance has 'a', 'b'"):
         check_traffic({"c": 1}, ["b", "a"])
 
 

@@ -163,7 +163,7 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(site: Site, penstock:
     rows.write_text("1\n")
 
     refused = penstock("batch", "nowhere", rows, "-o", output)
-    assert (refused.code, "there is no endpoint 'nowhere'" in refused.err) == (2, True)
+    assert (refused.code, "no endpoint 'nowhere'" in refused.err) == (2, True)
     refused = penstock("batch", "ask", tmp_path / "missing", "-o", output)
     assert (refused.code, refused.err) == (2, f"Error: {tmp_path / 'missing'}: No such file or directory\n")
     refused = penstock("batch", "ask", rows, "-o", tmp_path / "no" / "folder")
