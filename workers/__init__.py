@@ -1,4 +1,4 @@
-"""Replicas: claim, run, reply; and the Ray actor around them."""
+"""Replicas, which claim requests, run user code and reply, and the Ray actors around them."""
 
 from .executing.accept_batch import accept_batch, accepts_batch
 from .executing.context import get_current_backend_tag, get_current_replica_tag

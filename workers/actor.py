@@ -1,6 +1,6 @@
-"""The Ray actor of a replica: reads from the registry what to run, and reports its state there.
+"""The Ray actor of a replica: reads its code and configuration from the registry, and reports its state there.
 
-Nobody has to tell it anything but when to end, so it goes on serving whatever becomes of the controller and of Ray.
+Only its end is requested by a call. So the replica goes on serving if the controller or Ray's head node dies.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ log = logging.getLogger(__name__)
 NAMESPACE = "penstock"
 
 _RETRY_S = 0.5
-_PROMPTLY_S = 1.0
-_COUNT_S = 1.0
+_HEALTH_WAIT_S = 1.0
+_STATS_EVERY_S = 1.0
 
 
 class Serving:
-    """The life of one replica, from `ready` to `drain`: a plain asyncio class, which needs no Ray."""
+    """The life of one replica, from `ready` to `drain`: a plain asyncio class that needs no Ray.
+
+    Args:
+        redis_url: the broker's URL.
+        instance: the name of the instance.
+        backend: the backend's tag.
+        replica: the replica's tag.
+        where: what its reports say about its place, such as node and process.
+    """
 
     def __init__(
         self, redis_url: str, instance: str, backend: str, replica: str, where: Mapping[str, Any] | None = None
@@ -52,9 +60,9 @@ class Serving:
         self._keys = Keys(instance)
         self._version = ""
         self._config_version = self._refused = 0
-        self._said: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
+        self._report_fields: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
         self._connection: RedisConnection | None = None
-        self._directories: UnpackedRuntimeEnv | None = None
+        self._runtime_env: UnpackedRuntimeEnv | None = None
         self._runner: Runner | None = None
         self._worker: Replica | None = None
         self._memory = Memory()
@@ -65,24 +73,24 @@ class Serving:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def ready(self) -> None:
-        """Return when it serves, however long the user's constructor takes. Called again, it tells the same.
+        """Return when the replica serves, however long the constructor takes. A second call has the same result.
 
         Raises:
             BackendNotFound: its backend was deleted.
-            BackendError: the user's code cannot be loaded, constructed or configured.
+            BackendError: user code cannot be loaded, constructed or configured.
         """
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
         await asyncio.shield(self._starting)
 
     async def check(self) -> None:
-        """Return if it is well, as far as is known by now. At rest, give back memory that large bodies took.
+        """Return if the replica is healthy, as far as is known now. If it is idle, return the memory of large bodies.
 
-        A ``check_health`` of the user's that waits behind a long request is no sign of illness: it is not waited for,
-        and what it says is said by the next call.
+        A user's ``check_health`` may wait behind a long request, and that is not a failure. So this call waits for it
+        only briefly, and its result is that of a later call.
 
         Raises:
-            PenstockError: it could not start, or it has stopped claiming though requests wait.
+            PenstockError: the replica could not start, or has stopped claiming although requests wait.
             BackendError: the user's ``check_health`` raised, or took too long.
         """
         if self._starting is not None and self._starting.done():
@@ -93,7 +101,7 @@ class Serving:
         if self._checking is None:
             self._checking = asyncio.ensure_future(self._runner.check_health())
         checking = self._checking
-        await asyncio.wait([checking], timeout=_PROMPTLY_S)
+        await asyncio.wait([checking], timeout=_HEALTH_WAIT_S)
         if checking.done():
             self._checking = None
             await checking
@@ -101,16 +109,16 @@ class Serving:
             self._memory.give_back()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, finish what was begun, and stop serving for good.
+        """Stop claiming, finish the claims that have started, and stop serving for good.
 
-        Returns False if some of it was unfinished after ``timeout_s`` seconds. Other replicas take that over.
+        Returns False if some were unfinished after ``timeout_s`` seconds. Other replicas redeliver those.
         """
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._end(timeout_s))
         return await asyncio.shield(self._ending)
 
     async def drain_gracefully(self) -> bool:
-        """`drain`, for as long as its backend's configuration says."""
+        """`drain` with the timeout of the backend's configuration."""
         config = DEFAULTS if self._runner is None else self._runner.config
         return await self.drain(config.graceful_shutdown_timeout_s)
 
@@ -123,22 +131,22 @@ class Serving:
             if record is None:
                 raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
             self._version = record.version
-            self._say(version=record.version, config_version=0, initial_config_version=record.config_version)
-            code = await self._code(record.code)
+            self._report(version=record.version, config_version=0, initial_config_version=record.config_version)
+            code = await self._fetch_code(record.code)
             if record.files:
-                self._directories = await asyncio.to_thread(UnpackedRuntimeEnv, await self._code(record.files))
-                self._directories.enter()
+                self._runtime_env = await asyncio.to_thread(UnpackedRuntimeEnv, await self._fetch_code(record.files))
+                self._runtime_env.enter()
             self._runner = await Runner.start(self._backend, self._replica, code, record.config)
         except PenstockError as e:
             log.error("replica %s cannot start: %s", self._replica, e)
-            self._say(state="failed", error=to_wire(e))
+            self._report(state="failed", error=to_wire(e))
             raise
-        self._worker = await self._claiming(self._runner)
+        self._worker = await self._start_worker(self._runner)
         self._config_version = record.config_version
-        self._say(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
+        self._report(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
         self._watcher.add_listener(self._on_change)
         self._on_change(self._watcher.snapshot)
-        self._spawn(self._keep_counting(self._worker))
+        self._spawn(self._send_stats_regularly(self._worker))
 
     async def _connect(self) -> None:
         while True:
@@ -155,18 +163,18 @@ class Serving:
                 await asyncio.sleep(_RETRY_S)
             else:
                 outages.report_ended(shown_url(self._url), self)
-                connection.on_reconnect(self._tell)  # a broker that lost its data has lost what we said too
+                connection.on_reconnect(self._send_report)  # a broker that lost its data has lost the report too
                 self._connection = connection
                 return
 
-    async def _code(self, digest: str) -> bytes:
+    async def _fetch_code(self, digest: str) -> bytes:
         while True:
             try:
                 return await self._registry.get_code(digest)
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
-    async def _claiming(self, runner: Runner) -> Replica:
+    async def _start_worker(self, runner: Runner) -> Replica:
         while True:
             worker = Replica(self._url, self._instance, self._backend, self._replica, runner)
             try:
@@ -186,59 +194,61 @@ class Serving:
             self._following = self._spawn(self._follow())
 
     async def _follow(self) -> None:
-        """Take over configurations until there is no newer one."""
+        """Apply configurations until there is no newer one."""
         assert self._worker is not None
-        while (record := self._newer()) is not None:
+        while (record := self._newer_record()) is not None:
             try:
                 await self._worker.reconfigure(record.config)
             except PenstockError as e:
                 log.error("replica %s keeps its configuration: %s", self._replica, e)
                 self._refused = record.config_version
-                self._say(error=to_wire(e), refused=record.config_version)
+                self._report(error=to_wire(e), refused=record.config_version)
             else:
                 self._config_version = record.config_version
                 capacity = self._worker.capacity
-                self._say(config_version=record.config_version, error=None, refused=None, capacity=capacity)
+                self._report(config_version=record.config_version, error=None, refused=None, capacity=capacity)
 
-    def _newer(self) -> BackendRecord | None:
+    def _newer_record(self) -> BackendRecord | None:
         record = self._watcher.snapshot.backends.get(self._backend)
-        # A new version of the code has replicas of its own, and its configuration may not suit ours.
+        # A new version of the code has replicas of its own, and its configuration may not fit this version.
         if record is None or record.version != self._version or self._ending is not None:
             return None
         return record if record.config_version > max(self._config_version, self._refused) else None
 
-    def _say(self, **news: Any) -> None:
-        """Change what the registry holds of us, as soon as that can be reached."""
-        self._said = {name: value for name, value in {**self._said, **news}.items() if value is not None}
-        self._spawn(self._tell())
+    def _report(self, **changes: Any) -> None:
+        """Change the report of this replica in the registry, as soon as the broker can be reached."""
+        self._report_fields = {
+            name: value for name, value in {**self._report_fields, **changes}.items() if value is not None
+        }
+        self._spawn(self._send_report())
 
-    async def _tell(self) -> None:
+    async def _send_report(self) -> None:
         while True:
             try:
-                return await self._registry.report("replicas", self._replica, self._said)
+                return await self._registry.report("replicas", self._replica, self._report_fields)
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
-    # -- counting
+    # -- stats
 
-    async def _keep_counting(self, worker: Replica) -> None:
+    async def _send_stats_regularly(self, worker: Replica) -> None:
         while True:
-            await asyncio.sleep(_COUNT_S)
-            await self._count(worker)
+            await asyncio.sleep(_STATS_EVERY_S)
+            await self._send_stats(worker)
 
-    async def _count(self, worker: Replica) -> None:
-        """Say what was done since this was said last."""
+    async def _send_stats(self, worker: Replica) -> None:
+        """Add the counters since the last call to the stats of the backend."""
         run_stats = worker.take_run_stats()
         if not run_stats or self._connection is None:
             return
         try:
             await stats.add_stats(self._connection, self._keys, self._backend, run_stats)
         except FateUnknown:
-            pass  # rather not counted than twice
+            pass  # better not counted than counted twice
         except BrokerUnavailable:
             worker.run_stats.add(run_stats)
         except BrokerRefused as e:
-            log.warning("cannot count what %s has done: %s", self._replica, e)
+            log.warning("cannot add the stats of replica %s: %s", self._replica, e)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -255,7 +265,7 @@ class Serving:
             self._starting.cancel()
             await asyncio.wait([self._starting])
         if self._connection is not None:
-            self._say(state="draining")
+            self._report(state="draining")
         if self._worker is not None:
             finished = await self._worker.drain(timeout_s)
         if self._runner is not None:
@@ -266,16 +276,16 @@ class Serving:
             task.cancel()
         if self._connection is not None:
             if self._worker is not None and self._connection.connected:
-                await self._count(self._worker)
+                await self._send_stats(self._worker)
             await self._watcher.close()
             await self._connection.close()
-        if self._directories is not None:
-            await asyncio.to_thread(self._directories.remove)
+        if self._runtime_env is not None:
+            await asyncio.to_thread(self._runtime_env.remove)
         return finished
 
 
 class ReplicaActor(DrainsOnSigterm):
-    """A replica as a Ray actor. All of its methods may be waiting at once."""
+    """A replica as a Ray actor. Its methods may run concurrently."""
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
         name_requests()
@@ -286,7 +296,7 @@ class ReplicaActor(DrainsOnSigterm):
 
     async def ready(self) -> None:
         await self._serving.ready()
-        # What was made so far lives as long as the process: it need not be looked through again and again.
+        # Objects made so far live as long as the process: the garbage collector need not scan them again and again.
         gc.collect()
         gc.freeze()
 
@@ -297,24 +307,24 @@ class ReplicaActor(DrainsOnSigterm):
         return await self._serving.drain(timeout_s)
 
     async def attend(self, controller: str) -> None:
-        """Live as long as the actor ``controller``, over its restarts; end when that has ended for good."""
+        """Wait while the actor ``controller`` lives, over its restarts, and end this actor after it."""
         await outlast(controller)
         ray.kill(cast("Any", ray.get_runtime_context()).current_actor)
 
 
 async def outlast(name: str) -> None:
-    """Return when the actor ``name`` will not come back."""
+    """Return when the actor ``name`` has died and will not restart."""
     while True:
         try:
-            # In a thread, as it blocks for long when Ray's head is away.
+            # In a thread, as it blocks for long while Ray's head node is down.
             actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
             await actor.attend.remote()
         except (ValueError, ActorDiedError):  # a ValueError: there is none of that name
             return
         except RayError as e:
-            log.debug("cannot attend to %s: %s", name, e)
+            log.debug("cannot watch the actor %s: %s", name, e)
         await asyncio.sleep(_RETRY_S)
 
 
 RemoteReplica: Any = ray.remote(ReplicaActor)
-"""Takes the broker's URL, the names of the instance and of the backend, and the replica's own."""
+"""The actor class. Its arguments are those of `ReplicaActor`."""

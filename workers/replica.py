@@ -1,4 +1,4 @@
-"""A replica: the work of one process on its backend, without Ray."""
+"""A replica: one process that serves one backend. It needs Redis but not Ray."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .executing.runner import Runner
 
 log = logging.getLogger(__name__)
 
-_IS_WAITING_S = 5.0
+_IS_WAITING_TIMEOUT_S = 5.0
 
 
 class Replica:
-    """Serves one backend from its stream with one `Runner`, from `start` to `stop`."""
+    """Serves one backend with one started `Runner`, from `start` to `stop`. Bound to the loop in which it is made."""
 
     def __init__(self, url: str, instance: str, backend: str, replica: str, runner: Runner) -> None:
         self.backend, self.replica = backend, replica
@@ -52,11 +52,12 @@ class Replica:
 
     @property
     def capacity(self) -> int:
-        """How many requests run here at a time when all of it is busy."""
+        """The number of requests that run at a time when all slots are occupied."""
         return self._consumer.settings.capacity
 
     @property
     def in_progress(self) -> int:
+        """The number of claims in progress."""
         return len(self._consumer.in_progress)
 
     @property
@@ -69,7 +70,7 @@ class Replica:
         return self._consumer.take_run_stats()
 
     async def start(self) -> None:
-        """Connect, take the lease and begin to claim. The runner must have started.
+        """Connect, acquire the lease and start claiming.
 
         Raises:
             BrokerUnavailable: Redis cannot be reached.
@@ -78,55 +79,62 @@ class Replica:
         self._runner.attach(self._consumer.stream_sender, self._commands.now_ms)
         await self._commands.open()
         await self._reads.open()
-        # Either may have carried a claim that we never saw.
+        # The reply to a claim may have been lost with either connection.
         self._commands.on_reconnect(self._recover)
         self._reads.on_reconnect(self._recover)
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
         await loop.run_in_executor(None, self._lease.start)
         await self._group.ensure()
         await self._signals.open()
-        self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="take-over")
+        self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="redelivery")
         self._observe_claims()
         self._consumer.claim()
 
     async def check(self) -> None:
-        """Return if it claims, has no room, or nothing waits for it.
+        """Return if the replica claims, has no room, or no request waits.
 
         Raises:
-            PenstockError: it has had room for a while and has not claimed, though requests wait.
+            PenstockError: it has had room for `STOPPED_AFTER_S` and has not claimed, although requests wait.
         """
         if not self._claim_watch.has_stopped:
             return
         try:
-            is_work_waiting = await asyncio.wait_for(self._group.is_work_waiting(), _IS_WAITING_S)
+            is_work_waiting = await asyncio.wait_for(self._group.is_work_waiting(), _IS_WAITING_TIMEOUT_S)
         except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
-            log.warning("cannot see whether requests wait for backend %r: %s", self.backend, str(e) or type(e).__name__)
+            log.warning(
+                "cannot find out whether requests wait for backend %r: %s", self.backend, str(e) or type(e).__name__
+            )
             return
         if is_work_waiting:
             raise PenstockError(
                 f"replica {self.replica!r} has had room for {STOPPED_AFTER_S:g} s and has not claimed, "
-                f"though requests wait for backend {self.backend!r}"
+                f"although requests wait for backend {self.backend!r}"
             )
 
     async def reconfigure(self, config: BackendSpec) -> None:
-        """Use another configuration from now on. Raises `BackendError` if the user's code does not take it."""
+        """Use another configuration from now on.
+
+        Raises:
+            BackendError: the user's ``reconfigure`` raised; the old configuration stays.
+            ConfigError: the configuration does not fit the code, as for `Runner.start`.
+        """
         await self._runner.reconfigure(config)
         self._consumer.reconfigure()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Stop claiming, give back what was only prefetched, and finish the rest.
+        """Stop claiming, give back claims that have not started, and finish the others.
 
-        Returns False if some of it was still running after ``timeout_s`` seconds.
+        Returns False if some were still running after ``timeout_s`` seconds.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_s
         finished = await self._consumer.drain(timeout_s)
-        # A reply that the broker refuses is lost with the connection, and another replica would run its request again.
+        # Replies that the broker refuses wait in this connection. If one is lost, another replica runs the request.
         await self._commands.wait_for_patient(ends_at - loop.time())
         return finished
 
     async def stop(self) -> None:
-        """Drop the lease and disconnect. What is still held is taken over by other replicas, so `drain` first."""
+        """Release the lease and disconnect. Claims still in progress are redelivered, so call `drain` first."""
         self._consumer.stop_claiming()
         if self._scan is not None:
             self._scan.cancel()
@@ -135,14 +143,14 @@ class Replica:
             self._observing.cancel()
         self._consumer.close()
         await self._signals.close()
-        # Its outstanding claim ends with its connection; what that claimed in the last moment is taken over.
+        # A claim in flight ends with its connection. Entries that it claimed in the last moment are redelivered.
         await self._reads.close()
         await asyncio.get_running_loop().run_in_executor(None, self._lease.stop)
         try:
             if self._commands.connected:
                 await self._group.leave()
         except (BrokerUnavailable, BrokerRefused) as e:
-            log.debug("left without a farewell: %s", e)
+            log.debug("cannot remove replica %r from the consumer group: %s", self.replica, e)
         await self._commands.close()
 
     def _on_signal(self, signal: bytes) -> None:
@@ -161,4 +169,4 @@ class Replica:
 
     async def _recover(self) -> None:
         await self._group.ensure()
-        await self._strays.take_fresh()
+        await self._strays.recover_fresh()

@@ -1,7 +1,7 @@
-"""Local directories of a ``runtime_env``: packed at the call, unpacked by each replica that needs them.
+"""Local directories of a ``runtime_env``: packed by the call that creates a backend, unpacked by its replicas.
 
-Ray takes such directories for whole jobs only, not for actors. So they lie in the registry, beside the code that
-imports from them: a replica finds them on whatever node and however long after the call it starts.
+Ray accepts local directories for a whole job only, not for an actor. So they are stored in the registry, beside the
+code that imports from them. A replica finds them on any node, and however long after the call it starts.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ray._private.thirdparty import pathspec
 from ..broker.errors import ConfigError, PenstockError
 
 MAX_BYTES = 128 * 1024 * 1024
-"""More than this of files may not travel: the registry and the controller's copy of it hold them."""
+"""Most bytes of files in one ``runtime_env``: the registry and the controller's backup of it hold them."""
 
 WORKING_DIR, PY_MODULES, EXCLUDES = "working_dir", "py_modules", "excludes"
 
 _NEVER = (".git", ".venv", "venv", "__pycache__")
-"""What Ray leaves out, whatever is said of it."""
+"""Folders that are always left out, as Ray does."""
 _IGNORE_FILES = (".gitignore", ".rayignore")
 
-# One that is named so belongs to a replica that lives, or to nobody.
 _PREFIX = "penstock-code-"
+"""Prefix of the directories of replicas. The lock on one shows that its replica is alive."""
 
 Excluded = Callable[[Path], bool]
 
 
 def for_ray(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is left for Ray: all but the local directories."""
+    """Return the ``runtime_env`` without the local directories, for Ray."""
     left = {name: value for name, value in runtime_env.items() if name not in (WORKING_DIR, PY_MODULES, EXCLUDES)}
     if (working_dir := runtime_env.get(WORKING_DIR)) is not None and not _is_local(working_dir):
         left[WORKING_DIR] = working_dir
@@ -48,14 +48,14 @@ def for_ray(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pack(runtime_env: Mapping[str, Any], version: str) -> bytes:
-    """Return the local directories as one archive; nothing if there are none.
+    """Return the local directories as one zip archive; empty if there are none.
 
-    The same files give the same bytes, but for ``version``, which makes the digest this version's own: whoever deletes
-    his code cannot delete that of another backend with the same. What ``excludes``, ``.gitignore`` and ``.rayignore``
-    name is left out, as Ray does.
+    Files that ``excludes``, ``.gitignore`` and ``.rayignore`` name are left out, as Ray does. The same files give the
+    same bytes except for ``version``. That gives each version of a backend a digest of its own, so that deleting one
+    does not delete the files of another.
 
     Raises:
-        ConfigError: one is no directory, cannot be read, or they hold more than `MAX_BYTES`.
+        ConfigError: one is not a directory or cannot be read, or they hold more than `MAX_BYTES`.
     """
     excludes = cast("list[str]", runtime_env.get(EXCLUDES) or [])
     folders: list[tuple[str, str, Path]] = []
@@ -78,8 +78,8 @@ def pack(runtime_env: Mapping[str, Any], version: str) -> bytes:
         if sum(files) > MAX_BYTES:
             named = " and ".join(f"{kind} {str(folder)!r}" for kind, _, folder in folders)
             raise ConfigError(
-                f"runtime_env: {named} come to {sum(files) / 2**20:.1f} MiB in {len(files)} files, and at most "
-                f"{MAX_BYTES / 2**20:g} MiB may travel: name in 'excludes' what replicas do not need, or give a URI"
+                f"runtime_env: {named} have {sum(files) / 2**20:.1f} MiB in {len(files)} files, and at most "
+                f"{MAX_BYTES / 2**20:g} MiB are allowed: name the others in 'excludes', or give a URI"
             )
         return _zipped([prefix for _, prefix, _ in folders], members, version)
     except OSError as e:
@@ -87,7 +87,7 @@ def pack(runtime_env: Mapping[str, Any], version: str) -> bytes:
 
 
 class UnpackedRuntimeEnv:
-    """The directories of one replica, in one of its own that goes with it.
+    """The unpacked directories of one replica, in a temporary directory of its own until `remove`.
 
     Raises:
         PenstockError: they cannot be written.
@@ -105,7 +105,7 @@ class UnpackedRuntimeEnv:
             raise PenstockError(f"cannot unpack the directories of runtime_env: {e}") from e
 
     def enter(self) -> None:
-        """Make this process work in the working directory, and import from it and from the modules."""
+        """Make the unpacked working directory that of this process, and import from it and from the modules."""
         self._before = os.getcwd(), list(sys.path)
         modules = self._root / PY_MODULES
         if modules.is_dir():
@@ -116,7 +116,7 @@ class UnpackedRuntimeEnv:
             sys.path.insert(0, str(working_dir))
 
     def remove(self) -> None:
-        """Leave them and delete them."""
+        """Undo `enter`, and delete the directories."""
         if self._before is not None:
             directory, sys.path[:] = self._before
             os.chdir(directory)
@@ -139,10 +139,10 @@ def _directory(kind: str, path: str) -> Path:
 
 
 def _walk(folder: Path, excluded: Sequence[Excluded], above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield the files and directories in ``folder``, each directory before what is in it, in an order of their own."""
+    """Yield the files and directories in ``folder`` in sorted order, each directory before its contents."""
     here = folder.resolve()
     if here in above:
-        raise ConfigError(f"runtime_env: the link {str(folder)!r} leads back to a directory that it is in")
+        raise ConfigError(f"runtime_env: the link {str(folder)!r} leads to a directory that contains it")
     ignored = [folder / name for name in _IGNORE_FILES if (folder / name).is_file()]
     patterns = [_matcher(folder, path.read_text(encoding="utf-8").splitlines()) for path in ignored]
     excluded = [*excluded, *patterns]
@@ -182,14 +182,14 @@ def _zipped(folders: Sequence[str], members: Sequence[tuple[str, Path]], version
 
 
 def _info(name: str, mode: int) -> ZipInfo:
-    info = ZipInfo(name)  # of 1980, whenever it was written
+    info = ZipInfo(name)  # with the constant date of 1980
     info.external_attr = mode << 16
     info.compress_type = ZIP_DEFLATED
     return info
 
 
 def _make() -> tuple[Path, int]:
-    """Return a new directory, and what holds the lock on it for as long as this process lives."""
+    """Return a new directory, and the file descriptor that holds a lock on it while this process lives."""
     hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
     lock = os.open(hidden, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -197,16 +197,16 @@ def _make() -> tuple[Path, int]:
 
 
 def _remove_abandoned() -> None:
-    """Delete what replicas that were killed have left on this node."""
+    """Delete the directories of replicas that were killed on this node."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             lock = os.open(path, os.O_RDONLY)
         except OSError:
-            continue  # it has just gone, or is another user's
+            continue  # it was just removed, or is another user's
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # its replica lives
+            continue  # its replica is alive
         else:
             shutil.rmtree(path, ignore_errors=True)
         finally:

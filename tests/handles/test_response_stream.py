@@ -265,7 +265,7 @@ def test_what_takes_batches_cannot_stream(site: Site, connected: Connection) -> 
         return [count(request) for request in requests]
 
     site.serve(each, max_batch_size=4)
-    with pytest.raises(BackendError, match="what takes batches cannot stream"):
+    with pytest.raises(BackendError, match="a method that takes batches cannot stream"):
         list(streaming(connected).remote(3))
 
 

@@ -70,10 +70,10 @@ def test_what_cannot_travel_is_named(write: Write, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"there is no directory '.*a\.py'"):
         pack({"working_dir": str(code / "a.py")}, "")
     monkeypatch.setattr(runtime_env, "MAX_BYTES", 2**21)
-    with pytest.raises(ConfigError, match=r"'.*/code' come to 3\.0 MiB in 2 files, and at most 2 MiB may travel"):
+    with pytest.raises(ConfigError, match=r"'.*/code' have 3\.0 MiB in 2 files, and at most 2 MiB are allowed"):
         pack({"working_dir": str(code)}, "")
     (code / "loop").symlink_to(code)
-    with pytest.raises(ConfigError, match="leads back to a directory that it is in"):
+    with pytest.raises(ConfigError, match="leads to a directory that contains it"):
         pack({"working_dir": str(code)}, "")
 
 

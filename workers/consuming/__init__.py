@@ -1,1 +1,1 @@
-"""Claims: which entries a replica takes, when it starts them, and how it settles them."""
+"""Consuming: claiming entries, starting them, and settling them."""

@@ -13,13 +13,12 @@ from .policies.fairness import StreamSharing
 from .settings import ConsumerSettings
 
 _QUICK_S = 0.002
-"""Behind batches this short the next one is always claimed: nobody waits longer than that for a slot."""
-_OLD = 0.7
-"""Weight of the average run time when a request has taken another time."""
-_SHARED_CLAIM = 8
-"""While batch items and interactive requests both come, quick batches are of this size: what they cost is the work
-around them, item by item. With 8 instead of 16 the web's 99th percentile beside no-ops was 3.7 ms and not 4.6, for two
-thirds of the items a second.
+"""While batches are this short, the next one is always claimed ahead: no request waits longer than this for a slot."""
+_AVERAGE_WEIGHT = 0.7
+"""Weight of the average run time against that of one more request."""
+_MIXED_BATCH_SIZE = 8
+"""Size of quick batches while the load is mixed: they cost the work around each item. With 8 instead of 16, the 99th
+percentile of HTTP requests beside no-op items was 3.7 ms instead of 4.6 ms, at two thirds of the items per second.
 """
 
 
@@ -27,9 +26,9 @@ class Batching:
     """Assembles the batches of one replica from its claims. Only for the loop in which they run.
 
     Args:
-        now_ms: the broker's clock, in milliseconds of Unix time.
-        is_considerate: whether batch items and interactive requests both come. The next interactive one then waits
-            behind all that was claimed before it, so nothing is claimed ahead.
+        settings: the present settings.
+        sharing: whether the load is mixed. If it is, nothing is claimed ahead.
+        now_ms: Unix time in milliseconds by the broker's clock.
         on_lingered: called when an incomplete batch has waited long enough for more requests.
         on_nearly_free: called when a batch is about to end, so that the next one can be claimed.
     """
@@ -49,12 +48,12 @@ class Batching:
         self.loading: set[Claim] = set()
         """Claims whose large bodies are being fetched."""
         self._awaited: set[Claim] | None = None
-        """Those of them that an incomplete batch waits for."""
+        """The claims among them that an incomplete batch waits for."""
         self._run_s = 1.0
-        """How long a call takes: an average in which slowness counts at once and quickness slowly."""
+        """Average run time of a call, in which a slow call counts at once and a quick one slowly."""
         self._is_fetching, self._wanted = False, 0
         self._fetch_began_s: float | None = None
-        self._ran_dry = False
+        self._found_too_few = False
         self._linger: asyncio.TimerHandle | None = None
         self._lingered = False
         self._nearly_free: asyncio.TimerHandle | None = None
@@ -78,12 +77,12 @@ class Batching:
 
     @property
     def is_busy(self) -> bool:
-        """Whether whatever is claimed now must wait for the end of a batch."""
+        """Whether all slots are occupied, so that new claims must wait for the end of a batch."""
         return self._capacity.free <= 0
 
     @property
     def is_quick(self) -> bool:
-        """Whether calls are so short that the next batch is claimed behind any of them."""
+        """Whether calls are so short that the next batch is always claimed ahead."""
         return self._run_s <= _QUICK_S
 
     @property
@@ -95,50 +94,50 @@ class Batching:
         return not self.is_busy or self.is_quick
 
     def room(self, waiting: int) -> int:
-        """Return how many requests to claim beside ``waiting`` ones, which are claimed and in no batch yet."""
+        """Return how many more requests to claim when ``waiting`` claims are in no batch yet."""
         size = self._settings.batch_size
         if self.is_quick and not self._settings.batch_wait_s and self._sharing.is_mixed(monotonic()):
-            size = min(size, _SHARED_CLAIM)
+            size = min(size, _MIXED_BATCH_SIZE)
         slots = self._capacity.free
         if slots <= 0:
             slots = self._slots_ahead()
-            if self._ran_dry and not self.may_block:
+            if self._found_too_few and not self.may_block:
                 return 0
         return slots * size - waiting - len(self.loading)
 
     def needs_more(self, waiting: int) -> bool:
-        """Whether to look for more requests before the next batch starts with those that are ``waiting``."""
+        """Return whether to claim more requests before the next batch starts with the ``waiting`` claims."""
         return 0 < waiting < self._settings.batch_size and not self.is_quick and not self._sharing.is_mixed(monotonic())
 
     def fetch_began(self, up_to: int) -> None:
-        """Note that a claim was sent which does not wait at the broker: an incomplete batch waits for its result."""
+        """Record that a claim was sent which does not block: an incomplete batch waits for its result."""
         self._is_fetching, self._wanted, self._fetch_began_s = True, up_to, monotonic()
 
     def fetch_ended(self, claimed: int) -> None:
-        """Note the result of that claim, if it was one."""
+        """Record that a claim returned ``claimed`` entries. Has no effect if it was one that may block."""
         if not self._is_fetching:
             return
-        self._is_fetching, self._ran_dry = False, claimed < self._wanted
+        self._is_fetching, self._found_too_few = False, claimed < self._wanted
         if 2 * claimed < self._settings.batch_size:
-            self._fetch_began_s = None  # too few to measure by
+            self._fetch_began_s = None  # too few for a measurement
         self._measure_fetch()
 
-    def loaded(self, held: Claim) -> None:
-        """Note that the body of a claim has come, or that it never will."""
-        self.loading.discard(held)
+    def loaded(self, claim: Claim) -> None:
+        """Record that the body of a claim was fetched, or that it cannot be."""
+        self.loading.discard(claim)
         if self._awaited is not None:
-            self._awaited.discard(held)
+            self._awaited.discard(claim)
         self._measure_fetch()
 
     # -- running
 
     def next(self, waiting: deque[Claim]) -> list[Claim]:
-        """Take the next batch off what waits; it is empty if none is to start now."""
+        """Remove the next batch from the waiting claims and return it; it is empty if no batch should start now."""
         if not waiting:
             return []
         is_full = len(waiting) >= self._settings.batch_size
         if self._capacity.free <= 0:
-            # A thread goes on with what is on its queue without a switch to the loop.
+            # A thread continues with the next job of its queue without a switch to the loop.
             if not (is_full and self._settings.is_blocking and not self.is_quick and self._slots_ahead() > 0):
                 return []
         elif not is_full and (self._is_fetching or self._awaits_bodies() or self._lingers(waiting[0])):
@@ -148,17 +147,17 @@ class Batching:
         return [waiting.popleft() for _ in range(min(self._settings.batch_size, len(waiting)))]
 
     def start(self, size: int) -> BatchRun:
-        """Note that a batch of ``size`` requests was handed to the user's code."""
+        """Record that a batch of ``size`` requests was passed to user code."""
         run = self._capacity.start(size, monotonic())
         self.watch()
         return run
 
     def end(self, run: BatchRun) -> None:
-        """Note that all requests of a batch are answered."""
+        """Record that all requests of a batch have replies."""
         if run.took_s > 0:
-            old = _OLD**run.size
+            old = _AVERAGE_WEIGHT**run.size
             self._run_s = max(run.took_s, old * self._run_s + (1 - old) * run.took_s)
-        self._ran_dry = False
+        self._found_too_few = False
         self._capacity.end(run, monotonic())
         self.watch()
 
@@ -167,25 +166,25 @@ class Batching:
         return self.is_busy and (waiting > 0 or self._capacity.queued > 0)
 
     def patience_s(self, unpredictable_s: float) -> float:
-        """Return how long they may still wait; ``unpredictable_s`` if the ends of batches cannot be predicted."""
+        """Return how long claims may still wait; ``unpredictable_s`` if the ends of batches cannot be predicted."""
         patience_s = None if self.is_quick else self._capacity.patience_s(monotonic())
         return unpredictable_s if patience_s is None else patience_s
 
     def overran(self, least_s: float) -> None:
-        """Note that the running batch takes ``least_s`` or more."""
+        """Record that the running batch takes ``least_s`` or more."""
         self._run_s = max(self._run_s, least_s)
 
     def watch(self) -> None:
-        """Call ``on_nearly_free`` when the next of the running batches is about to end."""
+        """Schedule ``on_nearly_free`` for when the next running batch is about to end."""
         self._stop_watching()
         if self._capacity.free > 0 or self.is_quick:
             return
-        now_s = monotonic()  # the loop's time may be one of whole milliseconds
+        now_s = monotonic()  # the loop's clock may have a resolution of only a millisecond
         if (at_s := self._capacity.next_nearly_free_s(now_s)) is not None:
             self._nearly_free = asyncio.get_running_loop().call_later(at_s - now_s, self._on_timer)
 
     def _slots_ahead(self) -> int:
-        """How many batches to claim beyond those that can start at once."""
+        """Return how many batches to claim beyond those that can start at once."""
         if self._sharing.is_mixed(monotonic()):
             return 0
         if self.is_quick:
@@ -194,7 +193,7 @@ class Batching:
 
     def _on_timer(self) -> None:
         self._nearly_free = None
-        self._ran_dry = False
+        self._found_too_few = False
         self._on_nearly_free()
         self.watch()
 
@@ -204,7 +203,7 @@ class Batching:
             self._fetch_began_s = None
 
     def _awaits_bodies(self) -> bool:
-        # Only for those that were under way when the batch could first have started: new ones come all the time.
+        # Only for bodies that were being fetched when the batch could first have started: new ones come all the time.
         if self._awaited is None:
             self._awaited = self.loading.copy()
         return bool(self._awaited)

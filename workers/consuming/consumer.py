@@ -146,7 +146,7 @@ class Consumer:
         """
         await self._claim_loop.claim_returned(count)
 
-    def take_over(self, entries: Sequence[tuple[bytes, list[bytes] | None]]) -> None:
+    def hold(self, entries: Sequence[tuple[bytes, list[bytes] | None]]) -> None:
         """Hold stray claims, and start as many as may start."""
         self._reader.read(entries)
         self._scheduler.start_waiting()

@@ -73,7 +73,7 @@ class Redelivery:
                 if expired:
                     await self._break_off_streams()
                     await self._run_in_quarantine()
-                if self._strays.may_exist(pending, held) and (own := await self._strays.take_all()):
+                if self._strays.may_exist(pending, held) and (own := await self._strays.recover()):
                     await self._run_in_quarantine(own)
                 await self._consumer.claim_returned(returned)
             except (BrokerUnavailable, BrokerRefused) as e:
@@ -158,10 +158,10 @@ class Redelivery:
 
     async def _run(self, redelivered: Sequence[RedeliveredEntry]) -> None:
         """Run the entries concurrently, and return when all are settled."""
-        read = [(one.entry, await self._read(one)) for one in redelivered]
+        read = [(claimed.entry, await self._read(claimed)) for claimed in redelivered]
         await self._consumer.run_redelivered([(ref, entry) for ref, entry in read if entry is not None])
-        for one in redelivered:
-            self._group.pending.forget_history(one.entry)
+        for claimed in redelivered:
+            self._group.pending.forget_history(claimed.entry)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""

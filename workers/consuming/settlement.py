@@ -19,9 +19,10 @@ from ..claim import Claim
 log = logging.getLogger(__name__)
 
 _REPLY_BODY_MS = 120_000
+"""How long the broker keeps a large body of a reply that its caller does not fetch."""
 _COMBINED_MAX_BYTES = 1024
-"""Longest body of a reply that is combined with others. Replies of one tick with the same caller, codec and status
-share one entry of the reply stream: writing and reading one entry costs about as much as one with many replies.
+"""Longest body of a reply that is combined with others. Replies of one loop tick with the same caller, codec and status
+share one entry of the reply stream: an entry with many replies costs about as much as one with a single reply.
 """
 _COMBINED_MAX_REPLIES = 64
 """Most replies in one such entry."""
@@ -63,8 +64,8 @@ class Settlement:
     def _reply_together(self) -> None:
         alike: dict[tuple[str, str, int], list[Reply]] = {}
         now_ms = self._commands.now_ms()
-        written, self._replies = self._replies, []
-        for claim, reply in written:
+        pending, self._replies = self._replies, []
+        for claim, reply in pending:
             reply.queue_ms = _queue_ms(claim.ref, reply, now_ms)
             key = claim.entry.caller, reply.codec, reply.status
             if (together := alike.get(key)) is None:

@@ -1,8 +1,8 @@
 """Stray claims: entries that are pending in this replica's name and that the replica does not hold.
 
-A claim whose reply was lost with its connection leaves them, and so would any fault in the claim loop. Their consumer
-is alive, so no other replica redelivers them. They are searched for after each reconnect, and every few seconds if the
-number of pending entries differs from the number of those held.
+They are left by a claim whose reply was lost with its connection, and would be left by a fault in the claim loop. Their
+consumer is alive, so no other replica redelivers them. The replica searches for them after each reconnect, and every
+few seconds while the number of pending entries differs from the number of claims in progress.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import random
 import time
 
 from ...broker.queue.consumer_group import ConsumerGroup
-from ...broker.queue.group.pending_entries import RedeliveredEntry
+from ...broker.queue.group.pending_entries import Reclaimed, RedeliveredEntry
 from .consumer import Consumer
 
 _EVERY_S = (3.0, 5.0)
 """Bounds of the random time between two searches."""
 
 _IDLE_MS = 2_000
-"""What was claimed less long ago may be on its way here."""
+"""Entries that were claimed more recently may still be on their way."""
 
 
 class StrayClaims:
@@ -38,18 +38,19 @@ class StrayClaims:
         self._next_at_s = now_s + random.uniform(*_EVERY_S)
         return True
 
-    async def take_fresh(self) -> None:
-        """Pass the consumer the entries that were claimed for the first time and lost. For after a reconnect."""
-        await self._take(0, redelivered=False)
+    async def recover_fresh(self) -> None:
+        """Pass the consumer the stray claims that may run at once. For after a reconnect."""
+        await self._recover(0)
 
-    async def take_all(self) -> list[RedeliveredEntry]:
-        """Pass the consumer the entries that were claimed some time ago and lost.
+    async def recover(self) -> list[RedeliveredEntry]:
+        """Pass the consumer the stray claims that may run at once.
 
-        Returns the entries that were redelivered to this replica: those must run in quarantine.
+        Returns the others: entries that were redelivered to this replica, which must run in quarantine.
         """
-        return await self._take(_IDLE_MS, redelivered=True)
+        return [entry.as_redelivered() for entry in await self._recover(_IDLE_MS) if not entry.is_fresh]
 
-    async def _take(self, idle_ms: int, *, redelivered: bool) -> list[RedeliveredEntry]:
+    async def _recover(self, idle_ms: int) -> list[Reclaimed]:
+        """Return all stray claims after passing the fresh ones to the consumer; none if the replica drains."""
         async with self._searching:
             while True:
                 with self._in_progress.recording_released() as released:
@@ -58,11 +59,11 @@ class StrayClaims:
                     found = await self._group.pending.reclaim(lost) if lost else []
                 if not self._group.acknowledger.has_waiting:
                     break
-                # A settlement that was refused is to be sent again: its entry is still pending, and must not run again.
-        found = [one for one in found if one.ref not in self._in_progress and one.ref not in released]
-        fresh = [(one.ref, one.fields) for one in found if one.is_fresh]
+                # A refused settlement will be sent again. Its entry is still pending, and must not run again.
+        found = [entry for entry in found if entry.ref not in self._in_progress and entry.ref not in released]
+        fresh = [(entry.ref, entry.fields) for entry in found if entry.is_fresh]
         if self._consumer.is_draining:
             self._group.acknowledger.give_back([ref for ref, _ in fresh])
             return []
-        self._consumer.take_over(fresh)
-        return [one.as_redelivered() for one in found if not one.is_fresh] if redelivered else []
+        self._consumer.hold(fresh)
+        return found

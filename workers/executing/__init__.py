@@ -1,1 +1,1 @@
-"""User code: how it is loaded, called, and turned into replies."""
+"""Executing: loading user code, calling it, and making replies of its results."""

@@ -1,4 +1,4 @@
-"""``accept_batch``: marks code that takes many requests in one call."""
+"""``accept_batch``: the decorator of code that takes several requests in one call."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def accept_batch(function: F) -> F:
     ...     return [2 * request.data for request in requests]
 
     Raises:
-        TypeError: it is a class (its ``__call__`` is what to decorate), cannot be called at all, or cannot be marked:
-            what is built in cannot, nor can a method that is bound to its object.
+        TypeError: ``function`` is a class (decorate its ``__call__`` instead), cannot be called, or cannot be marked,
+            as a built-in function or a bound method.
     """
     if isinstance(function, type):
         raise TypeError(f"accept_batch goes on the __call__ method of {function.__name__}, not on the class")
@@ -44,7 +44,7 @@ def accept_batch(function: F) -> F:
 def accepts_batch(target: object) -> bool:
     """Return whether ``target``, or the ``__call__`` of a class, was decorated with `accept_batch`."""
     if isinstance(target, type):
-        target = getattr(target, "__call__", None)  # noqa: B004 - it is the function that carries the mark
+        target = getattr(target, "__call__", None)  # noqa: B004 - the function carries the mark
     while getattr(target, _MARK, False) is not True:
         if not isinstance(target, partial):
             return False
@@ -53,9 +53,10 @@ def accepts_batch(target: object) -> bool:
 
 
 def marks(target: object) -> tuple[str, ...]:
-    """Return what of ``target`` was decorated: names of a class's methods, or ``__call__`` of a function.
+    """Return the names of the decorated methods of a class, or ``("__call__",)`` for a decorated function.
 
-    What is pickled by its name leaves the mark behind, unless it was decorated where it is defined. See `put_marks`.
+    An object that is pickled by its name loses the mark, unless it was decorated where it is defined. `put_marks`
+    restores it.
     """
     if not isinstance(target, type):
         return ("__call__",) if accepts_batch(target) else ()
@@ -64,7 +65,7 @@ def marks(target: object) -> tuple[str, ...]:
 
 
 def put_marks(target: object, names: Iterable[str]) -> None:
-    """Decorate what `marks` has named, where that got lost."""
+    """Mark the methods that `marks` has returned, where the mark was lost."""
     for name in names:
         function = _method(target, name) if isinstance(target, type) else target
         if not accepts_batch(function):

@@ -6,33 +6,36 @@ from contextvars import Context, ContextVar, copy_context
 from typing import NamedTuple
 
 
-class _Replica(NamedTuple):
+class _Tags(NamedTuple):
     backend: str
     replica: str
 
 
-_current: ContextVar[_Replica | None] = ContextVar("penstock_replica", default=None)
+_current: ContextVar[_Tags | None] = ContextVar("penstock_replica", default=None)
 
-# A thread that the user's code starts has an empty context, but there is one replica in its process.
-_latest: _Replica | None = None
+# For threads that user code starts, whose context is empty. There is one replica in a process.
+_latest: _Tags | None = None
 
 
 def get_current_backend_tag() -> str | None:
-    """Return the tag of the backend whose code calls this; None outside of a replica."""
-    here = _current.get() or _latest
-    return here.backend if here else None
+    """Return the tag of the backend whose code calls this function; None outside a replica."""
+    tags = _current.get() or _latest
+    return tags.backend if tags else None
 
 
 def get_current_replica_tag() -> str | None:
-    """Return the tag of the replica that calls this, as it stands in logs; None outside of one."""
-    here = _current.get() or _latest
-    return here.replica if here else None
+    """Return the tag of the replica that calls this function, as log lines show it; None outside a replica."""
+    tags = _current.get() or _latest
+    return tags.replica if tags else None
 
 
 def context_of(backend: str, replica: str) -> Context:
-    """Return a context in which code knows that it runs in ``replica``, as does code without one from here on."""
+    """Return a context in which the functions above return these tags.
+
+    From now on, code without a context gets them too: a thread that user code starts has an empty one.
+    """
     global _latest
-    _latest = _Replica(backend, replica)
+    _latest = _Tags(backend, replica)
     context = copy_context()
     context.run(_current.set, _latest)
     return context

@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 _LONGEST_MESSAGE = 8 * 1024
 _LONGEST_TRACEBACK = 32 * 1024
 
-_OURS = os.path.dirname(__file__) + os.sep
+_OWN_FOLDER = os.path.dirname(__file__) + os.sep
 
 
 def failure(error: BaseException) -> PenstockError:
-    """Return what the caller of a request gets to see when the user's code raised ``error`` during it. Never raises.
+    """Return the error that the caller receives when user code raised ``error``. Never raises.
 
-    A `MalformedBody` stays one: it is the caller's fault. A Starlette ``HTTPException`` keeps its status and detail
-    (the reply has its headers: see `failed_reply`); what a call to another backend raised because that was busy or late
-    stays a 503 or 504. All else is a 500.
+    A `MalformedBody` is the caller's fault, and returned as such. A Starlette ``HTTPException`` keeps its status and
+    its detail; `failed_reply` adds its headers. An error of a call to another backend keeps its status if that is 503
+    or 504. All others become a 500.
     """
-    # An exception is the user's code too: its class, its attributes and its text can raise.
+    # An exception is user code too: its class, its attributes and its text can raise.
     try:
         if isinstance(error, MalformedBody):
             return MalformedBody(_message(error))
@@ -41,13 +41,13 @@ def failure(error: BaseException) -> PenstockError:
 
 
 def backend_error(error: BaseException) -> BackendError:
-    """Return ``error`` with its type, text and traceback. Never raises."""
+    """Return a `BackendError` with the type, the text and the traceback of ``error``. Never raises."""
     try:
         if isinstance(error, HTTPException) and 400 <= error.status_code <= 599:
             return _described(error, _printable(str(error.detail)), int(error.status_code))
         if isinstance(error, PenstockError) and error.status in (503, 504):
             return _described(error, _message(error), error.status)
-    except BaseException:  # such as an ``HTTPException`` whose status is no number
+    except BaseException:  # such as an ``HTTPException`` whose status is not a number
         pass
     return _described(error, _message(error), 500)
 
@@ -57,15 +57,15 @@ def _described(error: BaseException, message: str, status: int) -> BackendError:
 
 
 def failed_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
-    """Return the reply to a request during which the user's code raised ``error``. Never raises."""
-    told = failure(error)
-    return Reply(entry.id, told.status, "none", _headers(error), to_wire(told), replica, 0.0, run_ms)
+    """Return the reply to a request during which user code raised ``error``. Never raises."""
+    shown = failure(error)
+    return Reply(entry.id, shown.status, "none", _headers(error), to_wire(shown), replica, 0.0, run_ms)
 
 
 def raised_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
-    """Return the whole reply to a request that ended with ``error``. Never raises.
+    """Return the whole reply to a request during which user code raised ``error``. Never raises.
 
-    As in Starlette, an ``HTTPException`` with a status below 400, such as a redirect, is a response and no error.
+    As in Starlette, an ``HTTPException`` with a status below 400, such as a redirect, is a response and not an error.
     """
     try:
         if isinstance(error, HTTPException) and 200 <= error.status_code < 400:
@@ -85,7 +85,7 @@ def _response(entry: Entry, raised: HTTPException, replica: str, run_ms: float) 
 
 
 def _headers(error: BaseException) -> Pairs:
-    """Return the headers that belong to ``error``, such as www-authenticate and location; none if they are no dict."""
+    """Return the headers of ``error``, such as www-authenticate and location; none if they are not a mapping."""
     try:
         if isinstance(error, HTTPException):
             items = (error.headers or {}).items()
@@ -93,14 +93,14 @@ def _headers(error: BaseException) -> Pairs:
         if isinstance(error, PenstockError) and (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
             return [("retry-after", str(max(1, math.ceil(retry_after_s))))]
     except BaseException:
-        log.warning("a %s has headers that cannot be read; its answer goes without them", _name_of_type(error))
+        log.warning("the headers of a %s cannot be read; its reply is sent without them", _name_of_type(error))
     return []
 
 
 def user_traceback(error: BaseException) -> str:
-    """Return the traceback of ``error`` as text, without the frames that are ours or the import system's.
+    """Return the traceback of ``error`` as text, without the frames of Penstock and of the import system.
 
-    It is empty if no other frames are left: then the error is ours, or an exception that was never raised.
+    It is empty if no other frames are left: the error was raised by Penstock, or never raised.
     """
     try:
         report = TracebackException.from_exception(error)
@@ -113,24 +113,24 @@ def user_traceback(error: BaseException) -> str:
 
 
 def _keep_user_frames(report: TracebackException) -> bool:
-    """Drop all others. Returns whether any is left."""
-    # Walked with a list, as a chain of exceptions can be longer than Python's stack is deep.
+    """Drop all other frames. Returns whether any frame is left."""
+    # A loop and not a recursion: a chain of exceptions can be longer than Python's stack is deep.
     any_left, left, seen = False, [report], set[int]()
     while left:
         report = left.pop()
         if id(report) in seen:
             continue
         seen.add(id(report))
-        report.stack = StackSummary.from_list([frame for frame in report.stack if not _is_ours(frame)])
+        report.stack = StackSummary.from_list([frame for frame in report.stack if not _is_hidden(frame)])
         any_left = any_left or bool(report.stack)
         more: Iterable[TracebackException | None] = (report.__cause__, report.__context__)
         left += [other for other in more if other is not None]
-        left += getattr(report, "exceptions", None) or ()  # of a group, from Python 3.11 on
+        left += getattr(report, "exceptions", None) or ()  # of an exception group (Python 3.11)
     return any_left
 
 
-def _is_ours(frame: FrameSummary) -> bool:
-    return frame.filename.startswith((_OURS, "<frozen importlib"))
+def _is_hidden(frame: FrameSummary) -> bool:
+    return frame.filename.startswith((_OWN_FOLDER, "<frozen importlib"))
 
 
 def _message(error: BaseException) -> str:
@@ -148,7 +148,7 @@ def _name_of_type(error: BaseException) -> str:
 
 
 def _printable(text: str, longest: int = _LONGEST_MESSAGE) -> str:
-    """Return ``text`` as it can travel: valid Unicode, and cut in the middle when it is too long."""
+    """Return ``text`` as valid Unicode, with its middle cut out if it is too long."""
     if len(text) > longest:
         half = longest // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half} characters …\n{text[-half:]}"

@@ -17,7 +17,7 @@ from ...handles.calls.large_bodies import check_size
 from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
 from ..claim import Claim
 from .errors import failed_reply, raised_reply
-from .results import Encoded, encode, is_at_hand
+from .results import Encoded, encode, is_complete
 from .stream_writer import GENERATORS, StreamSink, StreamWriter, Values
 from .threads import Threads
 from .user_code import Method
@@ -25,20 +25,20 @@ from .user_code import Method
 T = TypeVar("T")
 
 CallResult = Union[Reply, Response, Values]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""What the user's code has made of a request: its reply, or what the reply is still to be made of."""
+"""The outcome of a call for one request: its reply, or a response or generator that is still to produce it."""
 
 _PLAIN = frozenset((dict, list, str, int, float, bool, bytes, type(None)))
-"""What most results are: neither an exception nor a response, without asking each."""
+"""The types of most results. They are neither exceptions nor responses, which saves two checks."""
 
 OnReply = Callable[[Claim, Reply], None]
-"""Takes the complete answer to one request.
+"""Receives the reply to a claim.
 
-Called on the loop, once for each, and never from within the ``run`` or ``cancel`` that it follows from.
+Called on the loop, once for each claim, and never from within the ``run`` or ``cancel`` that causes it.
 """
 
 
 class Executor:
-    """Where the user's code of one replica runs, and what it takes to answer from there."""
+    """The loop and the threads on which the user code of one replica runs, and the replies that it makes."""
 
     def __init__(self, backend: str, replica: str, threads: Threads, context: Context) -> None:
         self.backend, self.replica = backend, replica
@@ -46,31 +46,31 @@ class Executor:
         self.loop = asyncio.get_running_loop()
         self.allow_pickle = False
         self.stream_sink: StreamSink | None = None
-        """Where answers in parts go; without it, none are sent."""
+        """Sends the parts of streamed replies; without it, no reply is streamed."""
         self.now_ms: Callable[[], float] = _never
-        """Unix time by the clock that deadlines are in; may be called on any thread."""
+        """Unix time in milliseconds by the broker's clock. Any thread may call it."""
         self.abandoned = False
-        """Nobody hears any more of what still runs."""
+        """Whether the replica ended: calls that still run get no reply."""
         self.starting = threading.Lock()
         """Held for the moment in which a request either starts or is cancelled."""
         self.tasks: set[asyncio.Task[Any]] = set()
-        """All that have not ended."""
+        """The tasks that have not ended."""
         self._context = context
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run it as a task in this replica's context, and see that it is not lost until it ends."""
+        """Run a coroutine as a task in this replica's context, and keep a reference to the task until it ends."""
         task = self.spawn_brief(coroutine)
         task.add_done_callback(self.tasks.discard)
         return task
 
     def spawn_brief(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Like `spawn`, but it takes itself off ``tasks`` as it ends: a callback is another turn of the loop."""
+        """Like `spawn`, for a coroutine that removes its task from ``tasks``: a callback costs another loop tick."""
         task = self._context.run(self.loop.create_task, coroutine)
         self.tasks.add(task)
         return task
 
     async def close(self, timeout_s: float) -> bool:
-        """Wait for all tasks. Returns False if some had to be abandoned after ``timeout_s`` seconds."""
+        """Wait for all tasks. Returns False if some were cancelled after ``timeout_s`` seconds; they get no replies."""
         if self.tasks and timeout_s > 0:
             await asyncio.wait(self.tasks, timeout=timeout_s)
         self.abandoned = True
@@ -82,10 +82,9 @@ class Executor:
         return False
 
     def outcomes(self, method: Method, claims: Sequence[Claim], result: object, run_ms: float) -> Sequence[CallResult]:
-        """Return what becomes of each entry after ``method`` returned ``result`` for them.
+        """Return the outcome of each claim after ``method`` returned ``result`` for them.
 
-        That is its reply, or what must be run on before there is one: a response that is called on the loop, or a
-        generator.
+        It is the reply, or a response or generator that must run before there is one.
         """
         if not method.accepts_batch:
             if type(result) in GENERATORS and self.streams(claims[0].entry):
@@ -93,12 +92,12 @@ class Executor:
             return [self._outcome(claims[0].entry, result, run_ms)]
         try:
             results = _one_each(result, len(claims), self.backend)
-        except BaseException as e:  # what it returned may iterate by code of its own
+        except BaseException as e:  # the result may have an ``__iter__`` of its own
             return self.failures(claims, e, run_ms)
         return [self._outcome(claim.entry, one, run_ms) for claim, one in zip(claims, results, strict=True)]
 
     def streams(self, entry: Entry) -> bool:
-        """Return whether the answer to ``entry`` may be sent in parts."""
+        """Return whether the reply to ``entry`` may be streamed."""
         return entry.header.window > 0 and self.stream_sink is not None
 
     def stream_writer(self, claim: Claim) -> StreamWriter:
@@ -107,12 +106,12 @@ class Executor:
         return StreamWriter(self.stream_sink, self.loop, claim)
 
     def ended(self, writer: StreamWriter, run_ms: float) -> Reply:
-        """Return the answer that ends a stream, once it is complete."""
+        """Send the remaining parts, and return the reply that ends a complete stream."""
         writer.finish()
         return self.reply(writer.claim.entry, Encoded(200, "stream", [], b"%d" % writer.parts), run_ms)
 
     def broken(self, writer: StreamWriter, error: BaseException, run_ms: float) -> Reply:
-        """Return the answer that ends a stream, if the user's code raised ``error`` or was stopped."""
+        """Send the remaining parts, and return the reply that ends a stream which failed or was stopped."""
         writer.flush()
         entry = writer.claim.entry
         if writer.stopped_because:
@@ -134,6 +133,7 @@ class Executor:
         return Reply(entry.id, status, codec, headers, None, self.replica, 0.0, run_ms, body)
 
     def refusal(self, entry: Entry, error: PenstockError) -> Reply:
+        """Return the reply to a request that does not run."""
         return Reply(entry.id, error.status, error=to_wire(error), replica=self.replica)
 
     def cancelled(self, entry: Entry) -> Reply:
@@ -144,10 +144,10 @@ class Executor:
             if type(result) not in _PLAIN:
                 if isinstance(result, BaseException):
                     return raised_reply(entry, result, self.replica, run_ms)
-                if isinstance(result, Response) and not is_at_hand(result):
+                if isinstance(result, Response) and not is_complete(result):
                     return result
             return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
-        except BaseException as e:  # besides what `encode` raises, what the methods of the result do
+        except BaseException as e:  # from `encode`, or from a method of the result
             return failed_reply(entry, e, self.replica, run_ms)
 
 
@@ -160,7 +160,7 @@ def _never() -> float:
 
 
 def _one_each(results: Any, wanted: int, backend: str) -> Sequence[object]:
-    # Arrays and tensors are lists as far as their first dimension goes.
+    # Arrays and tensors count as lists of their first dimension.
     if not isinstance(results, (list, tuple)) and not hasattr(results, "tolist"):
         kind = type(results).__name__
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Forms of requests: bounded before they are parsed, and parsed off the event loop where they are large."""
+"""Form bodies of requests: limited before they are parsed, and parsed on a thread if they are large."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from starlette.datastructures import FormData
 from ...handles.errors import MalformedBody
 
 _LARGE_BYTES = 64 * 1024
-"""The parser is Python code and takes up to 0.1 us for a byte: some milliseconds for so many."""
+"""Size from which on a form is parsed on a thread. The parser is Python code and takes up to 0.1 us per byte."""
 
 
 def check_fields(content_type: str, body: bytes, max_fields: float) -> None:
-    """Raise `MalformedBody` if an urlencoded form has more separators than fields are allowed.
+    """Raise `MalformedBody` if a form has more than ``max_fields`` separators. Only for urlencoded forms.
 
-    The parser counts only fields that are not empty, so that its own limit stops no body of ``&`` alone.
+    The limit of the parser itself counts only fields that are not empty: a body of ``&`` alone would pass it.
     """
     if content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
         return
@@ -26,7 +26,7 @@ def check_fields(content_type: str, body: bytes, max_fields: float) -> None:
 
 
 async def parse_form(parse: Coroutine[Any, Any, FormData], size: int) -> FormData:
-    """Return what ``parse`` returns, which waits for nothing, on a thread if the form has many bytes."""
+    """Return the result of ``parse``, which must not wait for I/O. It runs on a thread if the form is large."""
     if size <= _LARGE_BYTES:
         return await parse
     return await asyncio.to_thread(asyncio.run, parse)

@@ -1,17 +1,17 @@
-"""Methods of a backend's class that callers may name.
+"""Methods of a backend's class that callers may call by name.
 
-The name comes from outside, from a header or from a handle, so only what the author of the class wrote as a method
-counts:
+The name comes from outside, from a header or from a handle, so only a method that the author of the class wrote may be
+called:
 
-- It is found in the MRO, where the first class that has the name decides, as for Python itself. Nothing is looked up
-  on the metaclass (``mro``), on the instance or through ``__getattr__``.
+- It is found in the MRO, where the first class that has the name decides, as in Python itself. The metaclass (``mro``),
+  the instance and ``__getattr__`` are not searched.
 - It is a function, a static or class method, a ``functools.partialmethod`` or ``singledispatchmethod``, or the result
-  of a decorator that binds as a function does (``functools.lru_cache``, ``wrapt``, ``jax.jit``). A property, a class,
-  an object that merely can be called, such as a model, a function that was defined beside the class and the default
-  of a dataclass's field are not methods.
-- The class that has it is the author's: not a builtin, not of the standard library, and not of an installed library,
-  unless the backend's own class is of the same top-level package.
-- Its name is public, and is not one of the hooks that Penstock calls itself.
+  of a decorator that binds as a function does (``functools.lru_cache``, ``wrapt``, ``jax.jit``). Not methods are: a
+  property, a class, another callable object such as a model, a function that was defined outside the class, and the
+  default of a dataclass field.
+- The class that has it was written by the author: it is not a builtin and does not come from the standard library or an
+  installed library, unless the backend's own class is in the same top-level package.
+- Its name is public, and is not one of the hooks that Penstock itself calls.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ CALL = "__call__"
 
 RECONFIGURE, CHECK_HEALTH = "reconfigure", "check_health"
 HOOKS = (RECONFIGURE, CHECK_HEALTH)
-"""A caller who could name them could configure the backend."""
+"""Methods that callers may not call: they could configure the backend."""
 
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Folders into which package managers put libraries."""
 
 _EXPLICIT = (staticmethod, classmethod, functools.partialmethod, functools.singledispatchmethod)
-"""What nobody writes in a class but to make a method."""
+"""Types of class attributes that always make a method."""
 
 
 def is_public(name: str) -> bool:
-    """Return whether a caller may name it, if there is a method of that name."""
+    """Return whether callers may call a method of that name, if there is one."""
     return name == CALL or not (name.startswith("_") or name in HOOKS)
 
 
 def has_method(cls: type, name: str) -> bool:
-    """Return whether ``cls`` or a base of it has a method of that name, whoever wrote it. Runs no code of the class."""
+    """Return whether ``cls`` or a base of it has a method of that name, by any author. Runs no code of the class."""
     base = _owner(cls, name)
     return base is not None and _is_method(base.__dict__[name])
 
@@ -53,7 +53,7 @@ def is_callable_from_outside(cls: type, name: str) -> bool:
 
 
 def methods_callable_from_outside(cls: type) -> list[str]:
-    """Return the names that callers may use: ``__call__`` first, the others in alphabetical order."""
+    """Return the names of all methods that callers may call: ``__call__`` first, then in alphabetical order."""
     names = {name for base in cls.__mro__ for name in base.__dict__ if name != CALL}
     return [CALL, *sorted(name for name in names if is_callable_from_outside(cls, name))]
 
@@ -69,7 +69,7 @@ def _is_method(found: object) -> bool:
 
 
 def _is_function(found: object) -> bool:
-    """Return whether it can be called and binds to an instance, as a function does and a model does not."""
+    """Return whether it can be called and binds to an instance, as a function does."""
     kind = type(found)
     if kind is FunctionType:
         return True

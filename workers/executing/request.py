@@ -1,4 +1,4 @@
-"""The request that user code receives: a Starlette request whose body has arrived."""
+"""Requests as user code receives them: Starlette requests whose bodies have arrived."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .forms import check_fields, parse_form
 
 _NOT_READ: Any = object()
 
-# The version from which on Starlette's responses need nobody to listen for a disconnect.
+# With an older version, Starlette's responses would also listen for a disconnect message.
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 
 _SCOPE_TEXTS = ("scheme", "http_version", "root_path")
@@ -32,11 +32,11 @@ _SCOPE_TEXTS = ("scheme", "http_version", "root_path")
 class Request(requests.Request):
     """One request, from HTTP or from a handle.
 
-    All that Starlette's ``Request`` offers works, and nothing of it waits: the body came with the request. ``data``
-    needs no ``await`` and is the same thing for sync and for async code.
+    It is a Starlette ``Request``, and none of its coroutines waits: the body came with the request. ``data`` needs no
+    ``await``, and is the same for sync and async code.
     """
 
-    # Most backends read a body and little else: what is asked for is built when it is asked for, the ASGI scope last.
+    # Most backends read only the body: everything else is built on first use, and the ASGI scope only if it is needed.
     _scope: Scope | None = None
     _path_params: dict[str, PathParam] | None = None
     _data: Any = _NOT_READ
@@ -46,7 +46,7 @@ class Request(requests.Request):
     _received = False
 
     def __init__(self, entry: Entry, allow_pickle: bool = False) -> None:
-        # Starlette's constructor is left out on purpose: it wants the scope.
+        # Starlette's constructor is not called: it needs the scope.
         self._entry = entry
         self._allow_pickle = allow_pickle
         self._body = entry.body
@@ -68,9 +68,9 @@ class Request(requests.Request):
 
     @property
     def path_params(self) -> dict[str, Any]:
-        """The values of the route's parameters, of the types that its convertors made: str, int, float or UUID."""
+        """The parameters of the route, converted to the types of its convertors: str, int, float or UUID."""
         if self._path_params is None:
-            # Its own: requests of a batch share one header.
+            # A copy, as requests of a batch share one header.
             self._path_params = dict(self._entry.header.path_params)
         return cast("dict[str, Any]", self._path_params)
 
@@ -82,7 +82,7 @@ class Request(requests.Request):
 
     @property
     def query_params(self) -> QueryParams:
-        """The query of the URL, or the keyword arguments of a handle, as the values they were."""
+        """The query of the URL, or the keyword arguments of a handle with their values unchanged."""
         if not hasattr(self, "_query_params"):
             query = self._entry.header.query
             self._query_params = QueryParams(query) if isinstance(query, str) else _Keywords(query)
@@ -92,24 +92,25 @@ class Request(requests.Request):
     def client(self) -> Address | None:
         header = self._entry.header
         if header.scope is not None and (address := _address(header.scope.get("client"))) is not None:
-            return Address(address[0], cast("int", address[1]))  # without a port where the proxy knew none
+            return Address(address[0], cast("int", address[1]))  # the port is None if the proxy knew none
         host, _, port = header.client.rpartition(":")
         return Address(host, int(port)) if host and port.isdecimal() else None
 
     @property
     def request_id(self) -> str:
-        """The ``X-Request-Id``: taken from the caller or made for it, echoed to it, and in every log line."""
+        """The ``X-Request-Id``: sent by the caller or made for it, returned to it, and part of every log line."""
         return self._entry.header.request_id
 
     @property
     def data(self) -> Any:
-        """The body, decoded: the value that a handle sent; from HTTP what JSON says if it is JSON, else bytes.
+        """The decoded body.
 
-        Without a body it is None if a handle sent none or the content type says JSON, else ``b""``.
+        That is the value that a handle sent. Over HTTP it is a JSON value if the content type is JSON, else bytes.
+        Without a body it is None if a handle sent None or the content type is JSON, else ``b""``.
 
         Raises:
-            MalformedBody: it is not what its content type says, or is pickled and the backend does not allow it. Not
-                caught, it becomes a 400.
+            MalformedBody: the body does not fit its content type, or is pickled and the backend has no
+                ``allow_pickle``. Unless user code catches it, the reply has the status 400.
         """
         if self._data is _NOT_READ:
             self._data = self._read()
@@ -119,17 +120,17 @@ class Request(requests.Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return what the body says as JSON, whatever its content type; None if there is no body.
+        """Return the body as a JSON value, for any content type; None if there is no body.
 
         Raises:
-            MalformedBody: it is not JSON.
+            MalformedBody: the body is not JSON.
         """
         if not hasattr(self, "_json"):
             self._json = read_bounded(load_json, self._body) if self._body else None
         return self._json
 
     async def is_disconnected(self) -> bool:
-        """Return False. A caller who leaves cancels ``async def`` code and does not tell other code."""
+        """Return False. A caller that leaves cancels ``async def`` code; other code runs to its end."""
         return False
 
     async def _get_form(self, *, max_fields: float = 1000, **limits: Any) -> FormData:
@@ -138,18 +139,18 @@ class Request(requests.Request):
         check_fields(self.headers.get("content-type", ""), self._body, max_fields)
         try:
             return await parse_form(super()._get_form(max_fields=max_fields, **limits), len(self._body))
-        # What python-multipart raises is a ValueError, and a missing boundary or an unknown charset a LookupError.
+        # python-multipart raises a ValueError; a missing boundary or an unknown charset raises a LookupError.
         except (MultiPartException, ValueError, LookupError) as e:
             raise MalformedBody(f"the body is not a form: {e}") from e
 
     async def _receive(self) -> Message:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._received:
-            await asyncio.Event().wait()  # for a disconnect, which never comes
+            await asyncio.Event().wait()  # a disconnect message never comes
         self._received = True
         return {"type": "http.request", "body": self._body, "more_body": False}
 
     async def _send(self, message: Message) -> NoReturn:  # pyright: ignore[reportIncompatibleVariableOverride]
-        raise RuntimeError(f"a backend answers by what it returns; it cannot send {message.get('type')!r}")
+        raise RuntimeError(f"a backend replies by its return value; it cannot send {message.get('type')!r}")
 
     def _read(self) -> Any:
         if (codec := self._entry.header.codec) != HTTP_CODEC:
@@ -192,10 +193,10 @@ class Request(requests.Request):
 
 
 class _Keywords(QueryParams):
-    """Keyword arguments in the place of a query, with values that need not be strings."""
+    """Keyword arguments as query parameters. Their values need not be strings."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        # QueryParams would make a string of each.
+        # The constructor of QueryParams would convert each to a string.
         ImmutableMultiDict.__init__(self, arguments)  # pyright: ignore[reportUnknownMemberType]
 
     def __str__(self) -> str:
@@ -213,21 +214,20 @@ def _compact(value: object) -> str:
 def _latin(text: str) -> bytes:
     try:
         return text.encode("latin-1")
-    except UnicodeEncodeError:  # from a handle; HTTP has only what latin-1 has
+    except UnicodeEncodeError:  # from a handle; over HTTP, texts are latin-1
         return text.encode("utf-8", "surrogatepass")
 
 
 def _carried(members: dict[str, Any]) -> Scope:
-    """Return what `proxy.scopes` sent of a scope. What another release means by other members is ignored."""
+    """Return the members of a scope that `proxy.scopes` sent. Members of other releases are ignored."""
     scope: Scope = {name: members[name] for name in _SCOPE_TEXTS if isinstance(members.get(name), str)}
     if isinstance(raw_path := members.get("raw_path"), str):
         scope["raw_path"] = _latin(raw_path)
     if (server := _address(members.get("server"))) is not None:
         scope["server"] = server
     if isinstance(state := members.get("state"), dict):
-        scope["state"] = copy.deepcopy(
-            cast("dict[str, Any]", state)
-        )  # its own: requests that follow each other can share a header
+        # A copy, as consecutive requests can share one header.
+        scope["state"] = copy.deepcopy(cast("dict[str, Any]", state))
     return scope
 
 

@@ -15,7 +15,7 @@ from ...handles.codec import encode as encode_value
 
 
 class Encoded(NamedTuple):
-    """A result as a reply carries it."""
+    """The fields of a reply that a result becomes."""
 
     status: int
     codec: str
@@ -24,13 +24,11 @@ class Encoded(NamedTuple):
 
 
 def encode(result: Any, backend: str, allow_pickle: bool = False) -> Encoded:
-    """Write what ``backend`` returned.
-
-    It is a Starlette response, or what handles can send (``handles/codec.py``).
+    """Encode a result that ``backend`` returned: a Starlette response, or a value as in ``handles/codec.py``.
 
     Raises:
-        TypeError: it cannot be written; the message says what can, and how to allow the rest.
-        ValueError: it is a response with a status that HTTP does not have.
+        TypeError: it cannot be encoded. The message names the types that can, and how to allow others.
+        ValueError: it is a response with an invalid status.
     """
     if isinstance(result, Response):
         return encode_response(result.status_code, result.raw_headers, result.body)
@@ -39,32 +37,34 @@ def encode(result: Any, backend: str, allow_pickle: bool = False) -> Encoded:
     except TypeError as e:
         if isinstance(result, (Generator, AsyncGenerator)):
             raise TypeError(
-                f"backend {backend!r} returned a generator, and its caller takes the answer only as a whole: "
-                "ask over HTTP or by handle.options(stream=True), or return a list; what takes batches cannot stream"
+                f"backend {backend!r} returned a generator, and its caller does not accept a streamed reply: call it "
+                "over HTTP or with handle.options(stream=True), or return a list; a method that takes batches cannot "
+                "stream"
             ) from None
         if isinstance(result, Coroutine):
-            result.close()  # else Python warns that nobody awaited it
+            result.close()  # else Python warns that it was never awaited
             raise TypeError(
-                f"backend {backend!r} returned a coroutine: what wraps its `async def` code must be `async def` too"
+                f"backend {backend!r} returned a coroutine: a wrapper of its `async def` code must be `async def` too"
             ) from None
         if not allow_pickle:
             raise TypeError(
-                f"backend {backend!r} returned what cannot be sent: {e}; return None, str, bytes, what JSON can hold "
-                "or a starlette Response, or let Python handles have it by config={'allow_pickle': True}"
+                f"backend {backend!r} returned a value that cannot be sent: {e}; return None, str, bytes, a JSON value "
+                "or a starlette Response, or allow pickled values for handles with config={'allow_pickle': True}"
             ) from None
         codec, body = "pickle", _pickled(result)
     return Encoded(200, codec, [], body)
 
 
 def encode_response(status: int, headers: list[tuple[bytes, bytes]], body: bytes | memoryview) -> Encoded:
-    """Write a whole HTTP response."""
+    """Encode a whole HTTP response."""
     return Encoded(_checked(status), "response", _pairs(headers), bytes(body))
 
 
-def is_at_hand(result: object) -> bool:
-    """Return whether `encode` can write ``result``; if not, it is a response that must be called as an ASGI app.
+def is_complete(result: object) -> bool:
+    """Return whether `encode` can encode ``result`` at once.
 
-    Such are those that stream, read a file, or have a background task.
+    If not, it is a response that must be called as an ASGI application: one that streams, reads a file, or has a
+    background task.
     """
     if not isinstance(result, Response):
         return True
@@ -72,7 +72,7 @@ def is_at_hand(result: object) -> bool:
 
 
 class Collector:
-    """The ``send`` of an ASGI application, putting the messages together to one response."""
+    """Combines the messages that an ASGI application sends into one response."""
 
     def __init__(self) -> None:
         self.status = 200
@@ -81,7 +81,7 @@ class Collector:
         self.complete = False
 
     def add(self, message: Message) -> Encoded | None:
-        """Add a message. Returns the response when it was the last one."""
+        """Add a message. Returns the response if it was the last one, else None."""
         if message["type"] == "http.response.start":
             self.status, self.headers = _checked(message["status"]), _pairs(list(message.get("headers", ())))
         elif message["type"] == "http.response.body" and not self.complete:
@@ -105,5 +105,5 @@ def _pairs(headers: list[tuple[bytes, bytes]]) -> Pairs:
 def _pickled(result: object) -> bytes:
     try:
         return pickle.dumps(result, protocol=5)
-    except Exception:  # such as a class of the script that made the backend, which is not in a module here
+    except Exception:  # such as a class of the script that created the backend, which no module here has
         return cast("bytes", cloudpickle.dumps(result))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]

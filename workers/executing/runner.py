@@ -1,4 +1,4 @@
-"""The runner of user code: whatever the code does, each request gets one reply."""
+"""The runner of user code: passes claims to it, and returns exactly one reply for each, whatever the code does."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class Runner:
         self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
 
     async def reconfigure(self, config: BackendSpec) -> None:
-        """Use ``config`` from now on, calling the user's ``reconfigure`` only if ``user_config`` is another one.
+        """Use ``config`` from now on. Calls the user's ``reconfigure`` only if ``user_config`` has changed.
 
         Raises:
-            BackendError: what that raised; the configuration is the old one still.
+            BackendError: ``reconfigure`` raised; the old configuration stays.
             ConfigError: as for `start`.
         """
         self._check_batch_size(config)
@@ -103,7 +103,7 @@ class Runner:
     async def check_health(self) -> None:
         """Call the user's ``check_health``, if there is one.
 
-        On a thread it waits its turn behind what runs there: its own time alone counts.
+        On a thread it waits behind the running calls. That time does not count.
 
         Raises:
             BackendError: it raised, or took longer than ``health_check_timeout_s``.
@@ -132,7 +132,7 @@ class Runner:
 
     @property
     def is_blocking(self) -> bool:
-        """Whether ``__call__`` is other than ``async def``."""
+        """Whether ``__call__`` is blocking code, and not ``async def``."""
         return not self._code.call.is_async
 
     @property
@@ -158,15 +158,15 @@ class Runner:
         return CallGroup([self._run(call, together, done) for call, together in calls.items()])
 
     async def stop(self, timeout_s: float = 0.0) -> bool:
-        """Wait for what runs, the background tasks of responses included, then end the threads.
+        """Wait for all running calls and the background tasks of responses, then end the threads.
 
-        Returns False if some of it was still running after ``timeout_s`` seconds. That is abandoned, and nobody hears
-        of it again, so that another replica can take those requests over.
+        Returns False if some were still running after ``timeout_s`` seconds. These get no reply, so that another
+        replica can redeliver their requests.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_s
         threads_ended = await self._threads.stop(timeout_s)
-        # What was on a thread may have gone on in a task, but not the other way round.
+        # A call on a thread may continue in a task, but a task cannot continue on a thread: the threads end first.
         return await self._executor.close(max(0.0, ends_at - loop.time())) and threads_ended
 
     def _run(self, call: str, claims: Sequence[Claim], done: OnReply) -> RunningCall:
@@ -174,7 +174,7 @@ class Runner:
             method = self._code.method(call)
         except NotCallable as e:
             return RefusedCall(self._executor, claims, BackendError("AttributeError", str(e), status=e.status), done)
-        except BaseException as e:  # a descriptor is the user's code, and may raise anything
+        except BaseException as e:  # a descriptor is user code, and may raise anything
             return self._fail(claims, e, done)
         if len(claims) > 1 and not method.accepts_batch:
             return CallGroup([self._start(method, [claim], done) for claim in claims])
@@ -191,7 +191,7 @@ class Runner:
         return RefusedCall(self._executor, claims, failure(error), done)
 
     def _check_batch_size(self, config: BackendSpec) -> None:
-        # Where the code was at hand, whoever called has been told before anything started.
+        # `create_backend` makes the same check where it can load the code.
         if (size := config.max_batch_size) is not None and not self.accepts_batch:
             raise ConfigError(
                 f"max_batch_size is {size}, but {self._code} takes one request: mark it with @serve.accept_batch"
@@ -212,8 +212,8 @@ def _thread_limit(config: BackendSpec) -> int:
     return config.max_concurrent_queries or 1
 
 
-# The exceptions of the user's code are turned where they are raised: some, such as SystemExit and StopIteration, would
-# do harm on their way through a future or a task.
+# The exceptions of user code are converted where they are raised: some, such as SystemExit and StopIteration, must not
+# pass through a future or a task.
 
 
 def _guarded(function: Callable[..., T], *args: Any) -> T:

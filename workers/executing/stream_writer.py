@@ -1,7 +1,7 @@
-"""Streamed replies: from the user's generator or response to the stream sender, in parts.
+"""Writer side of streamed replies: turns the values of a generator or a response into parts.
 
-The code that makes values is one side, on a thread or on the loop. It waits while a window's worth is under way that
-the caller's reader has not taken. The other side, on the loop, sends what came within one turn of it as one part.
+The producer calls `put` on a thread, or `put_soon` on the loop. It waits while a whole window of bytes is in flight
+that the reader has not read. On the loop, all values of one turn are sent together as one part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Values = Union[Generator[Any, Any, Any], AsyncGenerator[Any, Any]]  # noqa: UP00
 
 
 class StreamStopped(Exception):  # it never leaves the replica
-    """Nobody wants the rest."""
+    """The stream was stopped: its caller has left, or its replica ends."""
 
 
 class StreamSink(Protocol):
@@ -47,13 +47,13 @@ class StreamWriter:
         self.claim = claim
         self.is_stopped = False
         self.stopped_because = ""
-        """What its caller is to be told; nothing if it was the caller who stopped it."""
+        """The reason for the caller; empty if the caller itself stopped it."""
         self.on_stop: Callable[[], None] | None = None
-        """Interrupts code on the loop, wherever it is; what is on a thread finds out when it yields."""
+        """Cancels a producer on the loop. A producer on a thread notices at its next `put`."""
         self.parts = 0
-        """How many were sent."""
+        """The number of parts that were sent."""
         self._sink, self._loop = stream_sink, loop
-        # Nobody takes anything of a copy to a shadow, and nothing of it is sent.
+        # Shadow traffic has no reader, and its parts are dropped.
         self._window: float = claim.entry.header.window if claim.entry.caller else inf
         self._put = self._read = 0
         self._pending: deque[tuple[str, bytes, bool]] = deque()
@@ -64,15 +64,15 @@ class StreamWriter:
         self._room = threading.Condition()
         self._waiting: asyncio.Future[None] | None = None
 
-    # -- for who makes the values
+    # -- for the producer
 
     def start(self, status: int, headers: Pairs) -> None:
-        """Send the head of an HTTP response, with its first bytes or as soon as the loop turns."""
+        """Send the head of an HTTP response, together with the bytes that follow in this loop tick."""
         self._status, self._headers, self._head_due = status, headers, True
         self._wake()
 
     def put(self, codec: str, body: bytes) -> None:
-        """Send a value from a thread, when there is room. Raises `StreamStopped`."""
+        """Send a value from a thread; blocks while the window is full. Raises `StreamStopped`."""
         for chunk, more in _cut(body):
             with self._room:
                 while self._is_full() and not self.is_stopped:
@@ -80,7 +80,7 @@ class StreamWriter:
             self._add(codec, chunk, more)
 
     async def put_soon(self, codec: str, body: bytes) -> None:
-        """Send a value from the loop, when there is room. Raises `StreamStopped`."""
+        """Send a value from the loop; waits while the window is full. Raises `StreamStopped`."""
         for chunk, more in _cut(body):
             while self._is_full() and not self.is_stopped:
                 self._waiting = self._loop.create_future()
@@ -98,7 +98,7 @@ class StreamWriter:
             self._wake_waiting()
 
     def stop(self, because: str = "") -> None:
-        """Nobody wants the rest: have the code closed that makes it."""
+        """Stop the producer. ``because`` is the reason for the caller; empty if the caller itself has left."""
         if self.is_stopped:
             return
         with self._room:
@@ -109,12 +109,12 @@ class StreamWriter:
             self.on_stop()
 
     def finish(self) -> None:
-        """Send what is left; an answer without a value has one empty part."""
+        """Send the remaining parts. A reply without a value has one empty part."""
         self._head_due = self._head_due or (self.parts == 0 and not self._pending)
         self.flush()
 
     def flush(self) -> None:
-        """Send what there is."""
+        """Send all values that were put."""
         self._woken = False
         pending = self._pending
         while (pending or self._head_due) and not self.is_stopped:
@@ -140,8 +140,8 @@ class StreamWriter:
         if self.is_stopped:
             raise StreamStopped
         self._put += len(body) + VALUE_COST
-        # Appended first, looked at second; `flush` does both the other way round. So either it sees this one, or we see
-        # that it must be woken.
+        # Append, then read `_woken`; `flush` does both in the other order. So either it finds this value, or this
+        # thread finds that the loop must be woken.
         self._pending.append((codec, body, more))
         self._wake()
 
@@ -156,14 +156,14 @@ class StreamWriter:
 
 
 def pump(writer: StreamWriter, values: Generator[Any, Any, Any], backend: str, allow_pickle: bool) -> None:
-    """Send what a generator yields, on the thread that this is called on, and close it. Raises what it raises.
+    """Send the values of a generator on the calling thread, then close it. Raises what it raises.
 
     Raises:
-        Stopped: nobody wants the rest.
+        StreamStopped: the stream was stopped.
     """
     try:
         for value in values:
-            writer.put(*_written(value, backend, allow_pickle))
+            writer.put(*_encoded(value, backend, allow_pickle))
     finally:
         values.close()
 
@@ -172,12 +172,12 @@ async def pump_soon(writer: StreamWriter, values: AsyncGenerator[Any, Any], back
     """`pump` for an asynchronous generator, on the loop."""
     try:
         async for value in values:
-            await writer.put_soon(*_written(value, backend, allow_pickle))
+            await writer.put_soon(*_encoded(value, backend, allow_pickle))
     finally:
         await values.aclose()
 
 
-def _written(value: object, backend: str, allow_pickle: bool) -> tuple[str, bytes]:
+def _encoded(value: object, backend: str, allow_pickle: bool) -> tuple[str, bytes]:
     _, codec, headers, body = encode(value, backend, allow_pickle)
     if codec == "response":
         raise TypeError(f"backend {backend!r} yielded a response ({dict(headers)}); a generator yields its values")
@@ -185,6 +185,6 @@ def _written(value: object, backend: str, allow_pickle: bool) -> tuple[str, byte
 
 
 def _cut(body: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Yield the body in chunks, each with whether there are more."""
+    """Yield the body in chunks, each with whether another follows."""
     for start in range(0, len(body) or 1, CHUNK):
         yield body[start : start + CHUNK], start + CHUNK < len(body)

@@ -1,8 +1,8 @@
 """Threads for blocking code.
 
-Each way costs the loop as little as can be: a job is put on a queue that its thread waits at, and what is finished
-comes back in bursts, by one wake-up of the loop for all that became ready until it woke up. (``run_in_executor`` makes
-two futures and a wake-up for each job: twice the processor time of a small request.)
+A job is put on a queue that the threads read. Finished jobs come back together: the loop is woken once for all that
+finish before it wakes up. (``run_in_executor`` makes two futures and wakes the loop for each job: twice the CPU time of
+a small request.)
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class ThreadJob(ABC):
-    """Something to do on a thread, and what follows from it on the loop."""
+    """A job that runs on a thread and then finishes on the loop."""
 
     @abstractmethod
     def run(self) -> None:
-        """Do it. Called on the thread; must not raise."""
+        """Run. Called on the thread; must not raise."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Called on the loop after `run`, in the order in which jobs became ready."""
+        """Finish. Called on the loop after `run`, in the order in which jobs became ready."""
 
 
 class Threads:
-    """Up to ``limit`` daemon threads, started when there is work for them, all in copies of ``context``.
+    """Up to ``limit`` daemon threads, each started when a job needs it, in a copy of ``context``.
 
-    With a limit of one, all that runs here runs on the same thread and one after the other.
+    With a limit of one, all jobs run on the same thread, one after the other.
     """
 
     def __init__(self, name: str, limit: int, context: Context) -> None:
@@ -56,7 +56,7 @@ class Threads:
         """Run ``job`` when a thread is free.
 
         Raises:
-            RuntimeError: there is no thread, and the system starts none. The job is not run.
+            RuntimeError: the system refused to start the first thread. The job does not run.
         """
         if len(self._threads) <= self._unfinished and len(self._threads) < self.limit:
             self._start_one()
@@ -64,9 +64,9 @@ class Threads:
         self._jobs.put(job)
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Return what ``function(*args)`` returns on a thread, or raise what it raises.
+        """Call ``function(*args)`` on a thread, and return its result or raise its exception.
 
-        Cancelling the wait does not end the call.
+        Cancelling this coroutine does not end the call.
         """
         outcome: asyncio.Future[T] = self._loop.create_future()
         call = _Call(function, args, outcome)
@@ -74,10 +74,10 @@ class Threads:
         return await outcome
 
     async def stop(self, timeout_s: float) -> bool:
-        """Wait for what was submitted, then end the threads.
+        """Wait for the submitted jobs, then end the threads.
 
-        Returns False if some of it was unfinished after ``timeout_s`` seconds. What runs then ends with its thread or
-        with the process, what waits is never run, and neither is heard of again.
+        Returns False if some were unfinished after ``timeout_s`` seconds. Those that wait then never run, and
+        those that run are never finished; their threads end after them, or with the process.
         """
         if self._unfinished and timeout_s > 0:
             self._idle = self._loop.create_future()
@@ -104,27 +104,31 @@ class Threads:
         except RuntimeError:
             if not self._threads:
                 raise
-            log.warning("the system starts no more threads: %d work where %d may", len(self._threads), self.limit)
+            log.warning(
+                "the system refused to start another thread: %d of at most %d threads run",
+                len(self._threads),
+                self.limit,
+            )
             return
         self._threads.append(thread)
 
     def _work(self) -> None:
-        take, ready = self._jobs.get, self._ready
-        while (job := take()) is not None:
+        jobs, ready = self._jobs, self._ready
+        while (job := jobs.get()) is not None:
             try:
                 job.run()
             except BaseException:  # a thread that ended would leave all jobs behind this one unrun
                 log.exception("a job of %s failed", self._name)
-            # Appended first, looked at second; `_finish_ready` does both the other way round. So either it sees this
-            # job, or we see that it must be woken.
+            # Append, then read `_woken`; `_finish_ready` does both in the other order. So either it finds this job, or
+            # this thread finds that the loop must be woken.
             ready.append(job)
-            del job  # waiting for the next one, keep nothing of this one
+            del job  # keep no reference to it while waiting for the next one
             if not self._woken:
                 self._woken = True
                 try:
                     self._loop.call_soon_threadsafe(self._finish_ready)
                 except RuntimeError:
-                    return  # the loop is closed: nobody is left to tell
+                    return  # the loop is closed
 
     def _finish_ready(self) -> None:
         self._woken = False

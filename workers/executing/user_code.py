@@ -14,7 +14,7 @@ from .methods import CALL, has_method, is_callable_from_outside, is_public, meth
 
 
 class NotCallable(Exception):
-    """The name of a method that callers may not use, or that the backend does not have."""
+    """A method that callers may not call, or that the backend does not have. ``status`` is its HTTP status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class NotCallable(Exception):
 
 
 class Method(NamedTuple):
-    """One way to call a backend."""
+    """A method of a backend, as the runner calls it."""
 
     function: Callable[..., Any]
     is_async: bool
@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
 
 class LoadedCode(NamedTuple):
-    """What was deployed, loaded but not yet constructed."""
+    """The deployed function or class with its arguments, not yet constructed."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -38,14 +38,14 @@ class LoadedCode(NamedTuple):
 
     @classmethod
     def load(cls, blob: bytes) -> LoadedCode:
-        """Read what `dump` wrote, importing the modules that it names. Raises whatever that raises."""
+        """Load what `dump` returned, and import the modules that it names. Raises what those raise."""
         target, args, kwargs, marked = cloudpickle.loads(blob)
         if isinstance(target, str):
             target = _imported(target)
         if not callable(target):
             raise TypeError(f"a backend is a function or a class, not a {type(target).__name__}")
         if isinstance(target, type):
-            if not any(CALL in base.__dict__ for base in target.__mro__):  # `getattr` finds what calls the class itself
+            if not any(CALL in base.__dict__ for base in target.__mro__):  # `getattr` would find ``type.__call__``
                 raise TypeError(f"the class {target.__qualname__} has no __call__ method")
         elif args or kwargs:
             raise TypeError(f"{_name(target)} is not a class: there is no constructor to give arguments to")
@@ -54,11 +54,11 @@ class LoadedCode(NamedTuple):
 
     @property
     def is_async(self) -> bool:
-        """Whether its ``__call__`` is ``async def``, be it a generator or not."""
+        """Whether its ``__call__`` is ``async def``, as a coroutine function or a generator."""
         return _is_async(self.target)
 
     def construct(self) -> UserCode:
-        """Call the constructor if it is a class. Raises whatever that raises."""
+        """Call the constructor if it is a class. Raises what that raises."""
         if isinstance(self.target, type):
             return UserCode(self.target(*self.args, **self.kwargs), has_methods=True)
         return UserCode(self.target, has_methods=False)
@@ -67,9 +67,9 @@ class LoadedCode(NamedTuple):
 def dump(
     target: Callable[..., Any] | str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Write a function, a class with its arguments, or where to import either from (``"module:Name"``)."""
-    what = (target, args, dict(kwargs or {}), marks(target))
-    return cast("bytes", cloudpickle.dumps(what))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+    """Pickle a function, a class with its arguments, or the import path of either (``"module:Name"``)."""
+    members = (target, args, dict(kwargs or {}), marks(target))
+    return cast("bytes", cloudpickle.dumps(members))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
 
 
 class UserCode:
@@ -82,25 +82,25 @@ class UserCode:
         self.call = self.method(CALL)
 
     def method(self, name: str) -> Method:
-        """Return the method that callers know as ``name``.
+        """Return the method that callers call as ``name``.
 
         Raises:
-            NotCallable: there is none (404), or it is not for callers (400).
-            BaseException: whatever a descriptor of the user's class raises.
+            NotCallable: there is none (404), or callers may not call it (400).
+            BaseException: a descriptor of the user's class raised it.
         """
         method = self._methods.get(name)
         if method is None:
-            # Only those that exist are remembered: a caller can make up any name.
+            # Only existing methods are cached: callers can send any name.
             method = self._methods[name] = self._find(name)
         return method
 
     @property
     def accepts_batch(self) -> bool:
-        """Whether any of its methods does."""
+        """Whether any of its methods takes batches."""
         return any(self._accepts_batch(name) for name in self._names())
 
     def hook(self, name: str) -> Method | None:
-        """Return one of the methods that Penstock calls itself, if there is one."""
+        """Return the hook of that name, which Penstock calls itself; None if the class has none."""
         if not self._has_methods or not has_method(type(self._target), name):
             return None
         return _method(getattr(self._target, name))
@@ -112,12 +112,12 @@ class UserCode:
         if name == CALL:
             return _method(getattr(self._target, CALL) if self._has_methods else self._target)
         if not is_public(name):
-            raise NotCallable(f"the method {name!r} is not for callers", 400)
+            raise NotCallable(f"callers may not call the method {name!r}", 400)
         if not self._has_methods:
             raise NotCallable(f"{self} is a function and has no method {name!r}", 404)
         if not is_callable_from_outside(type(self._target), name):
             known = ", ".join(map(repr, self._names()))
-            raise NotCallable(f"{self} has no method {name!r} that callers may use; it has {known}", 404)
+            raise NotCallable(f"{self} has no method {name!r} that callers may call; it has {known}", 404)
         return _method(getattr(self._target, name))
 
     def _names(self) -> list[str]:
@@ -126,7 +126,7 @@ class UserCode:
     def _accepts_batch(self, name: str) -> bool:
         try:
             return self.method(name).accepts_batch
-        except Exception:  # a descriptor raises: so does every call of it, and each is answered with that
+        except Exception:  # a descriptor raises: so does every call of the method, and that is its reply
             return False
 
 
@@ -137,7 +137,7 @@ def _method(function: Callable[..., Any]) -> Method:
         return Method(function, True, accepts_batch(function))
 
     async def generate(argument: Any) -> Any:
-        return function(argument)  # a generator that has not begun
+        return function(argument)  # a generator that has not started
 
     return Method(generate, True, accepts_batch(function))
 
@@ -147,7 +147,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _is_any(function: Callable[..., Any], kind: Callable[[Any], bool]) -> bool:
-    # The second: an object, or a class, with `async def __call__`.
+    # The second is for an object, or a class, with `async def __call__`.
     return kind(function) or kind(getattr(function, CALL))
 
 

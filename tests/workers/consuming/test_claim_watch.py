@@ -83,7 +83,7 @@ async def test_a_replica_that_does_not_claim_is_not_well_while_work_waits(
                     return not await is_well(stopped)
 
                 await wait_until_async(has_stopped)
-                with pytest.raises(PenstockError, match="has not claimed, though requests wait for backend 'model'"):
+                with pytest.raises(PenstockError, match="has not claimed, although requests wait for backend 'model'"):
                     await stopped.check()
                 patched.undo()
                 async with serving(redis_url, echo) as healthy:

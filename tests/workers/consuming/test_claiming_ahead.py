@@ -19,8 +19,8 @@ from tests.workers.serving import TAG, Client, calling, serving
 @pytest.fixture
 def seen_as_steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take calls for alike and short, however busy this machine is."""
-    monkeypatch.setattr(prefetch, "_ALIKE_S", 60.0)
-    monkeypatch.setattr(prefetch, "_SHORT_S", 60.0)
+    monkeypatch.setattr(prefetch, "_MAX_SPREAD_S", 60.0)
+    monkeypatch.setattr(prefetch, "_MAX_CALL_S", 60.0)
 
 
 class Steady:
@@ -73,7 +73,7 @@ async def test_code_that_is_not_steady_has_nothing_waiting_for_it(redis_url: str
 async def test_what_was_claimed_ahead_of_a_call_that_turns_out_slow_goes_to_another_replica(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "_PATIENCE_S", 0.5)  # time for the claim, however busy this machine is
+    monkeypatch.setattr(prefetch, "_MAX_OVERRUN_S", 0.5)  # time for the claim, however busy this machine is
     steady = Steady()
     async with calling(redis_url) as client, serving(redis_url, steady.function) as first:
         await steady.becomes_known(client, first)
@@ -94,7 +94,7 @@ async def test_what_was_claimed_ahead_of_a_call_that_turns_out_slow_goes_to_anot
 async def test_a_drained_worker_gives_back_what_it_had_claimed_ahead(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(prefetch, "_MAX_OVERRUN_S", 60.0)
     steady = Steady()
     async with calling(redis_url) as client, serving(redis_url, steady.function) as first:
         await steady.becomes_known(client, first)

@@ -46,7 +46,7 @@ def test_of_calls_that_were_not_alike_no_end_is_foreseen(calls: list[float], dat
     if len(lately) < CALLS or max(lately) - min(lately) > ALIKE_S or max(lately) > SHORT_S:
         assert asked is None
         assert not foresight.nears_end(data.draw(st.floats(0.0, 0.3)))
-        assert foresight.patience_s(0.1, unforeseen=0.025) == 0.025
+        assert foresight.patience_s(0.1, unpredictable_s=0.025) == 0.025
 
 
 @given(alike(), st.floats(0.1, 10.0), st.integers(0, CALLS - 1), alike(CALLS - 1))
@@ -66,10 +66,10 @@ def test_nobody_waits_behind_a_call_for_longer_than_eleven_milliseconds(
     foresight.begin(began_s)
     now_s = began_s + run_s
     if foresight.nears_end(now_s):
-        patience_s = foresight.patience_s(now_s, unforeseen=math.inf)
+        patience_s = foresight.patience_s(now_s, unpredictable_s=math.inf)
         assert 0 < patience_s < 0.011
         assert not foresight.nears_end(now_s + patience_s + 1e-6)
-        assert foresight.patience_s(now_s + patience_s + 1e-6, unforeseen=math.inf) == 0
+        assert foresight.patience_s(now_s + patience_s + 1e-6, unpredictable_s=math.inf) == 0
 
 
 @given(alike(), moments)
@@ -78,4 +78,4 @@ def test_between_calls_no_end_is_near(calls: list[float], now_s: float) -> None:
     foresight.begin(now_s)
     foresight.end(calls[0])
     assert not foresight.nears_end(now_s + calls[0])
-    assert foresight.patience_s(now_s, unforeseen=0.025) == 0.025
+    assert foresight.patience_s(now_s, unpredictable_s=0.025) == 0.025

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 
 from penstock.handles.errors import BackendError, MalformedBody, Overloaded, from_wire, to_wire
 from penstock.workers.executing.errors import failed_reply, failure, raised_reply
-from penstock.workers.executing.results import Collector, encode, is_at_hand
+from penstock.workers.executing.results import Collector, encode, is_complete
 from tests.workers.requests import from_http
 
 
@@ -94,7 +94,7 @@ def test_what_json_can_hold_is_written_as_json(value: object, read: object) -> N
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), {0: "cat"}, {1: "a", "1": "b"}, [{None: 1}], 1j, Point])
 def test_what_cannot_be_sent_is_refused_with_the_way_out(value: object) -> None:
-    with pytest.raises(TypeError, match=r"'greeter' returned what cannot be sent: .*allow_pickle") as caught:
+    with pytest.raises(TypeError, match=r"'greeter' returned a value that cannot be sent: .*allow_pickle") as caught:
         encode(value, "greeter")
     assert type(value).__name__ in str(caught.value)
 
@@ -145,11 +145,11 @@ def test_a_status_that_http_does_not_have_is_refused() -> None:
         encode(Response(status_code=999), "b")
 
 
-def test_only_a_plain_response_is_at_hand() -> None:
-    assert is_at_hand({"a": 1})
-    assert is_at_hand(PlainTextResponse("a"))
-    assert not is_at_hand(StreamingResponse(iter(["a"])))
-    assert not is_at_hand(Response(background=lambda: None))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+def test_only_a_plain_response_is_complete() -> None:
+    assert is_complete({"a": 1})
+    assert is_complete(PlainTextResponse("a"))
+    assert not is_complete(StreamingResponse(iter(["a"])))
+    assert not is_complete(Response(background=lambda: None))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_the_messages_of_an_application_make_one_response() -> None:

@@ -1,12 +1,12 @@
-"""Capacity for batches in one replica: the slots that batches occupy, and when one of them is about to become free.
+"""Capacity of a replica that runs batches: the slots that batches occupy, and when the next one becomes free.
 
-A batch occupies its slot from its start until all of its requests are answered, however few they are. So the room for
-the next batch appears once, when the whole slot is free. (Room counted request by request is filled behind the running
-batch: calls of 20 ms then alternate between 1 and 63 requests, and those behind them wait although another replica may
-be idle.)
+A batch occupies its slot from its start until all of its requests have replies, however few they are. So there is room
+for the next batch only when the whole slot is free. (If room is counted request by request, it is filled behind the
+running batch: batches of 20 ms then alternate between 1 and 63 requests, and requests wait for them although another
+replica may be idle.)
 
-The exception is the last moment of a running batch. Its slot counts as nearly free before the end that the previous
-ones predict, as early as a claim took lately, large bodies included. So the next batch is at hand when this one ends.
+The exception is the last moment of a running batch. Its slot counts as nearly free shortly before its predicted end, as
+early as a recent claim took, large bodies included. So the next batch can start as soon as this one ends.
 
 Pure: the caller passes the clock.
 """
@@ -17,25 +17,26 @@ from collections import deque
 
 _SAMPLE_SIZE = 6
 """Number of recent batches whose durations are compared; the shortest and the longest of them are left out."""
-_FEWEST = 4
+_MIN_SAMPLE_SIZE = 4
+"""Durations that are needed for a prediction."""
 _SHORT_S = 0.010
-"""Where batches are this short, the next one may wait for all of the running one."""
+"""After a batch up to this long, the next one may be claimed as early as it begins."""
 _MIN_EARLY_S, _EARLY, _MAX_EARLY_S = 0.002, 0.15, 0.020
-"""Behind longer ones it may be at hand this share of their duration too early, within these limits: where durations
+"""After a longer batch, the next one may wait for this share of its duration, within these limits. Where durations
 differ by more, it is claimed for the end of the longest.
 """
 _MIN_FETCH_S, _MAX_FETCH_S = 0.0005, 0.1
 """Limits of the time that a claim is expected to take."""
 _TIMER_S = 0.0015
-"""A timer fires this much too early or too late: those of uvloop have a resolution of a millisecond."""
+"""Largest error of a timer, early or late: the timers of uvloop have a resolution of a millisecond."""
 _MAX_OVERRUN_S = 0.005
-"""A batch that exceeds the longest of the sample by this much is overdue: nobody knows when it will end."""
+"""A batch that exceeds the longest of the sample by this much is overdue, and its end unpredictable."""
 _SMOOTHING = 0.3
-"""Weight of the newest claim in the average, unless it took longer: slowness counts at once."""
+"""Weight of the newest claim in the average, unless it took longer: a slow claim counts at once."""
 
 
 class BatchRun:
-    """One batch that was handed to the user's code: it runs, or waits on a thread's queue for the end of another."""
+    """One batch that was passed to user code: it runs, or waits in a thread's queue for the end of another."""
 
     __slots__ = ("size", "started_s", "took_s")
 
@@ -43,11 +44,11 @@ class BatchRun:
         self.size = size
         self.started_s = 0.0
         self.took_s = 0.0
-        """How long the user's code took; 0 if it was never called."""
+        """How long user code took; 0 if it was never called."""
 
 
 class BatchCapacity:
-    """The slots of one replica."""
+    """The slots of one replica, each for one batch."""
 
     def __init__(self, slots: int = 1) -> None:
         self._slots = slots
@@ -55,7 +56,7 @@ class BatchCapacity:
         self._queued: deque[BatchRun] = deque()
         self._durations_s: deque[float] = deque(maxlen=_SAMPLE_SIZE)
         self._end_s = self._longest_s = 0.0
-        """When a batch is expected to end at the earliest, and at the latest; 0 while too few are known."""
+        """The shortest and the longest time that a batch is expected to take; 0 while the sample is too small."""
         self._fetch_s = _MIN_FETCH_S
 
     def resize(self, slots: int, now_s: float) -> None:
@@ -65,24 +66,24 @@ class BatchCapacity:
 
     @property
     def free(self) -> int:
-        """Number of slots in which nothing runs; less than zero after their number was reduced."""
+        """The number of free slots; negative after the number of slots was reduced."""
         return self._slots - len(self._running)
 
     @property
     def queued(self) -> int:
-        """Number of batches that were handed over while no slot was free."""
+        """The number of batches that were passed to user code while no slot was free."""
         return len(self._queued)
 
     def start(self, size: int, now_s: float) -> BatchRun:
-        """Let a batch of ``size`` requests occupy a slot, or the next one to become free."""
+        """Record that a batch of ``size`` requests starts, or is queued for the next free slot."""
         run = BatchRun(size)
         self._queued.append(run)
         self._start_queued(now_s)
         return run
 
     def end(self, run: BatchRun, now_s: float) -> None:
-        """Free the slot of a batch; the oldest queued one occupies it. One that was queued itself never started."""
-        if run in self._queued:
+        """Record that all requests of a batch have replies. The oldest queued batch gets its slot."""
+        if run in self._queued:  # it never started: all of its requests were cancelled
             self._queued.remove(run)
             return
         self._running.remove(run)
@@ -95,11 +96,11 @@ class BatchCapacity:
         self._fetch_s = min(max(fetch_s, average_s, _MIN_FETCH_S), _MAX_FETCH_S)
 
     def nearly_free(self, now_s: float) -> int:
-        """Return how many slots are about to become free for which no batch is queued yet."""
+        """Return how many slots are about to become free and have no queued batch."""
         return max(0, sum(self._is_ending(run, now_s) for run in self._running) - len(self._queued))
 
     def next_nearly_free_s(self, now_s: float) -> float | None:
-        """Return when the next slot will be nearly free; None if none will, as far as can be predicted."""
+        """Return when the next slot will be nearly free; None if that cannot be predicted."""
         if not self._longest_s:
             return None
         coming = [at_s for run in self._running if (at_s := self._nearly_free_at_s(run)) > now_s]
@@ -114,7 +115,7 @@ class BatchCapacity:
 
     def _record(self, duration_s: float) -> None:
         self._durations_s.append(duration_s)
-        if len(self._durations_s) < _FEWEST:
+        if len(self._durations_s) < _MIN_SAMPLE_SIZE:
             return
         typical_s = sorted(self._durations_s)[1:-1]
         self._longest_s = longest_s = typical_s[-1]

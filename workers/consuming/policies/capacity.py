@@ -66,4 +66,4 @@ class Capacity:
 
     def patience_s(self, now_s: float, unpredictable_s: float) -> float:
         """Return how long a request may still wait for a slot; ``unpredictable_s`` if the end is unpredictable."""
-        return self._call_times.patience_s(now_s, unforeseen=unpredictable_s)
+        return self._call_times.patience_s(now_s, unpredictable_s=unpredictable_s)

@@ -1,7 +1,7 @@
-"""Claim watch: for how long a replica has had room and has not claimed.
+"""Claim watch: detects a claim loop that has stopped.
 
-A healthy replica that has room always has a claim under way, and the broker answers that within seconds, if only with
-nothing or with an error. No answer to a claim for longer than that means that the claim loop has stopped.
+A healthy replica with room always has a claim in flight, and the broker answers it within seconds: with entries, with
+none, or with an error. If no claim is answered for longer than that, the claim loop has stopped.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ OBSERVE_S = 0.5
 """Seconds between observations."""
 
 STOPPED_AFTER_S = 10.0
-"""A claim loop without an answer for so long has stopped: a server that does not answer is given up sooner."""
+"""A claim loop without an answer for so long has stopped: a server that does not answer is disconnected sooner."""
 
 _LONGEST_STEP_S = 2 * OBSERVE_S
-"""What one observation can add: while user code blocks the loop, answers wait to be read."""
+"""Longest time that one observation adds: while user code blocks the loop, answers wait to be read."""
 
 assert STOPPED_AFTER_S > BLOCK_MS / 1000 + STALL_S
 
 
 class ClaimWatch:
-    """Measures it from observations. Pure: the caller passes the clock."""
+    """Measures for how long a replica could claim and had no answer. Pure: the caller passes the clock."""
 
     def __init__(self) -> None:
         self._answered = -1
@@ -30,6 +30,7 @@ class ClaimWatch:
 
     @property
     def has_stopped(self) -> bool:
+        """Whether the claim loop has stopped."""
         return self._stopped_s >= STOPPED_AFTER_S
 
     def observe(self, answered: int, could_claim: bool, now_s: float) -> None:
