@@ -1,4 +1,4 @@
-"""The codec: Python values as bytes and back, with the same rules for handles and backends."""
+"""Codec: Python values to bytes and back, by the same rules for handles and backends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from .json_bounds import read_uncollected
 
 
 def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
-    """Return the codec of ``value`` and its bytes.
+    """Return the name of the codec for ``value``, and the encoded value.
 
-    None, ``str`` and bytes are themselves; anything else is JSON, with dataclasses, datetimes, UUIDs, NumPy arrays,
-    tuples and pydantic models; what JSON cannot hold is pickled where that is allowed. NaN, infinities and NaT become
-    ``null``, as JSON has none of them; integers of any size are exact; a mapping must have strings as keys.
+    None, ``str`` and bytes have codecs of their own. Every other value is JSON, including dataclasses, datetimes,
+    UUIDs, NumPy arrays, tuples and pydantic models. NaN, infinities and NaT become ``null``, because JSON has none of
+    them. Integers of any size are exact. The keys of a mapping must be strings.
+
+    Args:
+        value: the value.
+        allow_pickle: pickle a value that JSON cannot represent, instead of raising.
 
     Raises:
-        TypeError: the value cannot travel; the message says why.
+        TypeError: the value cannot be encoded; the message gives the reason.
     """
     if value is None:
         return "none", b""
@@ -29,23 +33,23 @@ def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
             try:
                 return "text", value.encode()
             except UnicodeEncodeError:
-                pass  # lone surrogates, which JSON escapes
+                pass  # a lone surrogate, which JSON escapes
         return "json", exact_json.dumps(value)
     except TypeError as e:
         if not allow_pickle:
             raise TypeError(f"a {exact_json.name_of(type(value))} cannot be sent ({e})") from None
     try:
         return "pickle", pickle.dumps(value, protocol=5)
-    except Exception as e:  # whatever the value's own code raises
+    except Exception as e:  # methods of the value may raise anything
         raise TypeError(f"a {exact_json.name_of(type(value))} cannot be pickled ({type(e).__name__}: {e})") from e
 
 
 def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
-    """Return the value that `encode` wrote.
+    """Return the value that `encode` encoded as ``body``.
 
     Raises:
-        MalformedBody: the bytes are not what the codec says, the codec is unknown, or it is ``pickle`` and that is not
-            allowed.
+        MalformedBody: the bytes do not have the codec's format, the codec is unknown, or it is ``pickle`` and pickle is
+            not allowed.
     """
     try:
         if codec == "json":
@@ -69,14 +73,14 @@ def decode(codec: str, body: bytes, *, allow_pickle: bool = False) -> Any:
 
 
 def load_json(raw: bytes, what: str = "the body") -> Any:
-    """Return what ``raw`` says, as Python's ``json`` would.
+    """Return the value of a JSON text, as Python's ``json`` reads it.
 
     Args:
         raw: the text.
-        what: its name in the message of the error.
+        what: its name in the error message.
 
     Raises:
-        MalformedBody: it is not JSON.
+        MalformedBody: the text is not JSON.
     """
     try:
         return exact_json.loads(raw)

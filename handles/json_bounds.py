@@ -1,10 +1,10 @@
-"""Bounds on reading large JSON: no garbage collection meanwhile, and at most so many strings, arrays and objects.
+"""Bounds on parsing large JSON: no garbage collection during the parse, and a limit on strings, arrays and objects.
 
-A parser holds the interpreter's lock from the first byte to the last, so that no other thread runs: neither the event
-loop nor the one that renews a replica's lease. The time depends on the values more than on the bytes. Measured on a
-slow core: 40 ns for a small number, 130 for an empty array, 800 for a member whose name has not occurred before. The
-garbage collector, which runs each time that some hundred arrays and objects were made and finds nothing, made that six
-times as much: 8 MB of ``[],[],…`` took 1.8 s instead of 0.3.
+A parser holds the interpreter lock from the first byte to the last. Meanwhile no other thread runs: neither the event
+loop nor the thread that renews a replica's lease. The time depends on the values more than on the bytes. Measured on a
+slow core: 40 ns for a small number, 130 for an empty array, 800 for an object member whose name is new. The garbage
+collector runs once for every few hundred new arrays and objects, and finds nothing to free. It made the parse six times
+as long: 8 MB of ``[],[],…`` took 1.8 s instead of 0.3.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .errors import ConfigError, MalformedBody
 T = TypeVar("T")
 
 MAX_ITEMS = 2_000_000
-"""How many strings, arrays and objects a body from a client may hold: at worst they take 1.7 s, within a lease."""
+"""The most strings, arrays and objects of a body from a client. At worst they take 1.7 s, less than a lease."""
 
 MAX_ITEMS_VARIABLE = "PENSTOCK_MAX_JSON_ITEMS"
-"""The environment variable that sets another limit."""
+"""Environment variable that sets another limit."""
 
-_COLLECTED_BYTES = 256 * 1024
-"""A shorter body is read in some milliseconds whatever it holds."""
+_SMALL_BYTES = 256 * 1024
+"""A body of at most this size is parsed within milliseconds, whatever it contains, and needs no bounds."""
 
 
 def read_uncollected(read: Callable[[bytes], T], body: bytes) -> T:
-    """Return ``read(body)``, for a ``read`` that parses JSON, without garbage collection if the body is large."""
-    if len(body) <= _COLLECTED_BYTES or not gc.isenabled():
+    """Return ``read(body)``, where ``read`` parses JSON. A large body is parsed without garbage collection."""
+    if len(body) <= _SMALL_BYTES or not gc.isenabled():
         return read(body)
     gc.disable()
     try:
@@ -40,15 +40,15 @@ def read_uncollected(read: Callable[[bytes], T], body: bytes) -> T:
 
 
 def read_bounded(read: Callable[[bytes], T], body: bytes) -> T:
-    """`read_uncollected` for a body from a client.
+    """Return ``read(body)`` for a body from a client; see `read_uncollected`.
 
     Raises:
-        MalformedBody: it holds more strings, arrays and objects than are read.
-        ConfigError: the environment variable that says how many is not a number.
+        MalformedBody: the body has more strings, arrays and objects than the limit.
+        ConfigError: the environment variable with the limit is not a number.
     """
-    if len(body) > _COLLECTED_BYTES:
+    if len(body) > _SMALL_BYTES:
         limit = _max_items()
-        # Each takes two bytes. Brackets within strings count too: to tell them apart would be to parse it.
+        # Each takes at least two bytes. Brackets within strings count too: telling them apart would need a parser.
         if len(body) > 2 * limit and (count := _count_items(body)) > limit:
             raise MalformedBody(
                 f"the body is JSON with {count:,} strings, arrays and objects, and at most {limit:,} are read: send "

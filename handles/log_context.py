@@ -1,4 +1,4 @@
-"""Log context: the id of the request being processed, in every log line."""
+"""Log context: the id of the request that is being processed, in every log line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ _working_on: ContextVar[Sequence[tuple[str, str]]] = ContextVar("penstock_reques
 
 
 def work_on(requests: Sequence[tuple[str, str]]) -> None:
-    """Name these requests in what this context logs from now on: each by its request id, or else by its call's.
+    """Set the requests that the current context processes, for its log lines.
 
-    Which is shown is decided when something is logged: see `shown_id`.
+    Args:
+        requests: pairs of a request id, empty if there is none, and the id of the call. See `shown_id`, which selects
+            one of the two when a line is logged.
     """
     _working_on.set(requests)
 
 
 def request_ids() -> str:
-    r"""Return what the current context works on, as it may stand in a log line: ids with commas between, or ``-``.
+    r"""Return the ids of the current context's requests for a log line, separated by commas; ``-`` if there are none.
 
     >>> work_on([("a", "00ff"), ("b\n", ""), ("", "00ff")])
     >>> request_ids()
@@ -30,14 +32,14 @@ def request_ids() -> str:
     >>> work_on([])
     """
     ids = ",".join(shown_id(*request) for request in _working_on.get()) or "-"
-    # A publisher that writes to Redis itself can give a request any id.
+    # A process that writes to Redis itself can give a request any id.
     return ids if ids.isascii() and ids.isprintable() else ascii(ids)[1:-1]
 
 
 def name_requests() -> None:
-    """Give every log record of this process a ``request_id``; where nobody has set up logging, show it.
+    """Give every log record of this process a ``request_id``, for formats with ``%(request_id)s``.
 
-    For processes that are ours alone. A format of the user's own has it as ``%(request_id)s``.
+    If logging is not configured, it is configured with `FORMAT`. For processes that run no program of the user's.
     """
     make = logging.getLogRecordFactory()
 

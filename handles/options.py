@@ -1,4 +1,4 @@
-"""Options of a handle: method, headers, shard key, timeout."""
+"""Options of a handle: method, headers, shard key, timeout, kind of reply."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """A token of RFC 9110, section 5.6.2."""
 _HEADER_NAME = _HTTP_METHOD
 _NOT_IN_VALUE = re.compile("[^\t\x20-\x7e\x80-\xff]")
-"""What a field value of RFC 9110, section 5.5 cannot hold, written in ISO 8859-1 as HTTP clients and servers do."""
-_LONGEST_S = 1e9
+"""A character that a field value cannot have (RFC 9110, section 5.5), in ISO 8859-1 as HTTP servers use it."""
+_MAX_TIMEOUT_S = 1e9
 RETURN_TYPES = ("future", "object_ref")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
-    """How a handle calls its endpoint; see ``ServeHandle.options``."""
+    """Options of the calls of a handle; see `ServeHandle.options`.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ConfigError: an option has a value that is not allowed.
+    """
 
     method_name: str = "__call__"
     shard_key: str | None = None
@@ -40,12 +45,19 @@ class CallOptions:
         if not isinstance(cast(object, self.stream), bool):
             raise TypeError(f"stream must be a bool, not {type(self.stream).__name__}")
         if self.stream and self.return_type != "future":
-            raise ConfigError(f"stream=True gives an iterator, which return_type={self.return_type!r} does not go with")
-        # A copy, as the caller may change theirs.
+            raise ConfigError(
+                f"stream=True returns an iterator, and return_type={self.return_type!r} another thing: choose one"
+            )
+        # A copy: the caller may change the mapping.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 
     def with_(self, changes: Mapping[str, Any]) -> CallOptions:
-        """Return these options but for ``changes``. Raises ``TypeError`` for a name that is none."""
+        """Return these options with ``changes``.
+
+        Raises:
+            TypeError: a change has the name of no option, or a wrong type.
+            ConfigError: a change has a value that is not allowed.
+        """
         known = [option.name for option in fields(self)]
         for name in changes:
             if name not in known:
@@ -66,19 +78,30 @@ class CallOptions:
 
 
 def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:
-    """Raise `CallMethodRefused` if the endpoint does not offer the method."""
+    """Check that the endpoint offers the method.
+
+    Raises:
+        CallMethodRefused: it does not.
+    """
     if not endpoint.allows(method_name):
         raise CallMethodRefused(endpoint.name, method_name, endpoint.call_methods or ())
 
 
 def check_method_name(method_name: object) -> None:
-    """Refuse what cannot be the name of a public method: ``TypeError`` or `ConfigError`."""
+    """Check that ``method_name`` can be the name of a public method.
+
+    Raises:
+        TypeError: it is not a ``str``.
+        ConfigError: it is not an identifier, or it is private.
+    """
     if not isinstance(method_name, str):
         raise TypeError(f"method_name must be a str, not {type(method_name).__name__}")
     if not method_name.isidentifier():
         raise ConfigError(f"method_name {method_name!r} is not the name of a method")
     if method_name.startswith("_") and method_name != "__call__":
-        raise ConfigError(f"method_name {method_name!r} is private: names starting with '_' cannot be called")
+        raise ConfigError(
+            f"method_name {method_name!r} is private: methods whose names start with '_' cannot be called"
+        )
 
 
 def _check(
@@ -98,8 +121,8 @@ def _check(
     if timeout_s is not None:
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
             raise TypeError(f"timeout_s must be a number of seconds or None, not {type(timeout_s).__name__}")
-        if not 0 < timeout_s <= _LONGEST_S:
-            raise ConfigError(f"timeout_s must be above 0 and at most {_LONGEST_S:g} seconds, not {timeout_s}")
+        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s must be above 0 and at most {_MAX_TIMEOUT_S:g} seconds, not {timeout_s}")
 
 
 def _check_header(name: object, value: object) -> None:
@@ -110,7 +133,7 @@ def _check_header(name: object, value: object) -> None:
         raise ConfigError(
             f"http_headers has the name {name!r}: a header's name is made of ASCII letters, digits and !#$%&'*+-.^_`|~"
         )
-    # Of the value, only the character that is wrong: it may be a token with a line feed at its end.
+    # The error shows the wrong character alone: the value may be a secret, such as a token with a line feed at its end.
     if (wrong := _NOT_IN_VALUE.search(cast(str, value))) is not None:
         raise ConfigError(
             f"http_headers has {wrong[0]!r} in the value of {name!r}: it may hold the characters of ISO 8859-1 but for "

@@ -1,1 +1,1 @@
-"""The client core: calls in flight, their replies, recovery after a lost connection, traffic."""
+"""Client core: publishes calls, receives their replies, and recovers them after a lost connection."""
