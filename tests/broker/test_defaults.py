@@ -29,7 +29,7 @@ print(json.dumps({"url": default_url(), "instance": default_instance(), "child":
 """
 
 
-def test_a_process_of_an_instance_has_its_url_and_the_processes_that_it_starts_do_not() -> None:
+def test_child_processes_do_not_inherit_the_url_of_an_instance() -> None:
     owner = dict.fromkeys(URLS, "redis://owner:hunter2@broker:6379")
     ran = subprocess.run(
         [sys.executable, "-c", BELONGING],
@@ -59,7 +59,7 @@ def test_the_environment_names_the_broker_and_the_instance(monkeypatch: pytest.M
         handles.connect()
 
 
-def test_handles_and_batches_are_those_of_the_instance_that_the_environment_names(
+def test_handles_and_batches_use_the_instance_of_the_environment(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(redis_url)
@@ -77,6 +77,6 @@ def test_handles_and_batches_are_those_of_the_instance_that_the_environment_name
     site.close()
 
 
-def test_an_empty_name_of_an_instance_that_is_given_is_refused(redis_url: str) -> None:
+def test_an_empty_name_of_an_instance_is_refused(redis_url: str) -> None:
     with pytest.raises(ConfigError, match="an instance '' must be 1 to 128 letters"):
         handles.connect(redis_url, "")

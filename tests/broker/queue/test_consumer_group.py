@@ -98,7 +98,7 @@ Publish = Callable[..., Awaitable[list[bytes]]]
 Left = Callable[[], Awaitable[tuple[int, int]]]
 
 
-async def test_what_was_published_before_the_first_replica_is_claimed(join: Joining, publish: Publish) -> None:
+async def test_requests_published_before_the_first_replica_are_claimed(join: Joining, publish: Publish) -> None:
     refs = await publish("1", "2")
     replica = await join("a")
     await replica.group.ensure()
@@ -122,7 +122,7 @@ async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Join
     assert await asyncio.wait_for(claiming, 10) == {ref: "1"}
 
 
-async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
+async def test_a_settled_entry_leaves_nothing(join: Joining, publish: Publish, left: Left) -> None:
     replica = await join("a")
     await publish("1", "2", "3")
     replica.group.acknowledger.settle(list(await replica.claim()))
@@ -130,7 +130,7 @@ async def test_what_is_settled_leaves_nothing(join: Joining, publish: Publish, l
     assert await replica.pending() == {}
 
 
-async def test_what_is_claimed_and_not_settled_can_be_read_again(
+async def test_pending_entries_can_be_read_again(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
@@ -144,7 +144,7 @@ async def test_what_is_claimed_and_not_settled_can_be_read_again(
     assert await replica.group.pending.own_refs(60_000) == []
 
 
-async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining, publish: Publish) -> None:
+async def test_an_entry_that_another_replica_redelivers_is_not_read_again(join: Joining, publish: Publish) -> None:
     slow, heir = await join("slow"), await join("heir")
     refs = await publish("1", "2")
     await slow.claim()
@@ -153,9 +153,7 @@ async def test_what_another_replica_has_adopted_is_not_read_again(join: Joining,
     assert [one.ref for one in await slow.group.pending.reclaim(refs)] == refs[1:]
 
 
-async def test_the_number_of_its_own_pending_entries_is_seen_with_what_there_is_to_take_over(
-    join: Joining, publish: Publish
-) -> None:
+async def test_a_replica_counts_its_own_pending_entries(join: Joining, publish: Publish) -> None:
     replica = await join("a")
     await publish("1", "2")
     assert (await replica.group.pending.count()).own == 0
@@ -176,7 +174,7 @@ async def test_work_waits_while_an_entry_is_unclaimed(
     assert not await replica.group.is_work_waiting()
 
 
-async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish: Publish) -> None:
+async def test_reading_a_pending_entry_is_not_a_delivery(join: Joining, publish: Publish) -> None:
     dead, heir = await join("dead"), await join("heir")
     await publish("1")
     await dead.claim()
@@ -188,7 +186,7 @@ async def test_reading_what_is_pending_is_not_a_delivery(join: Joining, publish:
     assert taken.deliveries == 1
 
 
-async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publish: Publish) -> None:
+async def test_entries_of_a_live_replica_are_not_redelivered(join: Joining, publish: Publish) -> None:
     busy, idle = await join("busy"), await join("idle")
     await publish("1")
     await busy.claim()
@@ -200,7 +198,7 @@ async def test_nothing_is_adopted_from_a_replica_that_lives(join: Joining, publi
     ("renewed_since_s", "renewed_s", "may"),
     [(5.0, 0.0, True), (2.1, 0.9, True), (1.5, 0.0, False), (5.0, 1.5, False), (0.0, 0.0, False)],
 )
-async def test_only_who_could_renew_its_own_lease_lately_adopts(
+async def test_only_a_replica_with_recent_renewals_redelivers(
     join: Joining,
     publish: Publish,
     commands: RedisConnection,
@@ -220,7 +218,7 @@ async def test_only_who_could_renew_its_own_lease_lately_adopts(
     assert (await heir.group.pending.claim_redelivered() is not None) == may
 
 
-async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) -> None:
+async def test_a_replica_without_a_lease_redelivers_nothing(join: Joining, publish: Publish) -> None:
     silent, heir = await join("silent"), await join("heir")
     await publish("1")
     await silent.claim()
@@ -231,7 +229,7 @@ async def test_who_has_no_lease_adopts_nothing(join: Joining, publish: Publish) 
     assert await heir.group.pending.claim_redelivered() is not None
 
 
-async def test_a_lease_that_was_dropped_is_proof_for_anybody(
+async def test_a_dropped_lease_proves_a_death_to_every_replica(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     dead, heir = await join("dead"), await join("heir")
@@ -243,7 +241,7 @@ async def test_a_lease_that_was_dropped_is_proof_for_anybody(
     assert await heir.group.pending.claim_redelivered() is not None
 
 
-async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
+async def test_a_lease_stores_since_when_it_is_renewed_without_a_gap(
     redis_url: str, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(redis_url)
@@ -281,9 +279,7 @@ async def test_a_lease_has_the_time_since_when_it_is_renewed_without_a_gap(
 
 
 @pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"OOM"}))
-async def test_a_lease_that_cannot_be_taken_for_now_is_an_unavailable_broker(
-    redis_url: str, keys: Keys, code: str
-) -> None:
+async def test_a_temporary_refusal_of_a_lease_is_an_unavailable_broker(redis_url: str, keys: Keys, code: str) -> None:
     with RefusingProxy(redis_url) as between:
         between.error = ERRORS[code]
         lease = Lease(between.url, keys.alive(TAG, "a"))
@@ -292,7 +288,7 @@ async def test_a_lease_that_cannot_be_taken_for_now_is_an_unavailable_broker(
         await asyncio.to_thread(lease.stop)
 
 
-async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join: Joining, publish: Publish) -> None:
+async def test_entries_of_a_dead_replica_are_redelivered_oldest_first(join: Joining, publish: Publish) -> None:
     dead, heir = await join("dead"), await join("heir")
     refs = await publish("1", "2")
     await dead.claim()
@@ -309,7 +305,7 @@ async def test_what_a_dead_replica_held_is_adopted_one_by_one_oldest_first(join:
     assert await heir.pending() == {refs[0]: "1", refs[1]: "2"}
 
 
-async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining, publish: Publish) -> None:
+async def test_an_entry_is_redelivered_to_one_of_many_replicas(join: Joining, publish: Publish) -> None:
     dead = await join("dead")
     heirs = [await join(f"heir{n}") for n in range(4)]
     refs = await publish(*map(str, range(10)))
@@ -319,7 +315,7 @@ async def test_each_orphan_finds_one_home_however_many_look_for_it(join: Joining
     assert sorted(one.entry for one in taken if one) == refs
 
 
-async def test_deaths_are_counted_and_written_into_the_history(
+async def test_deaths_are_counted_and_recorded_in_the_history(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     await publish("1")
@@ -339,7 +335,7 @@ async def test_deaths_are_counted_and_written_into_the_history(
     assert all(abs(int(died) - commands.now_ms()) < 5_000 for died in history[1::2])
 
 
-async def test_an_orphan_that_its_caller_withdrew_is_dropped(
+async def test_a_withdrawn_entry_is_not_redelivered(
     join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
     dead, heir = await join("dead"), await join("heir")
@@ -354,7 +350,7 @@ async def test_an_orphan_that_its_caller_withdrew_is_dropped(
     assert await left() == (0, 0)
 
 
-async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, publish: Publish) -> None:
+async def test_giving_back_does_not_count_as_a_delivery(join: Joining, publish: Publish) -> None:
     """However often: it was never started, so nobody's death can be its fault."""
     replicas = [await join("a"), await join("b")]
     (ref,) = await publish("1")
@@ -374,7 +370,7 @@ async def test_what_is_given_back_is_not_counted_as_a_delivery(join: Joining, pu
     assert taken.deliveries == 1
 
 
-async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Publish) -> None:
+async def test_only_entries_that_are_still_held_are_given_back(join: Joining, publish: Publish) -> None:
     late, heir = await join("late"), await join("heir")
     (ref,) = await publish("1")
     await late.claim()
@@ -385,7 +381,7 @@ async def test_only_what_is_still_held_is_given_back(join: Joining, publish: Pub
     assert await heir.pending() == {ref: "1"}
 
 
-async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
+async def test_a_dead_letter_has_the_history_of_its_deliveries(
     join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
     dead, heir = await join("dead"), await join("heir")
@@ -406,7 +402,7 @@ async def test_what_is_buried_lies_among_the_dead_letters_with_its_history(
     assert await commands.send("EXISTS", keys.history(TAG, taken.entry.decode())) == 0
 
 
-async def test_garbage_of_any_size_can_be_buried(
+async def test_an_unreadable_entry_of_any_size_becomes_a_dead_letter(
     join: Joining, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
@@ -420,7 +416,7 @@ async def test_garbage_of_any_size_can_be_buried(
     assert await commands.send("XLEN", keys.dead(TAG)) == 1
 
 
-async def test_a_replica_that_holds_something_is_not_forgotten(
+async def test_a_consumer_with_pending_entries_is_not_deleted(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     """Deleting a consumer loses what it holds (redis#8635)."""
@@ -450,7 +446,7 @@ async def test_a_replica_that_holds_something_is_not_forgotten(
     assert await consumers() == set()
 
 
-async def test_the_home_of_what_was_given_back_is_never_forgotten(
+async def test_the_consumer_of_returned_entries_is_never_deleted(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
@@ -466,7 +462,7 @@ async def test_the_home_of_what_was_given_back_is_never_forgotten(
     assert RETURNED in names
 
 
-async def test_the_group_can_be_made_anew(
+async def test_the_group_can_be_created_again(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
     """Redis lost its data (faststream#2611)."""
@@ -479,7 +475,7 @@ async def test_the_group_can_be_made_anew(
     assert await replica.claim() == {ref: "1"}
 
 
-async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
+async def test_a_reply_goes_only_to_a_caller_with_a_stream(
     join: Joining, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("a")
@@ -491,7 +487,7 @@ async def test_a_reply_goes_only_to_a_caller_that_keeps_a_stream(
     assert Reply.of(fields) == Reply("1", body=b"x")
 
 
-async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
+async def test_accepted_requests_are_completed_when_the_broker_is_out_of_memory(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)
@@ -526,7 +522,7 @@ async def test_work_that_was_accepted_goes_on_when_the_broker_is_out_of_memory(
     assert await commands.send("XLEN", keys.requests(TAG)) == 1
 
 
-async def test_a_reply_and_its_settling_wait_together_for_the_broker(
+async def test_a_reply_and_its_settlement_wait_together_for_the_broker(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     """If the reply gave up and the settling went through, a request would be lost."""
@@ -552,7 +548,7 @@ async def dropped(commands: RedisConnection, keys: Keys) -> int:
     return (await read_stats(commands, keys, TAG)).dead_letters_dropped
 
 
-async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
+async def test_the_oldest_of_too_many_dead_letters_are_dropped_and_counted(
     join: Joining, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("replica")
@@ -568,7 +564,7 @@ async def test_of_too_many_dead_letters_the_oldest_are_dropped_and_counted(
     assert await dropped(commands, keys) == 7
 
 
-async def test_a_dropped_dead_letter_takes_its_large_body_along(
+async def test_a_dead_letter_is_dropped_with_its_large_body(
     join: Joining, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("replica")
@@ -582,7 +578,7 @@ async def test_a_dropped_dead_letter_takes_its_large_body_along(
     assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
 
 
-async def test_dead_letters_are_dropped_after_fourteen_days_and_when_fewer_are_kept(
+async def test_dead_letters_are_dropped_after_fourteen_days_and_at_a_lower_limit(
     join: Joining, commands: RedisConnection, keys: Keys
 ) -> None:
     replica = await join("replica")
@@ -598,9 +594,7 @@ async def test_dead_letters_are_dropped_after_fourteen_days_and_when_fewer_are_k
     assert await dropped(commands, keys) == 3
 
 
-async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
-    join: Joining, commands: RedisConnection, keys: Keys
-) -> None:
+async def test_a_dead_letter_has_a_bounded_size(join: Joining, commands: RedisConnection, keys: Keys) -> None:
     replica = await join("replica")
     fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
     ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
@@ -610,9 +604,7 @@ async def test_garbage_of_any_length_makes_a_dead_letter_of_bounded_length(
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
 
 
-async def test_what_is_refused_of_dead_letters_and_of_what_is_given_back_is_sent_again(
-    redis_url: str, connect: Connect, keys: Keys
-) -> None:
+async def test_refused_dead_letters_and_returns_are_sent_again(redis_url: str, connect: Connect, keys: Keys) -> None:
     straight = await connect(redis_url)
     with RefusingProxy(redis_url) as between:
         commands = await connect(between.url)

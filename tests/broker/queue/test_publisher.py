@@ -45,7 +45,7 @@ async def depth(commands: RedisConnection, keys: Keys) -> int:
     return sum([await commands.send("XLEN", stream) for stream in (keys.requests(TAG), keys.batch(TAG))])
 
 
-async def test_what_is_published_lies_on_the_stream_in_order(
+async def test_requests_are_published_in_order(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     refs = await asyncio.gather(*[publish(publishers[0], str(n)) for n in range(50)])
@@ -54,7 +54,7 @@ async def test_what_is_published_lies_on_the_stream_in_order(
     assert [Entry.of(fields).id for _, fields in on_stream] == [str(n) for n in range(50)]
 
 
-async def test_what_entries_of_one_tick_have_in_common_and_what_they_have_not_is_each_one_s_own(
+async def test_entries_of_one_tick_keep_their_own_fields(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     sent = [
@@ -90,7 +90,7 @@ async def test_the_limit_holds_exactly_at_any_number_of_callers(
         room = await commands.send("XTRIM", keys.requests(TAG), "MAXLEN", 2 * round_)
 
 
-async def test_who_is_refused_hears_how_many_stood_in_the_way(publishers: list[Publisher]) -> None:
+async def test_a_refusal_has_the_depth_of_the_queue(publishers: list[Publisher]) -> None:
     first, second = publishers[:2]
     assert await publish(first, "1", limit=2)
     assert await publish(second, "2", limit=2)
@@ -98,7 +98,7 @@ async def test_who_is_refused_hears_how_many_stood_in_the_way(publishers: list[P
     assert await publish(second, "4", limit=1) == QueueFull(2, 1.0)
 
 
-async def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(
+async def test_a_refusal_has_the_time_until_the_queue_is_drained(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     seconds, micros = await commands.send("TIME")
@@ -111,14 +111,14 @@ async def test_who_is_refused_hears_how_long_the_queue_takes_to_drain(
 
 
 @given(st.integers(min_value=-(2**40), max_value=2**50))
-def test_nobody_is_sent_away_for_longer_than_a_minute_or_less_than_a_second(oldest_ms: int) -> None:
+def test_the_time_until_a_retry_is_between_a_second_and_a_minute(oldest_ms: int) -> None:
     """A broker's clock may have gone back, or an entry have run for a year."""
     assert 1.0 <= retry_after_s(oldest_ms) <= 60.0
     assert retry_after_s(oldest_ms) <= retry_after_s(oldest_ms + 1)
 
 
 @given(st.integers(min_value=1, max_value=10_000), st.floats(min_value=0.1, max_value=10_000))
-def test_at_a_steady_rate_it_is_the_time_to_drain_the_queue(depth: int, rate: float) -> None:
+def test_the_time_until_a_retry_is_the_time_to_drain_the_queue_at_a_steady_rate(depth: int, rate: float) -> None:
     """In a queue that is full and drains at ``rate``, as many have been accepted since its oldest as it holds."""
     drains_s = depth / rate
     assert retry_after_s(1000 * drains_s) == pytest.approx(min(max(1.0, drains_s), 60.0))
@@ -133,7 +133,7 @@ async def test_a_tick_of_many_large_requests_is_published_whole(
     assert await depth(commands, keys) == 30
 
 
-async def test_one_who_does_not_want_to_hear_does_not_silence_the_others(publishers: list[Publisher]) -> None:
+async def test_a_callback_that_raises_does_not_affect_the_others(publishers: list[Publisher]) -> None:
     def fail(result: Published) -> None:
         raise RuntimeError("on purpose")
 
@@ -141,7 +141,7 @@ async def test_one_who_does_not_want_to_hear_does_not_silence_the_others(publish
     assert isinstance(await publish(publishers[0], "2"), bytes)
 
 
-async def test_requests_are_found_by_their_ids_or_places(
+async def test_requests_are_found_by_their_ids_or_entries(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     publisher = publishers[0]
@@ -162,7 +162,7 @@ async def test_requests_are_found_on_a_long_stream(publishers: list[Publisher]) 
     assert found == [refs[n] for n in wanted]
 
 
-async def test_what_is_withdrawn_is_gone_and_its_replicas_are_told(
+async def test_a_withdrawn_request_is_deleted_and_replicas_get_a_signal(
     publishers: list[Publisher], broker_url: str, commands: RedisConnection, keys: Keys
 ) -> None:
     heard: list[bytes] = []
@@ -180,7 +180,7 @@ async def test_what_is_withdrawn_is_gone_and_its_replicas_are_told(
     await signals.close()
 
 
-async def test_a_broker_out_of_memory_refuses_the_request_and_keeps_nothing_of_it(
+async def test_a_broker_out_of_memory_refuses_a_request_completely(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)
@@ -194,7 +194,7 @@ async def test_a_broker_out_of_memory_refuses_the_request_and_keeps_nothing_of_i
     assert isinstance(await publish(publisher, "after"), bytes)
 
 
-async def test_after_a_lost_connection_nobody_is_told_what_is_not_known(
+async def test_the_result_of_publishing_is_unknown_after_a_lost_connection(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)

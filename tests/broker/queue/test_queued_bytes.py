@@ -117,7 +117,7 @@ async def test_the_limit_holds_exactly_for_any_sizes_at_any_number_of_callers(
         assert taken + charge_of(raw) > limit_bytes
 
 
-async def test_as_much_fits_again_as_was_settled(
+async def test_settling_makes_room_for_as_many_requests(
     publishers: list[Publisher],
     join: Callable[[str], Awaitable[ConsumerGroup]],
     queued_bytes: Callable[[], Awaitable[int]],
@@ -135,7 +135,7 @@ async def test_as_much_fits_again_as_was_settled(
         await wait_until_async(lambda: _is_zero(queued_bytes))
 
 
-async def test_small_requests_are_charged_alike_and_refused_when_the_bytes_are_used_up(
+async def test_all_small_requests_are_charged_the_same(
     publishers: list[Publisher],
 ) -> None:
     limit_bytes = 100 * SMALL
@@ -146,7 +146,7 @@ async def test_small_requests_are_charged_alike_and_refused_when_the_bytes_are_u
     assert QueueFull(limit_bytes, 1.0, in_bytes=True) in results
 
 
-async def test_a_short_queue_takes_small_requests_though_large_ones_have_used_up_the_rest(
+async def test_a_short_queue_admits_small_requests_when_large_ones_fill_the_limit(
     publishers: list[Publisher], queued_bytes: Callable[[], Awaitable[int]]
 ) -> None:
     limit_bytes = 1_000_000
@@ -157,13 +157,13 @@ async def test_a_short_queue_takes_small_requests_though_large_ones_have_used_up
     assert await queued_bytes() <= limit_bytes
 
 
-async def test_the_limit_of_requests_comes_first(publishers: list[Publisher]) -> None:
+async def test_the_limit_of_requests_is_checked_first(publishers: list[Publisher]) -> None:
     await accepted(publish(publishers[0], entry("1", MIDDLE), 1_000_000, limit=1))
     assert await publish(publishers[1], entry("2", MIDDLE), 1_000_000, limit=1) == QueueFull(1, 1.0)
 
 
 @pytest.mark.parametrize("batch", [False, True])
-async def test_whatever_ends_a_request_releases_its_bytes(
+async def test_every_end_of_a_request_releases_its_bytes(
     batch: bool,
     publishers: list[Publisher],
     commands: RedisConnection,
@@ -209,7 +209,7 @@ async def test_whatever_ends_a_request_releases_its_bytes(
     assert not await commands.send("EXISTS", keys.sizes(TAG))
 
 
-async def test_nothing_is_left_on_record_when_all_is_settled(
+async def test_settling_all_entries_deletes_all_records(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys, join: Callable[[str], Awaitable[ConsumerGroup]]
 ) -> None:
     replica = await join("replica")
@@ -220,7 +220,7 @@ async def test_nothing_is_left_on_record_when_all_is_settled(
 
 
 @pytest.mark.parametrize("batch", [False, True])
-async def test_what_others_removed_from_the_stream_is_not_charged_for_ever(
+async def test_entries_removed_by_other_means_are_not_charged_for_ever(
     batch: bool, publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     stream = keys.batch(TAG) if batch else keys.requests(TAG)
@@ -239,7 +239,7 @@ async def test_what_others_removed_from_the_stream_is_not_charged_for_ever(
     assert sum(isinstance(result, bytes) for result in room) == 5
 
 
-async def test_a_body_is_stored_only_with_room_for_it(
+async def test_a_body_is_stored_only_if_there_is_room(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys, queued_bytes: Callable[[], Awaitable[int]]
 ) -> None:
     raws = [entry(str(n), 1_000_000) for n in range(10)]
@@ -257,7 +257,7 @@ async def test_a_body_is_stored_only_with_room_for_it(
     assert await reserve(publishers[1], raws[9], limit_bytes) is None
 
 
-async def test_a_reservation_whose_caller_died_lapses(
+async def test_the_reservation_of_a_dead_caller_expires(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
     dead, heir = entry("dead", 1_000_000), entry("heir", 1_000_000)

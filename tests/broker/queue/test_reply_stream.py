@@ -55,14 +55,14 @@ async def listen(keys: Keys) -> AsyncIterator[Listening]:
         yield listen
 
 
-async def test_replies_are_heard_in_order(listen: Listening, commands: RedisConnection) -> None:
+async def test_replies_are_received_in_order(listen: Listening, commands: RedisConnection) -> None:
     me = await listen(commands)
     await asyncio.gather(*[me.answer(n) for n in range(1_000)])
     await wait_until_async(lambda: len(me.heard) == 1_000)
     assert me.heard == [str(n).encode() for n in range(1_000)]
 
 
-async def test_every_caller_hears_its_own_replies_only(listen: Listening, commands: RedisConnection) -> None:
+async def test_a_caller_receives_only_its_own_replies(listen: Listening, commands: RedisConnection) -> None:
     me, other = await listen(commands, "me"), await listen(commands, "other")
     await me.answer("mine")
     await other.answer("theirs")
@@ -70,7 +70,7 @@ async def test_every_caller_hears_its_own_replies_only(listen: Listening, comman
     assert (me.heard, other.heard) == ([b"mine"], [b"theirs"])
 
 
-async def test_a_reply_that_nobody_understands_does_not_stop_the_next(
+async def test_a_reply_that_cannot_be_processed_does_not_stop_the_next(
     listen: Listening, commands: RedisConnection
 ) -> None:
     me = await listen(commands)
@@ -79,7 +79,7 @@ async def test_a_reply_that_nobody_understands_does_not_stop_the_next(
     await wait_until_async(lambda: me.heard == [b"well"])
 
 
-async def test_the_memory_of_replies_is_given_back(listen: Listening, commands: RedisConnection) -> None:
+async def test_replies_that_were_read_are_deleted(listen: Listening, commands: RedisConnection) -> None:
     me = await listen(commands)
     base = await commands.send("MEMORY", "USAGE", me.key)
     await asyncio.gather(*[me.answer(n, size=10_000) for n in range(500)])
@@ -101,7 +101,7 @@ async def test_a_caller_that_closes_leaves_nothing(listen: Listening, commands: 
     assert await commands.send("EXISTS", me.key) == 0
 
 
-async def test_the_stream_of_a_caller_that_dies_lapses(listen: Listening, commands: RedisConnection) -> None:
+async def test_the_stream_of_a_dead_caller_expires(listen: Listening, commands: RedisConnection) -> None:
     """Nobody renews it any more; until then replies are still taken, and lapse with it."""
     me = await listen(commands)
     assert TTL_S * 1000 - 2_000 < await commands.send("PTTL", me.key) <= TTL_S * 1000
@@ -109,7 +109,7 @@ async def test_the_stream_of_a_caller_that_dies_lapses(listen: Listening, comman
     assert await commands.send("PTTL", me.key) > 0, "a reply must not make the stream last for ever"
 
 
-async def test_renewing_puts_off_the_expiry(listen: Listening, commands: RedisConnection) -> None:
+async def test_renewing_postpones_the_expiry(listen: Listening, commands: RedisConnection) -> None:
     me = await listen(commands)
     await commands.send("PEXPIRE", me.key, 5_000)
     await me.stream.renew()
@@ -117,7 +117,7 @@ async def test_renewing_puts_off_the_expiry(listen: Listening, commands: RedisCo
     assert me.losses == 0
 
 
-async def test_a_stream_that_lapsed_is_made_anew_and_its_loss_is_told(
+async def test_an_expired_stream_is_created_again_and_its_loss_reported(
     listen: Listening, commands: RedisConnection
 ) -> None:
     me = await listen(commands)
@@ -128,9 +128,7 @@ async def test_a_stream_that_lapsed_is_made_anew_and_its_loss_is_told(
     await wait_until_async(lambda: me.heard == [b"after"])
 
 
-async def test_a_loss_that_could_not_be_told_is_told_again(
-    listen: Listening, commands: RedisConnection, keys: Keys
-) -> None:
+async def test_a_failed_report_of_a_loss_is_repeated(listen: Listening, commands: RedisConnection, keys: Keys) -> None:
     told: list[int] = []
 
     async def on_loss() -> None:
@@ -149,7 +147,9 @@ async def test_a_loss_that_could_not_be_told_is_told_again(
     await stream.close()
 
 
-async def test_a_server_whose_clock_went_back_is_heard_too(listen: Listening, commands: RedisConnection) -> None:
+async def test_replies_are_received_after_the_clock_of_the_server_went_back(
+    listen: Listening, commands: RedisConnection
+) -> None:
     """Another machine, without the data: its ids are below those that we have read."""
     me = await listen(commands)
     await commands.send("XADD", me.key, "99999999999999-0", "x", "far ahead")
@@ -160,7 +160,7 @@ async def test_a_server_whose_clock_went_back_is_heard_too(listen: Listening, co
     await wait_until_async(lambda: me.heard[1:] == [b"back in time"])
 
 
-async def test_draining_ends_when_all_that_was_there_has_been_heard(
+async def test_draining_ends_when_all_replies_on_the_stream_are_received(
     listen: Listening, commands: RedisConnection
 ) -> None:
     me = await listen(commands)
@@ -172,7 +172,7 @@ async def test_draining_ends_when_all_that_was_there_has_been_heard(
         assert len(me.heard) == 50 * (round_ + 1)
 
 
-async def test_replies_are_heard_again_after_the_connection_was_cut(
+async def test_replies_are_received_after_a_lost_connection(
     listen: Listening, server: EmbeddedServer, connect: Connect
 ) -> None:
     commands = await connect(server.url)

@@ -76,7 +76,7 @@ def adding(*records: BackendRecord | EndpointRecord) -> Change:
     )
 
 
-async def test_what_is_written_is_what_is_read(registry: Registry) -> None:
+async def test_a_record_is_read_as_it_was_written(registry: Registry) -> None:
     model = backend(
         "model", config=BackendSpec(num_replicas=2), actor_options={"num_cpus": 0.5}, runtime_env={"pip": ["x"]}
     )
@@ -85,7 +85,7 @@ async def test_what_is_written_is_what_is_read(registry: Registry) -> None:
     assert await registry.snapshot() == Snapshot(1, {"model": model}, {"classify": classify})
 
 
-async def test_a_registry_that_nobody_has_written_is_empty(registry: Registry) -> None:
+async def test_a_new_registry_is_empty(registry: Registry) -> None:
     assert await registry.snapshot() == Snapshot()
 
 
@@ -100,7 +100,7 @@ async def test_an_empty_change_writes_nothing(registry: Registry, commands: Redi
     assert await commands.send("EXISTS", keys.version, keys.feed) == 0
 
 
-async def test_what_decides_against_a_change_is_heard_and_nothing_is_written(registry: Registry) -> None:
+async def test_an_exception_while_deciding_propagates_and_nothing_is_written(registry: Registry) -> None:
     def refuse(seen: Snapshot) -> Change:
         raise LookupError("there is no such thing")
 
@@ -142,7 +142,7 @@ async def test_a_reader_never_sees_half_a_change(
     await writing
 
 
-async def test_a_record_of_a_later_release_is_read_without_what_it_has_more(
+async def test_a_record_of_a_later_release_is_read_without_its_new_fields(
     registry: Registry, commands: RedisConnection, keys: Keys
 ) -> None:
     later: dict[str, Any] = {"tag": "model", "version": "2", "code": "c", "priority": 7}
@@ -252,7 +252,7 @@ async def test_erasing_leaves_no_key_and_touches_no_other_instance(
     await other.erase()
 
 
-async def test_a_broker_out_of_memory_takes_changes_reports_settings_and_leases(
+async def test_a_broker_out_of_memory_accepts_changes_reports_settings_and_leases(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)
@@ -267,7 +267,7 @@ async def test_a_broker_out_of_memory_takes_changes_reports_settings_and_leases(
         await registry.put_code(b"code")
 
 
-async def test_code_that_redis_would_not_take_is_refused_before_it_is_sent(
+async def test_code_that_is_too_large_for_redis_is_refused_before_it_is_sent(
     redis_url: str, connect: Connect, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sent, it would cut the connection, and all others who share it."""
@@ -280,7 +280,7 @@ async def test_code_that_redis_would_not_take_is_refused_before_it_is_sent(
 # -- watchers
 
 
-async def test_a_watcher_follows_what_changes(registry: Registry, watch: Watching, broker_url: str) -> None:
+async def test_a_watcher_follows_changes(registry: Registry, watch: Watching, broker_url: str) -> None:
     await registry.change(lambda seen: adding(backend("first")))
     watcher = await watch(broker_url, registry)
     assert set(watcher.snapshot.backends) == {"first"}
@@ -294,7 +294,7 @@ async def test_a_watcher_follows_what_changes(registry: Registry, watch: Watchin
     assert heard == [version]
 
 
-async def test_a_listener_that_raises_does_not_silence_the_others(
+async def test_a_listener_that_raises_does_not_affect_the_others(
     registry: Registry, watch: Watching, broker_url: str
 ) -> None:
     watcher = await watch(broker_url, registry)
@@ -311,7 +311,7 @@ async def test_a_listener_that_raises_does_not_silence_the_others(
     assert heard == [1, 2]
 
 
-async def test_waiting_for_a_change_ends_with_it_or_with_the_time(
+async def test_waiting_for_a_change_ends_with_the_change_or_the_timeout(
     registry: Registry, watch: Watching, broker_url: str
 ) -> None:
     watcher = await watch(broker_url, registry)
@@ -325,7 +325,7 @@ async def test_waiting_for_a_change_ends_with_it_or_with_the_time(
     assert watcher.snapshot.version == 1
 
 
-async def test_a_watcher_follows_over_a_restart_of_the_server(
+async def test_a_watcher_follows_changes_after_a_restart_of_the_server(
     durable: EmbeddedServer, connect: Connect, watch: Watching, keys: Keys
 ) -> None:
     registry = Registry(await connect(durable.url), keys)
@@ -339,7 +339,7 @@ async def test_a_watcher_follows_over_a_restart_of_the_server(
     assert set(snapshot.backends) == {"before", "after"}
 
 
-async def test_a_watcher_sees_that_the_server_has_lost_everything(
+async def test_a_watcher_notices_that_the_server_lost_its_data(
     server: EmbeddedServer, connect: Connect, watch: Watching, keys: Keys
 ) -> None:
     """Nothing is appended to a feed that is gone: it looks by itself."""
@@ -351,7 +351,7 @@ async def test_a_watcher_sees_that_the_server_has_lost_everything(
     await wait_until_async(lambda: watcher.snapshot == Snapshot())
 
 
-async def test_a_watcher_hears_of_the_end_of_its_instance_and_of_the_next_one(
+async def test_a_watcher_notices_the_end_of_its_instance_and_the_next_one(
     registry: Registry, watch: Watching, broker_url: str
 ) -> None:
     """Also where the next one is at the same version by then."""
@@ -364,14 +364,14 @@ async def test_a_watcher_hears_of_the_end_of_its_instance_and_of_the_next_one(
     await wait_until_async(lambda: set(watcher.snapshot.backends) == {"second"})
 
 
-async def test_a_watcher_can_be_asked_to_look_at_once(registry: Registry, watch: Watching, broker_url: str) -> None:
+async def test_a_watcher_can_be_refreshed_at_once(registry: Registry, watch: Watching, broker_url: str) -> None:
     watcher = await watch(broker_url, registry)
     await registry.change(lambda seen: adding(backend("model")))
     await watcher.refresh()
     assert set(watcher.snapshot.backends) == {"model"}
 
 
-async def test_a_watcher_outlives_a_record_that_it_cannot_read(
+async def test_a_watcher_continues_after_a_record_that_cannot_be_read(
     registry: Registry, watch: Watching, broker_url: str, commands: RedisConnection, keys: Keys
 ) -> None:
     watcher = await watch(broker_url, registry)

@@ -49,7 +49,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Local:
     return local
 
 
-async def test_of_a_few_readings_the_quickest_counts(local: Local) -> None:
+async def test_the_quickest_of_several_readings_counts(local: Local) -> None:
     clock = Clock()
     await clock.read(local.ask((0.5, 0.0), (0.0, 0.1), (0.004, 0.0), (0.0, 0.2), (0.3, 0.0)))
     assert local.error_ms(clock) == pytest.approx(2, abs=0.1), "half of what it took"
@@ -61,7 +61,7 @@ async def test_one_quick_reading_is_enough(local: Local) -> None:
     assert local.error_ms(clock) < 0.1
 
 
-async def test_a_clock_is_known_for_half_a_minute(local: Local) -> None:
+async def test_a_reading_is_stale_after_half_a_minute(local: Local) -> None:
     clock = Clock()
     assert clock.is_stale()
     await clock.read(local.ask((0.0, 0.0)))
@@ -73,7 +73,7 @@ async def test_a_clock_is_known_for_half_a_minute(local: Local) -> None:
     assert not clock.is_stale()
 
 
-async def test_a_reply_that_waited_for_others_says_too_little(local: Local) -> None:
+async def test_a_reading_with_a_long_round_trip_is_ignored(local: Local) -> None:
     clock = Clock()
     await clock.read(local.ask((0.0, 0.0)))
     sent, told = local.now_s, local.of_broker()

@@ -48,13 +48,13 @@ async def kill(server: EmbeddedServer, connection: RedisConnection) -> None:
 # -- many at once
 
 
-async def test_every_caller_of_many_gets_its_own_reply(broker_url: str, connect: Connect) -> None:
+async def test_each_of_many_senders_gets_its_own_reply(broker_url: str, connect: Connect) -> None:
     connection = await connect(broker_url)
     replies = await asyncio.gather(*[connection.send("ECHO", str(n)) for n in range(2_000)])
     assert replies == [str(n).encode() for n in range(2_000)]
 
 
-async def test_an_error_is_told_to_its_caller_alone(redis_url: str, connect: Connect) -> None:
+async def test_an_error_reaches_only_its_own_command(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
     before, wrong, after = (
         connection.send("ECHO", "1"),
@@ -73,7 +73,7 @@ async def test_a_reply_larger_than_a_read_arrives_whole(redis_url: str, connect:
 
 
 @pytest.mark.parametrize("size", [0, 1, 64 * 1024, 64 * 1024 + 1, 3_000_000])
-async def test_a_bulky_command_arrives_as_any_other(redis_url: str, connect: Connect, size: int) -> None:
+async def test_a_bulky_command_arrives_like_any_other(redis_url: str, connect: Connect, size: int) -> None:
     connection = await connect(redis_url)
     value = os.urandom(size)
     heard: list[object] = []
@@ -85,7 +85,7 @@ async def test_a_bulky_command_arrives_as_any_other(redis_url: str, connect: Con
     assert heard == [b"first", value, value, value]
 
 
-async def test_in_a_hurry_a_command_does_not_wait_for_the_end_of_its_tick(redis_url: str, connect: Connect) -> None:
+async def test_hurry_sends_a_command_before_the_end_of_the_tick(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
     reply = connection.send("SET", "hurried", "1", "PX", 60_000)
     connection.hurry()
@@ -108,7 +108,7 @@ async def test_commands_are_carried_out_in_the_order_they_were_sent(redis_url: s
     assert heard == [str(n).encode() for n in range(100)]
 
 
-async def test_a_continuation_that_raises_does_not_hurt_the_others(redis_url: str, connect: Connect) -> None:
+async def test_a_callback_that_raises_does_not_affect_the_next_command(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
 
     def fail(reply: Any) -> None:
@@ -121,7 +121,7 @@ async def test_a_continuation_that_raises_does_not_hurt_the_others(redis_url: st
 # -- cancellation (redis-py#2624, redis-py#2666)
 
 
-async def test_a_cancelled_caller_never_leaves_its_reply_to_the_next(redis_url: str, connect: Connect) -> None:
+async def test_the_reply_to_a_cancelled_command_never_reaches_another(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
 
     async def ask(n: int) -> None:
@@ -137,7 +137,7 @@ async def test_a_cancelled_caller_never_leaves_its_reply_to_the_next(redis_url: 
         assert all(result is None for result in done[1::2])
 
 
-async def test_cancelling_the_opening_leaves_no_connection(server: EmbeddedServer) -> None:
+async def test_cancelling_open_leaves_no_connection(server: EmbeddedServer) -> None:
     async with stopped(server):
         opening = asyncio.ensure_future(RedisConnection(server.url).open())
         await asyncio.sleep(0.05)
@@ -163,7 +163,7 @@ async def test_a_script_is_sent_whole_to_a_server_that_does_not_have_it(broker_u
 # -- the server dies
 
 
-async def test_what_may_be_repeated_is_repeated_after_the_server_was_killed(
+async def test_repeatable_commands_are_sent_again_after_the_server_was_killed(
     server: EmbeddedServer, connect: Connect
 ) -> None:
     connection = await connect(server.url)
@@ -175,7 +175,9 @@ async def test_what_may_be_repeated_is_repeated_after_the_server_was_killed(
         assert await asyncio.wait_for(asyncio.gather(*asked), 20) == [str(n).encode() for n in range(40)]
 
 
-async def test_what_may_not_be_repeated_fails_with_an_unknown_fate(server: EmbeddedServer, connect: Connect) -> None:
+async def test_a_command_that_must_not_be_repeated_fails_with_an_unknown_fate(
+    server: EmbeddedServer, connect: Connect
+) -> None:
     connection = await connect(server.url)
     async with stopped(server):
         asked = connection.send("INCR", "n")
@@ -186,13 +188,13 @@ async def test_what_may_not_be_repeated_fails_with_an_unknown_fate(server: Embed
         await wait_until_async(lambda: connection.connected)
 
 
-async def test_what_was_never_sent_waits_for_the_server_to_come_back(server: EmbeddedServer, connect: Connect) -> None:
+async def test_a_command_that_was_never_sent_waits_for_the_server(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     await kill(server, connection)
     assert await connection.send("ECHO", "later") == b"later"
 
 
-async def test_what_is_sent_again_keeps_its_order(server: EmbeddedServer, connect: Connect) -> None:
+async def test_commands_that_are_sent_again_keep_their_order(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     async with stopped(server):
         sent = [connection.send("RPUSH", "list", n, repeat=True) for n in range(10)]
@@ -203,7 +205,7 @@ async def test_what_is_sent_again_keeps_its_order(server: EmbeddedServer, connec
     assert await connection.send("LRANGE", "list", 0, -1) == [str(n).encode() for n in range(20)]
 
 
-async def test_commands_wait_in_the_beginning_of_an_outage_and_fail_at_once_later(
+async def test_commands_wait_at_the_start_of_an_outage_and_fail_at_once_later(
     server: EmbeddedServer, connect: Connect
 ) -> None:
     connection = await connect(server.url, patience_s=0.5)
@@ -227,7 +229,7 @@ async def test_commands_wait_in_the_beginning_of_an_outage_and_fail_at_once_late
     assert time.monotonic() - asked_at < 0.3
 
 
-async def test_the_next_outage_has_a_patience_of_its_own(server: EmbeddedServer, connect: Connect) -> None:
+async def test_each_outage_has_its_own_time_limit(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     connection.patience_s = 0.0
     await kill(server, connection)
@@ -239,7 +241,7 @@ async def test_the_next_outage_has_a_patience_of_its_own(server: EmbeddedServer,
     assert await connection.send("ECHO", "waited", repeat=True) == b"waited"
 
 
-async def test_a_patient_command_waits_for_as_long_as_it_takes(server: EmbeddedServer, connect: Connect) -> None:
+async def test_a_patient_command_waits_without_a_limit(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     connection.patience_s = 0.0
     await kill(server, connection)
@@ -249,7 +251,7 @@ async def test_a_patient_command_waits_for_as_long_as_it_takes(server: EmbeddedS
     assert await patient == b"at last"
 
 
-async def test_a_hook_runs_after_each_connecting_but_the_first(server: EmbeddedServer, connect: Connect) -> None:
+async def test_a_hook_runs_after_each_reconnect(server: EmbeddedServer, connect: Connect) -> None:
     connection = RedisConnection(server.url)
     heard: list[bytes] = []
 
@@ -266,7 +268,7 @@ async def test_a_hook_runs_after_each_connecting_but_the_first(server: EmbeddedS
     await connection.close()
 
 
-async def test_a_server_that_falls_silent_is_noticed(server: EmbeddedServer, connect: Connect) -> None:
+async def test_a_silent_server_counts_as_dead(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     async with stopped(server):
         asked = connection.send("INCR", "n")
@@ -275,7 +277,7 @@ async def test_a_server_that_falls_silent_is_noticed(server: EmbeddedServer, con
     assert await connection.send("ECHO", "well again") == b"well again"
 
 
-async def test_a_loop_that_was_held_up_does_not_take_the_silence_for_the_servers(
+async def test_a_blocked_loop_does_not_make_the_server_look_dead(
     redis_url: str, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection = await connect(redis_url)
@@ -288,7 +290,7 @@ async def test_a_loop_that_was_held_up_does_not_take_the_silence_for_the_servers
     assert "lost the broker" not in caplog.text
 
 
-async def test_the_brokers_clock_is_known(broker_url: str, connect: Connect) -> None:
+async def test_the_clock_of_the_broker_is_known(broker_url: str, connect: Connect) -> None:
     connection = await connect(broker_url)
     before_ms = connection.now_ms()
     seconds, micros = await connection.send("TIME")
@@ -319,13 +321,13 @@ def test_a_url_that_is_not_redis_is_refused_with_the_reason(url: str, reason: st
         RedisConnection(url)
 
 
-def test_a_url_that_is_no_string_is_a_type_error() -> None:
+def test_a_url_that_is_not_a_string_is_a_type_error() -> None:
     nothing: Any = None
     with pytest.raises(TypeError, match="a Redis URL must be a str, not NoneType"):
         RedisConnection(nothing)
 
 
-async def test_options_of_other_clients_in_the_url_change_nothing(redis_url: str, connect: Connect) -> None:
+async def test_options_of_other_clients_in_the_url_are_ignored(redis_url: str, connect: Connect) -> None:
     url = f"{redis_url}?decode_responses=true&socket_timeout=0.001&max_connections=1&protocol=3&client_name=x"
     connection = await connect(url)
     assert await connection.send("ECHO", "x") == b"x"
@@ -355,12 +357,12 @@ async def test_a_password_is_never_shown(url: str, caplog: pytest.LogCaptureFixt
     assert "geheim" not in said
 
 
-async def test_a_server_that_is_not_there_is_unavailable_and_the_message_says_why() -> None:
+async def test_a_refused_connection_is_an_unavailable_broker_with_the_reason() -> None:
     with pytest.raises(BrokerUnavailable, match=r"redis://127\.0\.0\.1:1 is unavailable: .*111 connecting to"):
         await RedisConnection("redis://127.0.0.1:1", patience_s=0.2).open()
 
 
-async def test_a_host_that_cannot_be_is_unavailable() -> None:
+async def test_an_invalid_host_is_an_unavailable_broker() -> None:
     with pytest.raises(BrokerUnavailable):
         await RedisConnection(f"redis://{'x' * 80}.invalid", patience_s=0.5).open()
 
@@ -379,7 +381,7 @@ def guarded(server: EmbeddedServer) -> EmbeddedServer:
     [("", "(?i)authentication required"), (":wrong@", "(?i)invalid"), ("guest:word@", "(?i)permission")],
     ids=["no password", "a wrong password", "a user without rights"],
 )
-async def test_whom_the_server_turns_away_is_told_at_once(guarded: EmbeddedServer, who: str, reason: str) -> None:
+async def test_a_rejected_login_fails_at_once(guarded: EmbeddedServer, who: str, reason: str) -> None:
     url = guarded.url.replace("unix://", f"unix://{who}")
     started_at = time.monotonic()
     with pytest.raises(BrokerUnavailable, match=reason):
@@ -387,12 +389,12 @@ async def test_whom_the_server_turns_away_is_told_at_once(guarded: EmbeddedServe
     assert time.monotonic() - started_at < 4.5  # who is not turned away tries for 5 s
 
 
-async def test_a_password_opens_the_door(guarded: EmbeddedServer, connect: Connect) -> None:
+async def test_the_password_of_the_url_is_used(guarded: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(guarded.url.replace("unix://", "unix://:geheim@"))
     assert await connection.send("ECHO", "x") == b"x"
 
 
-async def test_a_server_that_does_not_speak_redis_is_unavailable(tmp_path: Path) -> None:
+async def test_a_server_of_another_protocol_is_an_unavailable_broker(tmp_path: Path) -> None:
     async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await writer.drain()
@@ -405,7 +407,7 @@ async def test_a_server_that_does_not_speak_redis_is_unavailable(tmp_path: Path)
     web.close()
 
 
-async def test_closing_fails_what_is_unanswered_and_what_comes_after(redis_url: str) -> None:
+async def test_closing_fails_unanswered_and_later_commands(redis_url: str) -> None:
     connection = await RedisConnection(redis_url).open()
     unanswered = connection.send("BLPOP", "nothing", 0, repeat=True)
     await asyncio.sleep(0)
@@ -416,7 +418,7 @@ async def test_closing_fails_what_is_unanswered_and_what_comes_after(redis_url: 
             await asked
 
 
-async def test_what_was_posted_before_closing_is_still_sent(redis_url: str, connect: Connect) -> None:
+async def test_commands_posted_before_closing_are_sent(redis_url: str, connect: Connect) -> None:
     closing = await RedisConnection(redis_url).open()
     closing.send("SET", "penstock-test-last-words", "said", "PX", 1000).cancel()
     await closing.close()
@@ -436,7 +438,7 @@ async def test_closing_while_the_server_is_away_ends_at_once(server: EmbeddedSer
         await waiting
 
 
-def test_a_loop_that_ends_without_closing_takes_its_connection_along(redis_url: str) -> None:
+def test_a_connection_ends_with_its_loop(redis_url: str) -> None:
     """No "task was destroyed" and no unclosed transport: either would be an error in these tests."""
 
     async def forget() -> RedisConnection:

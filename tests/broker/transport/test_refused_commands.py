@@ -42,7 +42,7 @@ def post(connection: RedisConnection, n: int) -> asyncio.Future[Any]:
 
 
 @pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"OOM"}))
-async def test_patient_commands_are_carried_out_in_order_once_they_are_taken(
+async def test_patient_commands_are_executed_in_order_after_a_refusal(
     broker: RefusingProxy, connect: Connect, code: str
 ) -> None:
     connection = await connect(broker.url)
@@ -57,7 +57,9 @@ async def test_patient_commands_are_carried_out_in_order_once_they_are_taken(
     assert not connection.keeps_commands
 
 
-async def test_what_waits_is_sent_again_only_when_a_probe_was_taken(broker: RefusingProxy, connect: Connect) -> None:
+async def test_waiting_commands_are_sent_again_only_after_a_successful_probe(
+    broker: RefusingProxy, connect: Connect
+) -> None:
     connection = await connect(broker.url)
     broker.error = ERRORS["NOREPLICAS"]
     waiting = connection.send("SET", "a", "1", repeat=True, patient=True)
@@ -93,7 +95,7 @@ async def test_a_prompt_command_fails_at_once_with_the_reason(
     await wait_until_async(lambda: not connection.refuses_writes)
 
 
-async def test_any_other_command_waits_for_as_long_as_the_outage_may_last(
+async def test_an_impatient_command_waits_until_the_time_limit_of_the_outage(
     broker: RefusingProxy, connect: Connect
 ) -> None:
     connection = await connect(broker.url, patience_s=0.5)
@@ -115,7 +117,7 @@ async def test_any_other_command_waits_for_as_long_as_the_outage_may_last(
     assert await asyncio.wait_for(counted, 20) == 1
 
 
-async def test_without_memory_a_command_fails_unless_it_is_patient(broker: RefusingProxy, connect: Connect) -> None:
+async def test_only_a_patient_command_waits_for_memory(broker: RefusingProxy, connect: Connect) -> None:
     connection = await connect(broker.url)
     broker.error = ERRORS["OOM"]
     with pytest.raises(BrokerFull):
@@ -140,7 +142,7 @@ async def test_commands_that_were_refused_survive_the_connection(broker: Refusin
     assert await in_order(connection, 10)
 
 
-async def test_a_server_that_is_no_primary_is_not_connected_to(broker: RefusingProxy) -> None:
+async def test_a_server_that_is_not_the_primary_is_unavailable(broker: RefusingProxy) -> None:
     broker.error = ERRORS["READONLY"]
     with pytest.raises(BrokerUnavailable, match="read only replica"):
         await RedisConnection(broker.url, patience_s=0.3).open()
@@ -193,7 +195,7 @@ async def test_an_outage_is_one_warning_for_all_connections(
     assert "is back" in caplog.text
 
 
-async def test_the_registry_is_changed_when_writes_are_taken_again(
+async def test_a_change_of_the_registry_waits_for_a_server_that_refuses_writes(
     broker: RefusingProxy, connect: Connect, keys: Keys
 ) -> None:
     registry = Registry(await connect(broker.url), keys)
@@ -207,7 +209,7 @@ async def test_the_registry_is_changed_when_writes_are_taken_again(
     await registry.erase()
 
 
-async def test_a_registry_that_cannot_be_changed_in_time_is_a_named_error(
+async def test_a_refused_change_of_the_registry_is_an_unavailable_broker(
     broker: RefusingProxy, connect: Connect, keys: Keys
 ) -> None:
     registry = Registry(await connect(broker.url, patience_s=0.2), keys)

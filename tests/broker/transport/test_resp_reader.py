@@ -78,7 +78,7 @@ def deliver(intake: RespReader, data: bytes, sizes: list[int]) -> None:
 
 @given(st.lists(small | bodies | others, max_size=8), st.lists(st.integers(1, 60), min_size=1, max_size=4))
 @settings(deadline=None)
-def test_every_reply_is_heard_as_it_was_said_however_it_is_cut(said: list[Said], sizes: list[int]) -> None:
+def test_replies_are_read_correctly_however_the_data_is_split(said: list[Said], sizes: list[int]) -> None:
     async def read() -> list[Any]:
         heard: list[Any] = []
         async with intake_of(said, heard.append) as intake:
@@ -89,7 +89,7 @@ def test_every_reply_is_heard_as_it_was_said_however_it_is_cut(said: list[Said],
     assert asyncio.run(read()) == [one.value for one in said]
 
 
-async def test_a_body_is_read_to_where_it_stays() -> None:
+async def test_a_body_is_read_into_its_final_buffer() -> None:
     """What is lent for reading is as long as all that is missing of it, however long that is."""
     value = bytes(range(256)) * 40_000
     heard: list[bytes] = []
@@ -107,7 +107,7 @@ async def test_a_body_is_read_to_where_it_stays() -> None:
     assert type(heard[0]) is bytes
 
 
-async def test_what_is_no_reply_ends_the_connection() -> None:
+async def test_data_of_another_protocol_ends_the_connection() -> None:
     async with intake_of([], lambda _: None) as intake:
         deliver(intake, b"HTTP/1.1 400 Bad Request\r\n", [100])
         with pytest.raises(ProtocolError):

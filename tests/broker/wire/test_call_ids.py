@@ -39,18 +39,18 @@ def test_items_share_no_part_of_their_secrets() -> None:
 
 
 @given(INDICES, INDICES)
-def test_the_id_of_one_item_does_not_do_for_another(index: int, other: int) -> None:
+def test_the_id_of_one_item_is_not_valid_for_another(index: int, other: int) -> None:
     ids = ItemIds(SECRET)
     secret = ids.id_of(index).partition("-")[0]
     assert ids.index_of(f"{secret}-{other}") == (index if other == index else None)
 
 
 @given(st.one_of(st.text(max_size=60), INDICES.map(lambda index: f"job:j-{index}"), INDICES.map(str)))
-def test_what_is_no_id_of_an_item_is_none(id_: str) -> None:
+def test_an_id_that_is_not_of_an_item_is_none(id_: str) -> None:
     assert ItemIds(SECRET).index_of(id_) is None
 
 
-def test_numbers_written_otherwise_are_no_index() -> None:
+def test_an_index_has_only_one_spelling() -> None:
     ids = ItemIds(SECRET)
     secret = ids.id_of(7).partition("-")[0]
     for index in ("07", "\N{ARABIC-INDIC DIGIT SEVEN}", "+7", "7 ", "7" * 5_000, ""):
@@ -58,14 +58,14 @@ def test_numbers_written_otherwise_are_no_index() -> None:
 
 
 @given(st.text(alphabet="0123456789abcdef", min_size=32, max_size=32))
-def test_what_is_shown_has_no_part_of_the_id_in_it(id_: str) -> None:
+def test_a_shown_id_contains_no_part_of_the_id(id_: str) -> None:
     shown = shown_id("", id_)
     assert re.fullmatch("call-[0-9a-f]{12}", shown)
     assert shown == shown_id("", id_)
     assert shown_id("web-1", id_) == "web-1"
 
 
-def test_what_lies_on_streams_shows_neither_its_id_nor_its_caller() -> None:
+def test_the_repr_of_an_entry_shows_neither_its_id_nor_its_caller() -> None:
     id_, caller = next(new_ids()), "alice@0123456789ab"
     header = Header(request_id="web-1")
     raw = RawEntry(id_.encode(), caller.encode(), header.dump(), b"")

@@ -39,7 +39,7 @@ def test_no_number_is_silently_another_one(padding: bytes, number: bytes) -> Non
 
 
 @given(json_values)
-def test_what_was_written_is_read_as_it_was_with_null_for_what_json_has_no_number_for(value: Any) -> None:
+def test_values_are_read_as_written_with_null_for_nan_and_infinity(value: Any) -> None:
     def expected(value: Any) -> Any:
         if isinstance(value, float):
             return value if math.isfinite(value) else None
@@ -89,7 +89,7 @@ class Row:
     ],
     ids=repr,
 )
-def test_what_orjson_does_not_write_is_written_exactly(value: Any, written: bytes) -> None:
+def test_values_that_orjson_does_not_support_are_written_exactly(value: Any, written: bytes) -> None:
     assert exact_json.dumps(value) == written
 
 
@@ -105,7 +105,7 @@ def test_nat_is_null_whatever_its_unit(unit: str) -> None:
     assert exact_json.dumps(np.datetime64("NaT")) == b"null"
 
 
-def test_the_moments_that_nat_is_mistaken_for_stay_what_they_are() -> None:
+def test_dates_that_orjson_takes_for_nat_are_unchanged() -> None:
     epoch = np.array(["1970-01-01"], "M8[s]")
     assert exact_json.dumps([epoch, datetime.datetime(1970, 1, 1), "1970-01-01T00:00:00"]) == (
         b'[["1970-01-01T00:00:00"],"1970-01-01T00:00:00","1970-01-01T00:00:00"]'
@@ -135,12 +135,12 @@ def test_the_moments_that_nat_is_mistaken_for_stay_what_they_are() -> None:
         "a long double",
     ],
 )
-def test_what_json_cannot_hold_is_refused_by_name(value: Any, message: str) -> None:
+def test_a_value_that_json_cannot_represent_is_refused_by_name(value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         exact_json.dumps(value)
 
 
-def test_what_contains_itself_is_refused() -> None:
+def test_a_value_that_contains_itself_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(TypeError, match="contains itself"):

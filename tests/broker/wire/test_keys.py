@@ -46,7 +46,7 @@ def slot(key: str) -> str:
 
 
 @given(NAMES, NAMES)
-def test_what_one_script_touches_is_in_one_slot_of_a_cluster(instance: str, backend: str) -> None:
+def test_the_keys_of_one_script_are_in_one_slot_of_a_cluster(instance: str, backend: str) -> None:
     keys = Keys(instance)
     assert {slot(key) for key in keys_of_backend(keys, backend)} == {backend}
     assert {slot(key) for key in keys_of_registry(keys)} == {"registry"}
@@ -73,13 +73,13 @@ def test_a_name_that_cannot_be_part_of_a_key_is_refused(name: str) -> None:
         Keys(name)
 
 
-def test_a_name_that_is_no_string_is_a_type_error() -> None:
+def test_a_name_that_is_not_a_string_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="a backend must be a str, not int"):
         check_name("a backend", 7)
 
 
 @given(NAMES, NAMES, st.sampled_from(["", "alice", "a@b{}"]), st.from_regex("[0-9a-f]{12}|job:j", fullmatch=True))
-def test_what_is_shown_of_a_key_names_no_caller_and_no_call(instance: str, backend: str, user: str, name: str) -> None:
+def test_a_shown_key_reveals_no_caller_and_no_call(instance: str, backend: str, user: str, name: str) -> None:
     keys, caller, call = Keys(instance), Keys.caller(user, name), "0123456789abcdef" * 2
     shown = [shown_key(key) for key in (keys.replies(caller), keys.reply_body(caller, call), keys.body(backend, call))]
     for key in shown[:2]:

@@ -79,12 +79,12 @@ def with_field(fields: list[bytes], name: bytes, value: bytes) -> list[bytes]:
 
 
 @given(entries)
-def test_the_entry_that_is_written_is_the_entry_that_is_read(entry: Entry) -> None:
+def test_an_entry_is_read_as_it_was_written(entry: Entry) -> None:
     assert Entry.of(entry.fields()) == entry
 
 
 @given(replies)
-def test_the_reply_that_is_written_is_the_reply_that_is_read(reply: Reply) -> None:
+def test_a_reply_is_read_as_it_was_written(reply: Reply) -> None:
     assert Reply.of(reply.fields()) == reply
 
 
@@ -100,7 +100,7 @@ def test_alike_replies_are_written_as_one_entry(reply: Reply, others: list[tuple
 
 
 @given(replies)
-def test_a_reply_alone_is_read_as_one_of_its_kind(reply: Reply) -> None:
+def test_a_single_reply_is_read_like_one_of_several(reply: Reply) -> None:
     assert Reply.all_of(reply.fields()) == [reply]
     assert Reply.ids_of(reply.fields()) == [reply.id]
 
@@ -126,7 +126,7 @@ ALIKE = Reply.fields_of([Reply("7"), Reply("8")])
         "not UTF-8",
     ],
 )
-def test_replies_that_cannot_be_read_together_are_none(fields: list[bytes]) -> None:
+def test_an_entry_of_several_replies_that_cannot_be_read_is_a_wire_error(fields: list[bytes]) -> None:
     with pytest.raises(WireError):
         Reply.all_of(fields)
 
@@ -179,14 +179,14 @@ def test_a_path_parameter_that_cannot_travel_is_refused_by_name() -> None:
         Header(path_params=convertors_make_anything).dump()
 
 
-def test_a_body_is_raw_bytes_and_not_inside_the_json() -> None:
+def test_a_body_travels_as_raw_bytes_beside_the_json() -> None:
     body = bytes(range(256))
     assert body in Entry("1", "c", Header(), body).fields()
     assert body in Reply("1", body=body).fields()
 
 
 @given(entries, replies, st.binary(max_size=20), JSON)
-def test_what_a_later_release_adds_is_ignored(entry: Entry, reply: Reply, value: bytes, member: Any) -> None:
+def test_fields_of_a_later_release_are_ignored(entry: Entry, reply: Reply, value: bytes, member: Any) -> None:
     for written in (entry, reply):
         fields = written.fields()
         header = json.loads(field(fields, b"h")) | {"unheard-of": member}
@@ -194,7 +194,7 @@ def test_what_a_later_release_adds_is_ignored(entry: Entry, reply: Reply, value:
         assert type(written).of([*fields, b"unheard-of", value]) == written
 
 
-def test_what_an_earlier_release_did_not_write_has_its_default() -> None:
+def test_a_field_that_an_earlier_release_did_not_write_has_its_default() -> None:
     assert Header.load(b"{}") == Header()
     assert Reply.of([b"v", b"1", b"id", b"7", b"h", b"{}"]) == Reply("7")
 
@@ -296,7 +296,7 @@ def test_a_part_is_read_as_it_was_written(part: Part) -> None:
 
 
 @given(parts)
-def test_who_knows_of_no_parts_refuses_them(part: Part) -> None:
+def test_a_reader_without_support_for_parts_refuses_them(part: Part) -> None:
     with pytest.raises(WireError, match="cannot read wire version b'part-1'"):
         Reply.of(part.fields())
 
@@ -309,14 +309,14 @@ def test_a_part_that_cannot_be_read_is_a_wire_error(members: dict[str, Any]) -> 
         assert sum(part.sizes) == 3
 
 
-def test_a_sealed_header_is_written_as_any_other() -> None:
+def test_a_sealed_header_is_written_like_any_other() -> None:
     header = Header(endpoint="e", codec="json", query={})
     assert header.seal().dump() == Header(endpoint="e", codec="json", query={}).dump()
     assert Entry.of(Entry("1", "c", header, b"x").fields()).header == header
 
 
 @pytest.mark.parametrize("header", [Header(path_params={"n": 1}), Header(query={"q": [1]})])
-def test_what_user_code_may_change_is_not_shared_by_two_requests(header: Header) -> None:
+def test_two_requests_share_no_mutable_value(header: Header) -> None:
     one, other = (Entry.of(Entry(id_, "c", header).fields()).header for id_ in ("1", "2"))
     one.path_params["n"] = 2
     assert isinstance(one.query, str) or one.query["q"].append(2) is None
