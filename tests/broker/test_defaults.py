@@ -1,4 +1,4 @@
-"""Which broker and which instance are meant where nothing is given."""
+"""Defaults of the broker's URL and of the instance."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.handles.site import Site, echo
 
 URLS = ("PENSTOCK_REDIS_URL", "PENSTOCK_REPLICA_REDIS_URL", "PENSTOCK_PROXY_REDIS_URL")
 
-# What a process of an instance says of its defaults, and what a process that it starts finds in its environment.
+# Prints the defaults of a process of an instance, and the environment of its child processes.
 BELONGING = """
 import json, subprocess, sys
 from penstock.broker.defaults import belong_to, default_instance, default_url

@@ -30,7 +30,7 @@ from tests.waiting import wait_until
 Start = Callable[..., EmbeddedServer]
 
 SOON_S = 6.0
-"""What is promised within one second or two, and what else the machine does."""
+"""Time limit for events that take a second or two on an idle machine."""
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(params=["the server that is found first", "redis-server"])
 def binary(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    """Each server that there is here, as ``start`` takes it; in CI (``CI=true``) there must be both."""
+    """The argument ``binary`` of ``start`` for each server of this machine; in CI (``CI=true``) both must exist."""
     if request.param != "redis-server":
         return None
     if found := redis_program():
@@ -64,7 +64,7 @@ def data_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in which this test, and what it starts, has its temporary files."""
+    """An empty directory for the temporary files of this test and of its processes."""
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         monkeypatch.setenv("TMPDIR", folder)
@@ -72,7 +72,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def client(url: str) -> Redis:
-    """A client that tries once: whoever waits for a server asks again."""
+    """A client that does not retry: tests that wait for a server call it again."""
     return Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
 
 
@@ -114,7 +114,7 @@ def status(pid: int, field: str) -> str:
 
 
 def running(pid: int) -> bool:
-    # A zombie has ended; it is its new parent that has not asked how.
+    # A zombie has ended; its new parent has not waited for it yet.
     return status(pid, "stat")[:1] not in ("", "Z")
 
 
@@ -135,7 +135,7 @@ def server_script(folder: Path, text: str) -> Path:
 
 @dataclass
 class Owner:
-    """A process of its own that has started a server."""
+    """A separate process that has started a server."""
 
     process: subprocess.Popen[str]
     url: str
@@ -166,7 +166,7 @@ print(server.url, server.pid, flush=True)
 
 @pytest.fixture
 def start_owner() -> Iterator[Callable[..., Owner]]:
-    """Starts owners in sessions of their own, with a server each, that then run the code ``then``."""
+    """Starts owners in their own sessions. Each starts a server and then runs the code ``then``."""
     with ExitStack() as owners:
 
         def start_owner(then: str = "time.sleep(60)", data_dir: Path | None = None) -> Owner:
@@ -278,7 +278,7 @@ def test_stopping_a_server_that_hangs_takes_about_a_second() -> None:
     os.kill(server_pid, signal.SIGSTOP)
     began_at = time.monotonic()
     server.stop()
-    assert time.monotonic() - began_at < 4  # its watchdog is given 5 s
+    assert time.monotonic() - began_at < 4  # its watchdog is killed after 5 s
     assert not running(server_pid)
     assert not directory_of(server.url).exists()
 
@@ -298,7 +298,7 @@ def test_an_owner_that_exits_leaves_nothing(start_owner: Callable[..., Owner]) -
 def test_a_killed_owner_with_a_live_child_leaves_nothing(
     start_owner: Callable[..., Owner],
 ) -> None:
-    """Such a child holds copies of all that the owner had open."""
+    """The child has copies of all file descriptors of the owner."""
     owner = start_owner(
         then="""
 child = os.fork()
@@ -344,7 +344,7 @@ except KeyboardInterrupt:
 """
     )
     assert owner.line() == "ready"
-    os.killpg(owner.process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+    os.killpg(owner.process.pid, signal.SIGINT)  # as a terminal sends it, to the whole group
     assert owner.line() == f"{owner.server_pid} True"
     owner.process.wait()
     assert owner.nothing_is_left()
@@ -361,7 +361,7 @@ def test_a_server_that_dies_is_back_within_two_seconds(start: Start, binary: str
         took_s.append(time.monotonic() - died_at)
         assert server.url == url
         assert not running(pid)
-    assert min(took_s) < 2  # of three, as others may have had the machine
+    assert min(took_s) < 2  # of three, because the machine may be busy
 
 
 def test_a_server_that_dies_has_its_data_again(start: Start, binary: str | None, data_dir: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_restart_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 def test_an_owner_and_a_watchdog_that_are_killed_together_leave_nothing(start_owner: Callable[..., Owner]) -> None:
-    """So Ray ends its workers: it kills their children first."""
+    """Ray ends its workers like this: it kills their children first."""
     owner = start_owner()
     owner.process.send_signal(signal.SIGSTOP)  # or it would start another watchdog
     os.kill(owner.watchdog_pid, signal.SIGKILL)

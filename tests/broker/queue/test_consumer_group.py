@@ -26,7 +26,7 @@ Joining = Callable[..., Awaitable["Replica"]]
 
 
 class Replica:
-    """One replica's claims, and what they are about."""
+    """One replica as a member of the consumer group."""
 
     def __init__(self, commands: RedisConnection, reads: RedisConnection, keys: Keys, name: str) -> None:
         self.name = name
@@ -34,7 +34,7 @@ class Replica:
         self._commands, self._lease = commands, keys.alive(TAG, name)
 
     async def claim(self, up_to: int = 10) -> dict[bytes, str]:
-        """Return the places and the request ids of what was claimed."""
+        """Return the claimed entries: entry ref to request id."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.group.claimer.claim(up_to, future.set_result)
         result = await future
@@ -42,7 +42,7 @@ class Replica:
             raise result
         return {ref: Entry.of(fields).id for ref, fields in result}
 
-    async def take(self) -> None:
+    async def claim_one(self) -> None:
         """Claim one entry, readable or not."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.group.claimer.claim(1, future.set_result)
@@ -56,13 +56,13 @@ class Replica:
         await self._commands.send("SET", self._lease, "1", "PX", 60_000)
 
     async def die(self) -> None:
-        """Let the lease lapse."""
+        """Delete the lease, as its expiry does."""
         await self._commands.send("DEL", self._lease)
 
 
 @pytest.fixture
 def join(broker_url: str, commands: RedisConnection, connect: Connect, keys: Keys) -> Joining:
-    """Makes replicas that are alive."""
+    """Makes replicas with a lease."""
 
     async def join(name: str) -> Replica:
         replica = Replica(commands, await connect(broker_url), keys, name)
@@ -85,7 +85,7 @@ def publish(commands: RedisConnection, keys: Keys) -> Callable[..., Awaitable[li
 
 @pytest.fixture
 def left(commands: RedisConnection, keys: Keys) -> Callable[[], Awaitable[tuple[int, int]]]:
-    """Asks how many entries are on the stream, and how many are pending."""
+    """Counts the entries on the stream, and the pending ones."""
 
     async def left() -> tuple[int, int]:
         pending = await commands.send("XPENDING", keys.requests(TAG), "replicas")
@@ -109,8 +109,8 @@ async def test_no_entry_is_claimed_twice(join: Joining, publish: Publish) -> Non
     replicas = [await join(name) for name in "abc"]
     refs = await publish(*map(str, range(30)))
     claimed = await asyncio.gather(*[replica.claim(7) for replica in replicas for _ in range(2)])
-    all_places = [ref for refs in claimed for ref in refs]
-    assert sorted(all_places) == sorted(refs)
+    all_refs = [ref for refs in claimed for ref in refs]
+    assert sorted(all_refs) == sorted(refs)
 
 
 async def test_a_claim_waits_for_the_first_entry_and_not_for_the_rest(join: Joining, publish: Publish) -> None:
@@ -145,11 +145,11 @@ async def test_pending_entries_can_be_read_again(
 
 
 async def test_an_entry_that_another_replica_redelivers_is_not_read_again(join: Joining, publish: Publish) -> None:
-    slow, heir = await join("slow"), await join("heir")
+    slow, successor = await join("slow"), await join("successor")
     refs = await publish("1", "2")
     await slow.claim()
     await slow.die()
-    assert await heir.group.pending.claim_redelivered() is not None
+    assert await successor.group.pending.claim_redelivered() is not None
     assert [one.ref for one in await slow.group.pending.reclaim(refs)] == refs[1:]
 
 
@@ -175,13 +175,13 @@ async def test_work_waits_while_an_entry_is_unclaimed(
 
 
 async def test_reading_a_pending_entry_is_not_a_delivery(join: Joining, publish: Publish) -> None:
-    dead, heir = await join("dead"), await join("heir")
+    dead, successor = await join("dead"), await join("successor")
     await publish("1")
     await dead.claim()
     for _ in range(5):
         assert list((await dead.pending()).values()) == ["1"]
     await dead.die()
-    taken = await heir.group.pending.claim_redelivered()
+    taken = await successor.group.pending.claim_redelivered()
     assert taken is not None
     assert taken.deliveries == 1
 
@@ -207,38 +207,38 @@ async def test_only_a_replica_with_recent_renewals_redelivers(
     renewed_s: float,
     may: bool,
 ) -> None:
-    silent, heir = await join("silent"), await join("heir")
+    silent, successor = await join("silent"), await join("successor")
     await publish("1")
     await silent.claim()
     await silent.die()
     now_ms = commands.now_ms()
     times = f"{now_ms - 1000 * renewed_since_s:.0f} {now_ms - 1000 * renewed_s:.0f}"
-    await commands.send("SET", keys.alive(TAG, "heir"), times, "PX", 60_000)
-    assert (await heir.group.pending.count())[0] == int(may)
-    assert (await heir.group.pending.claim_redelivered() is not None) == may
+    await commands.send("SET", keys.alive(TAG, "successor"), times, "PX", 60_000)
+    assert (await successor.group.pending.count())[0] == int(may)
+    assert (await successor.group.pending.claim_redelivered() is not None) == may
 
 
 async def test_a_replica_without_a_lease_redelivers_nothing(join: Joining, publish: Publish) -> None:
-    silent, heir = await join("silent"), await join("heir")
+    silent, successor = await join("silent"), await join("successor")
     await publish("1")
     await silent.claim()
     await silent.die()
-    await heir.die()
-    assert await heir.group.pending.claim_redelivered() is None
-    await heir.live()
-    assert await heir.group.pending.claim_redelivered() is not None
+    await successor.die()
+    assert await successor.group.pending.claim_redelivered() is None
+    await successor.live()
+    assert await successor.group.pending.claim_redelivered() is not None
 
 
 async def test_a_dropped_lease_proves_a_death_to_every_replica(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
-    dead, heir = await join("dead"), await join("heir")
+    dead, successor = await join("dead"), await join("successor")
     await publish("1")
     await dead.claim()
-    await heir.die()
+    await successor.die()
     await Registry(commands, keys).drop_lease(TAG, "dead")
-    assert (await heir.group.pending.count())[:2] == (1, 0)
-    assert await heir.group.pending.claim_redelivered() is not None
+    assert (await successor.group.pending.count())[:2] == (1, 0)
+    assert await successor.group.pending.claim_redelivered() is not None
 
 
 async def test_a_lease_stores_since_when_it_is_renewed_without_a_gap(
@@ -289,29 +289,31 @@ async def test_a_temporary_refusal_of_a_lease_is_an_unavailable_broker(redis_url
 
 
 async def test_entries_of_a_dead_replica_are_redelivered_oldest_first(join: Joining, publish: Publish) -> None:
-    dead, heir = await join("dead"), await join("heir")
+    dead, successor = await join("dead"), await join("successor")
     refs = await publish("1", "2")
     await dead.claim()
     await dead.die()
-    assert (await heir.group.pending.count())[:2] == (2, 0)
+    assert (await successor.group.pending.count())[:2] == (2, 0)
 
-    taken = [await heir.group.pending.claim_redelivered(), await heir.group.pending.claim_redelivered()]
+    taken = [await successor.group.pending.claim_redelivered(), await successor.group.pending.claim_redelivered()]
     assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
         (refs[0], 1, "1"),
         (refs[1], 1, "2"),
     ]
-    assert await heir.group.pending.claim_redelivered() is None
-    assert (await heir.group.pending.count())[:2] == (0, 0)
-    assert await heir.pending() == {refs[0]: "1", refs[1]: "2"}
+    assert await successor.group.pending.claim_redelivered() is None
+    assert (await successor.group.pending.count())[:2] == (0, 0)
+    assert await successor.pending() == {refs[0]: "1", refs[1]: "2"}
 
 
 async def test_an_entry_is_redelivered_to_one_of_many_replicas(join: Joining, publish: Publish) -> None:
     dead = await join("dead")
-    heirs = [await join(f"heir{n}") for n in range(4)]
+    successors = [await join(f"successor{n}") for n in range(4)]
     refs = await publish(*map(str, range(10)))
     await dead.claim()
     await dead.die()
-    taken = await asyncio.gather(*[heir.group.pending.claim_redelivered() for heir in heirs for _ in range(5)])
+    taken = await asyncio.gather(
+        *[successor.group.pending.claim_redelivered() for successor in successors for _ in range(5)]
+    )
     assert sorted(one.entry for one in taken if one) == refs
 
 
@@ -324,11 +326,11 @@ async def test_deaths_are_counted_and_recorded_in_the_history(
     await first.die()
     taken: RedeliveredEntry | None = None
     for deaths, name in enumerate(("second", "third"), start=1):
-        heir = await join(name)
-        taken = await heir.group.pending.claim_redelivered()
+        successor = await join(name)
+        taken = await successor.group.pending.claim_redelivered()
         assert taken is not None
         assert taken.deliveries == deaths
-        await heir.die()
+        await successor.die()
     assert taken is not None
     history = await commands.send("LRANGE", keys.history(TAG, taken.entry.decode()), 0, -1)
     assert history[::2] == [b"first", b"second"]
@@ -338,20 +340,20 @@ async def test_deaths_are_counted_and_recorded_in_the_history(
 async def test_a_withdrawn_entry_is_not_redelivered(
     join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
-    dead, heir = await join("dead"), await join("heir")
+    dead, successor = await join("dead"), await join("successor")
     refs = await publish("1", "2")
     await dead.claim()
     await dead.die()
     await commands.send("XDEL", keys.requests(TAG), refs[0])
-    taken = await heir.group.pending.claim_redelivered()
+    taken = await successor.group.pending.claim_redelivered()
     assert taken is not None
     assert taken.entry == refs[1]
-    heir.group.acknowledger.settle([taken.entry])
+    successor.group.acknowledger.settle([taken.entry])
     assert await left() == (0, 0)
 
 
 async def test_giving_back_does_not_count_as_a_delivery(join: Joining, publish: Publish) -> None:
-    """However often: it was never started, so nobody's death can be its fault."""
+    """However often: an entry that never started cannot have killed a replica."""
     replicas = [await join("a"), await join("b")]
     (ref,) = await publish("1")
     await replicas[0].claim()
@@ -371,27 +373,27 @@ async def test_giving_back_does_not_count_as_a_delivery(join: Joining, publish: 
 
 
 async def test_only_entries_that_are_still_held_are_given_back(join: Joining, publish: Publish) -> None:
-    late, heir = await join("late"), await join("heir")
+    late, successor = await join("late"), await join("successor")
     (ref,) = await publish("1")
     await late.claim()
     await late.die()
-    assert await heir.group.pending.claim_redelivered() is not None
+    assert await successor.group.pending.claim_redelivered() is not None
     late.group.acknowledger.give_back([ref])
     await late.group.pending.count()
-    assert await heir.pending() == {ref: "1"}
+    assert await successor.pending() == {ref: "1"}
 
 
 async def test_a_dead_letter_has_the_history_of_its_deliveries(
     join: Joining, publish: Publish, left: Left, commands: RedisConnection, keys: Keys
 ) -> None:
-    dead, heir = await join("dead"), await join("heir")
+    dead, successor = await join("dead"), await join("successor")
     await publish("1")
     await dead.claim()
     await dead.die()
-    taken = await heir.group.pending.claim_redelivered()
+    taken = await successor.group.pending.claim_redelivered()
     assert taken is not None
     for _ in range(2):  # the second time does nothing
-        await heir.group.dead_letters.add(taken, "every replica died")
+        await successor.group.dead_letters.add(taken, "every replica died")
 
     ((_, fields),) = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     history = orjson.loads(dict(zip(fields[::2], fields[1::2], strict=True))[b"history"])
@@ -419,7 +421,7 @@ async def test_an_unreadable_entry_of_any_size_becomes_a_dead_letter(
 async def test_a_consumer_with_pending_entries_is_not_deleted(
     join: Joining, publish: Publish, commands: RedisConnection, keys: Keys
 ) -> None:
-    """Deleting a consumer loses what it holds (redis#8635)."""
+    """Deleting a consumer loses its pending entries (redis#8635)."""
 
     async def consumers() -> set[str]:
         return {
@@ -491,29 +493,29 @@ async def test_accepted_requests_are_completed_when_the_broker_is_out_of_memory(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
     commands = await connect(server.url)
-    dead, heir = [Replica(commands, await connect(server.url), keys, name) for name in ("dead", "heir")]
-    await heir.group.ensure()
-    await heir.live()
+    dead, successor = [Replica(commands, await connect(server.url), keys, name) for name in ("dead", "successor")]
+    await successor.group.ensure()
+    await successor.live()
     for n in range(4):
         await commands.send("XADD", keys.requests(TAG), "*", *Entry(str(n), "me", Header()).fields())
     await commands.send("XADD", keys.replies("me"), "*", "", "")
     await dead.claim(2)
     await commands.send("CONFIG", "SET", "maxmemory", 1)
 
-    await heir.group.ensure()  # as each replica does that starts or comes back
-    assert (await heir.group.pending.count())[:2] == (2, 0)
-    first, second = await heir.group.pending.claim_redelivered(), await heir.group.pending.claim_redelivered()
+    await successor.group.ensure()  # as a replica does when it starts or reconnects
+    assert (await successor.group.pending.count())[:2] == (2, 0)
+    first, second = await successor.group.pending.claim_redelivered(), await successor.group.pending.claim_redelivered()
     assert first is not None
     assert second is not None
-    await heir.group.dead_letters.add(first, "poison")
-    (third, *_) = await heir.claim(1)
-    heir.group.acknowledger.give_back([third])
-    ((retaken, _),) = await heir.group.claimer.claim_returned(1)
+    await successor.group.dead_letters.add(first, "poison")
+    (third, *_) = await successor.claim(1)
+    successor.group.acknowledger.give_back([third])
+    ((retaken, _),) = await successor.group.claimer.claim_returned(1)
     for ref in (second.entry, retaken):
         reply = Reply(ref.decode(), large=True)
-        heir.group.replies.send_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
-        heir.group.acknowledger.settle([ref])
-    await heir.group.leave()
+        successor.group.replies.send_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
+        successor.group.acknowledger.settle([ref])
+    await successor.group.leave()
 
     replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
     assert [Reply.of(fields).id for fields in replies] == [second.entry.decode(), retaken.decode()]
@@ -525,7 +527,7 @@ async def test_accepted_requests_are_completed_when_the_broker_is_out_of_memory(
 async def test_a_reply_and_its_settlement_wait_together_for_the_broker(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
-    """If the reply gave up and the settling went through, a request would be lost."""
+    """If the reply timed out and the settlement did not, a request would be lost."""
     commands = await connect(server.url)
     commands.patience_s = 0.0
     replica = Replica(commands, await connect(server.url), keys, "a")
@@ -554,7 +556,7 @@ async def test_the_oldest_of_too_many_dead_letters_are_dropped_and_counted(
     replica = await join("replica")
     for n in range(12):
         ref = await commands.send("XADD", keys.requests(TAG), "*", "garbage", str(n))
-        await replica.take()
+        await replica.claim_one()
         await replica.group.dead_letters.add(
             RedeliveredEntry(ref, 0, [b"garbage", b"%d" % n]), "cannot be read", max_dead_letters=5
         )
@@ -572,7 +574,7 @@ async def test_a_dead_letter_is_dropped_with_its_large_body(
         fields = Entry(id_, "me", Header(), large=True).fields()
         await commands.send("SET", keys.body(TAG, id_), b"body", "PX", 60_000)
         ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
-        await replica.take()
+        await replica.claim_one()
         await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "it died", max_dead_letters=1)
     assert await commands.send("EXISTS", keys.body(TAG, "first")) == 0
     assert await commands.send("EXISTS", keys.body(TAG, "second")) == 1
@@ -598,7 +600,7 @@ async def test_a_dead_letter_has_a_bounded_size(join: Joining, commands: RedisCo
     replica = await join("replica")
     fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
     ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
-    await replica.take()
+    await replica.claim_one()
     await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read")
     [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024

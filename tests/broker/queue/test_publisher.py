@@ -73,7 +73,7 @@ async def test_entries_of_one_tick_keep_their_own_fields(
 async def test_the_limit_holds_exactly_at_any_number_of_callers(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
-    """Everybody publishes at once, some to the batch stream; in each round as many fit as were settled before."""
+    """All callers publish at once, some to the batch stream; each round admits as many as were settled before."""
     room = 37
     for round_ in range(5):
         asked = [
@@ -112,14 +112,14 @@ async def test_a_refusal_has_the_time_until_the_queue_is_drained(
 
 @given(st.integers(min_value=-(2**40), max_value=2**50))
 def test_the_time_until_a_retry_is_between_a_second_and_a_minute(oldest_ms: int) -> None:
-    """A broker's clock may have gone back, or an entry have run for a year."""
+    """The clock of the broker may have gone back, or an entry may have run for a year."""
     assert 1.0 <= retry_after_s(oldest_ms) <= 60.0
     assert retry_after_s(oldest_ms) <= retry_after_s(oldest_ms + 1)
 
 
 @given(st.integers(min_value=1, max_value=10_000), st.floats(min_value=0.1, max_value=10_000))
 def test_the_time_until_a_retry_is_the_time_to_drain_the_queue_at_a_steady_rate(depth: int, rate: float) -> None:
-    """In a queue that is full and drains at ``rate``, as many have been accepted since its oldest as it holds."""
+    """A full queue that drains at ``rate`` has admitted as many requests since its oldest one as it holds."""
     drains_s = depth / rate
     assert retry_after_s(1000 * drains_s) == pytest.approx(min(max(1.0, drains_s), 60.0))
 
@@ -127,7 +127,7 @@ def test_the_time_until_a_retry_is_the_time_to_drain_the_queue_at_a_steady_rate(
 async def test_a_tick_of_many_large_requests_is_published_whole(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
-    """More than one script call takes: each call has its own part of the limit."""
+    """They need several calls of the script, and each call checks the limit."""
     results = await asyncio.gather(*[publish(publishers[0], str(n), limit=30, body=bytes(200_000)) for n in range(40)])
     assert [type(result) for result in results] == [bytes] * 30 + [QueueFull] * 10
     assert await depth(commands, keys) == 30

@@ -1,4 +1,4 @@
-"""A queue's limit of bytes: exact at any number of callers, and right again whatever removes an entry."""
+"""The limit of bytes of a queue: exact at any number of callers, and released by every end of an entry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.waiting import wait_until_async
 
 TAG = "model"
 ASIDE = (SET_ASIDE - 1) * SMALL
-"""What is charged for requests that may yet come."""
+"""The bytes that are always charged for small requests."""
 MIDDLE = 10_000
 """The size of a body that is neither small nor in a key of its own."""
 
@@ -64,7 +64,7 @@ async def publishers(broker_url: str, commands: RedisConnection, connect: Connec
 def join(
     broker_url: str, commands: RedisConnection, connect: Connect, keys: Keys
 ) -> Callable[[str], Awaitable[ConsumerGroup]]:
-    """Makes replicas whose leases are held."""
+    """Makes replicas with a lease."""
 
     async def join(name: str) -> ConsumerGroup:
         group = ConsumerGroup(commands, await connect(broker_url), keys, TAG, name)
@@ -84,7 +84,7 @@ def queued_bytes(commands: RedisConnection, keys: Keys) -> Callable[[], Awaitabl
 
 
 async def claim(group: ConsumerGroup) -> dict[bytes, Entry]:
-    """Claim as a consumer does, which notes the entries whose size is on record."""
+    """Claim as a consumer does: it notes the entries with a record of tsuccessor size."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     group.claimer.claim(100, future.set_result)
     claimed = {ref: Entry.of(fields) for ref, fields in await future}
@@ -123,7 +123,7 @@ async def test_settling_makes_room_for_as_many_requests(
     queued_bytes: Callable[[], Awaitable[int]],
 ) -> None:
     raws = [entry(str(n), MIDDLE) for n in range(20)]
-    limit_bytes = 8 * charge_of(raws[0]) + ASIDE - 7 * SMALL  # 8 requests stand in the room of 8 small ones
+    limit_bytes = 8 * charge_of(raws[0]) + ASIDE - 7 * SMALL  # 8 requests use the bytes reserved for 8 small ones
     replica = await join("replica")
     for _ in range(3):
         results = await asyncio.gather(*[publish(publishers[n % 5], raw, limit_bytes) for n, raw in enumerate(raws)])
@@ -174,7 +174,7 @@ async def test_every_end_of_a_request_releases_its_bytes(
     async def one() -> bytes:
         return await accepted(publish(publishers[0], entry("r", MIDDLE), 1_000_000, batch=batch))
 
-    replica, heir = await join("replica"), await join("heir")
+    replica, successor = await join("replica"), await join("successor")
 
     publishers[1].withdraw(TAG, await one(), batch=batch)
     await wait_until_async(lambda: _is_zero(queued_bytes))
@@ -185,22 +185,22 @@ async def test_every_end_of_a_request_releases_its_bytes(
     assert await queued_bytes() == 0
 
     await one()
-    held_places = list(await claim(replica))
-    replica.acknowledger.give_back(held_places)
-    [(ref, fields)] = await _retaken(heir)
+    held_refs = list(await claim(replica))
+    replica.acknowledger.give_back(held_refs)
+    [(ref, fields)] = await _claim_returned(successor)
     assert Entry.of(fields).size_bytes == charge_of(entry("r", MIDDLE))
-    heir.acknowledger.hold_sized(ref)
-    heir.acknowledger.settle([ref])
+    successor.acknowledger.hold_sized(ref)
+    successor.acknowledger.settle([ref])
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
     await claim(replica)
     await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
-    taken = await heir.pending.claim_redelivered()
+    taken = await successor.pending.claim_redelivered()
     assert taken is not None
-    heir.acknowledger.hold_sized(taken.entry)
-    heir.acknowledger.settle([taken.entry])
-    replica.acknowledger.settle([taken.entry])  # it was not dead, but late
+    successor.acknowledger.hold_sized(taken.entry)
+    successor.acknowledger.settle([taken.entry])
+    replica.acknowledger.settle([taken.entry])  # it was late and not dead
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
@@ -260,10 +260,10 @@ async def test_a_body_is_stored_only_if_there_is_room(
 async def test_the_reservation_of_a_dead_caller_expires(
     publishers: list[Publisher], commands: RedisConnection, keys: Keys
 ) -> None:
-    dead, heir = entry("dead", 1_000_000), entry("heir", 1_000_000)
+    dead, successor = entry("dead", 1_000_000), entry("successor", 1_000_000)
     limit_bytes = charge_of(dead) + ASIDE
     assert await reserve(publishers[0], dead, limit_bytes) is None
-    assert isinstance(await reserve(publishers[1], heir, limit_bytes), QueueFull)
+    assert isinstance(await reserve(publishers[1], successor, limit_bytes), QueueFull)
     # A minute passes.
     name = reservation_of(dead.id)
     assert dead.id not in name
@@ -271,11 +271,11 @@ async def test_the_reservation_of_a_dead_caller_expires(
     await commands.send("HSET", keys.sizes(TAG), name, b"%b:%d" % (size, int(since_ms) - 61_000))
 
     async def fits() -> bool:
-        return await reserve(publishers[1], heir, limit_bytes) is None
+        return await reserve(publishers[1], successor, limit_bytes) is None
 
     await wait_until_async(fits)
-    await accepted(publish(publishers[1], heir, limit_bytes))
-    # The one that was only late is judged anew.
+    await accepted(publish(publishers[1], successor, limit_bytes))
+    # A reservation that was only late is checked again.
     assert isinstance(await publish(publishers[0], dead, limit_bytes), QueueFull)
 
 
@@ -312,11 +312,11 @@ async def _is_gone(commands: RedisConnection, key: str) -> bool:
     return not await commands.send("EXISTS", key)
 
 
-async def _retaken(heir: ConsumerGroup) -> list[tuple[bytes, list[bytes]]]:
+async def _claim_returned(successor: ConsumerGroup) -> list[tuple[bytes, list[bytes]]]:
     taken: list[tuple[bytes, list[bytes]]] = []
 
     async def some() -> bool:
-        taken.extend(await heir.claimer.claim_returned(10))
+        taken.extend(await successor.claimer.claim_returned(10))
         return bool(taken)
 
     await wait_until_async(some)

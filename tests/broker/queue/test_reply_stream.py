@@ -18,11 +18,11 @@ class Listening(Protocol):
 
 
 class Listener:
-    """A caller's reply stream, and what it heard."""
+    """A caller's reply stream, and the replies that it received."""
 
     def __init__(self, commands: RedisConnection, keys: Keys, caller: str) -> None:
         self.key = keys.replies(caller)
-        self.heard: list[bytes] = []
+        self.received: list[bytes] = []
         self.losses = 0
         self.stream = ReplyStream(commands, keys, caller, self._on_reply, self._on_loss)
         self._commands = commands
@@ -30,7 +30,7 @@ class Listener:
     def _on_reply(self, fields: list[bytes]) -> None:
         if fields[1] == b"garbage":
             raise ValueError("on purpose")
-        self.heard.append(fields[1])
+        self.received.append(fields[1])
 
     async def _on_loss(self) -> None:
         self.losses += 1
@@ -58,16 +58,16 @@ async def listen(keys: Keys) -> AsyncIterator[Listening]:
 async def test_replies_are_received_in_order(listen: Listening, commands: RedisConnection) -> None:
     me = await listen(commands)
     await asyncio.gather(*[me.answer(n) for n in range(1_000)])
-    await wait_until_async(lambda: len(me.heard) == 1_000)
-    assert me.heard == [str(n).encode() for n in range(1_000)]
+    await wait_until_async(lambda: len(me.received) == 1_000)
+    assert me.received == [str(n).encode() for n in range(1_000)]
 
 
 async def test_a_caller_receives_only_its_own_replies(listen: Listening, commands: RedisConnection) -> None:
     me, other = await listen(commands, "me"), await listen(commands, "other")
     await me.answer("mine")
     await other.answer("theirs")
-    await wait_until_async(lambda: me.heard and other.heard)
-    assert (me.heard, other.heard) == ([b"mine"], [b"theirs"])
+    await wait_until_async(lambda: me.received and other.received)
+    assert (me.received, other.received) == ([b"mine"], [b"theirs"])
 
 
 async def test_a_reply_that_cannot_be_processed_does_not_stop_the_next(
@@ -76,14 +76,14 @@ async def test_a_reply_that_cannot_be_processed_does_not_stop_the_next(
     me = await listen(commands)
     await me.answer("garbage")
     await me.answer("well")
-    await wait_until_async(lambda: me.heard == [b"well"])
+    await wait_until_async(lambda: me.received == [b"well"])
 
 
 async def test_replies_that_were_read_are_deleted(listen: Listening, commands: RedisConnection) -> None:
     me = await listen(commands)
     base = await commands.send("MEMORY", "USAGE", me.key)
     await asyncio.gather(*[me.answer(n, size=10_000) for n in range(500)])
-    await wait_until_async(lambda: len(me.heard) == 500)
+    await wait_until_async(lambda: len(me.received) == 500)
 
     async def trimmed() -> bool:
         return bool(await commands.send("XLEN", me.key) == 0)
@@ -102,7 +102,7 @@ async def test_a_caller_that_closes_leaves_nothing(listen: Listening, commands: 
 
 
 async def test_the_stream_of_a_dead_caller_expires(listen: Listening, commands: RedisConnection) -> None:
-    """Nobody renews it any more; until then replies are still taken, and lapse with it."""
+    """Until the stream expires it accepts replies, which expire with it."""
     me = await listen(commands)
     assert TTL_S * 1000 - 2_000 < await commands.send("PTTL", me.key) <= TTL_S * 1000
     await me.answer("1")
@@ -125,7 +125,7 @@ async def test_an_expired_stream_is_created_again_and_its_loss_reported(
     await me.stream.renew()
     assert me.losses == 1
     await me.answer("after")
-    await wait_until_async(lambda: me.heard == [b"after"])
+    await wait_until_async(lambda: me.received == [b"after"])
 
 
 async def test_a_failed_report_of_a_loss_is_repeated(listen: Listening, commands: RedisConnection, keys: Keys) -> None:
@@ -150,14 +150,14 @@ async def test_a_failed_report_of_a_loss_is_repeated(listen: Listening, commands
 async def test_replies_are_received_after_the_clock_of_the_server_went_back(
     listen: Listening, commands: RedisConnection
 ) -> None:
-    """Another machine, without the data: its ids are below those that we have read."""
+    """Another machine without the data: its ids are lower than the last one that was read."""
     me = await listen(commands)
     await commands.send("XADD", me.key, "99999999999999-0", "x", "far ahead")
-    await wait_until_async(lambda: me.heard)
+    await wait_until_async(lambda: me.received)
     await commands.send("DEL", me.key)
     await me.stream.renew()
     await me.answer("back in time")
-    await wait_until_async(lambda: me.heard[1:] == [b"back in time"])
+    await wait_until_async(lambda: me.received[1:] == [b"back in time"])
 
 
 async def test_draining_ends_when_all_replies_on_the_stream_are_received(
@@ -169,7 +169,7 @@ async def test_draining_ends_when_all_replies_on_the_stream_are_received(
         answers = [me.answer(n) for n in range(50)]
         await asyncio.gather(*answers)
         await me.stream.drain()
-        assert len(me.heard) == 50 * (round_ + 1)
+        assert len(me.received) == 50 * (round_ + 1)
 
 
 async def test_replies_are_received_after_a_lost_connection(
@@ -178,10 +178,10 @@ async def test_replies_are_received_after_a_lost_connection(
     commands = await connect(server.url)
     me = await listen(commands)
     await me.answer("before")
-    await wait_until_async(lambda: me.heard == [b"before"])
+    await wait_until_async(lambda: me.received == [b"before"])
     await commands.send("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     await me.answer("after")
-    await wait_until_async(lambda: me.heard == [b"before", b"after"])
+    await wait_until_async(lambda: me.received == [b"before", b"after"])
 
 
 async def test_a_stream_is_kept_when_the_broker_is_out_of_memory(

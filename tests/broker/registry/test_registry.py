@@ -56,7 +56,7 @@ async def watch(keys: Keys) -> AsyncIterator[Watching]:
 
 @pytest.fixture
 def durable() -> Iterator[EmbeddedServer]:
-    """A server that has its data again after a restart."""
+    """A server that keeps its data over a restart."""
     with tempfile.TemporaryDirectory() as parent, EmbeddedServer.start(data_dir=Path(parent) / "data") as server:
         yield server
 
@@ -112,7 +112,7 @@ async def test_an_exception_while_deciding_propagates_and_nothing_is_written(reg
 async def test_no_change_is_lost_when_many_change_at_once(
     registry: Registry, broker_url: str, connect: Connect, keys: Keys
 ) -> None:
-    """Each adds one to what it has seen: who was overtaken decides again."""
+    """Each adds one to the version that it has read; a writer that came second decides again."""
     registries = [registry, *[Registry(await connect(broker_url), keys) for _ in range(3)]]
 
     def count(seen: Snapshot) -> Change:
@@ -270,7 +270,7 @@ async def test_a_broker_out_of_memory_accepts_changes_reports_settings_and_lease
 async def test_code_that_is_too_large_for_redis_is_refused_before_it_is_sent(
     redis_url: str, connect: Connect, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sent, it would cut the connection, and all others who share it."""
+    """Redis would close the connection, which other commands share."""
     registry = Registry(await connect(redis_url), keys)
     monkeypatch.setattr("penstock.broker.registry.store.LARGEST", 1000)
     with pytest.raises(ConfigError, match=r"1001 bytes of code .* \(its proto-max-bulk-len is 1000\)"):
@@ -342,7 +342,7 @@ async def test_a_watcher_follows_changes_after_a_restart_of_the_server(
 async def test_a_watcher_notices_that_the_server_lost_its_data(
     server: EmbeddedServer, connect: Connect, watch: Watching, keys: Keys
 ) -> None:
-    """Nothing is appended to a feed that is gone: it looks by itself."""
+    """The feed is gone, so the watcher notices by its regular snapshots."""
     registry = Registry(await connect(server.url), keys)
     await registry.change(lambda seen: adding(backend("model")))
     watcher = await watch(server.url, registry)
@@ -354,7 +354,7 @@ async def test_a_watcher_notices_that_the_server_lost_its_data(
 async def test_a_watcher_notices_the_end_of_its_instance_and_the_next_one(
     registry: Registry, watch: Watching, broker_url: str
 ) -> None:
-    """Also where the next one is at the same version by then."""
+    """Even if the next instance has reached the same version."""
     watcher = await watch(broker_url, registry)
     assert await registry.change(lambda seen: adding(backend("first"))) == 1
     await wait_until_async(lambda: set(watcher.snapshot.backends) == {"first"})

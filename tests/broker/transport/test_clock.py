@@ -6,13 +6,13 @@ from penstock.broker.errors import BrokerUnavailable
 from penstock.broker.transport.clock import Clock
 
 AHEAD_S = 3600.0
-"""By how much the broker's clock differs from ours."""
+"""The difference between the broker's clock and the local one, in seconds."""
 
 Time = tuple[bytes, bytes]
 
 
-class Local:
-    """Our own clock, which runs as it is told."""
+class LocalClock:
+    """A local clock that the test advances."""
 
     def __init__(self) -> None:
         self.now_s = 1_000_000.0
@@ -20,65 +20,65 @@ class Local:
     def monotonic(self) -> float:
         return self.now_s
 
-    def of_broker(self) -> Time:
-        """Return what the broker says to ``TIME``."""
+    def broker_time(self) -> Time:
+        """Return the broker's reply to ``TIME``."""
         micros = round((self.now_s + AHEAD_S) * 1_000_000)
         return b"%d" % (micros // 1_000_000), b"%d" % (micros % 1_000_000)
 
-    def ask(self, *ways_s: tuple[float, float]) -> Callable[[], Awaitable[Time]]:
-        """Return what asks a broker that is as far away each time, there and back, as ``ways_s`` say."""
-        ways = iter(ways_s)
+    def requests(self, *delays_s: tuple[float, float]) -> Callable[[], Awaitable[Time]]:
+        """Return a function that sends ``TIME``; each call has the next delays of its request and its reply."""
+        delays = iter(delays_s)
 
-        async def ask() -> Time:
-            there_s, back_s = next(ways)
+        async def request() -> Time:
+            there_s, back_s = next(delays)
             self.now_s += there_s
-            told = self.of_broker()
+            time = self.broker_time()
             self.now_s += back_s
-            return told
+            return time
 
-        return ask
+        return request
 
     def error_ms(self, clock: Clock) -> float:
         return abs(clock.now_ms() - (self.now_s + AHEAD_S) * 1000)
 
 
 @pytest.fixture
-def local(monkeypatch: pytest.MonkeyPatch) -> Local:
-    local = Local()
+def local(monkeypatch: pytest.MonkeyPatch) -> LocalClock:
+    local = LocalClock()
     monkeypatch.setattr("penstock.broker.transport.clock.monotonic", local.monotonic)
     return local
 
 
-async def test_the_quickest_of_several_readings_counts(local: Local) -> None:
+async def test_the_quickest_of_several_readings_counts(local: LocalClock) -> None:
     clock = Clock()
-    await clock.read(local.ask((0.5, 0.0), (0.0, 0.1), (0.004, 0.0), (0.0, 0.2), (0.3, 0.0)))
-    assert local.error_ms(clock) == pytest.approx(2, abs=0.1), "half of what it took"
+    await clock.read(local.requests((0.5, 0.0), (0.0, 0.1), (0.004, 0.0), (0.0, 0.2), (0.3, 0.0)))
+    assert local.error_ms(clock) == pytest.approx(2, abs=0.1), "half of its round trip"
 
 
-async def test_one_quick_reading_is_enough(local: Local) -> None:
+async def test_one_quick_reading_is_enough(local: LocalClock) -> None:
     clock = Clock()
-    await clock.read(local.ask((0.0005, 0.0005)))
+    await clock.read(local.requests((0.0005, 0.0005)))
     assert local.error_ms(clock) < 0.1
 
 
-async def test_a_reading_is_stale_after_half_a_minute(local: Local) -> None:
+async def test_a_reading_is_stale_after_half_a_minute(local: LocalClock) -> None:
     clock = Clock()
     assert clock.is_stale()
-    await clock.read(local.ask((0.0, 0.0)))
+    await clock.read(local.requests((0.0, 0.0)))
     local.now_s += 29
     assert not clock.is_stale()
     local.now_s += 2
     assert clock.is_stale()
-    clock.update(local.now_s, local.of_broker())
+    clock.update(local.now_s, local.broker_time())
     assert not clock.is_stale()
 
 
-async def test_a_reading_with_a_long_round_trip_is_ignored(local: Local) -> None:
+async def test_a_reading_with_a_long_round_trip_is_ignored(local: LocalClock) -> None:
     clock = Clock()
-    await clock.read(local.ask((0.0, 0.0)))
-    sent, told = local.now_s, local.of_broker()
+    await clock.read(local.requests((0.0, 0.0)))
+    sent_s, reply = local.now_s, local.broker_time()
     local.now_s += 0.5
-    clock.update(sent, told)
+    clock.update(sent_s, reply)
     assert local.error_ms(clock) < 0.1
     clock.update(local.now_s, BrokerUnavailable("redis://broker", "it went away"))
     assert local.error_ms(clock) < 0.1

@@ -27,7 +27,7 @@ return ARGV[1]
 
 @asynccontextmanager
 async def stopped(server: EmbeddedServer) -> AsyncGenerator[None]:
-    """A server that takes what is sent to it and says nothing."""
+    """A server that receives commands and does not answer."""
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
@@ -39,7 +39,7 @@ async def stopped(server: EmbeddedServer) -> AsyncGenerator[None]:
 
 
 async def kill(server: EmbeddedServer, connection: RedisConnection) -> None:
-    """Kill the server, and return when ``connection`` has noticed. The server comes back by itself."""
+    """Kill the server, and return when ``connection`` has noticed it. The server is restarted."""
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     await wait_until_async(lambda: not connection.connected)
@@ -76,13 +76,13 @@ async def test_a_reply_larger_than_a_read_arrives_whole(redis_url: str, connect:
 async def test_a_bulky_command_arrives_like_any_other(redis_url: str, connect: Connect, size: int) -> None:
     connection = await connect(redis_url)
     value = os.urandom(size)
-    heard: list[object] = []
-    connection.post(heard.append, "ECHO", "first")
-    connection.post(heard.append, "ECHO", value, bulky=True, bulky_reply=True)
+    received: list[object] = []
+    connection.post(received.append, "ECHO", "first")
+    connection.post(received.append, "ECHO", value, bulky=True, bulky_reply=True)
     for _ in range(2):  # whole, and by its digest
-        connection.post_script(heard.append, ECHO, [], [value, "é", 7], bulky=True)
+        connection.post_script(received.append, ECHO, [], [value, "é", 7], bulky=True)
     assert await connection.send("ECHO", "last") == b"last"
-    assert heard == [b"first", value, value, value]
+    assert received == [b"first", value, value, value]
 
 
 async def test_hurry_sends_a_command_before_the_end_of_the_tick(redis_url: str, connect: Connect) -> None:
@@ -99,13 +99,13 @@ async def test_hurry_sends_a_command_before_the_end_of_the_tick(redis_url: str, 
 
 async def test_commands_are_carried_out_in_the_order_they_were_sent(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
-    heard: list[bytes] = []
+    received: list[bytes] = []
     for n in range(100):
-        connection.post(heard.append, "ECHO", str(n))
+        connection.post(received.append, "ECHO", str(n))
         if n % 10 == 0:
             await asyncio.sleep(0)
     await connection.send("PING")
-    assert heard == [str(n).encode() for n in range(100)]
+    assert received == [str(n).encode() for n in range(100)]
 
 
 async def test_a_callback_that_raises_does_not_affect_the_next_command(redis_url: str, connect: Connect) -> None:
@@ -220,7 +220,7 @@ async def test_commands_wait_at_the_start_of_an_outage_and_fail_at_once_later(
     assert time.monotonic() - gone_at > 0.3
     with pytest.raises(BrokerUnavailable):
         await second
-    # The patience is that of the outage: none is left, for as long as it lasts.
+    # The time limit is that of the outage: once it is over, commands fail at once.
     asked_at = time.monotonic()
     for _ in range(20):
         with pytest.raises(BrokerUnavailable) as caught:
@@ -253,18 +253,18 @@ async def test_a_patient_command_waits_without_a_limit(server: EmbeddedServer, c
 
 async def test_a_hook_runs_after_each_reconnect(server: EmbeddedServer, connect: Connect) -> None:
     connection = RedisConnection(server.url)
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def hook() -> None:
-        heard.append(await connection.send("ECHO", "back"))
+        received.append(await connection.send("ECHO", "back"))
 
     connection.on_reconnect(hook)
     await connection.open()
     for _ in range(2):
-        before = len(heard)
+        before = len(received)
         await kill(server, connection)
-        await wait_until_async(lambda: len(heard) > before)  # noqa: B023 - it is asked in this round
-    assert heard == [b"back", b"back"]
+        await wait_until_async(lambda: len(received) > before)  # noqa: B023 - it is asked in this round
+    assert received == [b"back", b"back"]
     await connection.close()
 
 
@@ -353,8 +353,8 @@ async def test_a_password_is_never_shown(url: str, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.DEBUG)
     with pytest.raises((ConfigError, BrokerUnavailable)) as caught:
         await RedisConnection(url, patience_s=0.1).open()
-    said = f"{caught.value!r} {caught.value} {shown_url(url)} {caplog.text}"
-    assert "geheim" not in said
+    text = f"{caught.value!r} {caught.value} {shown_url(url)} {caplog.text}"
+    assert "geheim" not in text
 
 
 async def test_a_refused_connection_is_an_unavailable_broker_with_the_reason() -> None:
@@ -369,7 +369,7 @@ async def test_an_invalid_host_is_an_unavailable_broker() -> None:
 
 @pytest.fixture
 def guarded(server: EmbeddedServer) -> EmbeddedServer:
-    """A server with a password, and a user who may do nothing but greet."""
+    """A server with a password, and a user with the rights of the handshake's first commands only."""
     with Redis.from_url(server.url) as admin:
         admin.config_set("requirepass", "geheim")
         admin.execute_command("ACL", "SETUSER", "guest", "on", ">word", "+ping", "+client")
@@ -386,7 +386,7 @@ async def test_a_rejected_login_fails_at_once(guarded: EmbeddedServer, who: str,
     started_at = time.monotonic()
     with pytest.raises(BrokerUnavailable, match=reason):
         await RedisConnection(url).open()
-    assert time.monotonic() - started_at < 4.5  # who is not turned away tries for 5 s
+    assert time.monotonic() - started_at < 4.5  # an attempt that is not rejected takes 5 s
 
 
 async def test_the_password_of_the_url_is_used(guarded: EmbeddedServer, connect: Connect) -> None:
@@ -433,7 +433,7 @@ async def test_closing_while_the_server_is_away_ends_at_once(server: EmbeddedSer
     waiting = connection.send("PING", patient=True)
     started_at = time.monotonic()
     await connection.close()
-    assert time.monotonic() - started_at < 4.5  # the patience of what waits is 5 s
+    assert time.monotonic() - started_at < 4.5  # waiting commands would fail after 5 s
     with pytest.raises(BrokerUnavailable):
         await waiting
 

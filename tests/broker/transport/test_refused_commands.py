@@ -1,4 +1,4 @@
-"""Commands that a broker refuses for a while: they are kept, and sent again in their order."""
+"""Commands that a broker refuses for a temporary reason are kept, and sent again in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def in_order(connection: RedisConnection, count: int) -> bool:
 
 
 def post(connection: RedisConnection, n: int) -> asyncio.Future[Any]:
-    """Send a command, by turns as it is and by a script."""
+    """Send a command; every second one is a script."""
     if n % 2:
         return connection.run_script(PUSH, ["list"], [n], repeat=True, patient=True)
     return connection.send("RPUSH", "list", n, repeat=True, patient=True)
@@ -101,7 +101,7 @@ async def test_an_impatient_command_waits_until_the_time_limit_of_the_outage(
     connection = await connect(broker.url, patience_s=0.5)
     broker.error = ERRORS["NOREPLICAS"]
     began_at = time.monotonic()
-    # Not even one that must not be carried out twice is lost: it was refused, so it was not carried out.
+    # Even a command that must not be repeated is sent again: it was refused, so it was not executed.
     with pytest.raises(BrokerUnavailable, match="it refuses writes: NOREPLICAS"):
         await connection.send("INCR", "a")
     assert time.monotonic() - began_at > 0.4

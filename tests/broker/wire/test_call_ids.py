@@ -1,4 +1,4 @@
-"""Call ids: nobody can guess one, and what is shown in their place gives none away."""
+"""Call ids cannot be guessed, and shown ids do not reveal them."""
 
 import re
 from itertools import islice
@@ -17,7 +17,7 @@ def test_ids_are_128_random_bits_each() -> None:
     ids = list(islice(new_ids(), 10_000))
     assert len(set(ids)) == 10_000
     assert all(re.fullmatch("[0-9a-f]{32}", id_) for id_ in ids)
-    # Every hexadecimal digit varies: no part of an id is a counter or a name.
+    # Every hexadecimal digit varies, so no part of an id is a counter or a name.
     assert all(len({id_[at] for id_ in ids}) == 16 for at in range(32))
 
 

@@ -1,4 +1,4 @@
-"""JSON that keeps every value, in and out."""
+"""JSON that is read and written without loss."""
 
 import dataclasses
 import datetime
@@ -28,7 +28,7 @@ def parsed(parse: Any, body: bytes) -> str:
 
 @given(st.one_of(json_values.map(lambda value: json.dumps(value).encode()), st.binary(), st.text().map(str.encode)))
 def test_json_is_read_as_the_standard_library_reads_it(body: bytes) -> None:
-    """Integers of any size, NaN and lone surrogates included."""
+    """Including integers of any size, NaN and lone surrogates."""
     assert parsed(exact_json.loads, body) == parsed(json.loads, body)
 
 

@@ -40,7 +40,7 @@ def keys_of_caller(keys: Keys, caller: str) -> list[str]:
 
 
 def slot(key: str) -> str:
-    """Return what Redis Cluster hashes of a key."""
+    """Return the part of a key that Redis Cluster hashes."""
     tag = re.search(r"\{([^}]+)\}", key)
     return tag[1] if tag else key
 
@@ -86,7 +86,7 @@ def test_a_shown_key_reveals_no_caller_and_no_call(instance: str, backend: str, 
         assert f"{{{caller}}}" not in key
     for key in shown[1:]:
         assert call not in key
-    # What an operator needs is still there: whose it is and what it is.
+    # The parts that an operator needs remain: the owner of the key and its kind.
     prefix = f"{{{Keys.caller(user, '...')}}}"
     assert [key.removeprefix(f"penstock:{instance}:") for key in shown[:2]] == [
         f"{prefix}:replies",
