@@ -26,6 +26,7 @@ from .. import background_loop
 from ..files.rows import Rows
 from .items import BatchResult
 from .pipeline import BatchPipeline
+from .progress import BatchProgress
 
 _MAX_PULL_S = 0.005
 """Seconds after which the items that a slow input has given are sent, instead of waiting for a full chunk."""
@@ -79,6 +80,8 @@ class Batch:
         self._has_begun = False
         self._checkpoint: Callable[[], object] | None = None
         """Deletes the job's results that have been taken; None outside the iteration."""
+        self._pipeline: BatchPipeline | None = None
+        """While ``for`` iterates."""
 
     def __repr__(self) -> str:
         return f"Batch({self._endpoint!r}, in_order={self.in_order}{', iterated' if self._has_begun else ''})"
@@ -90,6 +93,11 @@ class Batch:
         """
         if self._checkpoint is not None:
             self._checkpoint()
+
+    def progress(self) -> BatchProgress | None:
+        """Return how the batch is doing, from any thread, while one iterates over it with ``for``; else None."""
+        pipeline = self._pipeline
+        return None if pipeline is None else background_loop.run(pipeline.progress())
 
     def _close_items(self) -> None:
         """Close the files that an iteration which was left early has open."""
@@ -189,6 +197,7 @@ class Batch:
             await opened.__aexit__(None, None, None)
 
         pipeline, starting = background_loop.run(start())
+        self._pipeline = pipeline
         self._checkpoint = lambda: loop.call_soon_threadsafe(pipeline.checkpoint)
         order = _Order(self.skip) if self.in_order else None
         try:
@@ -208,7 +217,7 @@ class Batch:
                 if pipeline.is_over and not pipeline.results:
                     return
         finally:
-            self._checkpoint = None
+            self._checkpoint = self._pipeline = None
             self._close_items()
             if not sys.is_finalizing():  # the interpreter has ended the loop's thread
                 background_loop.run(stop())

@@ -24,6 +24,7 @@ from ..options import CallOptions, check_call_method
 from .encoding import EncodedItem, ItemEncoder
 from .items import BatchResult, read_result
 from .job_progress import JobProgress
+from .progress import BatchProgress, WaitsFor
 
 _MIN_WINDOW = 1_000
 _MAX_BYTES = 64 * 1024 * 1024
@@ -34,6 +35,8 @@ _MAX_OUTAGE_S = 60.0
 """A batch fails when the broker is away for longer."""
 _MAX_RETRY_S = 1.0
 """Seconds after which a refused item is sent again at the latest."""
+_SILENCE_S = 1.0
+"""A batch that had no result for so long may wait for replicas."""
 _SNAPSHOT_TIMEOUT_S = 10.0
 _DEFAULT_CONCURRENCY = 16
 """Assumed number of concurrent calls of a replica without a configured one."""
@@ -150,6 +153,8 @@ class BatchPipeline:
         self._refused: deque[_ItemCall] = deque()
         self._retry_timer: asyncio.TimerHandle | None = None
         self._unavailable_since_s: float | None = None
+        self._retried = 0
+        self._last_result_s = client.loop.time()
         self._untaken = 0
 
     @property
@@ -182,6 +187,27 @@ class BatchPipeline:
         if self.failure is None:
             self.failure = error
             self._on_results()
+
+    async def progress(self) -> BatchProgress:
+        """Return how the batch is doing. Redis is asked for replicas only when no result has come for a while."""
+        waits_for: WaitsFor | None = None
+        if self._unavailable_since_s is not None:
+            waits_for = "broker"
+        elif self._in_flight and self._client.loop.time() - self._last_result_s > _SILENCE_S:
+            waits_for = await self._cause_of_silence()
+        if waits_for is None and self._refused:
+            waits_for = "queue"
+        return BatchProgress(len(self._in_flight), self._retried, waits_for)
+
+    async def _cause_of_silence(self) -> WaitsFor | None:
+        endpoint = self._client.snapshot.endpoints.get(self._endpoint)
+        tags = () if endpoint is None else endpoint.traffic
+        try:
+            replicas = await asyncio.wait_for(self._client.registry.reports("replicas"), _SILENCE_S)
+        except (asyncio.TimeoutError, BrokerUnavailable):
+            return "broker"
+        is_served = any(r.get("backend") in tags and r.get("state") == "ready" for r in replicas.values())
+        return None if is_served else "replicas"
 
     # -- items
 
@@ -296,6 +322,7 @@ class BatchPipeline:
             self._unavailable_since_s = None
             self._deliver(call.index, read_result(call.index, outcome))
             if self._refused:  # the queue has room for one
+                self._retried += 1
                 self._send(self._refused.popleft())
         elif isinstance(outcome, Overloaded):
             self._unavailable_since_s = None
@@ -324,6 +351,7 @@ class BatchPipeline:
     def _retry_refused(self) -> None:
         self._retry_timer = None
         refused, self._refused = self._refused, deque()
+        self._retried += len(refused)
         for call in refused:
             self._send(call)
         self._request_items()
@@ -343,6 +371,7 @@ class BatchPipeline:
         if not self._announces:
             # Once for all results of one read.
             self._announces = True
+            self._last_result_s = self._client.loop.time()
             self._client.loop.call_soon(self._announce)
         if self._job is not None:
             self._job.bound_backlog(self._untaken, self._window, in_order=self._in_order)

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from ..errors import ConfigError, MalformedBody
 from .compression import decompressed, without_ending
 from .csv_rows import COLUMN_TYPES, ColumnType, CsvRows, is_text
-from .json_lines import MAX_ROW_BYTES, lines_of_text, read_lines, too_large
+from .json_lines import MAX_ROW_BYTES, Consumed, lines_of_text, read_lines, too_large
 from .parquet_rows import BATCH_ROWS, SIGNATURE, ParquetRows
 from .sources import Reading, Source, find, named
 
@@ -90,7 +90,8 @@ class Rows:
     @property
     def read(self) -> float:
         """How much was read so far: bytes, or files where the rows are files."""
-        return self._read_before + (0 if self._open is None else self._open.read)
+        opened = self._open  # another thread may close it meanwhile
+        return self._read_before + (0 if opened is None else opened.read)
 
     def place_of(self, index: int) -> tuple[str | None, int]:
         """Return the file of a row, None if there is only one, and the number of the row in it, from 1."""
@@ -198,6 +199,7 @@ class _OpenFile:
         self.source, self._max_bytes = source, max_bytes
         self._parquet: ParquetRows | None = None
         self._parquet_rows = 0
+        self._consumed = Consumed()
         self._raw = source.open()
         self._buffered = io.BufferedReader(self._raw, _BUFFER_BYTES)
         try:
@@ -208,7 +210,7 @@ class _OpenFile:
                 if self.format == "csv":
                     csv.field_size_limit(max_bytes)
                     self._csv = CsvRows(
-                        lines_of_text(self._file),
+                        lines_of_text(self._file, self._consumed),
                         source.shown,
                         delimiter=delimiter or ("\t" if _bare_ending(source.name) == ".tsv" else None),
                         types=types,
@@ -278,13 +280,15 @@ class _OpenFile:
     def _rows(self) -> Iterator[Any]:
         if self._parquet is not None:
             return self._parquet.batches() if self._as_arrow else iter(self._parquet)
-        return iter(self._csv) if self.format == "csv" else read_lines(self._file, self._max_bytes)
+        return iter(self._csv) if self.format == "csv" else read_lines(self._file, self._max_bytes, self._consumed)
 
     @property
     def read(self) -> float:
         """Bytes of the file so far."""
         if self._parquet is not None:
             return (self.source.size or 0) * self._parquet_rows / max(1, self._parquet.rows)
+        if self._file is self._buffered:
+            return self._consumed.bytes
         return self._raw.count if isinstance(self._raw, Reading) else 0
 
     def _named(self, error: Exception) -> OSError:

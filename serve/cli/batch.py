@@ -10,27 +10,23 @@ from typing import Any
 
 import click
 import orjson
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from ...broker.wire import exact_json
-from ...handles import BatchItem, BatchResult
+from ...handles import BatchItem
 from ...handles.batch.batch import Batch
-from ...handles.errors import BackendError, ConfigError, MalformedBody
+from ...handles.errors import ConfigError, MalformedBody
 from ...handles.files.csv_rows import parse_types
 from ...handles.files.json_lines import MAX_ROW_BYTES
 from ...handles.files.outputs import JOURNAL, Output, exists, is_resumable, open_output
 from ...handles.files.rows import FORMATS, Format, Rows
 from ...handles.files.sources import shown_path, without_file_scheme
 from ...handles.files.tables import is_plain
-from ...handles.response import Response
+from .batch_progress import report_progress
+from .batch_tally import Tally
 from .exits import FAILED
-from .options import check_text, door_to, error_of, result_line, telling_what_is_wrong, which_instance, wrong
+from .options import check_text, door_to, telling_what_is_wrong, which_instance, wrong
 
-_SHOW_EVERY = 64
-_SHOWN = 200
-"""Bytes of a response that are shown of it."""
+_CLOCK_EVERY = 64
+"""Rows between looks at the clock, where they come fast."""
 _LEAST_URGENT = 19
 """Replicas and proxies have 15, from Ray: only more than that stands back for them."""
 
@@ -94,7 +90,12 @@ _LEAST_URGENT = 19
     "takes their time where it shares their machine.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
-@click.option("--json", "json", is_flag=True, help="Write the summary as JSON, to standard error.")
+@click.option(
+    "--json",
+    "json",
+    is_flag=True,
+    help="Write progress and summary as lines of JSON, to standard error, once a second.",
+)
 def batch(
     endpoint: str,
     input_: str,
@@ -193,13 +194,15 @@ def batch(
         producer.describe_source(rows.source, rows.names, target.clear)
         done = target.done
         failed = 0 if retry_errors else len(target.failed)
-        tally = _Tally(rows, resumed=len(done), failed=failed, ok_statuses=ok)
+        tally = Tally(rows, resumed=len(done), failed=failed, ok_statuses=ok)
         items = rows if shard_key is None else (_keyed(row, shard_key) for row in rows)
         results = producer.as_completed(items, skip=done)
-        progress = None if quiet else _progress(tally, stack)
+        progress = None if quiet else report_progress(tally, results, json=json)
+        if progress is not None:
+            stack.enter_context(progress)
         try:
             with telling_what_is_wrong():
-                _write(results, target, tally, progress)
+                _write(results, target, tally)
                 target.finish(keep_journal=job is not None)
         except (KeyboardInterrupt, SystemExit):
             if progress is not None:
@@ -212,7 +215,7 @@ def batch(
         if progress is not None:
             progress.stop()
     if json:
-        click.echo(orjson.dumps(tally.summary()), err=True)
+        click.echo(orjson.dumps({"event": "summary", **tally.summary()}), err=True)
     elif not quiet:
         click.echo(str(tally), err=True)
     if tally.errors or failed:
@@ -254,91 +257,19 @@ def _stand_back(nice: int) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
-class _Tally:
-    """What was done so far."""
-
-    def __init__(self, rows: Rows, *, resumed: int, failed: int, ok_statuses: frozenset[int]) -> None:
-        """``resumed`` rows are in the output already, ``failed`` of them as errors."""
-        self._rows, self._resumed, self._failed, self._ok_statuses = rows, resumed, failed, ok_statuses
-        self._began_s = time.monotonic()
-        self.results = self.errors = 0
-
-    def line(self, result: BatchResult) -> bytes:
-        """Count a result, and return its line."""
-        line: dict[str, Any] = {"index": result.index}
-        file, row = self._rows.place_of(result.index)
-        if file is not None:
-            line["file"] = os.fsencode(file).decode(errors="backslashreplace")
-            if self._rows.format != "files":
-                line["row"] = row
-        error = result.error
-        if error is None and isinstance(result.value, Response):
-            error = self._bad_status(result.value)
-        if error is None:
-            try:
-                written = exact_json.dumps({**line, **result_line(result.value)}) + b"\n"
-            except TypeError as e:
-                error = e
-            else:
-                self.results += 1
-                return written
-        self.errors += 1
-        return exact_json.dumps({**line, "row": row, "error": error_of(error)}) + b"\n"
-
-    def _bad_status(self, response: Response) -> Exception | None:
-        """Return the error that a response is, unless its status is one of results."""
-        status = response.status_code
-        if status < 400 or status in self._ok_statuses:
-            return None
-        said = response.body[:_SHOWN].decode(errors="replace")
-        return BackendError("Response", f"the response has the status {status}: {said}", status=status)
-
-    @property
-    def rate(self) -> float:
-        return (self.results + self.errors) / max(1e-6, time.monotonic() - self._began_s)
-
-    @property
-    def progress(self) -> tuple[float, int | None]:
-        """How much of the input is done, of how much, as far as can be told from what of it was read."""
-        done = self._resumed + self.results + self.errors
-        return self._rows.read * min(1.0, done / max(1, self._rows.count)), self._rows.total
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "rows": self._resumed + self.results + self.errors,
-            "results": self.results,
-            "errors": self.errors,
-            "resumed": self._resumed,
-            "resumed_errors": self._failed,
-            "seconds": round(time.monotonic() - self._began_s, 3),
-            "rows_per_s": round(self.rate, 1),
-        }
-
-    def __str__(self) -> str:
-        failed = f", {self._failed} of them errors: --retry-errors runs these again" if self._failed else ""
-        resumed = f" ({self._resumed} were done before{failed})" if self._resumed else ""
-        took_s = time.monotonic() - self._began_s
-        return f"{self.results} results, {self.errors} errors{resumed} in {took_s:.1f} s, {self.rate:.0f} rows/s"
-
-
-def _write(results: Batch, target: Output, tally: _Tally, progress: Progress | None) -> None:
+def _write(results: Batch, target: Output, tally: Tally) -> None:
     """Write a line for each result; the job is told what is durable, and keeps it no longer."""
-    synced_at = shown_at = time.monotonic()
+    synced_at = time.monotonic()
     for count, result in enumerate(results, start=1):
         target.write(tally.line(result))
-        if count % _SHOW_EVERY and tally.rate > _SHOW_EVERY:
-            continue  # the clock and the terminal cost more than a line
+        if count % _CLOCK_EVERY and tally.rate > _CLOCK_EVERY:
+            continue  # the clock costs more than a line
         now = time.monotonic()
         if now - synced_at > target.sync_every_s:
             target.sync()
             if target.is_durable:
                 results.checkpoint()
             synced_at = now
-        if progress is not None and now - shown_at > 0.1:
-            _show(progress, tally)
-            shown_at = now
-    if progress is not None:
-        _show(progress, tally)
     target.sync()
 
 
@@ -346,38 +277,3 @@ def _keyed(row: Any, field: str) -> Any:
     if isinstance(row, dict) and field in row:
         return BatchItem(row, shard_key=str(row[field]))  # pyright: ignore[reportUnknownArgumentType]
     return row if isinstance(row, Exception) else MalformedBody(f"the row has no field {field!r} for --shard-key")
-
-
-# -- progress
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:,.0f} rows/s", style="cyan")
-
-
-class _Errors(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        errors: int = task.fields["errors"]
-        return Text(f"{errors:,} errors", style="red" if errors else "dim")
-
-
-def _progress(tally: _Tally, stack: ExitStack) -> Progress | None:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return None
-    _, total = tally.progress
-    bar = BarColumn() if total is not None else SpinnerColumn()
-    columns = (bar, TextColumn("{task.fields[rows]:,} rows"), _Rate(), _Errors(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, auto_refresh=False, transient=True)
-    progress.add_task("", total=total, rows=0, rate=0.0, errors=0)
-    stack.enter_context(progress)
-    return progress
-
-
-def _show(progress: Progress, tally: _Tally) -> None:
-    completed, _ = tally.progress
-    rows = tally.results + tally.errors
-    progress.update(
-        progress.task_ids[0], completed=completed, rows=rows, rate=tally.rate, errors=tally.errors, refresh=True
-    )

@@ -120,6 +120,7 @@ class Site:
         runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), BackendSpec(**config))
         worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
+        await self._registry.report("replicas", replica, {"backend": tag, "state": "ready"})
         self._workers.append((worker, runner))
         return worker
 

@@ -137,7 +137,8 @@ def test_standard_streams(site: Site, penstock: Penstock) -> None:
     ran = penstock("batch", "ask", "-", "-o", "-", "--json", stdin="1\n2\n3\n")
     assert ran.code == 0
     assert sorted(line["result"] for line in ran.lines()) == [1, 2, 3]
-    assert orjson.loads(ran.err)["results"] == 3
+    *_, summary = map(orjson.loads, ran.err.splitlines())
+    assert (summary["event"], summary["results"]) == ("summary", 3)
 
 
 def test_it_is_quiet_where_nobody_looks(site: Site, penstock: Penstock) -> None:
@@ -153,7 +154,41 @@ def test_a_terminal_shows_rate_errors_and_time_left(site: Site, tmp_path: Path) 
         shown = b"".join(iter(read, b""))
     assert process.returncode == 1
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"━ 2 rows [\d,]+ rows/s 1 errors [\d:-]+", text)
+    assert re.search(r"━ 100%  2 rows  [\d,]+ rows/s  1 errors  0:00 left", text)
+
+
+def test_a_terminal_and_json_lines_say_what_a_batch_waits_for(site: Site, tmp_path: Path) -> None:
+    site.declare()
+    (tmp_path / "in.jsonl").write_text("1\n2\n")
+    arguments = ["batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "shown.jsonl")]
+    with on_terminal(arguments, environment(site.url), "stderr") as (process, read):
+        shown = b""
+        while b"waits for a replica to start" not in shown and (more := read()):
+            shown += more
+        process.terminate()
+        while read():
+            pass
+    assert b"waits for a replica to start" in shown
+    with _batch(site.url, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--json") as process:
+        assert process.stderr is not None
+        lines = map(orjson.loads, process.stderr)
+        waiting = next(line for line in lines if line["waits_for"] == "replicas")
+        site.serve(echo)
+        *_, summary = lines
+        assert process.wait(30) == 0
+    assert waiting == {
+        "event": "progress",
+        "rows": 0,
+        "results": 0,
+        "errors": 0,
+        "retried": 0,
+        "in_flight": 2,
+        "rows_per_s": 0.0,
+        "share": 0.0,
+        "seconds_left": None,
+        "waits_for": "replicas",
+    }
+    assert (summary["event"], summary["results"]) == ("summary", 2)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_sent(site: Site, penstock: Penstock, tmp_path: Path) -> None:

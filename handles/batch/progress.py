@@ -1,0 +1,20 @@
+"""Progress of a batch at one moment: what is in flight, and what it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+WaitsFor = Literal["queue", "replicas", "broker"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """How a batch is doing at one moment."""
+
+    in_flight: int
+    """Items that were sent and have no result."""
+    retried: int
+    """How often an item was sent again, because the queue was full or the broker away."""
+    waits_for: WaitsFor | None
+    """What keeps items from having results: room in the ``queue``, ``replicas`` that start, or the ``broker``."""
