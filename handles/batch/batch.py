@@ -18,7 +18,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -104,6 +104,13 @@ class Batch:
         if isinstance(self._items, Rows):
             self._items.close()
 
+    @asynccontextmanager
+    async def _closing_items(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            self._close_items()
+
     def _begin(self) -> None:
         if self._has_begun:
             raise RuntimeError("a batch can be iterated over once")
@@ -118,9 +125,10 @@ class Batch:
     async def _iterate_in_loop(self) -> AsyncGenerator[BatchResult]:
         has_results, wanted = asyncio.Event(), asyncio.Queue[int]()
         order = _Order(self.skip) if self.in_order else None
-        async with self._open_pipeline(
+        opened = self._open_pipeline(
             skip=self.skip, in_order=self.in_order, on_results=has_results.set, on_want=wanted.put_nowait
-        ) as pipeline:
+        )
+        async with self._closing_items(), opened as pipeline:
             self._checkpoint = pipeline.checkpoint
             tasks = [
                 asyncio.ensure_future(_fail_pipeline_with(pipeline, pipeline.start())),
@@ -147,7 +155,6 @@ class Batch:
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
-                self._close_items()
 
     async def _feed(self, pipeline: BatchPipeline, wanted: asyncio.Queue[int]) -> None:
         """Feed the pipeline with the number of items that it wants, until the input ends."""
@@ -196,7 +203,11 @@ class Batch:
             await asyncio.wait([starting])
             await opened.__aexit__(None, None, None)
 
-        pipeline, starting = background_loop.run(start())
+        try:
+            pipeline, starting = background_loop.run(start())
+        except BaseException:
+            self._close_items()
+            raise
         self._pipeline = pipeline
         self._checkpoint = lambda: loop.call_soon_threadsafe(pipeline.checkpoint)
         order = _Order(self.skip) if self.in_order else None

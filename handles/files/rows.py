@@ -163,9 +163,15 @@ class Rows:
         )
 
     def close(self) -> None:
+        """Close the file that is open. Reading goes no further."""
         if self._open is not None:
             self._open.close()
             self._open = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no file is open."""
+        return self._open is None
 
     def __enter__(self) -> Rows:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gzip
 import http.server
@@ -18,8 +19,9 @@ from typing import Any
 import pytest
 
 from penstock import handles
+from penstock.handles import BatchProducer
 from penstock.handles.connection import Connection
-from penstock.handles.errors import ConfigError, MalformedBody, PayloadTooLarge
+from penstock.handles.errors import ConfigError, EndpointNotFound, MalformedBody, PayloadTooLarge
 from tests.handles.site import Site, echo
 
 pa: Any = import_module("pyarrow")
@@ -307,3 +309,18 @@ def test_a_job_of_a_pattern_runs_new_files_and_is_refused_when_one_has_changed(
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"its file '.*b\.jsonl' is gone"):
         run()
+
+
+async def test_a_batch_that_cannot_begin_closes_its_files(site: Site, tmp_path: Path) -> None:
+    site.declare()
+    (tmp_path / "in.jsonl").write_bytes(b"1\n")
+    producer = BatchProducer(site.url, "nowhere")
+    rows = handles.read(tmp_path / "in.jsonl")
+    with pytest.raises(EndpointNotFound):
+        await asyncio.to_thread(list, producer.map(rows))
+    assert rows.is_closed
+    rows = handles.read(tmp_path / "in.jsonl")
+    assert not rows.is_closed
+    with pytest.raises(EndpointNotFound):
+        _ = [result async for result in producer.map(rows)]
+    assert rows.is_closed
