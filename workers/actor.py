@@ -9,7 +9,8 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -19,6 +20,7 @@ from ..broker.defaults import belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue import stats
 from ..broker.registry.records import DEFAULTS, BackendRecord, Snapshot
+from ..broker.registry.reports import ReplicaReport
 from ..broker.registry.store import Registry
 from ..broker.registry.watcher import Watcher
 from ..broker.transport import outages
@@ -50,17 +52,15 @@ class Serving:
         instance: the name of the instance.
         backend: the backend's tag.
         replica: the replica's tag.
-        where: what its reports say about its place, such as node and process.
+        node: the id of the replica's Ray node, for its reports.
     """
 
-    def __init__(
-        self, redis_url: str, instance: str, backend: str, replica: str, where: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, redis_url: str, instance: str, backend: str, replica: str, node: str = "") -> None:
         self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
         self._keys = Keys(instance)
         self._version = ""
         self._config_version = self._refused = 0
-        self._report_fields: dict[str, Any] = {"backend": backend, "state": "starting", "error": None, **(where or {})}
+        self._report = ReplicaReport(backend=backend, node=node, pid=os.getpid())
         self._connection: RedisConnection | None = None
         self._runtime_env: UnpackedRuntimeEnv | None = None
         self._runner: Runner | None = None
@@ -131,7 +131,7 @@ class Serving:
             if record is None:
                 raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
             self._version = record.version
-            self._report(version=record.version, config_version=0, initial_config_version=record.config_version)
+            self._update_report(version=record.version, config_version=0, initial_config_version=record.config_version)
             code = await self._fetch_code(record.code)
             if record.files:
                 self._runtime_env = await asyncio.to_thread(UnpackedRuntimeEnv, await self._fetch_code(record.files))
@@ -139,11 +139,11 @@ class Serving:
             self._runner = await Runner.start(self._backend, self._replica, code, record.config)
         except PenstockError as e:
             log.error("replica %s cannot start: %s", self._replica, e)
-            self._report(state="failed", error=to_wire(e))
+            self._update_report(state="failed", error=to_wire(e))
             raise
         self._worker = await self._start_worker(self._runner)
         self._config_version = record.config_version
-        self._report(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
+        self._update_report(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
         self._watcher.add_listener(self._on_change)
         self._on_change(self._watcher.snapshot)
         self._spawn(self._send_stats_regularly(self._worker))
@@ -202,11 +202,11 @@ class Serving:
             except PenstockError as e:
                 log.error("replica %s keeps its configuration: %s", self._replica, e)
                 self._refused = record.config_version
-                self._report(error=to_wire(e), refused=record.config_version)
+                self._update_report(error=to_wire(e), refused=record.config_version)
             else:
                 self._config_version = record.config_version
                 capacity = self._worker.capacity
-                self._report(config_version=record.config_version, error=None, refused=None, capacity=capacity)
+                self._update_report(config_version=record.config_version, error=None, refused=None, capacity=capacity)
 
     def _newer_record(self) -> BackendRecord | None:
         record = self._watcher.snapshot.backends.get(self._backend)
@@ -215,17 +215,15 @@ class Serving:
             return None
         return record if record.config_version > max(self._config_version, self._refused) else None
 
-    def _report(self, **changes: Any) -> None:
+    def _update_report(self, **changes: Any) -> None:
         """Change the report of this replica in the registry, as soon as the broker can be reached."""
-        self._report_fields = {
-            name: value for name, value in {**self._report_fields, **changes}.items() if value is not None
-        }
+        self._report = replace(self._report, **changes)
         self._spawn(self._send_report())
 
     async def _send_report(self) -> None:
         while True:
             try:
-                return await self._registry.report("replicas", self._replica, self._report_fields)
+                return await self._registry.put_report(self._replica, self._report)
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
@@ -265,7 +263,7 @@ class Serving:
             self._starting.cancel()
             await asyncio.wait([self._starting])
         if self._connection is not None:
-            self._report(state="draining")
+            self._update_report(state="draining")
         if self._worker is not None:
             finished = await self._worker.drain(timeout_s)
         if self._runner is not None:
@@ -290,8 +288,8 @@ class ReplicaActor(DrainsOnSigterm):
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
         name_requests()
         belong_to(redis_url, instance)  # for `serve.connect()` in the user's code
-        where = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
-        self._serving = Serving(redis_url, instance, backend, replica, where)
+        node = ray.get_runtime_context().get_node_id()
+        self._serving = Serving(redis_url, instance, backend, replica, node)
         self.on_sigterm(self._serving.drain_gracefully)
 
     async def ready(self) -> None:

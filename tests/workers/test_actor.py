@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.queue.stats import read_stats
 from penstock.broker.registry.records import BackendRecord, BackendSpec, Change
+from penstock.broker.registry.reports import ReplicaReport
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -34,7 +35,7 @@ class Instance:
 
     def __init__(self, url: str, registry: Registry) -> None:
         self.url, self.registry = url, registry
-        self.replica = Serving(url, "default", TAG, NAME, {"node": "here"})
+        self.replica = Serving(url, "default", TAG, NAME, "here")
 
     async def create(self, target: Any, *args: Any, **config: Any) -> None:
         code = await self.registry.put_code(dump(target, args))
@@ -49,12 +50,13 @@ class Instance:
             replace(record, config=replace(record.config, **config), config_version=record.config_version + 1)
         )
 
-    async def report(self) -> Mapping[str, Any]:
-        return (await self.registry.reports("replicas")).get(NAME, {})
+    async def report(self) -> ReplicaReport:
+        return (await self.registry.get_reports(ReplicaReport))[NAME]
 
     async def reports(self, **wanted: Any) -> None:
         async def has_reported() -> bool:
-            return wanted.items() <= (await self.report()).items()
+            reports = await self.registry.get_reports(ReplicaReport)
+            return NAME in reports and all(getattr(reports[NAME], name) == value for name, value in wanted.items())
 
         await wait_until_async(has_reported)
 
@@ -109,7 +111,7 @@ async def test_it_serves_what_the_registry_says_and_reports_that(instance: Insta
     await instance.replica.ready()
     assert await instance.ask() == b"Hello, Ada"
     await instance.reports(backend=TAG, version="v1", config_version=1, state="ready", node="here")
-    assert "error" not in await instance.report()
+    assert (await instance.report()).error is None
     await instance.replica.ready()
     await instance.replica.check()
 
@@ -127,14 +129,17 @@ async def test_a_configuration_that_its_code_refuses_is_reported_and_leaves_it_s
     await instance.replica.ready()
     await instance.update(user_config={"nam": "Grace"})
     await instance.reports(state="ready", config_version=1, refused=2)
-    error = from_wire((await instance.report())["error"])
+    refused = await instance.report()
+    assert refused.error is not None
+    error = from_wire(refused.error)
     assert isinstance(error, BackendError)
     assert error.type_name == "KeyError"
     assert await instance.ask() == b"Hello, Ada"
 
     await instance.update(user_config={"name": "Grace"})
     await instance.reports(config_version=3)
-    assert not {"error", "refused"} & set(await instance.report())
+    accepted = await instance.report()
+    assert (accepted.error, accepted.refused) == (None, None)
     assert await instance.ask() == b"Hello, Grace"
 
 
@@ -145,7 +150,7 @@ async def test_another_version_of_its_backend_is_not_its_business(instance: Inst
     await instance.put(replace(record, version="v2", config=BackendSpec(user_config={"name": "Bob"}), config_version=2))
     await asyncio.sleep(0.1)
     assert await instance.ask() == b"Hello, Ada"
-    assert (await instance.report())["config_version"] == 1
+    assert (await instance.report()).config_version == 1
 
 
 async def test_code_that_cannot_start_says_why(instance: Instance) -> None:

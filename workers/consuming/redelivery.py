@@ -96,9 +96,9 @@ class Redelivery:
     async def _break_off_stream(self, redelivered: RedeliveredEntry) -> None:
         if (entry := await self._read(redelivered)) is None:
             return
-        self._settlement.break_off(Claim(redelivered.entry, entry), "its replica died")
-        self._group.pending.forget_history(redelivered.entry)
-        self._group.replies.forget_streamed(redelivered.entry)
+        self._settlement.break_off(Claim(redelivered.ref, entry), "its replica died")
+        self._group.pending.forget_history(redelivered.ref)
+        self._group.replies.forget_streamed(redelivered.ref)
 
     async def _run_in_quarantine(self, own: Sequence[RedeliveredEntry] = ()) -> None:
         """Run redelivered entries in isolation until none is left, ``own`` first; claim nothing meanwhile."""
@@ -139,7 +139,7 @@ class Redelivery:
             # Run what was claimed before: it is pending for this live replica, so no other replica redelivers it.
             log.debug("cannot redeliver more entries of backend %r: %s", self._backend, e)
         if self._consumer.is_draining:
-            self._group.acknowledger.give_back([redelivered.entry for redelivered in together])
+            self._group.acknowledger.give_back([redelivered.ref for redelivered in together])
             return False
         await self._run(together)
         return bool(together)
@@ -158,10 +158,10 @@ class Redelivery:
 
     async def _run(self, redelivered: Sequence[RedeliveredEntry]) -> None:
         """Run the entries concurrently, and return when all are settled."""
-        read = [(claimed.entry, await self._read(claimed)) for claimed in redelivered]
+        read = [(claimed.ref, await self._read(claimed)) for claimed in redelivered]
         await self._consumer.run_redelivered([(ref, entry) for ref, entry in read if entry is not None])
         for claimed in redelivered:
-            self._group.pending.forget_history(claimed.entry)
+            self._group.pending.forget_history(claimed.ref)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""

@@ -66,7 +66,7 @@ class DeadLetterWriter:
                 that has the reply finds the dead letter.
             max_dead_letters: of more than these the oldest are dropped, and counted.
         """
-        commands, ref = self._member.commands, entry.entry
+        commands, ref = self._member.commands, entry.ref
         history_key = self._history_prefix + ref.decode()
         flat = cast("list[bytes]", await commands.send("LRANGE", history_key, 0, -1, repeat=True, patient=True))
         deliveries = [

@@ -23,8 +23,7 @@ HISTORY_S = 7 * 24 * 3600
 class RedeliveredEntry:
     """An entry whose consumer's lease expired."""
 
-    entry: bytes
-    """Its entry ref."""
+    ref: bytes
     deliveries: int
     """The number of replicas that died while they held it."""
     fields: list[bytes]

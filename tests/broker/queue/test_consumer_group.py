@@ -296,7 +296,7 @@ async def test_entries_of_a_dead_replica_are_redelivered_oldest_first(join: Join
     assert (await successor.group.pending.count())[:2] == (2, 0)
 
     taken = [await successor.group.pending.claim_redelivered(), await successor.group.pending.claim_redelivered()]
-    assert [(one.entry, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
+    assert [(one.ref, one.deliveries, Entry.of(one.fields).id) for one in taken if one] == [
         (refs[0], 1, "1"),
         (refs[1], 1, "2"),
     ]
@@ -314,7 +314,7 @@ async def test_an_entry_is_redelivered_to_one_of_many_replicas(join: Joining, pu
     taken = await asyncio.gather(
         *[successor.group.pending.claim_redelivered() for successor in successors for _ in range(5)]
     )
-    assert sorted(one.entry for one in taken if one) == refs
+    assert sorted(one.ref for one in taken if one) == refs
 
 
 async def test_deaths_are_counted_and_recorded_in_the_history(
@@ -332,7 +332,7 @@ async def test_deaths_are_counted_and_recorded_in_the_history(
         assert taken.deliveries == deaths
         await successor.die()
     assert taken is not None
-    history = await commands.send("LRANGE", keys.history(TAG, taken.entry.decode()), 0, -1)
+    history = await commands.send("LRANGE", keys.history(TAG, taken.ref.decode()), 0, -1)
     assert history[::2] == [b"first", b"second"]
     assert all(abs(int(died) - commands.now_ms()) < 5_000 for died in history[1::2])
 
@@ -347,8 +347,8 @@ async def test_a_withdrawn_entry_is_not_redelivered(
     await commands.send("XDEL", keys.requests(TAG), refs[0])
     taken = await successor.group.pending.claim_redelivered()
     assert taken is not None
-    assert taken.entry == refs[1]
-    successor.group.acknowledger.settle([taken.entry])
+    assert taken.ref == refs[1]
+    successor.group.acknowledger.settle([taken.ref])
     assert await left() == (0, 0)
 
 
@@ -401,7 +401,7 @@ async def test_a_dead_letter_has_the_history_of_its_deliveries(
     assert [delivery["replica"] for delivery in history["deliveries"]] == ["dead"]
     assert Entry.of(fields).id == "1", "a dead letter can be read as the entry that it was"
     assert await left() == (0, 0)
-    assert await commands.send("EXISTS", keys.history(TAG, taken.entry.decode())) == 0
+    assert await commands.send("EXISTS", keys.history(TAG, taken.ref.decode())) == 0
 
 
 async def test_an_unreadable_entry_of_any_size_becomes_a_dead_letter(
@@ -511,14 +511,14 @@ async def test_accepted_requests_are_completed_when_the_broker_is_out_of_memory(
     (third, *_) = await successor.claim(1)
     successor.group.acknowledger.give_back([third])
     ((retaken, _),) = await successor.group.claimer.claim_returned(1)
-    for ref in (second.entry, retaken):
+    for ref in (second.ref, retaken):
         reply = Reply(ref.decode(), large=True)
         successor.group.replies.send_large("me", reply.id, bytes(1_000), 60_000, reply.fields(), list[bytes])
         successor.group.acknowledger.settle([ref])
     await successor.group.leave()
 
     replies = [fields for _, fields in await commands.send("XRANGE", keys.replies("me"), "-", "+")][1:]
-    assert [Reply.of(fields).id for fields in replies] == [second.entry.decode(), retaken.decode()]
+    assert [Reply.of(fields).id for fields in replies] == [second.ref.decode(), retaken.decode()]
     assert await commands.send("STRLEN", keys.reply_body("me", retaken.decode())) == 1_000
     assert await commands.send("XLEN", keys.dead(TAG)) == 1
     assert await commands.send("XLEN", keys.requests(TAG)) == 1

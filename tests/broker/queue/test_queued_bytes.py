@@ -198,9 +198,9 @@ async def test_every_end_of_a_request_releases_its_bytes(
     await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
     taken = await successor.pending.claim_redelivered()
     assert taken is not None
-    successor.acknowledger.hold_sized(taken.entry)
-    successor.acknowledger.settle([taken.entry])
-    replica.acknowledger.settle([taken.entry])  # it was late and not dead
+    successor.acknowledger.hold_sized(taken.ref)
+    successor.acknowledger.settle([taken.ref])
+    replica.acknowledger.settle([taken.ref])  # it was late and not dead
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
