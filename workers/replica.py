@@ -7,9 +7,9 @@ import logging
 
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue.consumer_group import ConsumerGroup
-from ..broker.queue.flow_control import TAKEN
+from ..broker.queue.flow_control import CREDIT
 from ..broker.queue.leases import Lease
-from ..broker.queue.signals import LOOK, Signals
+from ..broker.queue.signals import ENTRIES_RETURNED, Signals
 from ..broker.queue.stats import RunStats
 from ..broker.registry.records import BackendSpec
 from ..broker.transport.connection import RedisConnection
@@ -154,9 +154,9 @@ class Replica:
         await self._commands.close()
 
     def _on_signal(self, signal: bytes) -> None:
-        if signal == LOOK:
+        if signal == ENTRIES_RETURNED:
             self._scan_soon.set()
-        elif signal.startswith(TAKEN):
+        elif signal.startswith(CREDIT):
             self._consumer.stream_sender.on_signal(signal)
         else:
             self._consumer.withdraw(signal)

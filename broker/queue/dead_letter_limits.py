@@ -7,7 +7,7 @@ from ..transport.commands import Script
 MAX_AGE_S = 14 * 24 * 3600
 """Replicas drop dead letters that are older, once a minute."""
 
-DROPPED = b"dead_dropped"
+DROPPED_FIELD = b"dead_dropped"
 """The field of the backend's sums that counts dropped dead letters; see ``broker/queue/stats.py``."""
 
 # A Lua function that drops the oldest of ``letters`` until there are at most ``most`` and none exceeds the age limit.
@@ -28,7 +28,7 @@ local function drop_oldest(letters, sums, most, bodies)
     redis.call('XDEL', letters, letter[1])
     dropped, left = dropped + 1, left - 1
   end
-  if dropped > 0 then redis.call('HINCRBY', sums, '{DROPPED.decode()}', dropped) end
+  if dropped > 0 then redis.call('HINCRBY', sums, '{DROPPED_FIELD.decode()}', dropped) end
   return dropped
 end
 """

@@ -21,20 +21,20 @@ REPEAT_S = 2.0
 LAPSE_S = 20.0
 """Seconds without a signal after which the reader counts as dead."""
 
-TAKEN = b"+"
+CREDIT = b"+"
 """First byte of such a signal. A signal that names an entry ref begins with a digit or a letter."""
 
 
-def tell_taken(connection: RedisConnection, keys: Keys, backend: str, request: str, taken: int) -> None:
-    """Report to the replica that runs ``request`` that the reader has read ``taken`` bytes of the reply in total."""
-    signal(connection, keys, backend, b"%b%b %d" % (TAKEN, request.encode(), taken))
+def grant_credit(connection: RedisConnection, keys: Keys, backend: str, request: str, read_bytes: int) -> None:
+    """Report to the replica that runs ``request`` how many bytes of the reply the reader has read in total."""
+    signal(connection, keys, backend, b"%b%b %d" % (CREDIT, request.encode(), read_bytes))
 
 
-def read_taken(signal_: bytes) -> tuple[str, int]:
-    """Return the request's id and the bytes read, from a signal of `tell_taken`. Raises ``ValueError`` for another one.
+def read_credit(message: bytes) -> tuple[str, int]:
+    """Return the request's id and the bytes read, from a signal of `grant_credit`. Raises ``ValueError`` for another.
 
-    >>> read_taken(b"+c0ffee-7 4096")
+    >>> read_credit(b"+c0ffee-7 4096")
     ('c0ffee-7', 4096)
     """
-    request, _, taken = signal_.removeprefix(TAKEN).partition(b" ")
-    return request.decode(), int(taken)
+    request, _, read_bytes = message.removeprefix(CREDIT).partition(b" ")
+    return request.decode(), int(read_bytes)

@@ -18,8 +18,8 @@ from ..wire.keys import Keys
 
 log = logging.getLogger(__name__)
 
-LOOK = b"look"
-"""The signal that entries were given back. A signal that begins with ``TAKEN`` of ``broker/queue/flow_control.py``
+ENTRIES_RETURNED = b"look"
+"""The signal that entries were given back. A signal that begins with ``CREDIT`` of ``broker/queue/flow_control.py``
 grants credit; any other is the ref of an entry that its caller withdrew.
 """
 

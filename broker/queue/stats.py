@@ -13,7 +13,7 @@ from typing import cast
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
-from .dead_letter_limits import DROPPED
+from .dead_letter_limits import DROPPED_FIELD
 from .load import read_depth
 
 _SERVED, _FAILED, _RUN_US, _BATCHED = b"served", b"failed", b"run_us", b"batched"
@@ -108,7 +108,7 @@ async def read_stats(connection: RedisConnection, keys: Keys, backend: str) -> B
         in_progress=load.in_progress,
         queued_bytes=load.queued_bytes,
         dead_letters=int(dead),
-        dead_letters_dropped=done.get(DROPPED, 0),
+        dead_letters_dropped=done.get(DROPPED_FIELD, 0),
         served=done.get(_SERVED, 0),
         failed=done.get(_FAILED, 0),
         run_s=done.get(_RUN_US, 0) / 1e6,

@@ -33,7 +33,7 @@ def order_of(entry: bytes) -> tuple[int, int]:
     return int(time_ms), int(sequence or 0)
 
 
-def apart(refs: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+def split_by_stream(refs: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     """Return the ids of the entries on the interactive stream, and of those on the batch stream."""
     interactive: list[bytes] = []
     batch: list[bytes] = []

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from ...broker.queue.dead_letters import DeadLetterStream
-from ...broker.queue.flow_control import tell_taken
+from ...broker.queue.flow_control import grant_credit
 from ...broker.queue.publisher import Publisher
 from ...broker.queue.queued_bytes import SMALL, most_bytes
 from ...broker.queue.reply_stream import ReplyStream
@@ -362,7 +362,7 @@ class RequestClient:
         return DeadLetterStream(self._connection, self.keys, backend)
 
     def _send_credit(self, call: Call, read_bytes: int) -> None:
-        tell_taken(self._connection, self.keys, call.backend, call.id, read_bytes)
+        grant_credit(self._connection, self.keys, call.backend, call.id, read_bytes)
         self._replies.trim()  # the reply stream trims itself 5 times a second, too seldom for a fast stream
 
     async def _recover(self) -> None:

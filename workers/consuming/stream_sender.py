@@ -10,7 +10,7 @@ import asyncio
 import logging
 
 from ...broker.queue.consumer_group import ConsumerGroup
-from ...broker.queue.flow_control import LAPSE_S, read_taken
+from ...broker.queue.flow_control import LAPSE_S, read_credit
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire.replies import Part
 from ..claim import Claim
@@ -72,7 +72,7 @@ class StreamSender:
     def on_signal(self, signal: bytes) -> None:
         """Apply a reader's report of how many bytes it has read. The stream may be one of another replica."""
         try:
-            call_id, read_bytes = read_taken(signal)
+            call_id, read_bytes = read_credit(signal)
         except ValueError:
             log.error("dropped a signal of %d bytes that cannot be read", len(signal))
             return

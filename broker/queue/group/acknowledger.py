@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...transport.commands import Arg, Script
-from ...wire.entry_ref import apart, id_of, is_batch
+from ...wire.entry_ref import id_of, is_batch, split_by_stream
 from ..queued_bytes import RELEASE
-from ..signals import LOOK, signal
+from ..signals import ENTRIES_RETURNED, signal
 from .member import GROUP, RETURNED, Member, log_refusal
 
 _MOST_AT_ONCE = 500
@@ -63,7 +63,7 @@ class Acknowledger:
         if self._sized:
             refs = self._settle_sized(refs)
         commands = self._member.commands
-        for stream, entries in zip(self._member.streams, apart(refs), strict=True):
+        for stream, entries in zip(self._member.streams, split_by_stream(refs), strict=True):
             if entries:
                 # Patient, as replies are: if the reply timed out in an outage and the settlement did not, the request
                 # would be lost.
@@ -75,10 +75,10 @@ class Acknowledger:
         refs = list(refs)
         self._sized.difference_update(refs)
         member = self._member
-        for stream, entries in zip(member.streams, apart(refs), strict=True):
+        for stream, entries in zip(member.streams, split_by_stream(refs), strict=True):
             if entries:
                 member.post_patient(_GIVE_BACK, [stream], [GROUP, member.replica, RETURNED, *entries])
-        signal(member.commands, member.keys, member.backend, LOOK)
+        signal(member.commands, member.keys, member.backend, ENTRIES_RETURNED)
 
     def _settle_sized(self, refs: Iterable[bytes]) -> list[bytes]:
         """Settle the entries that have a record of their size; return the others."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...transport.commands import Arg, Script
-from ...wire.entry_ref import apart, ref_of
+from ...wire.entry_ref import ref_of, split_by_stream
 from ..leases import IS_EXPIRED
 from .member import GROUP, RETURNED, Member, log_refusal
 
@@ -184,7 +184,7 @@ class PendingEntries:
         """
         member = self._member
         found: list[Reclaimed] = []
-        for batch, (stream, entries) in enumerate(zip(member.streams, apart(refs), strict=True)):
+        for batch, (stream, entries) in enumerate(zip(member.streams, split_by_stream(refs), strict=True)):
             if not entries:
                 continue
             args: list[Arg] = [GROUP, member.replica, self._streamed_prefix, *entries]
