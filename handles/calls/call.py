@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import NamedTuple, Union
 
 from ...broker.queue.publisher import Publisher
@@ -41,10 +42,18 @@ def queue_limits(backend: BackendRecord, *, batch: bool = False) -> QueueLimits:
     Batch items may fill four fifths of the queue. The rest is reserved for interactive requests, so that no batch
     causes their refusal.
     """
-    requests, size = backend.config.max_queued_requests, backend.config.max_queued_bytes
+    config = backend.config
+    return _limits(config.max_queued_requests, config.max_queued_bytes, batch)
+
+
+@lru_cache
+def _limits(requests: int, size: int, batch: bool) -> QueueLimits:
     if batch:
         return QueueLimits(max(1, requests * 4 // 5), max(1, size * 4 // 5))
     return QueueLimits(requests, size)
+
+
+_NO_LIMITS = QueueLimits(0, 0)
 
 
 class Call:
@@ -100,7 +109,7 @@ class Call:
         """Tag of the backend."""
         self.record: BackendRecord | None = None
         """The backend's record when the call was made."""
-        self.limits = QueueLimits(0, 0)
+        self.limits = _NO_LIMITS
         self.entry: bytes | None = None
         """Id of the entry on the stream, once the request is accepted."""
         self.fate_unknown = False

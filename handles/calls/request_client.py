@@ -279,7 +279,8 @@ class RequestClient:
             TypeError: the header holds a value that JSON cannot represent.
         """
         large = len(body) > LARGE
-        check_size(body, self.longest if large else None)
+        if large:
+            check_size(body, self.longest)
         id_ = self.next_id()
         if timeout_s is not None:
             header.deadline_ms = self.deadline_ms(timeout_s)

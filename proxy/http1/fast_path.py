@@ -184,10 +184,10 @@ class FastPath(Protocol):
         self._write(cycle, request, self._application.response_to(request, outcome))
 
     def _write(self, cycle: RequestResponseCycle, request: ProxiedRequest, response: HTTPResponse) -> None:
-        self._waiting = None
+        self._waiting, application = None, self._application
         # No header needs a check: those of a backend have passed `responses.response_headers`.
-        status, headers, body = self._application.render(request, response)
-        if response.close or self._application.draining:
+        status, headers, body = application.render(request, response)
+        if response.close or application.draining:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append((b"connection", b"close"))
@@ -199,7 +199,7 @@ class FastPath(Protocol):
         lines.append(b"\r\n")
         self._writer.write_response(b"".join(lines), body)
         cycle.response_started = cycle.response_complete = True
-        self._application.finish(request)
+        application.finish(request)
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()

@@ -43,6 +43,7 @@ class InProgress:
     def release(self, claim: Claim) -> None:
         """Drop a claim that was settled or is given back."""
         claim.is_released = True
+        claim.running = None  # the call refers to its claims, and a cycle would wait for the garbage collector
         self.claims.pop(claim.ref, None)
         if self._released is not None:
             self._released.add(claim.ref)
