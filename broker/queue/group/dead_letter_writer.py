@@ -7,7 +7,6 @@ from typing import cast
 
 import orjson
 
-from ...registry.records import DEFAULTS
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import id_of, is_batch
 from ..dead_letter_limits import DROP, DROP_OLDEST
@@ -55,7 +54,7 @@ class DeadLetterWriter:
         error: str,
         refuse: Callable[[], None] | None = None,
         *,
-        max_dead_letters: int = DEFAULTS.max_dead_letters,
+        max_dead_letters: int,
     ) -> None:
         """Move an entry to the dead letters, with the history of its deliveries.
 

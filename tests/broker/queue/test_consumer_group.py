@@ -393,7 +393,7 @@ async def test_a_dead_letter_has_the_history_of_its_deliveries(
     taken = await successor.group.pending.claim_redelivered()
     assert taken is not None
     for _ in range(2):  # the second time does nothing
-        await successor.group.dead_letters.add(taken, "every replica died")
+        await successor.group.dead_letters.add(taken, "every replica died", max_dead_letters=10)
 
     ((_, fields),) = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     history = orjson.loads(dict(zip(fields[::2], fields[1::2], strict=True))[b"history"])
@@ -413,7 +413,7 @@ async def test_an_unreadable_entry_of_any_size_becomes_a_dead_letter(
     claimed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     replica.group.claimer.claim(1, claimed.set_result)
     ((_, fields),) = await claimed
-    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read")
+    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read", max_dead_letters=10)
     assert await left() == (0, 0)
     assert await commands.send("XLEN", keys.dead(TAG)) == 1
 
@@ -507,7 +507,7 @@ async def test_accepted_requests_are_completed_when_the_broker_is_out_of_memory(
     first, second = await successor.group.pending.claim_redelivered(), await successor.group.pending.claim_redelivered()
     assert first is not None
     assert second is not None
-    await successor.group.dead_letters.add(first, "poison")
+    await successor.group.dead_letters.add(first, "poison", max_dead_letters=10)
     (third, *_) = await successor.claim(1)
     successor.group.acknowledger.give_back([third])
     ((retaken, _),) = await successor.group.claimer.claim_returned(1)
@@ -601,7 +601,7 @@ async def test_a_dead_letter_has_a_bounded_size(join: Joining, commands: RedisCo
     fields = [b"garbage", bytes(3 * 1024 * 1024), b"more", bytes(1024)]
     ref = await commands.send("XADD", keys.requests(TAG), "*", *fields)
     await replica.claim_one()
-    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read")
+    await replica.group.dead_letters.add(RedeliveredEntry(ref, 0, fields), "cannot be read", max_dead_letters=10)
     [(_, kept)] = await commands.send("XRANGE", keys.dead(TAG), "-", "+")
     assert 1024 * 1024 <= sum(map(len, kept)) <= 1024 * 1024 + 1024
 
@@ -618,7 +618,9 @@ async def test_refused_dead_letters_and_returns_are_sent_again(redis_url: str, c
         group.claimer.claim(3, claimed.set_result)
         (first, fields), (second, _), (third, _) = await claimed
         between.error = ERRORS["NOREPLICAS"]
-        burying = asyncio.ensure_future(group.dead_letters.add(RedeliveredEntry(first, 3, fields), "it died"))
+        burying = asyncio.ensure_future(
+            group.dead_letters.add(RedeliveredEntry(first, 3, fields), "it died", max_dead_letters=10)
+        )
         group.acknowledger.give_back([second])
         group.acknowledger.settle([third])
         group.pending.forget_history(third)

@@ -181,7 +181,7 @@ async def test_every_end_of_a_request_releases_its_bytes(
 
     await one()
     [(ref, held)] = (await claim(replica)).items()
-    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "cannot be read")
+    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "cannot be read", max_dead_letters=10)
     assert await queued_bytes() == 0
 
     await one()
@@ -291,7 +291,7 @@ async def test_a_replayed_dead_letter_is_charged_as_a_request(
     limit_bytes = charge_of(raw) + ASIDE
     await accepted(publish(publishers[0], raw, limit_bytes))
     [(ref, held)] = (await claim(replica)).items()
-    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "it died")
+    await replica.dead_letters.add(RedeliveredEntry(ref, 0, held.fields()), "it died", max_dead_letters=10)
     [letter] = [letter async for letter in dead.letters()]
     blocking = await accepted(publish(publishers[0], entry("s", MIDDLE), limit_bytes))
     refused = await dead.replay(letter, 100, limit_bytes)
