@@ -6,6 +6,7 @@ from .async_handle import AsyncObjectRefHandle, AsyncServeHandle, AsyncStreaming
 from .batch.batch import Batch
 from .batch.items import BatchItem, BatchResult
 from .batch.producer import BatchProducer
+from .batch.progress import BatchProgress
 from .connection import Connection, connect
 from .dead_letters import DeadLetters
 from .files.rows import Rows, read
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "BatchItem",
     "BatchProducer",
+    "BatchProgress",
     "BatchResult",
     "Connection",
     "DeadLetter",
