@@ -1,7 +1,7 @@
-"""The public API for processes that serve: start, connect, Client and its configuration.
+"""The public API of serving processes: start, connect, Client and its configuration.
 
-It lies in `_api`, which is loaded when the first of it is used: Ray takes a second, and some of the commands, whose
-modules are below this package, need none of it.
+The names are defined in `_api`, which is imported on first use. It imports Ray, which takes a second, and some commands
+of `penstock.serve.cli` do not need Ray.
 """
 
 from importlib import import_module
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # `ControllerActor` is for Ray alone; see there.
+        # Ray looks up `ControllerActor` here; see its module.
         if name not in __all__ and name != "ControllerActor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        # One module, for whoever uses whichever of it: threads that load it meet at one lock.
+        # All names come from one module, so that threads that import them at the same time wait for one import lock.
         return getattr(import_module("._api", __name__), name)
 
 

@@ -1,4 +1,4 @@
-"""The names that ``penstock.serve`` exports, with everything that they import."""
+"""The names that ``penstock.serve`` exports, and their imports."""
 
 from ..handles import (
     AsyncObjectRefHandle,
@@ -23,7 +23,7 @@ from ..workers.executing.context import get_current_backend_tag, get_current_rep
 from ..workers.executing.request import Request
 from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions
-from .controller.controller import ControllerActor
+from .controller.controller_actor import ControllerActor
 from .lifecycle import connect, start
 from .status import Status
 

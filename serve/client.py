@@ -1,4 +1,4 @@
-"""The client: the sync API of an instance."""
+"""The client of an instance: its public, blocking API."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, TypeVar
 
-from ..broker.errors import PenstockError
+from ..broker.errors import BrokerUnavailable, PenstockError
 from ..broker.registry.records import BackendRecord, EndpointRecord
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import check_name
@@ -24,33 +25,45 @@ from ..workers.executing.user_code import dump
 from ..workers.runtime_env import pack
 from . import registry_changes, validation
 from .config import BackendConfig
-from .instance import Instance
+from .instance import CONTROLLER_LOST_S, Instance
 from .status import Status
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_WAIT_POLL_S = 1.0
+"""Seconds between the checks of `Client.wait` whether the instance was shut down by another client."""
+
 Target = Callable[..., Any] | str
-"""What can be deployed: a function, a class, or where to import either."""
+"""Code to deploy: a function, a class, or an import path of either."""
 
 
 class Client(Connection):
-    """One instance: its backends, its endpoints, its handles, its end.
+    """A connection to one instance, made by ``serve.start`` or ``serve.connect``.
 
-    ``serve.start`` and ``serve.connect`` make it. Its methods block, and may be called from any thread. Those that
-    change something return when the change serves; when they raise, they have changed nothing.
+    Its methods block and are thread-safe. A method that changes something returns when the change is live; if it
+    raises, nothing has changed.
 
-    Leaving it as a context manager ends what ``serve.start`` has started, unless that is detached.
+    As a context manager it calls `close` at the end, which ends an instance that ``serve.start`` started, unless that
+    is detached.
 
-    It belongs to the process that made it. In a forked child only its handles, batches and dead letters are of use; the
-    end of the child ends nothing.
+    A client belongs to the process that made it. In a forked child only its handles, batches and dead letters can be
+    used, and the end of the child does not end the instance.
     """
 
     def __init__(
         self, core: Instance, http_url: str | None, *, started: ExitStack | None = None, owns: bool, keep: bool
     ) -> None:
-        """``started`` undoes what ``start`` did. Who ``owns`` the instance ends it, and may ``keep`` its keys."""
+        """Connect to the instance of ``core``.
+
+        Args:
+            core: an open connection to the instance; this client closes it.
+            http_url: see the property.
+            started: undoes what ``start`` has started, when this client is closed.
+            owns: whether closing this client ends the instance.
+            keep: whether closing this client keeps the keys of the instance, so that it can be resumed.
+        """
         super().__init__(core.redis_url, core.name)
         self._core = core
         self._http_url = http_url
@@ -58,17 +71,23 @@ class Client(Connection):
         self._owns, self._keep = owns, keep
         self._closed = False
         self._closing = threading.Lock()
+        self._closing_event = threading.Event()
         self._process = os.getpid()
         if owns:
             atexit.register(self.close)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether `close` or `shutdown` was called."""
+        return self._closed
+
+    @property
     def http_url(self) -> str | None:
-        """Where HTTP clients find it, such as ``"http://127.0.0.1:8000"``; None if it has no server."""
+        """The URL of the HTTP server, such as ``"http://127.0.0.1:8000"``; None without a server."""
         return self._http_url
 
     def __repr__(self) -> str:
-        closed = ", shut down" if self._closed else ""
+        closed = ", closed" if self._closed else ""
         return f"Client({self.instance!r}, redis_url={shown_url(self.redis_url)!r}, http_url={self.http_url!r}{closed})"
 
     # -- backends
@@ -83,31 +102,28 @@ class Client(Connection):
         runtime_env: Mapping[str, Any] | None = None,
         **init_kwargs: Any,
     ) -> None:
-        """Deploy code; return when all its replicas are ready.
-
-        There is no limit to how long they may take to start.
+        """Deploy code as a new backend; return when all replicas are ready, however long their start takes.
 
         Args:
-            tag: its name: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
-            func_or_class: a function of one `Request`, ``async def`` or not; a class whose instances are called with
-                one; or where the replicas can import either, as ``"package.module:Name"``. With `accept_batch`, it
-                takes a list of requests and returns a list of as many results.
-            *init_args: what a class is constructed with, in each replica. It travels by pickle.
+            tag: the name of the backend: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
+            func_or_class: a function of one `Request`, ``async def`` or not; a class whose instances are such
+                functions; or the import path of either in the replicas, ``"package.module:Name"``. With
+                `accept_batch` it receives a list of requests and returns a list of as many results.
+            *init_args: arguments of the class's constructor. They are pickled.
             config: a `BackendConfig`, or a dict of its fields.
-            ray_actor_options: what each replica needs: ``num_cpus`` (1 unless given), ``num_gpus``, ``memory``
-                (bytes), ``resources``, ``accelerator_type``.
-            runtime_env: Ray's, for the replicas: environment variables, working directory, packages. What
-                ``working_dir`` and ``py_modules`` name may also be a directory of this machine: it travels as it is
-                now, up to 128 MiB, without what ``excludes``, ``.gitignore`` and ``.rayignore`` name. A module is
-                imported by the name of its directory.
-            **init_kwargs: see ``init_args``.
+            ray_actor_options: resources that each replica reserves: ``num_cpus`` (default 1), ``num_gpus``,
+                ``memory`` (bytes), ``resources``, ``accelerator_type``.
+            runtime_env: Ray's runtime environment of the replicas: environment variables, working directory,
+                packages. ``working_dir`` and ``py_modules`` may name directories of this machine. They are packed when
+                this is called, up to 128 MiB, without what ``excludes``, ``.gitignore`` and ``.rayignore`` name. A
+                module is imported by the name of its directory.
+            **init_kwargs: keyword arguments of the class's constructor. They are pickled.
 
         Raises:
-            TypeError: an argument is of the wrong type, the code does not take one request, its constructor does not
-                take what was given, or something cannot be pickled.
-            ConfigError: there is such a backend already, a value cannot be, the code with its arguments is larger than
-                Redis takes (512 MiB), or the cluster does not have what all its replicas need; the message says what
-                was asked for and what there is.
+            TypeError: an argument has the wrong type, the code does not accept one request, the constructor does not
+                accept its arguments, or an object cannot be pickled.
+            ConfigError: the backend exists, a value is not allowed, the code with its arguments is larger than Redis
+                accepts (512 MiB), or the cluster lacks resources for all replicas.
             BackendError: a replica could not start; its ``traceback`` is that of the constructor.
         """
         validation.check_tag(tag)
@@ -135,30 +151,30 @@ class Client(Connection):
         runtime_env: Mapping[str, Any] | None = None,
         **init_kwargs: Any,
     ) -> None:
-        """Roll out new code in place of a backend's; return when no replica of the old takes requests any more.
+        """Replace the code of a backend; return when no replica of the old code claims requests any more.
 
-        An old replica goes when a new one is ready, so that there are never fewer than are wanted; it finishes what
-        it has begun. If the new code cannot start, the old stays.
+        One old replica drains for each new one that is ready, so that there are never fewer than configured. If the
+        new code cannot start, the old code stays.
 
         Args:
             tag: an existing backend.
-            func_or_class: see `create_backend`, as for all others.
-            *init_args: of the new code; the old ones are not kept.
-            config: what is to change; fields that it does not name stay as they are.
-            ray_actor_options: None keeps them.
-            runtime_env: None keeps it.
-            **init_kwargs: of the new code; the old ones are not kept.
+            func_or_class: the new code; see `create_backend`.
+            *init_args: arguments of the new code's constructor; earlier ones are not kept.
+            config: fields to change; all others stay.
+            ray_actor_options: see `create_backend`; None keeps the present ones.
+            runtime_env: see `create_backend`; None keeps the present one.
+            **init_kwargs: keyword arguments of the new code's constructor; earlier ones are not kept.
 
         Raises:
             BackendNotFound: there is no such backend.
-            TypeError, ConfigError, BackendError: see `create_backend`. One free place in the cluster is enough.
+            TypeError, ConfigError, BackendError: see `create_backend`. Room for one more replica is enough.
         """
         validation.check_tag(tag)
         version = token_hex(4)
         options = validation.check_actor_options(ray_actor_options)
         environment = validation.check_runtime_env(runtime_env)
         takes_batch = _may_take_batches(func_or_class)
-        BackendConfig().merged(config)  # what is wrong in itself is told first, whatever there is
+        BackendConfig().merged(config)  # Invalid fields are reported first, also for a backend that does not exist.
 
         def update(old: BackendRecord) -> BackendRecord:
             merged = BackendConfig.of_spec(old.config).merged(config)
@@ -177,16 +193,18 @@ class Client(Connection):
         self._run(self._core.update_backend(tag, update, code=code, files=files))
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
-        """Change how a backend runs; return when all its replicas do so, and there are as many as are wanted.
+        """Change the configuration of a backend; return when all replicas apply it and their number is right.
+
+        Replicas apply it while they run, by the class's ``reconfigure`` where ``user_config`` is given.
 
         Args:
             tag: an existing backend.
-            config: what is to change; fields that it does not name stay as they are.
+            config: fields to change; all others stay.
 
         Raises:
             BackendNotFound: there is no such backend.
             TypeError, ConfigError: see `create_backend`.
-            BackendError: a new replica could not start, or the class's ``reconfigure`` raised.
+            BackendError: a new replica could not start, or ``reconfigure`` raised.
         """
         validation.check_tag(tag)
         BackendConfig().merged(config)
@@ -199,27 +217,27 @@ class Client(Connection):
         self._run(self._core.update_backend(tag, update))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
-        """Return how a backend runs. Raises `BackendNotFound`."""
+        """Return the configuration of a backend. Raises `BackendNotFound`."""
         validation.check_tag(tag)
         return BackendConfig.of_spec(registry_changes.backend_of(self._run(self._core.snapshot()), tag).config)
 
     def list_backends(self) -> dict[str, BackendConfig]:
-        """Return every backend's configuration, by tag."""
-        seen = self._run(self._core.snapshot())
-        return {tag: BackendConfig.of_spec(record.config) for tag, record in seen.backends.items()}
+        """Return the configuration of every backend, by tag."""
+        snapshot = self._run(self._core.snapshot())
+        return {tag: BackendConfig.of_spec(record.config) for tag, record in snapshot.backends.items()}
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
-        """Delete a backend, with its dead letters; return when its replicas have ended.
+        """Delete a backend and its dead letters; return when its replicas have ended.
 
-        What is queued is answered first, for at most its ``graceful_shutdown_timeout_s``; the rest is refused.
+        Queued requests are answered first, for at most its ``graceful_shutdown_timeout_s``; the rest is refused.
 
         Args:
             tag: an existing backend.
-            force: True to refuse at once what is queued, and what runs too.
+            force: refuse at once all queued and running requests.
 
         Raises:
             BackendNotFound: there is no such backend.
-            ConfigError: an endpoint sends or shadows to it.
+            ConfigError: an endpoint uses it, in its traffic or its shadow traffic.
         """
         validation.check_tag(tag)
         self._run(self._core.remove_backend(tag, drain=not force))
@@ -235,22 +253,23 @@ class Client(Connection):
         methods: Iterable[str] = ("GET",),
         call_methods: Iterable[str] | None = None,
     ) -> None:
-        """Let a backend be called, by handles and over HTTP; return when every proxy serves the route.
+        """Create an endpoint, for handles and optionally for HTTP; return when every proxy serves the route.
 
         Args:
             name: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
-            backend: the tag of the backend that gets all its requests, until `set_traffic`.
+            backend: the tag of the backend that receives all requests, until `set_traffic` changes that.
             route: a path with Starlette's parameters, such as ``"/users/{id:int}"`` (``str``, ``int``, ``float``,
-                ``uuid``, ``path``); None for handles alone.
-            methods: HTTP's, in any case. GET brings HEAD along.
+                ``uuid``, ``path``); None for handles only.
+            methods: HTTP methods, in upper or lower case. GET includes HEAD.
             call_methods: the methods of the backend's class that can be called through this endpoint, such as
-                ``["__call__", "predict"]``; others are refused with `CallMethodRefused` (403). None: every public one.
+                ``["__call__", "predict"]``; others are refused with `CallMethodRefused` (403). None allows every
+                public method.
 
         Raises:
             BackendNotFound: there is no such backend.
-            ConfigError: there is such an endpoint already, another one has the route for one of these methods, or a
-                value cannot be.
-            TypeError: an argument is of the wrong type.
+            ConfigError: the endpoint exists, another endpoint has the route for one of these methods, or a value is
+                not allowed.
+            TypeError: an argument has the wrong type.
         """
         check_name("an endpoint", name)
         validation.check_tag(backend)
@@ -261,7 +280,7 @@ class Client(Connection):
             traffic={backend: 1.0},
             call_methods=validation.check_call_methods(call_methods),
         )
-        self._run(self._core.change(lambda seen: registry_changes.add_endpoint(seen, new)))
+        self._run(self._core.change(lambda snapshot: registry_changes.add_endpoint(snapshot, new)))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Return ``{name: {"route", "methods", "traffic", "shadows"}}``."""
@@ -271,68 +290,94 @@ class Client(Connection):
     def delete_endpoint(self, name: str) -> None:
         """Delete an endpoint; return when no proxy serves its route. Its backends stay. Raises `EndpointNotFound`."""
         check_name("an endpoint", name)
-        self._run(self._core.change(lambda seen: registry_changes.remove_endpoint(seen, name)))
+        self._run(self._core.change(lambda snapshot: registry_changes.remove_endpoint(snapshot, name)))
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
-        """Share out an endpoint's requests among backends; return when every proxy does so.
+        """Distribute an endpoint's requests over backends; return when every proxy does so.
 
         Args:
             endpoint: its name.
-            traffic: weights by backend: not negative, their sum 1 within a millionth. Requests with the same shard
-                key go to the same backend, as far as the weights allow.
+            traffic: weights by backend tag, not negative, with a sum of 1 (± 1e-6). Requests with the same shard key
+                go to the same backend, as far as the weights allow.
 
         Raises:
             EndpointNotFound: there is no such endpoint.
             BackendNotFound: there is no such backend.
-            ConfigError: a weight is negative, or they do not sum to 1.
-            TypeError: an argument is of the wrong type.
+            ConfigError: a weight is negative, or the sum is not 1.
+            TypeError: an argument has the wrong type.
         """
         check_name("an endpoint", endpoint)
-        self._run(self._core.change(lambda seen: registry_changes.set_traffic(seen, endpoint, traffic)))
+        self._run(self._core.change(lambda snapshot: registry_changes.set_traffic(snapshot, endpoint, traffic)))
 
     def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
-        """Copy a part of an endpoint's requests to a backend; return when every proxy does so.
+        """Copy a proportion of an endpoint's requests to a backend; return when every proxy does so.
 
-        Nobody waits for what it answers, and its failures touch nobody.
+        The replies to the copies are discarded, and errors of the backend do not affect the original requests.
 
         Args:
             endpoint: its name.
-            tag: the backend that gets the copies.
-            proportion: 0 to 1; 0 ends it.
+            tag: the backend that receives the copies.
+            proportion: 0 to 1; 0 ends the copying.
 
         Raises:
             EndpointNotFound: there is no such endpoint.
             BackendNotFound: there is no such backend.
-            ConfigError: ``proportion`` is not 0 to 1.
-            TypeError: an argument is of the wrong type.
+            ConfigError: ``proportion`` is not between 0 and 1.
+            TypeError: an argument has the wrong type.
         """
         check_name("an endpoint", endpoint)
         validation.check_tag(tag)
         share = validation.check_proportion(proportion)
-        self._run(self._core.change(lambda seen: registry_changes.set_shadow(seen, endpoint, tag, share)))
+        self._run(self._core.change(lambda snapshot: registry_changes.set_shadow(snapshot, endpoint, tag, share)))
 
-    # -- the whole
+    # -- the instance
 
     def status(self) -> Status:
-        """Return how the instance is doing: see `Status`. Printed, it is a table."""
+        """Return the state of backends, endpoints, proxies and the controller: see `Status`."""
         status = self._run(self._core.status())
         status["endpoints"] = self.list_endpoints()
         return status
 
-    def shutdown(self) -> None:
-        """End the instance: all its processes, and every key that it has in Redis. A second time does nothing.
+    def wait(self) -> None:
+        """Block until the process is interrupted (Ctrl-C) or the instance is shut down. For the end of a script.
 
-        Requests that are still queued are refused. What ``start`` has brought up for it ends too: the embedded
-        server, and a Ray that was not running before. The files of a ``data_dir`` stay, with nothing of the instance
-        in them.
+        Returns in both cases. A script that ends then also ends the instance that it has started; see `close`. During
+        an outage of the broker it waits on.
+        """
+        runs_at_s = time.monotonic()
+        try:
+            while not self._closing_event.wait(_WAIT_POLL_S):
+                try:
+                    if not self._run(self._core.has_stopped()):
+                        runs_at_s = time.monotonic()
+                    elif time.monotonic() - runs_at_s > CONTROLLER_LOST_S:
+                        return
+                except BrokerUnavailable:
+                    continue
+                except PenstockError:
+                    if self._closed:  # Another thread has closed the client during the check.
+                        return
+                    raise
+        except KeyboardInterrupt:
+            return
+
+    def shutdown(self) -> None:
+        """End the processes of the instance and delete all its keys in Redis. A second call does nothing.
+
+        Requests that are still queued are refused. The embedded server ends, and Ray too if ``start`` started it.
+        The files of a ``data_dir`` stay, without any data of the instance.
+
+        Raises:
+            PenstockError: the controller did not end in time.
+            BrokerUnavailable: Redis cannot be reached.
         """
         self._disconnect(end=True, erase=True)
 
     def close(self) -> None:
-        """End what ``serve.start`` has started, unless that is detached; disconnect in any case.
+        """Disconnect; also end the instance if this client started it and it is not detached.
 
-        So ends a ``with`` statement, and the script. It is `shutdown`, but for an instance with a ``data_dir``, which
-        can be resumed.
+        Called at the end of a ``with`` statement and of the script. The end is that of `shutdown`, except that an
+        instance with a ``data_dir`` keeps its keys and can be resumed.
         """
         self._disconnect(end=self._owns, erase=not self._keep)
 
@@ -341,11 +386,12 @@ class Client(Connection):
 
     def _disconnect(self, *, end: bool, erase: bool) -> None:
         if os.getpid() != self._process:
-            return  # what it holds is not ours, nor is the instance
+            return  # A forked child owns neither the connections nor the instance.
         with self._closing:
             if self._closed:
                 return
             self._closed = True
+        self._closing_event.set()
         atexit.unregister(self.close)
         with self._started:
             try:
@@ -361,8 +407,8 @@ class Client(Connection):
             self._check_open()
             if (here := os.getpid()) != self._process:
                 raise PenstockError(
-                    f"this client belongs to the process {self._process}, which the process {here} was forked from: "
-                    "serve.connect() makes one of its own"
+                    f"this client belongs to process {self._process}, from which this process, {here}, was forked: "
+                    "serve.connect() makes one for this process"
                 )
         except PenstockError:
             coroutine.close()
@@ -371,25 +417,25 @@ class Client(Connection):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PenstockError(f"this client of the instance {self.instance!r} was shut down")
+            raise PenstockError(f"this client of the instance {self.instance!r} is closed")
 
 
 def _may_take_batches(func_or_class: object) -> bool:
-    # What only the workers can import is for them to refuse.
+    # An import path is checked by the replicas, which can import it.
     return isinstance(func_or_class, str) or accepts_batch(func_or_class)
 
 
 def _checked_code(
     func_or_class: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: BackendConfig, version: str
 ) -> bytes:
-    """Return the code as it travels, if it could serve."""
+    """Return the pickled code with its arguments, after checks that it can serve."""
     takes_batch = _may_take_batches(func_or_class)
     validation.check_callable(func_or_class, args, kwargs, takes_batch=takes_batch)
     validation.check_fits(config, func_or_class, takes_batch=takes_batch)
     try:
         blob = dump(func_or_class, args, kwargs)
-    except Exception as e:  # pickling runs whatever code the objects bring
+    except Exception as e:  # Pickling runs code of the objects.
         raise TypeError(f"a backend's code and arguments must be picklable: {e}") from e
-    # Bytes behind a pickle are ignored. They make each version's digest its own, so that whoever deletes his code
-    # cannot delete that of another backend with the same.
+    # Bytes behind a pickle are ignored when it is read. They make the digest of each version unique, so that deleting
+    # the code of one backend does not delete that of another with the same code.
     return blob + version.encode()

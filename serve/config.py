@@ -1,4 +1,4 @@
-"""Configuration values: they validate themselves and name their mistakes."""
+"""Configuration of backends, autoscaling and HTTP: pydantic models whose errors name the field and its limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _C = TypeVar("_C", bound="_Config")
 
 
 class _Config(BaseModel):
-    """A value whose every complaint is a `ConfigError`, or a ``TypeError``, that names the field."""
+    """A model whose validation raises a `ConfigError`, or a ``TypeError``, that names the field."""
 
     model_config = ConfigDict(
         strict=True,
@@ -41,15 +41,17 @@ class _Config(BaseModel):
 
     @classmethod
     def of(cls: type[_C], value: Any, name: str = "config") -> _C:
-        """Return ``value`` as one of these: it may be one, a mapping of fields, or ``None`` for the defaults."""
+        """Return ``value`` as a model: it may be one, a mapping of fields, or None for the defaults."""
         if isinstance(value, cls):
             return value
         return cls(**_fields(cls, value, name))
 
     def merged(self: _C, update: Any, name: str = "config") -> _C:
-        """Return this value with the fields that ``update`` names replaced; of nested values as well.
+        """Return a copy with the fields of ``update`` replaced, also those of nested models.
 
-        ``update`` is a mapping, or a value of this class, of which the fields count that it was made with.
+        Args:
+            update: a mapping, or a model, of which only the fields count that it was constructed with.
+            name: the name of the argument, for error messages.
         """
         merged = {field: getattr(self, field) for field in type(self).model_fields}
         for field, new in _fields(type(self), update, name).items():
@@ -59,7 +61,7 @@ class _Config(BaseModel):
 
 
 LEAST_QUEUED_BYTES = 1024 * 1024
-"""A lower limit would leave room for hardly more than the requests that are always let through."""
+"""Smallest ``max_queued_bytes``. A lower one would admit little more than the requests that are always admitted."""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -71,22 +73,22 @@ _SCALING = AutoscalingSpec(max_replicas=1)
 
 
 class AutoscalingConfig(_Config):
-    """How many replicas a backend gets, by what the broker counts: requests queued and in progress."""
+    """Autoscaling of a backend by the requests that the broker counts, queued and in progress."""
 
     max_replicas: Count
-    """Never more than this many."""
+    """The largest number of replicas."""
 
     min_replicas: Annotated[int, Field(ge=0)] = _SCALING.min_replicas
-    """Never fewer than this many. With 0, no replica runs at rest; the first requests wait for one to start."""
+    """The smallest number of replicas. With 0 an idle backend has none, and the next request waits for a start."""
 
     target_queue_per_replica: Positive = _SCALING.target_queue_per_replica
-    """So many unsettled requests for each replica are wanted: more make it grow, fewer let it shrink."""
+    """The desired number of unsettled requests per replica: with more it scales up, with fewer it may scale down."""
 
     upscale_delay_s: NotNegative = _SCALING.upscale_delay_s
-    """The load must call for more replicas this long before there are more."""
+    """Seconds for which the load must require more replicas before it scales up."""
 
     downscale_delay_s: NotNegative = _SCALING.downscale_delay_s
-    """The load must call for fewer replicas this long before there are fewer."""
+    """Seconds for which the load must require fewer replicas before it scales down."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> AutoscalingConfig:
@@ -99,67 +101,68 @@ class AutoscalingConfig(_Config):
 
 
 def _json(value: Any) -> Any:
-    """Return ``value`` as it comes back from the registry, so that no later change to it can leak in."""
+    """Return ``value`` as it is read from the registry: a copy, unaffected by later changes of the original."""
     try:
         written = orjson.dumps(value)
-        json.dumps(value, allow_nan=False)  # orjson turns NaN into null, silently
+        json.dumps(value, allow_nan=False)  # orjson writes NaN as null without an error.
     except ValueError as e:
-        raise ConfigError(f"BackendConfig.user_config must be what JSON can hold: {e}") from None
-    except TypeError as e:  # orjson's own error is a TypeError for types and numbers alike
-        raise TypeError(f"BackendConfig.user_config must be what JSON can hold: {e}") from None
+        raise ConfigError(f"BackendConfig.user_config must be a JSON value: {e}") from None
+    except TypeError as e:  # orjson's error for types and for numbers is a TypeError.
+        raise TypeError(f"BackendConfig.user_config must be a JSON value: {e}") from None
     return orjson.loads(written)
 
 
 class BackendConfig(_Config):
-    """How a backend runs."""
+    """Configuration of a backend."""
 
     num_replicas: Count = DEFAULTS.num_replicas
-    """How many replicas; with ``autoscaling_config``, how many to begin with."""
+    """The number of replicas; with ``autoscaling_config`` the initial number."""
 
     max_batch_size: Count | None = DEFAULTS.max_batch_size
-    """The most requests that one call gets. Needs ``@serve.accept_batch``."""
+    """The largest number of requests in one call. Needs ``@serve.accept_batch``."""
 
     batch_wait_timeout: NotNegative = DEFAULTS.batch_wait_timeout
-    """Seconds that a batch waits to fill, counted from its first entry."""
+    """Seconds that a batch waits for more requests, counted from its first one."""
 
     max_concurrent_queries: Count | None = DEFAULTS.max_concurrent_queries
-    """The most calls that one replica runs at a time; by default 1 for blocking code and 100 for ``async def``."""
+    """The largest number of concurrent calls in one replica; by default 1 for blocking code, 100 for ``async def``."""
 
     user_config: Annotated[Any, AfterValidator(_json)] = DEFAULTS.user_config
-    """Anything JSON can hold: given to the class's ``reconfigure``, at start and on every update."""
+    """A JSON value that is passed to the class's ``reconfigure`` at the start and on every update."""
 
     autoscaling_config: AutoscalingConfig | None = None
-    """How many replicas, by load. Without it there are always ``num_replicas``."""
+    """Autoscaling. Without it there are always ``num_replicas``."""
 
     max_queued_requests: Count = DEFAULTS.max_queued_requests
-    """Publishing beyond this many unsettled requests, waiting and running, raises ``Overloaded``."""
+    """The largest number of unsettled requests, waiting and running; beyond it publishing raises ``Overloaded``."""
 
     max_queued_bytes: Annotated[int, Field(ge=LEAST_QUEUED_BYTES)] = DEFAULTS.max_queued_bytes
-    """The most bytes of heads and bodies of unsettled requests, each counted as at least 4 KiB; at least 1 MiB.
+    """The largest number of bytes of unsettled requests, heads and bodies; at least 1 MiB.
 
-    Beyond it publishing raises ``Overloaded``; a request that is larger by itself raises ``PayloadTooLarge``.
+    Each request counts as at least 4 KiB. Beyond the limit publishing raises ``Overloaded``; a single request above it
+    raises ``PayloadTooLarge``.
     """
 
     batch_share: Annotated[float, Field(ge=0, le=1)] = DEFAULTS.batch_share
-    """While batch items wait, replicas take at least this share of what they take from them, whatever else there is."""
+    """While batch items wait, at least this share of the claimed requests are batch items, 0 to 1."""
 
     max_deliveries: Count = DEFAULTS.max_deliveries
-    """A request whose replica died this many times is a dead letter."""
+    """The number of replica deaths after which a request becomes a dead letter."""
 
     max_dead_letters: Count = DEFAULTS.max_dead_letters
-    """So many dead letters are kept, for at most 14 days; the oldest are dropped, and counted."""
+    """The largest number of dead letters, each kept for at most 14 days. The oldest are dropped and counted."""
 
     graceful_shutdown_timeout_s: NotNegative = DEFAULTS.graceful_shutdown_timeout_s
-    """A replica that has to go may take this long to finish what it has begun."""
+    """Seconds that a draining replica may take to finish the requests that it runs."""
 
     health_check_period_s: Positive = DEFAULTS.health_check_period_s
-    """A replica is asked this often whether it is well; ``check_health`` of a class is part of that."""
+    """Seconds between health checks of a replica, which call ``check_health`` of a class that has one."""
 
     health_check_timeout_s: Positive = DEFAULTS.health_check_timeout_s
-    """A replica that has not answered after this long is replaced."""
+    """Seconds after which a replica that does not answer a health check is replaced."""
 
     allow_pickle: bool = DEFAULTS.allow_pickle
-    """Values that are not JSON may travel between handles and replicas by pickle. Never those from HTTP."""
+    """Whether handles and replicas may pickle values that JSON cannot represent. Data from HTTP is never unpickled."""
 
     @classmethod
     def of_spec(cls, spec: BackendSpec) -> BackendConfig:
@@ -185,44 +188,44 @@ def _path_prefix(value: str) -> str:
 
 
 class HTTPOptions(_Config):
-    """How an instance is reached over HTTP."""
+    """HTTP options of an instance."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """The address to listen on; ``"0.0.0.0"`` is all of a node's."""
+    """The address to listen on; ``"0.0.0.0"`` means all IPv4 addresses of a node."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0 picks a free one, which ``client.http_url`` then tells."""
+    """The port; 0 picks a free one, which ``client.http_url`` shows."""
 
     middlewares: list[Middleware] = Field(default_factory=list[Middleware])
-    """Starlette's, the outermost first. They must be picklable, since they run in the proxies."""
+    """Starlette middlewares, the outermost first. They must be picklable, because they run in the proxies."""
 
     location: Annotated[Location, BeforeValidator(_no_server)] = "HeadOnly"
-    """``"HeadOnly"``: on the node that called ``start``. ``"EveryNode"``. ``"NoServer"`` or ``None``."""
+    """Where proxies run: ``"HeadOnly"``, the node that called ``start``; ``"EveryNode"``; ``"NoServer"`` or None."""
 
     proxies_per_node: Count = 1
-    """How many processes share the port on a node."""
+    """The number of proxies on a node, which share its port."""
 
     request_timeout_s: Positive = 60.0
-    """A request without an answer after this long gets a 504."""
+    """Seconds after which a request without a response is answered with 504."""
 
     max_body_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
-    """A longer body gets a 413."""
+    """The largest request body; a larger one is answered with 413."""
 
     max_buffered_bytes: int | None = None
-    """The most bytes of bodies that a proxy holds, of requests that are not answered and of replies that are not sent.
+    """The largest number of bytes of request and response bodies that a proxy holds.
 
-    Beyond it requests get a 503. By default an eighth of the node's memory, shared by its proxies, and never less than
-    ``max_body_bytes``.
+    Beyond it requests are answered with 503. By default an eighth of the node's memory, shared by its proxies, and
+    never less than ``max_body_bytes``.
     """
 
     max_connections: Count = MAX_CONNECTIONS
-    """Open connections of one proxy; further ones get a 503 and are closed."""
+    """The largest number of open connections of one proxy; further ones are answered with 503 and closed."""
 
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
-    """Where a gateway in front of the proxies has mounted them (ASGI's ``root_path``)."""
+    """The path prefix at which a gateway in front of the proxies mounts them (``root_path`` of ASGI)."""
 
     debug: bool = False
-    """Let HTTP callers see tracebacks."""
+    """Whether HTTP responses to errors contain tracebacks."""
 
     @model_validator(mode="after")
     def _a_body_fits(self) -> HTTPOptions:
@@ -235,7 +238,7 @@ class HTTPOptions(_Config):
 
 
 def _fields(kind: type[_Config], value: Any, name: str) -> dict[str, Any]:
-    """Return the fields that ``value`` names."""
+    """Return the fields that ``value`` contains."""
     if value is None:
         return {}
     if isinstance(value, kind):
@@ -250,20 +253,20 @@ def _fields(kind: type[_Config], value: Any, name: str) -> dict[str, Any]:
 
 
 def _translated(kind: type[_Config], error: ErrorDetails) -> ConfigError | TypeError:
-    """Say what pydantic found in our words: the field, what it may be, what it was."""
+    """Return pydantic's error as one that names the field, the allowed values and the given one."""
     if isinstance(own := error.get("ctx", {}).get("error"), ConfigError):
         return own
-    # Behind the field come union members and indices, which say nothing to the reader.
+    # The location continues with union members and indices, which do not help the reader.
     field = f"{kind.__name__}.{error['loc'][0]}" if error["loc"] else kind.__name__
-    met = error["input"]
+    given = error["input"]
     if error["type"] == "extra_forbidden":
         unknown = str(error["loc"][0])
         near = difflib.get_close_matches(unknown, kind.model_fields, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(kind.model_fields)}"
+        hint = f"; did you mean {near[0]!r}?" if near else f"; its fields are {', '.join(kind.model_fields)}"
         return ConfigError(f"{kind.__name__} has no field {unknown!r}{hint}")
     if error["type"] == "missing":
         return ConfigError(f"{field} must be given")
     allowed = error["msg"].replace("Input should be", "must be").replace("String should", "must")
     if error["type"].endswith("_type") or error["type"] == "is_instance_of":
-        return TypeError(f"{field} {allowed}, not {type(met).__name__}")
-    return ConfigError(f"{field} {allowed}, not {met!r}")
+        return TypeError(f"{field} {allowed}, not {type(given).__name__}")
+    return ConfigError(f"{field} {allowed}, not {given!r}")

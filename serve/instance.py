@@ -1,6 +1,6 @@
-"""An instance as its clients change it: each change is written to the registry and awaited.
+"""The asyncio core of `Client`: writes changes to the registry, and waits until the controller has carried them out.
 
-This is the async core of `Client`. It needs no Ray: what a change comes to, the controller reports in the registry.
+It needs no Ray, because the controller reports the outcome of each change in the registry.
 """
 
 from __future__ import annotations
@@ -9,43 +9,47 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..broker.errors import ConfigError, PenstockError
 from ..broker.queue.load import read_depth
 from ..broker.queue.stats import read_stats
 from ..broker.registry.records import BackendRecord, Change, Snapshot
+from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry
 from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.calls.shared_client import SharedClient
-from ..handles.errors import from_wire
+from ..handles.errors import BackendError, from_wire
 from . import registry_changes
 from .settings import Settings
-from .status import Status, explained, explained_refusal
+from .status import Status, describe_error, describe_refusal
 
 _POLL_S = 0.02
-_ALIVE_S = 1.0
-_GONE_S = 5.0
-"""A controller whose lease has lapsed for so long will not come back: Ray restarts one in less."""
-_LAST_BREATH_S = 2.0
-"""Ray ends what a script has left behind in less."""
+_CHECK_OWNER_EVERY_S = 1.0
+CONTROLLER_LOST_S = 5.0
+"""A controller whose ownership expired this long ago will not return: Ray restarts one in less time."""
+
+_SCRIPT_END_S = 2.0
+"""After the death of a script, Ray ends its controller within this time."""
+
 _LIVE_S = 30.0
-"""A proxy that is well follows the registry within a second; one that has not after this long is not well."""
-_STOP_S = 60.0
-_LONG_S = 30.0
+"""A healthy proxy follows the registry within a second; one that has not followed after this time is not healthy."""
+
+_END_S = 60.0
+_SLOW_START_S = 30.0
 _STILL_STARTING = (
-    "backend %r is still starting after %g s: %d of %d replicas are ready. Their constructors may take long, or others "
-    "hold the resources that they wait for; `ray status` tells"
+    "backend %r is still starting after %g s: %d of %d replicas are ready. Their constructors may be slow, or other "
+    "actors may hold the resources that they need; `ray status` shows those"
 )
 
 log = logging.getLogger(__name__)
 
 
 class Instance:
-    """One instance, for the loop that opened it."""
+    """One instance, used on the event loop that opened it."""
 
     def __init__(self, redis_url: str, name: str) -> None:
         self.redis_url, self.name = redis_url, name
@@ -54,7 +58,7 @@ class Instance:
         self.registry = Registry(self._connection, self._keys)
 
     async def open(self) -> Instance:
-        """Connect. Raises `BrokerUnavailable`."""
+        """Connect and return self. Raises `BrokerUnavailable`."""
         await self._connection.open()
         return self
 
@@ -64,13 +68,13 @@ class Instance:
     async def snapshot(self) -> Snapshot:
         return await self.registry.snapshot()
 
-    # -- owning
+    # -- ownership
 
-    async def take(self, owner: str, ttl_s: float) -> None:
-        """Become the owner of the instance, of one whose owner is gone too.
+    async def acquire(self, owner: str, ttl_s: float) -> None:
+        """Acquire the ownership of the instance for ``ttl_s`` seconds; also if the previous owner has died.
 
         Raises:
-            ConfigError: it has an owner that is alive.
+            ConfigError: the instance has an owner that is alive.
         """
         renewed_since_s, lowest_ms = None, None
         while not await self.registry.own(owner, ttl_s):
@@ -78,14 +82,14 @@ class Instance:
             if lowest_ms is None or left_ms <= lowest_ms:
                 lowest_ms = left_ms
             else:
-                # Somebody renews it. It may be a controller that is about to end, as its script has just been killed.
+                # The owner renews it. It may be a controller that is about to end because its script was killed.
                 now_s = time.monotonic()
                 renewed_since_s = renewed_since_s or now_s
-                if now_s - renewed_since_s > _LAST_BREATH_S:
+                if now_s - renewed_since_s > _SCRIPT_END_S:
                     raise ConfigError(
-                        f"the instance {self.name!r} runs already on {shown_url(self.redis_url)}: serve.connect() "
-                        "finds it; its shutdown(), or `penstock shutdown`, ends it; another name (instance=..., "
-                        "--instance) starts one beside it"
+                        f"the instance {self.name!r} is already running on {shown_url(self.redis_url)}: "
+                        "serve.connect() connects to it; client.shutdown() or `penstock shutdown` ends it; another "
+                        "name (instance=..., --instance) starts one beside it"
                     )
             await asyncio.sleep(_POLL_S)
 
@@ -93,34 +97,35 @@ class Instance:
         return bool(await self._connection.send("EXISTS", self._keys.owner, repeat=True))
 
     async def end(self, *, erase: bool) -> None:
-        """Have the controller end every process of the instance, and erase its keys, or keep what can be resumed.
+        """End every process of the instance by its controller; then erase its keys, or keep those to resume from.
 
         Raises:
-            PenstockError: the controller did not do so in time.
+            PenstockError: the controller did not end in time.
         """
         settings = await Settings.read(self.registry)
         if settings is not None and not settings.stopped and await self.has_owner():
             await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
-            await self._until(self._has_stopped, f"instance {self.name!r} did not end", _STOP_S)
-        # What the handles of this process share, so that they do not look for a broker that may end now.
+            await self._wait_until(self.has_stopped, f"instance {self.name!r} did not end", _END_S)
+        # The client that the handles of this process share would try to reconnect to a broker that may end now.
         if (caller := SharedClient.find(self.redis_url, self.name)) is not None:
             await caller.close()
         if erase:
             await self.registry.erase()
 
-    async def _has_stopped(self) -> bool:
+    async def has_stopped(self) -> bool:
+        """Return whether the instance was shut down or has lost its controller."""
         settings = await Settings.read(self.registry)
         return settings is None or settings.stopped or not await self.has_owner()
 
     # -- backends
 
     async def add_backend(self, record: BackendRecord, code: bytes, files: bytes = b"") -> None:
-        # Before the code is sent, which can be large.
+        # Checked before the code is sent, which can be large.
         registry_changes.add_backend(await self.snapshot(), record)
         record = replace(record, **await self._store(code=code, files=files))
         try:
-            await self.registry.change(lambda seen: registry_changes.add_backend(seen, record))
-            await self._come_about(record)
+            await self.registry.change(lambda snapshot: registry_changes.add_backend(snapshot, record))
+            await self._wait_for_rollout(record)
         except BaseException:
             await self._undo(record, None)
             raise
@@ -133,23 +138,35 @@ class Instance:
         code: bytes | None = None,
         files: bytes | None = None,
     ) -> None:
-        """Change a backend; what it was serves on if what it is to be cannot. Code and files that are None stay."""
+        """Change a backend, and undo the change if it cannot be rolled out.
+
+        Args:
+            tag: the backend.
+            update: returns the new record for the current one; must be pure.
+            code: the new code; None keeps the present one.
+            files: the new directories of ``runtime_env``; None keeps the present ones.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            BackendError: a replica could not start, or did not apply the configuration.
+            ConfigError: the cluster does not have the resources.
+        """
         registry_changes.update_backend(await self.snapshot(), tag, update)
         stored = await self._store(code=code, files=files)
         before: BackendRecord | None = None
         record: BackendRecord | None = None
 
-        def decide(seen: Snapshot) -> Change:
+        def decide(snapshot: Snapshot) -> Change:
             nonlocal before, record
-            change = registry_changes.update_backend(seen, tag, lambda old: replace(update(old), **stored))
-            before, record = seen.backends[tag], change.backends.get(tag)
+            change = registry_changes.update_backend(snapshot, tag, lambda old: replace(update(old), **stored))
+            before, record = snapshot.backends[tag], change.backends.get(tag)
             return change
 
         try:
             await self.registry.change(decide)
             if record is None:
-                return  # it was like this already
-            await self._come_about(record)
+                return  # The backend was like this already.
+            await self._wait_for_rollout(record)
         except BaseException:
             if record is not None:
                 await self._undo(record, before)
@@ -160,18 +177,24 @@ class Instance:
             await self._delete(before.stored - record.stored)
 
     async def remove_backend(self, tag: str, *, drain: bool) -> None:
-        seen = await self.snapshot()
-        registry_changes.remove_backend(seen, tag)
-        record = seen.backends[tag]
+        """Delete a backend; with ``drain`` wait first until its queue is empty, for at most its grace period.
+
+        Raises:
+            BackendNotFound: there is no such backend.
+            ConfigError: an endpoint uses it.
+        """
+        snapshot = await self.snapshot()
+        registry_changes.remove_backend(snapshot, tag)
+        record = snapshot.backends[tag]
         if drain:
             grace_s = record.config.graceful_shutdown_timeout_s
-            await self._until(lambda: self._is_idle(tag), "", grace_s, late_is_fine=True)
-        await self.registry.change(lambda seen: registry_changes.remove_backend(seen, tag))
+            await self._wait_until(lambda: self._is_idle(tag), "", grace_s, raise_on_timeout=False)
+        await self.registry.change(lambda snapshot: registry_changes.remove_backend(snapshot, tag))
         await self._delete(record.stored)
-        await self._gone(tag)
+        await self._wait_until_purged(tag)
 
     async def _store(self, **blobs: bytes | None) -> dict[str, Any]:
-        """Store code and files, all or none of them; return the digests of those that are not None, empty for empty."""
+        """Store code and files, all or none. Return the digest of each that is not None; of an empty one, ``""``."""
         stored: dict[str, Any] = {}
         try:
             for name, blob in blobs.items():
@@ -186,102 +209,113 @@ class Instance:
         for digest in filter(None, digests):
             await self.registry.delete_code(digest)
 
-    async def _come_about(self, record: BackendRecord) -> None:
-        """Return when ``record`` serves, however long its replicas take to start.
+    async def _wait_for_rollout(self, record: BackendRecord) -> None:
+        """Return when ``record`` is rolled out, however long its replicas take to start.
 
         Raises:
-            BackendError: a replica could not start.
-            ConfigError: the cluster does not have what it asks for.
-            PenstockError: somebody else changed it meanwhile.
+            BackendError: a replica could not start, or did not apply the configuration.
+            ConfigError: the cluster does not have the resources.
+            PenstockError: another client changed the backend meanwhile.
         """
-        started_s, patient = time.monotonic(), True
+        started_s, has_warned = time.monotonic(), False
 
-        async def has_come_about() -> bool:
-            nonlocal patient
-            status = (await self.registry.reports("backends")).get(record.tag, {})
-            if (status.get("version"), status.get("config_version")) == (record.version, record.config_version):
-                if status["came_about"]:
+        async def is_rolled_out() -> bool:
+            nonlocal has_warned
+            status = await self._status_of(record.tag)
+            if status is not None and (status.version, status.config_version) == (
+                record.version,
+                record.config_version,
+            ):
+                if status.rolled_out:
                     return True
-                if status["failing"]:
-                    raise from_wire(status["failing"])
-                if status["lacking"]:
-                    raise ConfigError(f"backend {record.tag!r}: {status['lacking']}")
+                if status.failing:
+                    raise _with_hint(from_wire(status.failing))
+                if status.lacking:
+                    raise ConfigError(f"backend {record.tag!r}: {status.lacking}")
             elif (await self.snapshot()).backends.get(record.tag) != record:
-                raise PenstockError(f"the backend {record.tag!r} was changed or deleted by somebody else meanwhile")
-            if patient and time.monotonic() - started_s > _LONG_S:
-                patient = False
-                log.warning(_STILL_STARTING, record.tag, _LONG_S, status.get("ready", 0), status.get("wanted", 0))
+                raise PenstockError(f"another client changed or deleted the backend {record.tag!r} meanwhile")
+            if not has_warned and time.monotonic() - started_s > _SLOW_START_S:
+                has_warned = True
+                ready, wanted = (0, 0) if status is None else (status.ready, status.wanted)
+                log.warning(_STILL_STARTING, record.tag, _SLOW_START_S, ready, wanted)
             return False
 
-        await self._until(has_come_about, f"backend {record.tag!r} did not come about")
+        await self._wait_until(is_rolled_out, f"backend {record.tag!r} was not rolled out")
+
+    async def _status_of(self, tag: str) -> BackendStatus | None:
+        return (await self.registry.get_reports(BackendStatus)).get(tag)
 
     async def _undo(self, failed: BackendRecord, before: BackendRecord | None) -> None:
-        """Take ``failed`` back; return when what was started for it has ended."""
+        """Replace ``failed`` by ``before``, or delete it; return when the replicas started for it have ended."""
         undone: BackendRecord | None = None
 
-        def decide(seen: Snapshot) -> Change:
+        def decide(snapshot: Snapshot) -> Change:
             nonlocal undone
-            change = registry_changes.undo_backend(seen, failed, before)
+            change = registry_changes.undo_backend(snapshot, failed, before)
             undone = change.backends.get(failed.tag)
             return change
 
         await self.registry.change(decide)
         await self._delete(failed.stored - (before.stored if before is not None else frozenset()))
         if before is None:
-            await self._gone(failed.tag)
+            await self._wait_until_purged(failed.tag)
         elif undone is not None:
-            await self._left_alone(failed, undone)
+            await self._wait_until_undone(failed, undone)
 
-    async def _left_alone(self, failed: BackendRecord, undone: BackendRecord) -> None:
-        """Return when no replica is left of what ``failed`` asked for, or was changed again by somebody else."""
+    async def _wait_until_undone(self, failed: BackendRecord, undone: BackendRecord) -> None:
+        """Return when the replicas that were started for ``failed`` have ended, or the backend was deleted."""
 
-        async def is_so() -> bool:
-            status = (await self.registry.reports("backends")).get(failed.tag)
+        async def is_undone() -> bool:
+            status = await self._status_of(failed.tag)
             if status is None:
                 return failed.tag not in (await self.snapshot()).backends
-            reports = (await self.registry.reports("replicas")).values()
-            left = sum((said["backend"], said.get("version")) == (failed.tag, failed.version) for said in reports)
-            # Of a refused configuration, the replicas of the one before are of the same version.
-            allowed = status["wanted"] if failed.version == undone.version else 0
-            return status["config_version"] >= undone.config_version and left <= allowed
+            reports = (await self.registry.get_reports(ReplicaReport)).values()
+            left = sum((report.backend, report.version) == (failed.tag, failed.version) for report in reports)
+            # After a change of the configuration alone, the replicas that stay have the same version.
+            allowed = status.wanted if failed.version == undone.version else 0
+            return status.config_version >= undone.config_version and left <= allowed
 
-        await self._until(is_so, f"what {failed.tag!r} was to be did not end", _STOP_S, late_is_fine=True)
+        complaint = f"the replicas that were started for the refused change of {failed.tag!r} did not end"
+        await self._wait_until(is_undone, complaint, _END_S, raise_on_timeout=False)
 
-    async def _gone(self, tag: str) -> None:
-        async def is_gone() -> bool:
-            return tag not in await self.registry.reports("backends") or tag in (await self.snapshot()).backends
+    async def _wait_until_purged(self, tag: str) -> None:
+        """Return when a deleted backend has neither replicas nor keys, or was created again."""
 
-        await self._until(is_gone, f"the replicas of {tag!r} did not end", _STOP_S)
+        async def is_purged() -> bool:
+            return await self._status_of(tag) is None or tag in (await self.snapshot()).backends
+
+        await self._wait_until(is_purged, f"the replicas of {tag!r} did not end", _END_S)
 
     async def _is_idle(self, tag: str) -> bool:
         return await self.queued(tag) == 0
 
     async def queued(self, tag: str) -> int:
-        """Return how many requests of a backend are unsettled: waiting or running."""
+        """Return the number of unsettled requests of a backend, waiting and running."""
         return (await read_depth(self._connection, self._keys, tag)).unsettled
 
     async def status(self) -> Status:
         return Status(
             backends={
-                tag: await self._status(tag, said) for tag, said in (await self.registry.reports("backends")).items()
+                tag: await self._describe(tag, status)
+                for tag, status in (await self.registry.get_reports(BackendStatus)).items()
             },
-            proxies=await self.registry.reports("proxies"),
+            proxies={name: asdict(report) for name, report in (await self.registry.get_reports(ProxyReport)).items()},
             controller=await self._controller(),
         )
 
     async def _controller(self) -> str:
         if not await self.has_owner():
             return "away"
-        said = (await self.registry.reports("controllers")).get("controller")
-        return "alive" if said is None else f"waiting for {said['waits_for']}"
+        report = (await self.registry.get_reports(ControllerReport)).get("controller")
+        return "alive" if report is None else f"waiting for {report.waits_for}"
 
-    async def _status(self, tag: str, said: dict[str, Any]) -> dict[str, Any]:
+    async def _describe(self, tag: str, status: BackendStatus) -> dict[str, Any]:
         backend_stats = await read_stats(self._connection, self._keys, tag)
         answered = backend_stats.served + backend_stats.failed
         return {
-            **said,
-            "failing": explained(said.get("failing")),
-            "refused": explained_refusal(said.get("refused")),
+            **asdict(status),
+            "failing": describe_error(status.failing),
+            "refused": describe_refusal(status.refused),
             "queued": backend_stats.queued,
             "in_progress": backend_stats.in_progress,
             "queued_bytes": backend_stats.queued_bytes,
@@ -295,61 +329,74 @@ class Instance:
     # -- endpoints
 
     async def change(self, decide: Callable[[Snapshot], Change]) -> None:
-        """Make a change that is live at every proxy, and for the handles of this process, when this returns."""
+        """Change the registry; return when every proxy and the handles of this process apply the change.
+
+        Args:
+            decide: see `Registry.change`.
+
+        Raises:
+            PenstockError: a proxy did not apply it in time. The change is made all the same.
+        """
         version = await self.registry.change(decide)
         async with SharedClient.using(self.redis_url, self.name) as caller:
             await caller.watcher.wait_for(version, _LIVE_S)
 
         async def is_live() -> bool:
-            proxies = (await self.registry.reports("proxies")).items()
-            late = [name for name, proxy in proxies if proxy.get("url") and proxy.get("version", 0) < version]
-            return not any([await self._lives(name) for name in late])
+            proxies = (await self.registry.get_reports(ProxyReport)).items()
+            late = [name for name, proxy in proxies if proxy.url and proxy.version < version]
+            return not any([await self._is_alive(name) for name in late])
 
-        await self._until(is_live, "a proxy did not take the change over", _LIVE_S)
+        await self._wait_until(is_live, "a proxy did not apply the change", _LIVE_S)
 
-    async def _lives(self, proxy: str) -> bool:
-        """Tell it by its lease: when a whole node dies, Ray may take half a minute to say so."""
+    async def _is_alive(self, proxy: str) -> bool:
+        """Return whether a proxy holds its lease. When a node dies, Ray may need half a minute to notice."""
         return bool(await self._connection.send("EXISTS", self._keys.proxy_alive(proxy), repeat=True))
 
     async def http_url(self) -> str | None:
-        """Return where HTTP is served, best on the node that started the instance; ``None`` without a server."""
+        """Return the URL of a proxy, preferably on the node that started the instance; None without proxies."""
         settings = await Settings.read(self.registry)
-        proxies = (await self.registry.reports("proxies")).items()
+        proxies = (await self.registry.get_reports(ProxyReport)).items()
         urls = [
-            (settings is None or proxy.get("node") != settings.node, name, proxy["url"])
-            for name, proxy in proxies
-            if proxy.get("url")
+            (settings is None or proxy.node != settings.node, name, proxy.url) for name, proxy in proxies if proxy.url
         ]
         return min(urls)[2] if urls else None
 
     # -- waiting
 
-    async def _until(
+    async def _wait_until(
         self,
         condition: Callable[[], Awaitable[bool]],
         complaint: str,
         timeout_s: float | None = None,
         *,
-        late_is_fine: bool = False,
+        raise_on_timeout: bool = True,
     ) -> None:
-        """Return once ``condition`` holds.
+        """Return once ``condition`` holds, or after ``timeout_s`` unless ``raise_on_timeout``.
 
         Raises:
-            PenstockError: it did not within ``timeout_s``, or there is no controller any more to bring it about.
+            PenstockError: ``complaint``: it did not hold in time, or the instance has lost its controller.
         """
-        started_s = asked_s = seen_s = time.monotonic()
+        started_s = checked_s = owned_s = time.monotonic()
         while not await condition():
             now_s = time.monotonic()
             if timeout_s is not None and now_s - started_s > timeout_s:
-                if late_is_fine:
+                if not raise_on_timeout:
                     return
                 raise PenstockError(f"{complaint} within {timeout_s:g} s")
-            if now_s - asked_s > _ALIVE_S:
-                asked_s = now_s
+            if now_s - checked_s > _CHECK_OWNER_EVERY_S:
+                checked_s = now_s
                 if await self.has_owner():
-                    seen_s = now_s
-                elif now_s - seen_s > _GONE_S:
+                    owned_s = now_s
+                elif now_s - owned_s > CONTROLLER_LOST_S:
                     raise PenstockError(
                         f"{complaint}: the instance {self.name!r} has lost its controller; serve.start resumes it"
                     )
             await asyncio.sleep(_POLL_S)
+
+
+def _with_hint(error: PenstockError) -> PenstockError:
+    """Return the error of a replica's start; that of a missing module with the way to provide it."""
+    if not isinstance(error, BackendError) or error.type_name != "ModuleNotFoundError":
+        return error
+    hint = "name the directory of a module of yours as working_dir, or the module in py_modules, of runtime_env"
+    return BackendError(error.type_name, f"{error.message}; {hint}", error.traceback, error.status)

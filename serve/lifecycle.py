@@ -1,8 +1,10 @@
-"""Start of an instance, and connecting to one."""
+"""Start of an instance, and connecting to a running one.
+
+Everything that can be checked without Ray is checked before Ray is started, which takes many seconds.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -10,30 +12,33 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, cast
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import ray
-from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..broker.defaults import default_instance, default_url, needed_url
+from ..broker.defaults import needed_url
 from ..broker.embedded.server import EmbeddedServer
 from ..broker.errors import ConfigError, EmbeddedServerError
-from ..broker.transport.dial import user_of
 from ..broker.transport.url import REDIS_URL, shown_url
-from ..broker.wire.keys import Keys
 from ..handles import background_loop
 from ..workers.actor import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
 from .controller.actors import actor_name, alive_nodes, error_of
-from .controller.controller import LEASE_S, Actor
+from .controller.controller import LEASE_S
+from .controller.controller_actor import Actor
 from .instance import Instance
-from .settings import Settings, dump_http
-from .validation import check_memory
+from .ray_cluster import is_remote, join_ray
+from .settings import Settings
+from .start_arguments import StartArguments, broker_url, instance_name
 
-_CONCURRENCY = 10_000
+_CONTROLLER_CONCURRENCY = 10_000
 """Every replica and every proxy has a call pending on the controller."""
+
+_started: WeakValueDictionary[str, Client] = WeakValueDictionary()
+"""The clients that `start` returned in this process, by instance."""
 
 
 def start(
@@ -47,246 +52,227 @@ def start(
     replica_redis_url: str | None = None,
     proxy_redis_url: str | None = None,
 ) -> Client:
-    """Start an instance of Penstock; return when its HTTP server takes connections.
+    """Start an instance; return when its HTTP server accepts connections.
 
-    It runs on the Ray that this process is connected to; else on the cluster that ``RAY_ADDRESS`` names; else on a
-    local one, which is started and ends with it. It ends with the script, unless it is ``detached``: then it runs, at
-    last, on the Ray of this machine, which must be there.
+    It runs on the Ray cluster that this process is connected to, else on that of ``RAY_ADDRESS``, else on a local
+    cluster, which is started here and ends with the process. A detached instance uses the cluster that ``ray start``
+    has started on this machine instead of a local one.
+
+    The instance ends with the script unless it is ``detached``.
 
     Args:
-        redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Without it, ``PENSTOCK_REDIS_URL``;
-            without that, a server of its own, which only this machine reaches.
-        instance: its name. Without it, ``PENSTOCK_INSTANCE``; without that, ``"default"``. Instances of different
-            names share a Redis and a Ray without touching each other.
-        detached: True for one that outlives the script. ``serve.connect`` finds it, and its ``shutdown`` ends it.
+        redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Default: ``PENSTOCK_REDIS_URL``, else an
+            embedded server, which only this machine can reach.
+        instance: the name of the instance. Default: ``PENSTOCK_INSTANCE``, else ``"default"``. Instances with
+            different names can share a Redis and a Ray cluster.
+        detached: whether the instance outlives the script. ``serve.connect`` connects to it, and
+            `Client.shutdown` ends it.
         http_options: `HTTPOptions`, or a dict of its fields. By default HTTP is served on ``127.0.0.1:8000``.
-        data_dir: a directory for the embedded server to keep its data in. On one that holds an instance, that is
-            resumed: backends, endpoints, traffic, every unsettled request. `Client.shutdown` deletes them; the end
-            of the script does not.
-        max_memory_bytes: the most that the data of the embedded server may take, at least 16 MiB. Without it,
-            ``PENSTOCK_MAX_MEMORY_BYTES``; without that, a quarter of the memory of this machine or container. At the
-            limit new requests are refused with 503, and what was accepted completes.
-        replica_redis_url: the same broker as replicas reach it, such as with a Redis user of their own; see
-            ``docs/security.md``. Without it, ``redis_url``.
-        proxy_redis_url: as proxies reach it.
+        data_dir: the directory of the embedded server's data. An instance that is found there is resumed, with its
+            backends, endpoints, traffic and every unsettled request. `Client.shutdown` deletes it; the end of the
+            script does not.
+        max_memory_bytes: the memory limit of the embedded server's data, at least 16 MiB. Default:
+            ``PENSTOCK_MAX_MEMORY_BYTES``, else a quarter of the memory of this machine or container. At the limit new
+            requests are refused with 503, and accepted ones are completed.
+        replica_redis_url: the broker's URL for replicas, such as with a Redis user of their own; see
+            ``docs/security.md``. Default: ``redis_url``.
+        proxy_redis_url: the broker's URL for proxies. Default: ``redis_url``.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ConfigError: a value cannot be, the HTTP port is in use, or the instance runs already; the message says what
-            to do.
-        BrokerUnavailable: Redis cannot be reached, or does not let us in.
-        NotPermitted: its rules do not let the user of one of the URLs do what that takes.
+        TypeError: an argument has the wrong type.
+        ConfigError: a value is not allowed, the HTTP port is in use, the instance is already running, or there is no
+            Ray cluster for it.
+        BrokerUnavailable: Redis cannot be reached, or rejected the login.
+        NotPermitted: the rules of Redis are too narrow for the user of one of the URLs.
+        PenstockError: Ray cannot be started on this machine.
     """
-    instance = default_instance() if instance is None else instance
-    Keys(instance)
-    options = HTTPOptions.of(http_options, "http_options")
-    url = _redis_url(redis_url)
-    _check_broker(url, detached, data_dir)
-    memory_bytes = check_memory(url, max_memory_bytes)
-    _check_door(url, "replica_redis_url", replica_redis_url)
-    _check_door(url, "proxy_redis_url", proxy_redis_url)
-    plain, middlewares = dump_http(options)
+    arguments = StartArguments.checked(
+        redis_url=redis_url,
+        instance=instance,
+        detached=detached,
+        http_options=http_options,
+        data_dir=data_dir,
+        max_memory_bytes=max_memory_bytes,
+        replica_redis_url=replica_redis_url,
+        proxy_redis_url=proxy_redis_url,
+    )
+    _check_not_started(arguments)
+    owner = token_hex(8)
     with ExitStack() as undo:
-        if _join_ray(detached):
-            undo.callback(cast(Any, ray.shutdown))
-        if url is None:
-            url = undo.enter_context(_embedded_server(data_dir, memory_bytes)).url
-        node = ray.get_runtime_context().get_node_id()
-        settings = Settings(owner=token_hex(8), node=node, http=plain, detached=detached)
-        opened = background_loop.run(Instance(url, instance).open())
-        undo.callback(lambda: background_loop.run(opened.close()))
-        resumed = background_loop.run(_found(opened, settings, middlewares))
+        url = arguments.redis_url or undo.enter_context(_embedded_server(arguments)).url
+        core = background_loop.run(Instance(url, arguments.instance).open())
+        undo.callback(lambda: background_loop.run(core.close()))
+        resumed = background_loop.run(_acquire(core, owner, arguments))
         try:
-            controller = _start_controller(opened, settings, replica_redis_url or url, proxy_redis_url or url)
+            if join_ray(detached=detached):
+                undo.callback(cast(Any, ray.shutdown))
+            if arguments.redis_url is None:
+                _check_single_node()
+            settings = Settings(
+                owner=owner,
+                node=ray.get_runtime_context().get_node_id(),
+                http=arguments.plain_http,
+                detached=detached,
+            )
+            background_loop.run(_write_settings(core, settings, arguments.middlewares))
+            controller = _start_controller(core, settings, replica_redis_url or url, proxy_redis_url or url)
         except BaseException:
-            background_loop.run(_unfound(opened, settings, resumed))
+            background_loop.run(_release(core, owner, resumed))
             raise
         try:
-            http_url = background_loop.run(_bring_up(opened, controller))
+            http_url = background_loop.run(_wait_until_ready(core, controller))
         except BaseException:
             try:
-                background_loop.run(opened.end(erase=not resumed))
+                background_loop.run(core.end(erase=not resumed))
             finally:
-                _end_for_good(controller)
+                _kill(controller)
             raise
-        if not detached:  # else it ends by `shutdown`, and by nothing that becomes of this process
-            undo.callback(_end_for_good, controller)
-        return Client(opened, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
+        if not detached:  # A detached instance ends by `shutdown` alone, and not with this process.
+            undo.callback(_kill, controller)
+        client = Client(core, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
+        _started[arguments.instance] = client
+        return client
+
+
+def check_start(arguments: StartArguments) -> None:
+    """Raise what `start` would raise with ``arguments`` before it needs Ray. The broker must not be embedded."""
+    core = background_loop.run(Instance(needed_url(arguments.redis_url), arguments.instance).open())
+    try:
+        owner = token_hex(8)
+        background_loop.run(_acquire(core, owner, arguments))
+        background_loop.run(core.registry.disown(owner))
+    finally:
+        background_loop.run(core.close())
 
 
 def connect(redis_url: str | None = None, instance: str | None = None) -> Client:
-    """Find an instance that runs: a detached one, or, from inside a backend, one's own. Needs no Ray.
+    """Connect to a running instance: a detached one, or that of the backend in which this is called. Needs no Ray.
 
     Args:
-        redis_url: its broker. Without it, inside a backend that of the backend's instance, elsewhere
-            ``PENSTOCK_REDIS_URL``.
-        instance: its name. Without it, inside a backend that of the backend's instance, elsewhere
-            ``PENSTOCK_INSTANCE``, or ``"default"``.
+        redis_url: the broker. Default: inside a backend that of its instance, elsewhere ``PENSTOCK_REDIS_URL``.
+        instance: the name of the instance. Default: inside a backend its own instance, elsewhere
+            ``PENSTOCK_INSTANCE``, else ``"default"``.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ConfigError: there is no such instance, or it is not known which Redis it would be on.
-        BrokerUnavailable: Redis cannot be reached, or does not let us in.
-        NotPermitted: its rules do not let the user of the URL do what that takes.
+        TypeError: an argument has the wrong type.
+        ConfigError: there is no such instance, or the broker is not known.
+        BrokerUnavailable: Redis cannot be reached, or rejected the login.
+        NotPermitted: the rules of Redis are too narrow for the user of the URL.
     """
-    instance = default_instance() if instance is None else instance
-    Keys(instance)
-    url = needed_url(_redis_url(redis_url))
-    opened = background_loop.run(Instance(url, instance).open())
+    name = instance_name(instance)
+    core = background_loop.run(Instance(needed_url(broker_url(redis_url)), name).open())
     with ExitStack() as undo:
-        undo.callback(lambda: background_loop.run(opened.close()))
-        http_url = background_loop.run(_find(opened))
+        undo.callback(lambda: background_loop.run(core.close()))
+        http_url = background_loop.run(_find(core))
         undo.pop_all()
-    return Client(opened, http_url, owns=False, keep=True)
+    return Client(core, http_url, owns=False, keep=True)
 
 
-async def _find(instance: Instance) -> str | None:
-    if await Settings.read(instance.registry) is None:
-        url = shown_url(instance.redis_url)
+async def _find(core: Instance) -> str | None:
+    if await Settings.read(core.registry) is None:
         raise ConfigError(
-            f"there is no instance {instance.name!r} on {url}; serve.start() or `penstock start` starts one"
+            f"there is no instance {core.name!r} on {shown_url(core.redis_url)}; serve.start() or `penstock start` "
+            "starts one"
         )
-    return await instance.http_url()
+    return await core.http_url()
 
 
-async def _found(instance: Instance, settings: Settings, middlewares: bytes) -> bool:
-    """Make the instance ours, and write down how it is to run; tell whether there was one to resume."""
-    registry = instance.registry
-    await instance.take(settings.owner, LEASE_S)
-    resumed = await Settings.read(registry) is not None
+def _check_not_started(arguments: StartArguments) -> None:
+    """Refuse a second start of an instance in this process. The first one would be unreachable for the caller."""
+    client = _started.get(arguments.instance)
+    if client is None or client.is_closed or arguments.redis_url not in (None, client.redis_url):
+        return
+    raise ConfigError(
+        f"the instance {client.instance!r} is already running in this process: use the client that serve.start() "
+        f"returned, or serve.connect({shown_url(client.redis_url)!r}, {client.instance!r}); client.shutdown() ends it; "
+        "another name (instance=...) starts one beside it"
+    )
+
+
+async def _acquire(core: Instance, owner: str, arguments: StartArguments) -> bool:
+    """Acquire the ownership of the instance, and check that HTTP can be served; return whether it is resumed."""
+    await core.acquire(owner, LEASE_S)
+    if await Settings.read(core.registry) is not None:
+        return True  # The proxies of its previous run may still be ending, so the port is not checked yet.
+    if not is_remote():
+        try:
+            arguments.check_http_address()
+        except BaseException:
+            await core.registry.disown(owner)
+            raise
+    return False
+
+
+async def _write_settings(core: Instance, settings: Settings, middlewares: bytes) -> None:
+    await core.acquire(settings.owner, LEASE_S)  # Again: the ownership may have expired while Ray started.
     if middlewares:
-        settings = replace(settings, middlewares=await registry.put_code(middlewares))
-    await settings.write(registry)
-    return resumed
+        settings = replace(settings, middlewares=await core.registry.put_code(middlewares))
+    await settings.write(core.registry)
 
 
-async def _unfound(instance: Instance, settings: Settings, resumed: bool) -> None:
+async def _release(core: Instance, owner: str, resumed: bool) -> None:
+    """Undo `_acquire` and `_write_settings`."""
     if resumed:
-        await instance.registry.disown(settings.owner)
+        await core.registry.disown(owner)
     else:
-        await instance.registry.erase()
+        await core.registry.erase()
 
 
-async def _bring_up(instance: Instance, controller: Any) -> str | None:
-    """Wait for the proxies, and return where they serve."""
+async def _wait_until_ready(core: Instance, controller: Any) -> str | None:
+    """Wait for the proxies; return the URL of one."""
     try:
         await controller.ready.remote()
     except RayError as e:
         raise error_of(e) from None
-    http_url = await instance.http_url()
-    settings = await Settings.read(instance.registry)
+    http_url = await core.http_url()
+    settings = await Settings.read(core.registry)
     if settings is not None and http_url is not None:
-        # A proxy that replaces another one is to be found where that was.
+        # With port 0, a proxy that is restarted must use the port that the first one picked.
         http = {**settings.http, "port": urlsplit(http_url).port}
-        await replace(settings, http=http).write(instance.registry)
+        await replace(settings, http=http).write(core.registry)
     return http_url
 
 
-def _start_controller(instance: Instance, settings: Settings, replica_redis_url: str, proxy_redis_url: str) -> Any:
-    name = actor_name(instance.name, "controller")
+def _start_controller(core: Instance, settings: Settings, replica_redis_url: str, proxy_redis_url: str) -> Any:
     options: dict[str, Any] = {
-        "name": name,
+        "name": actor_name(core.name, "controller"),
         "namespace": NAMESPACE,
         "lifetime": "detached" if settings.detached else "non_detached",
         "num_cpus": 0,
-        # A byte, as an actor that asks for nothing is put on any node by Ray, unless it must be on a certain one.
+        # One byte, because Ray places an actor without resources on any node, despite its scheduling strategy.
         "memory": 1,
         "max_restarts": -1,
         "max_task_retries": -1,
-        "max_concurrency": _CONCURRENCY,
+        "max_concurrency": _CONTROLLER_CONCURRENCY,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=settings.node, soft=True),
     }
     try:
-        return Actor.options(**options).remote(instance.redis_url, instance.name, replica_redis_url, proxy_redis_url)
-    except ValueError:  # that is how Ray says that the name is taken
+        return Actor.options(**options).remote(core.redis_url, core.name, replica_redis_url, proxy_redis_url)
+    except ValueError:  # Ray's error for a name that is in use.
         raise ConfigError(
-            f"the instance {instance.name!r} runs already in this Ray cluster, on another Redis: "
-            "start(instance=...) with another name starts one beside it"
+            f"the instance {core.name!r} is already running in this Ray cluster, on another Redis: another name "
+            "(instance=...) starts one beside it"
         ) from None
 
 
-def _end_for_good(controller: Any) -> None:
-    """End the controller, and with it whatever is left of its instance."""
-    with suppress(RayError, ValueError):  # it has ended by itself, as it should
+def _kill(controller: Any) -> None:
+    """End the controller, and with it any actor of its instance that is left."""
+    with suppress(RayError, ValueError):  # It has ended already.
         if ray.is_initialized():
             ray.kill(controller)
 
 
-def _redis_url(given: object) -> str | None:
-    if not isinstance(given, str | None):
-        raise TypeError(f"redis_url must be a str, not {type(given).__name__}")
-    return given or default_url()
-
-
-def _check_broker(url: str | None, detached: bool, data_dir: object) -> None:
-    if not isinstance(data_dir, str | os.PathLike | None):
-        raise TypeError(f"data_dir must be a str or a Path, not {type(data_dir).__name__}")
-    if url is not None and data_dir is not None:
-        raise ConfigError(
-            f"data_dir is for the embedded server, and {shown_url(url)} is another one: leave out one of them"
-        )
-    if url is None and detached:
-        raise ConfigError(
-            "a detached instance outlives this process, and an embedded server does not: give the redis_url of "
-            f"one that runs, or set {REDIS_URL}"
-        )
-
-
-def _check_door(redis_url: str | None, name: str, given: object) -> None:
-    if not isinstance(given, str | None):
-        raise TypeError(f"{name} must be a str, not {type(given).__name__}")
-    if given is None:
-        return
-    if redis_url is None:
-        raise ConfigError(
-            f"{name} is another way to the broker of redis_url, and without that the broker is an embedded one"
-        )
-    user_of(given)
-
-
-def _join_ray(detached: bool) -> bool:
-    """Connect this process to Ray, and tell whether it was not so before. All but detached ones may start a local one.
-
-    Raises:
-        ConfigError: there is none that outlives this process.
-    """
-    if ray.is_initialized():
-        return False
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level=logging.ERROR)
-    elif detached:
-        if not join_lasting_ray(logging_level=logging.ERROR):
-            raise ConfigError(
-                "a detached instance outlives this process, and so must its Ray: no such Ray runs on this machine, and "
-                "RAY_ADDRESS names none; `ray start --head` starts one"
-            )
-    else:
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
-    return True
-
-
-def join_lasting_ray(**options: Any) -> bool:
-    """Connect to the Ray cluster that ``ray start`` has begun on this machine; tell whether there is one.
-
-    What Ray itself would find could also be the local one of some script, and end with that.
-    """
-    if not read_ray_address():
-        return False
-    try:
-        cast(Any, ray.init)(address="auto", **options)
-    except ConnectionError:
-        return False
-    return True
-
-
-def _embedded_server(data_dir: str | os.PathLike[str] | None, memory_bytes: int | None) -> EmbeddedServer:
+def _check_single_node() -> None:
     if (nodes := len(alive_nodes())) > 1:
         raise ConfigError(
-            f"an embedded server is reached from one machine only, and this Ray cluster has {nodes} nodes: give the "
-            f"redis_url of a server that all of them reach, or set {REDIS_URL}"
+            f"an embedded server can be reached from one machine only, and this Ray cluster has {nodes} nodes: give "
+            f"the redis_url of a server that all nodes reach, or set {REDIS_URL}"
         )
+
+
+def _embedded_server(arguments: StartArguments) -> EmbeddedServer:
     try:
-        path = None if data_dir is None else os.fspath(data_dir)
-        return EmbeddedServer.start(data_dir=path, max_memory_bytes=memory_bytes)
+        path = None if arguments.data_dir is None else os.fspath(arguments.data_dir)
+        return EmbeddedServer.start(data_dir=path, max_memory_bytes=arguments.max_memory_bytes)
     except EmbeddedServerError as e:
         raise ConfigError(str(e)) from None

@@ -1,6 +1,6 @@
-"""Changes of the registry: pure functions from its records to what is written or refused.
+"""Changes of the registry: pure functions from the present records to the change, or to an error.
 
-`Registry.change` runs them, and runs them again when somebody else's change came first.
+`Registry.change` calls them, and calls them again when another client's change was written first.
 """
 
 from __future__ import annotations
@@ -15,78 +15,80 @@ from ..proxy.routing import clash
 from .validation import check_traffic
 
 
-def backend_of(seen: Snapshot, tag: str) -> BackendRecord:
+def backend_of(snapshot: Snapshot, tag: str) -> BackendRecord:
     try:
-        return seen.backends[tag]
+        return snapshot.backends[tag]
     except KeyError:
-        raise BackendNotFound(tag, seen.backends) from None
+        raise BackendNotFound(tag, snapshot.backends) from None
 
 
-def endpoint_of(seen: Snapshot, name: str) -> EndpointRecord:
+def endpoint_of(snapshot: Snapshot, name: str) -> EndpointRecord:
     try:
-        return seen.endpoints[name]
+        return snapshot.endpoints[name]
     except KeyError:
-        raise EndpointNotFound(name, seen.endpoints) from None
+        raise EndpointNotFound(name, snapshot.endpoints) from None
 
 
-def add_backend(seen: Snapshot, record: BackendRecord) -> Change:
-    if record.tag in seen.backends:
-        raise ConfigError(f"there is a backend {record.tag!r} already; update_backend replaces it")
+def add_backend(snapshot: Snapshot, record: BackendRecord) -> Change:
+    if record.tag in snapshot.backends:
+        raise ConfigError(f"backend {record.tag!r} already exists; update_backend replaces its code")
     return Change(backends={record.tag: record})
 
 
-def update_backend(seen: Snapshot, tag: str, update: Callable[[BackendRecord], BackendRecord]) -> Change:
-    """``update`` makes the new record of the old one; the ``config_version``, which only ever grows, is set here."""
-    old = backend_of(seen, tag)
+def update_backend(snapshot: Snapshot, tag: str, update: Callable[[BackendRecord], BackendRecord]) -> Change:
+    """Return the change to the record that ``update`` returns for the present one, with the next ``config_version``."""
+    old = backend_of(snapshot, tag)
     new = update(old)
     if new == old:
         return Change()
     return Change(backends={tag: replace(new, config_version=old.config_version + 1)})
 
 
-def undo_backend(seen: Snapshot, failed: BackendRecord, before: BackendRecord | None) -> Change:
-    """Take ``failed`` back, unless somebody has changed it since."""
-    if seen.backends.get(failed.tag) != failed:
+def undo_backend(snapshot: Snapshot, failed: BackendRecord, before: BackendRecord | None) -> Change:
+    """Return the change from ``failed`` back to ``before``; none if another client has changed the backend since."""
+    if snapshot.backends.get(failed.tag) != failed:
         return Change()
     if before is not None:
         before = replace(before, config_version=failed.config_version + 1)
     return Change(backends={failed.tag: before})
 
 
-def remove_backend(seen: Snapshot, tag: str) -> Change:
-    backend_of(seen, tag)
-    if users := sorted(name for name, endpoint in seen.endpoints.items() if tag in _backends_of(endpoint)):
+def remove_backend(snapshot: Snapshot, tag: str) -> Change:
+    backend_of(snapshot, tag)
+    if users := sorted(name for name, endpoint in snapshot.endpoints.items() if tag in _backends_of(endpoint)):
         listed = ", ".join(map(repr, users))
-        raise ConfigError(f"the backend {tag!r} is in use by {listed}: change their traffic and shadows first")
+        raise ConfigError(
+            f"backend {tag!r} is used by endpoint{'s' * (len(users) > 1)} {listed}: change traffic and shadows first"
+        )
     return Change(backends={tag: None})
 
 
-def add_endpoint(seen: Snapshot, new: EndpointRecord) -> Change:
-    if new.name in seen.endpoints:
-        raise ConfigError(f"there is an endpoint {new.name!r} already")
+def add_endpoint(snapshot: Snapshot, new: EndpointRecord) -> Change:
+    if new.name in snapshot.endpoints:
+        raise ConfigError(f"endpoint {new.name!r} already exists; set_traffic changes its backends")
     for tag in new.traffic:
-        backend_of(seen, tag)
-    if (other := clash(seen.endpoints.values(), new)) is not None:
+        backend_of(snapshot, tag)
+    if (other := clash(snapshot.endpoints.values(), new)) is not None:
         raise ConfigError(
-            f"the endpoint {other.name!r} has the route {other.route!r} for {', '.join(other.methods)}; "
-            f"{new.name!r} cannot have {new.route!r} for {', '.join(new.methods)}"
+            f"endpoint {other.name!r} has the route {other.route!r} for {', '.join(other.methods)}; "
+            f"endpoint {new.name!r} cannot have {new.route!r} for {', '.join(new.methods)}"
         )
     return Change(endpoints={new.name: new})
 
 
-def remove_endpoint(seen: Snapshot, name: str) -> Change:
-    endpoint_of(seen, name)
+def remove_endpoint(snapshot: Snapshot, name: str) -> Change:
+    endpoint_of(snapshot, name)
     return Change(endpoints={name: None})
 
 
-def set_traffic(seen: Snapshot, name: str, traffic: Mapping[str, float]) -> Change:
-    endpoint = endpoint_of(seen, name)
-    return Change(endpoints={name: replace(endpoint, traffic=check_traffic(traffic, seen.backends))})
+def set_traffic(snapshot: Snapshot, name: str, traffic: Mapping[str, float]) -> Change:
+    endpoint = endpoint_of(snapshot, name)
+    return Change(endpoints={name: replace(endpoint, traffic=check_traffic(traffic, snapshot.backends))})
 
 
-def set_shadow(seen: Snapshot, name: str, tag: str, proportion: float) -> Change:
-    endpoint = endpoint_of(seen, name)
-    backend_of(seen, tag)
+def set_shadow(snapshot: Snapshot, name: str, tag: str, proportion: float) -> Change:
+    endpoint = endpoint_of(snapshot, name)
+    backend_of(snapshot, tag)
     shadows = {other: share for other, share in endpoint.shadows.items() if other != tag}
     if proportion:
         shadows[tag] = proportion

@@ -1,4 +1,4 @@
-"""Settings of an instance that its controller reads from the registry."""
+"""The settings of an instance: stored in the registry by ``serve.start`` and read by the controller."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from .config import HTTPOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One instance's."""
+    """The settings of one instance."""
 
     owner: str
-    """Who holds its lease: a token that its controller has, also after a restart."""
+    """The token with which the controller renews its ownership, also after a restart."""
     node: str
     """The Ray node that called ``start``."""
     http: dict[str, Any] = field(default_factory=dict[str, Any])
-    """All of `HTTPOptions` but its middlewares. Its ``port`` is 0 only until the first proxy has found one."""
+    """The fields of `HTTPOptions` without its middlewares. ``port`` is 0 only until the first proxy has picked one."""
     middlewares: str = ""
-    """The digest of these, pickled, among the registry's code; empty if there are none."""
+    """The digest of the pickled middlewares in the registry; empty if there are none."""
     detached: bool = False
     stopping: str = ""
-    """``"erase"`` or ``"keep"`` (its keys) when the instance is to end."""
+    """``"erase"`` or ``"keep"`` its keys: a request to the controller to end the instance; empty while it runs."""
     stopped: bool = False
-    """Nothing of it runs any more, and what it left in Redis can be resumed."""
+    """Whether all processes have ended and the keys that are left can be resumed."""
 
     @classmethod
     async def read(cls, registry: Registry) -> Settings | None:
+        """Return the settings, or None if there is no instance. Raises `BrokerUnavailable`."""
         raw = await registry.get_settings()
         return None if raw is None else cls(**_known(raw))
 
@@ -47,7 +48,7 @@ class Settings:
 
 
 def dump_http(options: HTTPOptions) -> tuple[dict[str, Any], bytes]:
-    """Return ``options`` in two parts: what JSON can hold, and the pickled middlewares, empty if there are none.
+    """Return ``options`` in two parts: the fields that JSON can represent, and the pickled middlewares, or ``b""``.
 
     Raises:
         TypeError: a middleware cannot be pickled.
@@ -57,8 +58,8 @@ def dump_http(options: HTTPOptions) -> tuple[dict[str, Any], bytes]:
         return plain, b""
     try:
         return plain, cast(bytes, cast(Any, cloudpickle).dumps(options.middlewares))
-    except Exception as e:  # pickling runs whatever code the objects bring
-        raise TypeError(f"HTTPOptions.middlewares must be picklable, as they run in the proxies: {e}") from e
+    except Exception as e:  # Pickling runs code of the objects.
+        raise TypeError(f"HTTPOptions.middlewares must be picklable, because they run in the proxies: {e}") from e
 
 
 def _known(raw: Mapping[str, Any]) -> dict[str, Any]:

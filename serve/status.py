@@ -5,31 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..broker.registry.reports import RefusedChange
 from ..handles.errors import BackendError, from_wire
 
-_LAST_LINES = 5
+_TRACEBACK_LINES = 5
+"""The last lines of a traceback that a status shows."""
 
 
 class Status(dict[str, Any]):
     """``{"backends": {tag: …}, "endpoints": {name: …}, "proxies": {name: …}, "controller": "alive"}``.
 
-    ``str`` of it is a table: what the command ``penstock status`` shows.
+    Printed, or shown by an interactive interpreter, it is a table, which ``penstock status`` shows as well.
 
-    Of a backend: its ``version``; how many replicas are ``wanted``, ``ready`` and ``starting``; what is ``failing``, an
-    error as text with the last lines of its traceback, or ``lacking`` in the cluster, or None; which change was
-    ``refused`` last and why, until a later one has come about; how many requests are ``queued`` and ``in_progress``,
-    and the ``queued_bytes`` of both; how many are ``dead_letters``, and how many of these were dropped as there were
-    too many or they were too old (``dead_letters_dropped``); how many its replicas have ``served`` since it was
-    created, up to a second ago, and ``failed``, which is to answer with an error; and ``mean_run_ms``, how long one
-    ran. Of an endpoint: what ``list_endpoints`` has. Of a proxy: its ``node``, ``url``, ``state`` and ``pid``. While
-    the controller is ``"away"`` or ``"waiting for Ray's head"``, what runs serves on, and no change comes about.
+    Fields of a backend:
+
+    - ``version``, and ``config_version``, the version of its configuration;
+    - ``wanted``, ``ready``, ``starting``: numbers of replicas;
+    - ``rolled_out``: whether this version and configuration were complete at some time;
+    - ``failing``: the error of a replica that could not start, with the last lines of its traceback, or None;
+    - ``lacking``: the resources that the cluster does not have, or None;
+    - ``refused``: the last change that was undone, and why; None once a later one is rolled out;
+    - ``queued``, ``in_progress``: numbers of requests, and ``queued_bytes``, the bytes of both;
+    - ``dead_letters``, and ``dead_letters_dropped``: those dropped because there were too many or they were too old;
+    - ``served``, ``failed``: requests since the backend was created, up to a second ago; a failed one was answered
+      with an error;
+    - ``mean_run_ms``: the mean run time of a request in milliseconds.
+
+    Fields of an endpoint are those of `Client.list_endpoints`; of a proxy: ``node``, ``url``, ``state`` and ``pid``.
+
+    ``controller`` is ``"alive"``, ``"away"`` or ``"waiting for Ray's head"``. Unless it is alive, running replicas and
+    proxies serve, and changes are not carried out.
     """
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         backends, endpoints, proxies = self["backends"], self["endpoints"], self["proxies"]
         parts: list[str] = []
         if backends:
-            # Short, to fit a terminal of 80 columns.
+            # Short names, so that the table fits into 80 columns.
             head = ("backend", "version", "replicas", "queued", "running", "dead", "served", "failed", "mean ms")
             rows = [
                 (tag, b["version"], f"{b['ready']} of {b['wanted']}", *_counts(b))
@@ -49,35 +64,50 @@ class Status(dict[str, Any]):
             ]
             parts.append(table(("node", "proxy", "url", "state"), sorted(rows)))
         if self["controller"] != "alive":
-            parts.append(f"the controller is {self['controller']}: what runs serves on, and no change comes about")
+            parts.append(f"the controller is {self['controller']}: running replicas serve, and changes wait")
         return "\n\n".join(parts) or "nothing is deployed"
 
 
 def _troubles(backend: Mapping[str, Any]) -> list[str]:
-    """Return what keeps a backend from being all it should be, as the ends of sentences that begin with its tag."""
-    said = [f"is {trouble}: {backend[trouble]}" for trouble in ("failing", "lacking") if backend[trouble]]
+    """Return the reasons why a backend is not complete, each as a sentence without its subject, the tag."""
+    troubles: list[str] = []
     if count := backend["starting"]:
-        said.insert(0, f"is starting {count} replica{'s' if count > 1 else ''}")
-    return [*said, f"refused {backend['refused']}"] if backend["refused"] else said
+        troubles.append(f"is starting {plural(count, 'replica')}")
+    if backend["failing"]:
+        troubles.append(f"is failing: {backend['failing']}")
+    if backend["lacking"]:
+        troubles.append(f"lacks resources: {backend['lacking']}")
+    if backend["refused"]:
+        troubles.append(f"refused {backend['refused']}")
+    return troubles
 
 
-def explained_refusal(refused: Mapping[str, Any] | None) -> str | None:
-    """Return as text which change was refused, and why."""
-    if not refused:
+def plural(count: int, noun: str) -> str:
+    """Return a number of things as text.
+
+    >>> plural(1, "replica"), plural(2, "replica")
+    ('1 replica', '2 replicas')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def describe_refusal(refused: RefusedChange | None) -> str | None:
+    """Return a refused change as text, with the reason."""
+    if refused is None:
         return None
-    return f"version {refused['version']}: {explained(refused['failing']) or refused['lacking']}"
+    return f"version {refused.version}: {describe_error(refused.failing) or refused.lacking}"
 
 
-def explained(failing: Mapping[str, Any] | None) -> str | None:
-    """Return an error as text: what it is, and the last lines of its traceback."""
+def describe_error(failing: Mapping[str, Any] | None) -> str | None:
+    """Return an error of a replica's start as text, with the last lines of its traceback."""
     if not failing:
         return None
     error = from_wire(failing)
     if not isinstance(error, BackendError):
         return str(error)
-    said = f"{error.type_name}: {error.message}"
+    summary = f"{error.type_name}: {error.message}"
     lines = error.traceback.strip().splitlines()
-    return "\n".join([said, *lines[-_LAST_LINES - 1 : -1]] if len(lines) > 1 else [said])
+    return "\n".join([summary, *lines[-_TRACEBACK_LINES - 1 : -1]] if len(lines) > 1 else [summary])
 
 
 def _counts(backend: Mapping[str, Any]) -> tuple[str, ...]:
@@ -91,7 +121,7 @@ def _traffic(endpoint: Mapping[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows below their head, each a line, each column as wide as it must be."""
+    """Return a head and rows as lines of text, with aligned columns."""
     lines = [head, *rows]
     widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
     return "\n".join(

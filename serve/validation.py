@@ -1,7 +1,7 @@
-"""Validation of calls before anything is written: pure functions that return valid values or raise.
+"""Validation of arguments before anything is written: pure functions that return valid values or raise.
 
-A wrong type is a ``TypeError``, a wrong value a `ConfigError`, an unknown name a `BackendNotFound`. Routes are checked
-by those who match them (``proxy/routing.py``).
+A wrong type is a ``TypeError``, a wrong value a `ConfigError`, an unknown name a `BackendNotFound`. Routes are
+validated in ``proxy/routing.py``, which matches them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_TOLERANCE = 1e-6
 _REGISTRY = "registry"
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
-# What Ray schedules an actor by. The rest of its options is ours to set: a replica's name, lifetime, restarts.
+# The options by which Ray schedules an actor. The controller sets all others, such as name, lifetime and restarts.
 _RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory")
 _ACTOR_OPTIONS = (*_RESOURCE_OPTIONS, "resources", "accelerator_type")
 
@@ -40,12 +40,12 @@ def check_tag(tag: object) -> str:
     """Return the name of a backend."""
     tag = check_name("a backend", tag)
     if tag == _REGISTRY:
-        raise ConfigError(f"a backend cannot be called {tag!r}: the registry's keys are named so")
+        raise ConfigError(f"a backend cannot be called {tag!r}: the keys of the registry have that name")
     return tag
 
 
 def check_methods(methods: object) -> tuple[str, ...]:
-    """Return HTTP ``methods`` in upper case, each once, in the order they came."""
+    """Return HTTP ``methods`` in upper case, without repetitions, in the given order."""
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         raise TypeError(f"methods must be a list of str, not {type(methods).__name__}")
     checked: dict[str, None] = {}
@@ -56,12 +56,12 @@ def check_methods(methods: object) -> tuple[str, ...]:
             raise ConfigError(f"the method {method!r} must be one of {', '.join(METHODS)}")
         checked[method.upper()] = None
     if not checked:
-        raise ConfigError(f"methods must name at least one of {', '.join(METHODS)}; there are none")
+        raise ConfigError(f"methods must contain at least one of {', '.join(METHODS)}; it is empty")
     return tuple(checked)
 
 
 def check_call_methods(call_methods: object) -> tuple[str, ...] | None:
-    """Return the names of the methods that an endpoint offers, each once, in the order they came; None for all."""
+    """Return the callable methods of an endpoint, without repetitions, in the given order; None allows all."""
     if call_methods is None:
         return None
     if isinstance(call_methods, str) or not isinstance(call_methods, Iterable):
@@ -70,22 +70,22 @@ def check_call_methods(call_methods: object) -> tuple[str, ...] | None:
     for name in cast("Iterable[object]", call_methods):
         check_method_name(name)
         if name in HOOKS:
-            raise ConfigError(f"call_methods cannot name {name!r}, which Penstock calls itself")
+            raise ConfigError(f"call_methods cannot contain {name!r}, which only Penstock calls")
         checked[cast("str", name)] = None
     if not checked:
-        raise ConfigError("call_methods must name at least one method; there are none")
+        raise ConfigError("call_methods must contain at least one method; it is empty")
     return tuple(checked)
 
 
 def check_traffic(traffic: object, known: Iterable[str]) -> dict[str, float]:
-    """Return the weights of an endpoint's backends, without those that get nothing."""
+    """Return the weights of an endpoint's backends, without those of 0."""
     if not isinstance(traffic, Mapping):
         raise TypeError(f"traffic must be a dict of weights by backend, not {type(traffic).__name__}")
     known = set(known)
     weights: dict[str, float] = {}
     for tag, weight in cast("Mapping[object, object]", traffic).items():
         if not isinstance(tag, str):
-            raise TypeError(f"traffic must name backends by str, not {type(tag).__name__}")
+            raise TypeError(f"traffic must have backend tags (str) as keys, not {type(tag).__name__}")
         if tag not in known:
             raise BackendNotFound(tag, known)
         weights[tag] = _number(f"the weight of {tag!r}", weight)
@@ -99,7 +99,7 @@ def check_traffic(traffic: object, known: Iterable[str]) -> dict[str, float]:
 
 
 def check_proportion(proportion: object) -> float:
-    """Return the share of an endpoint's requests that a shadow backend gets: 0 to 1."""
+    """Return the proportion of an endpoint's requests that a shadow backend receives: 0 to 1."""
     share = _number("proportion", proportion)
     if not 0 <= share <= 1:
         raise ConfigError(f"proportion must be 0 to 1, not {share:g}")
@@ -107,7 +107,7 @@ def check_proportion(proportion: object) -> float:
 
 
 def check_memory(redis_url: str | None, given: object) -> int | None:
-    """Return the memory limit of the embedded server; None for its default, or if the broker is another server."""
+    """Return the memory limit of the embedded server in bytes; None for its default, or without such a server."""
     name, value = "max_memory_bytes", given
     if value is None:
         if redis_url is not None or not (text := os.environ.get(MAX_MEMORY)):
@@ -117,8 +117,8 @@ def check_memory(redis_url: str | None, given: object) -> int | None:
             raise ConfigError(f"{name} must be a number of bytes, not {value!r}")
     elif redis_url is not None:
         raise ConfigError(
-            f"{name} is for the embedded server, and {shown_url(redis_url)} is another one: leave out one of them, and "
-            "set the maxmemory of that server in its own configuration"
+            f"{name} is for the embedded server, and redis_url is {shown_url(redis_url)}: leave out one of them; the "
+            "maxmemory of another server is set in its own configuration"
         )
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
@@ -128,7 +128,7 @@ def check_memory(redis_url: str | None, given: object) -> int | None:
 
 
 def check_actor_options(options: object) -> dict[str, Any]:
-    """Return the options that Ray schedules a replica by."""
+    """Return the options by which Ray schedules a replica."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -139,7 +139,7 @@ def check_actor_options(options: object) -> dict[str, Any]:
             raise ConfigError(f"ray_actor_options may hold {', '.join(_ACTOR_OPTIONS)}, not {name!r}")
         assert isinstance(name, str)
         if value is None:
-            continue  # as Ray takes it: not given
+            continue  # Ray takes None as not given.
         if name == "accelerator_type":
             if not isinstance(value, str):
                 raise TypeError(f"accelerator_type must be a str, not {type(value).__name__}")
@@ -157,7 +157,7 @@ def check_actor_options(options: object) -> dict[str, Any]:
 
 
 def check_runtime_env(runtime_env: object) -> dict[str, Any] | None:
-    """Return ``runtime_env``. But for what names directories, Ray checks it when the first replica starts."""
+    """Return ``runtime_env``, with its directories checked. Ray checks the rest when the first replica starts."""
     if runtime_env is None:
         return None
     if not isinstance(runtime_env, Mapping):
@@ -176,10 +176,15 @@ def check_runtime_env(runtime_env: object) -> dict[str, Any] | None:
 def check_callable(
     func_or_class: object, init_args: tuple[Any, ...], init_kwargs: Mapping[str, Any], *, takes_batch: bool
 ) -> None:
-    """Refuse what could not serve: it must be a function of one request, a class of such callables, or an import path.
+    """Check that the code is a function of one request, a class whose instances are such, or an import path.
 
-    ``takes_batch`` tells whether it was marked with ``accept_batch``: messages then speak of a list of requests. What
-    only the workers can import is checked there.
+    Code behind an import path is checked by the replicas, which can import it.
+
+    Args:
+        func_or_class: the code.
+        init_args: arguments of the class's constructor.
+        init_kwargs: keyword arguments of the class's constructor.
+        takes_batch: whether it was marked with ``accept_batch``, for error messages.
     """
     takes = "one list of requests" if takes_batch else "one request"
     if isinstance(func_or_class, str):
@@ -201,21 +206,22 @@ def check_callable(
     function = cast("Callable[..., Any]", func_or_class)
     name = getattr(function, "__qualname__", repr(function))
     if init_args or init_kwargs:
-        raise TypeError(f"only a class is constructed with arguments; {name} is a function")
+        raise TypeError(f"only a class is constructed with arguments; {name} is a function, which has none")
     _check_takes_one(function, name, takes)
 
 
 def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: bool) -> None:
-    """Refuse a configuration that the code has no use for."""
+    """Check that the code supports the configuration."""
     if isinstance(func_or_class, str):
         return
     name = getattr(func_or_class, "__qualname__", repr(func_or_class))
     check_batch_size(config, name, takes_batch=takes_batch)
     if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):
-        raise ConfigError(f"user_config is given, but {name} has no method reconfigure to take it")
+        raise ConfigError(f"user_config is given, but {name} has no method reconfigure that receives it")
 
 
 def check_batch_size(config: BackendConfig, name: str, *, takes_batch: bool) -> None:
+    """Check that ``max_batch_size`` is only given for code that accepts batches."""
     if config.max_batch_size is not None and not takes_batch:
         raise ConfigError(
             f"max_batch_size is {config.max_batch_size}, but {name} takes one request: mark it with @serve.accept_batch"
@@ -223,7 +229,7 @@ def check_batch_size(config: BackendConfig, name: str, *, takes_batch: bool) -> 
 
 
 def _call_of(cls: type) -> Callable[..., Any] | None:
-    """Return what calling an instance calls. ``cls.__call__`` can be its metaclass's, which makes the instances."""
+    """Return ``__call__`` of the class's instances. ``cls.__call__`` may be that of its metaclass instead."""
     for base in cls.__mro__:
         if (call := base.__dict__.get("__call__")) is not None:
             return cast("Callable[..., Any]", call.__get__(object(), cls) if hasattr(call, "__get__") else call)
@@ -234,7 +240,7 @@ def _check_takes_one(function: Callable[..., Any], name: str, takes: str) -> Non
     try:
         signature = inspect.signature(function)
     except ValueError:
-        return  # some builtins do not tell
+        return  # Some builtins have no signature.
     try:
         signature.bind(None)
     except TypeError as e:
@@ -249,12 +255,12 @@ def _check_binds(cls: type, name: str, args: tuple[Any, ...], kwargs: Mapping[st
     try:
         signature.bind(*args, **kwargs)
     except TypeError as e:
-        raise TypeError(f"{name} cannot take what was given: {e}; its signature is {signature}") from None
+        raise TypeError(f"{name} does not accept the given arguments: {e}; its signature is {signature}") from None
 
 
 def _path(name: str, value: object) -> str:
     if not isinstance(value, str | Path):
-        raise TypeError(f"{name} must be named by str or Path, not {type(value).__name__}")
+        raise TypeError(f"{name} must be a str or a Path, not {type(value).__name__}")
     return str(value)
 
 
@@ -272,7 +278,7 @@ def _amount(name: str, value: object) -> float | int:
         raise ConfigError(f"{name} must not be negative; it is {amount:g}")
     if name == "memory" or amount.is_integer():
         return int(amount)
-    # Ray gives out a GPU in parts, but not one and a half of them.
+    # Ray shares a GPU in fractions, but does not reserve one and a half.
     if name == "num_gpus" and amount > 1:
         raise ConfigError(f"num_gpus must be a whole number above 1, not {amount:g}")
     return amount
@@ -280,7 +286,7 @@ def _amount(name: str, value: object) -> float | int:
 
 def _resource_name(name: object) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"resources must have names (str) for keys, not {type(name).__name__}")
+        raise TypeError(f"resources must have names (str) as keys, not {type(name).__name__}")
     if name in ("CPU", "GPU", "memory"):
-        raise ConfigError(f"resources must not name {name!r}: there is num_cpus, num_gpus or memory for it")
+        raise ConfigError(f"resources must not contain {name!r}: use num_cpus, num_gpus or memory")
     return name

@@ -1,4 +1,4 @@
-"""The command ``penstock``: one module for each of its commands, loaded when it is asked for."""
+"""The command ``penstock``: one module for each of its commands, imported when it is used."""
 
 from .exits import end_if_interrupted
 
@@ -6,6 +6,6 @@ from .exits import end_if_interrupted
 def main() -> None:
     """Run the command, and end the process with its exit code."""
     end_if_interrupted()
-    from .entry_point import run  # not before: loading it takes longer than anything else here
+    from .entry_point import run  # After the signal handler, because this import takes the longest.
 
     run()

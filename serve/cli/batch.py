@@ -23,7 +23,7 @@ from ...handles.files.tables import is_plain
 from .batch_progress import report_progress
 from .batch_tally import Tally
 from .exits import FAILED
-from .options import check_text, door_to, telling_what_is_wrong, which_instance, wrong
+from .options import check_text, thin_connection, usage_errors, which_instance, wrong
 
 _CLOCK_EVERY = 64
 """Rows between looks at the clock, where they come fast."""
@@ -78,8 +78,8 @@ _LEAST_URGENT = 19
     "--max-row-bytes",
     type=click.IntRange(1),
     default=MAX_ROW_BYTES,
-    show_default="64 MiB",
-    help="A longer row is an error.",
+    metavar="BYTES",
+    help="A longer row is an error. Default: 64 MiB.",
 )
 @click.option(
     "--nice",
@@ -175,8 +175,8 @@ def batch(
         can_go_on = is_resumable(output)
         if can_go_on and job is None:
             _refuse_existing(output)
-        door = stack.enter_context(door_to(redis_url, instance))
-        with telling_what_is_wrong():
+        door = stack.enter_context(thin_connection(redis_url, instance))
+        with usage_errors():
             producer = door.batch(
                 endpoint,
                 window=window,
@@ -201,7 +201,7 @@ def batch(
         if progress is not None:
             stack.enter_context(progress)
         try:
-            with telling_what_is_wrong():
+            with usage_errors():
                 _write(results, target, tally)
                 target.finish(keep_journal=job is not None)
         except (KeyboardInterrupt, SystemExit):

@@ -15,10 +15,10 @@ from .exits import FAILED
 from .options import (
     as_json,
     check_text,
-    door_to,
     error_of,
     result_line,
-    telling_what_is_wrong,
+    thin_connection,
+    usage_errors,
     which_instance,
     write_json,
     wrong,
@@ -29,8 +29,10 @@ from .options import (
 @click.argument("endpoint")
 @click.argument("data", required=False)
 @which_instance
-@click.option("--text", is_flag=True, help="DATA is text, and not JSON.")
-@click.option("--query", multiple=True, metavar="NAME=VALUE", help="What request.query_params holds. Can be repeated.")
+@click.option("--text", is_flag=True, help="Send DATA as text instead of JSON.")
+@click.option(
+    "--query", multiple=True, metavar="NAME=VALUE", help="A query parameter (request.query_params). Can be repeated."
+)
 @click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
 @click.option("--shard-key", metavar="KEY", help="Calls with the same key go to the same backend.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this long.")
@@ -47,9 +49,9 @@ def call(
     timeout: float | None,
     json: bool,
 ) -> None:
-    """Call ENDPOINT once with DATA, and write what it answers.
+    """Call ENDPOINT once with DATA, and write the result.
 
-    DATA is JSON; "-" reads it from standard input. Text and bytes are written as they are, anything else as JSON.
+    DATA is JSON; "-" reads it from standard input. Text and bytes are written unchanged, other values as JSON.
 
     \b
     Examples:
@@ -62,9 +64,9 @@ def call(
         check_text(query=one)
     body = _body(data, text)
     parameters = dict(_pair(one) for one in query)
-    with door_to(redis_url, instance) as door:
-        with telling_what_is_wrong():
-            handle = door.get_handle(endpoint).options(method_name=method, shard_key=shard_key, timeout_s=timeout)
+    with thin_connection(redis_url, instance) as connection:
+        with usage_errors():
+            handle = connection.get_handle(endpoint).options(method_name=method, shard_key=shard_key, timeout_s=timeout)
         arguments = () if data is None else (body,)
         future = handle.remote(*arguments, **parameters)
         try:
@@ -118,5 +120,5 @@ def _write(answer: Any, json: bool) -> None:
         elif answer is not None:
             write_json(answer)
     except TypeError as e:
-        click.echo(f"Error: the answer cannot be written as JSON: {e}", err=True)
+        click.echo(f"Error: the result cannot be written as JSON: {e}", err=True)
         sys.exit(FAILED)

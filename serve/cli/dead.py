@@ -18,18 +18,19 @@ from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
 from ..status import table
 from .exits import FAILED
-from .options import as_json, door_to, telling_what_is_wrong, which_instance, write_json, wrong
+from .groups import SuggestingGroup
+from .options import as_json, thin_connection, usage_errors, which_instance, write_json, wrong
 
 _SHOWN = 2_000
-"""Characters of a body."""
+"""Bytes of a body that are shown if it is not JSON or text."""
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def dead() -> None:
-    """See to the requests that nobody could serve.
+    """List, replay and drop dead letters.
 
-    A request whose every replica died, or that none could read, is a dead letter of its backend. It stays until it is
-    replayed or dropped.
+    A request is a dead letter of its backend if every replica that ran it died, or if it cannot be read. It stays
+    until it is replayed or dropped.
     """
 
 
@@ -39,11 +40,11 @@ def dead() -> None:
 @as_json
 def list_(backend: str, redis_url: str | None, instance: str, json: bool) -> None:
     """List the dead letters of BACKEND, oldest first."""
-    with door_to(redis_url, instance) as door:
-        found = [_summary(letter) for letter in _letters(door, backend)]
+    with thin_connection(redis_url, instance) as connection:
+        found = [_summary(letter) for letter in _letters(connection, backend)]
     if json:
-        for said in found:
-            write_json(said)
+        for summary in found:
+            write_json(summary)
     elif found:
         click.echo(_listed(found, Console()))
     else:
@@ -56,17 +57,17 @@ def list_(backend: str, redis_url: str | None, instance: str, json: bool) -> Non
 @which_instance
 @as_json
 def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool) -> None:  # noqa: A002
-    """Show one dead letter of BACKEND: its request, and how it died."""
-    with door_to(redis_url, instance) as door, telling_what_is_wrong():
-        letters = _letters(door, backend)
+    """Show one dead letter of BACKEND: its request and its history."""
+    with thin_connection(redis_url, instance) as connection, usage_errors():
+        letters = _letters(connection, backend)
         letter = letters.get(id)
-        said, request = _summary(letter), _request(letters, letter)
+        summary, request = _summary(letter), _request(letters, letter)
     if json:
-        write_json({**said, "deliveries": list(letter.deliveries), "request": request})
+        write_json({**summary, "deliveries": list(letter.deliveries), "request": request})
         return
     rows = Table(box=None, show_header=False, pad_edge=False)
     for name in ("id", "died", "error"):
-        rows.add_row(name, said[name])
+        rows.add_row(name, summary[name])
     for delivery in letter.deliveries:
         rows.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
     for name, value in (request or {}).items():
@@ -77,7 +78,7 @@ def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool
 @dead.command()
 @click.argument("backend")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "all_", is_flag=True, help="All there are.")
+@click.option("--all", "all_", is_flag=True, help="All dead letters of BACKEND.")
 @which_instance
 def replay(backend: str, ids: tuple[str, ...], all_: bool, redis_url: str | None, instance: str) -> None:
     """Queue dead letters of BACKEND again, behind its interactive requests."""
@@ -87,7 +88,7 @@ def replay(backend: str, ids: tuple[str, ...], all_: bool, redis_url: str | None
 @dead.command()
 @click.argument("backend")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "all_", is_flag=True, help="All there are.")
+@click.option("--all", "all_", is_flag=True, help="All dead letters of BACKEND.")
 @which_instance
 def drop(backend: str, ids: tuple[str, ...], all_: bool, redis_url: str | None, instance: str) -> None:
     """Delete dead letters of BACKEND."""
@@ -104,10 +105,10 @@ def _each(
     done: str,
 ) -> None:
     if bool(ids) == all_:
-        wrong("which ones? Give their ids (`penstock dead list` has them), or --all")
+        wrong("give the ids of dead letters (`penstock dead list` shows them), or --all")
     failed = succeeded = 0
-    with door_to(redis_url, instance) as door:
-        letters = _letters(door, backend)
+    with thin_connection(redis_url, instance) as connection:
+        letters = _letters(connection, backend)
         for id_ in [letter.id for letter in letters] if all_ else ids:
             try:
                 act(letters, id_)
@@ -120,24 +121,27 @@ def _each(
         sys.exit(FAILED)
 
 
-def _letters(door: Any, backend: str) -> DeadLetters:
-    with telling_what_is_wrong():
-        letters: DeadLetters = door.dead_letters(backend)
+def _letters(connection: Any, backend: str) -> DeadLetters:
+    with usage_errors():
+        letters: DeadLetters = connection.dead_letters(backend)
         known = {
-            tag for endpoint in door.list_endpoints().values() for tag in (*endpoint["traffic"], *endpoint["shadows"])
+            tag
+            for endpoint in connection.list_endpoints().values()
+            for tag in (*endpoint["traffic"], *endpoint["shadows"])
         }
         if backend not in known and not len(letters):
-            wrong(f"no endpoint sends to a backend {backend!r}, and it has no dead letters")
+            wrong(f"no endpoint uses a backend {backend!r}, and there are no dead letters of it")
         return letters
 
 
 def _listed(found: Sequence[Mapping[str, Any]], console: Console) -> str:
-    """Return each letter as a line; on a terminal too narrow for that, with its error on lines of their own."""
+    """Return one line per letter; on a terminal that is too narrow, the error is on lines of its own."""
     head = ("ID", "DIED", "ENDPOINT", "DELIVERIES")
     lines = table(
-        head, [(said["id"], said["died"], said["endpoint"] or "-", str(said["deliveries"])) for said in found]
+        head,
+        [(summary["id"], summary["died"], summary["endpoint"] or "-", str(summary["deliveries"])) for summary in found],
     ).splitlines()
-    errors = ["ERROR", *(" ".join(said["error"].split()) for said in found)]
+    errors = ["ERROR", *(" ".join(summary["error"].split()) for summary in found)]
     width = max(map(len, lines))
     if console.is_terminal and max(width + 2 + len(error) for error in errors) > console.width:
         indented = (wrap(error, console.width, initial_indent="    ", subsequent_indent="    ") for error in errors)
@@ -163,7 +167,7 @@ def _request(letters: DeadLetters, letter: DeadLetter) -> dict[str, Any] | None:
     data: Any = "(expired)"
     if body is not None:
         try:
-            # Never unpickled: that would run the code of whoever sent it.
+            # Never unpickled, because that would run code of the sender.
             data = decode(header.codec, body) if header.codec in ("json", "text", "none") else repr(body[:_SHOWN])
         except MalformedBody:
             data = repr(body[:_SHOWN])

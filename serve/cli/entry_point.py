@@ -12,29 +12,31 @@ from types import FrameType
 import click
 
 from .exits import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE, raise_if_interrupted
+from .groups import SuggestingGroup
 
-_AT_ONCE_S = 1.0
+_REPEAT_S = 1.0
+"""A log line that repeats the previous one within this time is not shown."""
 
 EPILOG = """
-Exit codes: 0 all went well; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is
-wrong, and nothing was done; 3 the broker cannot be reached; 130 interrupted.
+Exit codes: 0 success; 1 something failed, such as a row of a batch; 2 the command line, a file or a name is wrong, and
+nothing was done; 3 the broker cannot be reached; 130 interrupted.
 """
 
 
 _COMMANDS = {
     "start": ("lifetime", "Start an instance that outlives this command."),
-    "deploy": ("deploy", "Bring about what a file declares."),
-    "status": ("status", "Show how an instance is doing."),
-    "call": ("call", "Call an endpoint once, and write what it answers."),
+    "deploy": ("deploy", "Deploy the backends and endpoints that a file declares."),
+    "status": ("status", "Show the backends, endpoints and proxies of an instance."),
+    "call": ("call", "Call an endpoint once, and write the result."),
     "batch": ("batch", "Send every row of a file through an endpoint."),
-    "dead": ("dead", "See to the requests that nobody could serve."),
-    "shutdown": ("lifetime", "End an instance, and delete all that it has in its broker."),
+    "dead": ("dead", "List, replay and drop dead letters."),
+    "shutdown": ("lifetime", "End an instance, and delete all its data in the broker."),
 }
-"""The module of each, and what it does."""
+"""The module of each command, and its summary."""
 
 
-class _Commands(click.Group):
-    """The commands, each of which is loaded when it is asked for: some need Ray, which takes a second."""
+class _Commands(SuggestingGroup):
+    """The commands. The module of a command is imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -63,9 +65,9 @@ def penstock() -> None:
     \b
     A first session:
       export PENSTOCK_REDIS_URL=redis://localhost:6379
-      penstock start                        # bring an instance up, in the background
-      penstock deploy app.yaml              # its backends and endpoints, as the file declares them
-      penstock call greet '{"name": "Ada"}' # ask one of them
+      penstock start                        # start an instance in the background
+      penstock deploy app.yaml              # deploy the backends and endpoints of a file
+      penstock call greet '{"name": "Ada"}' # call an endpoint
       penstock batch greet rows.jsonl --output answers.jsonl
       penstock status --watch
       penstock shutdown
@@ -88,11 +90,11 @@ def run() -> None:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has enough of it. The interpreter's last flush must not complain.
+        # The reader of the output has closed it. Flushing it at the end of the process must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as e:
-        from ...broker.errors import BrokerUnavailable, PenstockError  # whoever raised it has loaded them
+        from ...broker.errors import BrokerUnavailable, PenstockError  # Imported already, if one was raised.
 
         if not isinstance(e, PenstockError | OSError):
             raise
@@ -101,24 +103,24 @@ def run() -> None:
 
 
 class _Log(logging.Handler):
-    """Says on standard error what the library warns of.
+    """Writes the library's warnings to standard error, without immediate repetitions.
 
-    Each of several connections warns that it has lost the broker: what was just said is not said again.
+    Several connections may warn at the same time that they have lost the broker.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._last, self._last_s = "", 0.0
+        self._last_line, self._last_s = "", 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        said, before_s = self.format(record), self._last_s
+        line, before_s = self.format(record), self._last_s
         self._last_s = record.created
-        if said != self._last or record.created - before_s > _AT_ONCE_S:
-            self._last = said
-            # Not by click, which writes past who keeps a progress bar below it.
-            sys.stderr.write(said + "\n")
+        if line != self._last_line or record.created - before_s > _REPEAT_S:
+            self._last_line = line
+            # sys.stderr, which a progress bar may have replaced. click would write into the bar.
+            sys.stderr.write(line + "\n")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that what runs is wound up.
+    # Raises SystemExit, so that the running command can clean up.
     sys.exit(TERMINATED)

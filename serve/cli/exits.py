@@ -1,27 +1,37 @@
-"""Exit codes, and what an interruption does."""
+"""Exit codes, and the handling of an interruption (SIGINT)."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
 def end_if_interrupted() -> None:
-    """Have an interruption (SIGINT) end the process at once, as long as there is nothing to wind up.
+    """Make an interruption end the process at once. For the time in which modules are imported.
 
-    Raised while modules are being loaded, an exception would show where, or be swallowed by one of them.
+    An exception raised during an import would show a traceback, or a module would swallow it.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Otherwise the parent process has it ignored.
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_if_interrupted() -> None:
-    """Have an interruption raise KeyboardInterrupt, so that what runs is wound up."""
+    """Make an interruption raise KeyboardInterrupt, so that the running command can clean up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def slow_imports() -> Generator[None]:
+    """For the imports of a command that take long, such as of Ray: an interruption during them ends the process."""
+    end_if_interrupted()
+    yield
+    raise_if_interrupted()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Options and messages that the commands share."""
+"""Options and error messages that the commands share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from base64 import b64encode
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -18,13 +18,16 @@ from ...handles import connect as connect_thin
 from ...handles.connection import Connection
 from ...handles.errors import BackendNotFound, EndpointNotFound
 from ...handles.response import Response
-from .exits import USAGE
+from .exits import USAGE, slow_imports
+
+if TYPE_CHECKING:
+    from ..client import Client
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def which_instance(command: FunctionT) -> FunctionT:
-    """Give a command the options that say which instance it is about."""
+    """Add the options --redis-url and --instance to a command."""
     command = click.option(
         "--instance",
         envvar=INSTANCE,
@@ -39,7 +42,7 @@ def which_instance(command: FunctionT) -> FunctionT:
         envvar=REDIS_URL,
         show_envvar=True,
         metavar="URL",
-        help="The instance's broker: redis://, rediss:// or unix://.",
+        help="The broker of the instance: redis://, rediss:// or unix://.",
     )(command)
 
 
@@ -48,7 +51,7 @@ def as_json(command: FunctionT) -> FunctionT:
 
 
 class Wrong(click.ClickException):
-    """What was asked cannot be, and nothing was done."""
+    """An error in the arguments, or a name that does not exist: nothing was done."""
 
     exit_code = USAGE
 
@@ -60,7 +63,7 @@ def wrong(message: object) -> NoReturn:
 
 
 def check_text(**arguments: str | None) -> None:
-    """Refuse arguments that are not UTF-8, which Python gives as lone surrogates."""
+    """Refuse arguments that are not UTF-8, which Python decodes to lone surrogates."""
     for name, value in arguments.items():
         if value is not None and not value.isascii():
             try:
@@ -70,29 +73,38 @@ def check_text(**arguments: str | None) -> None:
 
 
 @contextmanager
-def telling_what_is_wrong() -> Generator[None]:
-    """Turn the errors of wrong names and values into those of a wrong command line."""
+def usage_errors() -> Generator[None]:
+    """Raise errors about wrong names and values as `Wrong`, with its exit code."""
     try:
         yield
     except (ConfigError, EndpointNotFound, BackendNotFound, TypeError) as e:
         wrong(e)
 
 
-def door_to(redis_url: str | None, instance: str) -> Connection:
-    """Return what needs nothing but Redis."""
+def thin_connection(redis_url: str | None, instance: str) -> Connection:
+    """Return a connection that needs only Redis."""
     if redis_url is None:
-        wrong(f"which broker? Give --redis-url, or set {REDIS_URL}")
-    with telling_what_is_wrong():
+        wrong(f"the broker is not known: give --redis-url, or set {REDIS_URL}")
+    with usage_errors():
         return connect_thin(redis_url, instance)
 
 
+def client_of(redis_url: str | None, instance: str) -> Client:
+    """Return a client of a running instance."""
+    with slow_imports():  # Ray takes a second: not for --help.
+        from ..lifecycle import connect
+
+    with usage_errors():
+        return connect(redis_url, instance)
+
+
 def write_json(value: Any) -> None:
-    """Write one line. Raises ``TypeError`` for what JSON cannot hold."""
+    """Write one line of JSON. Raises TypeError for a value that JSON cannot represent."""
     click.echo(exact_json.dumps(value))
 
 
 def error_of(error: BaseException) -> dict[str, Any]:
-    """Return an error as JSON has it: of a backend's, the type that its code raised."""
+    """Return an error for JSON output. The type of a `BackendError` is the one that user code raised."""
     return {
         "type": getattr(error, "type_name", type(error).__name__),
         "message": getattr(error, "message", None) or str(error),
@@ -100,7 +112,7 @@ def error_of(error: BaseException) -> dict[str, Any]:
 
 
 def result_line(value: Any) -> dict[str, Any]:
-    """Return a result as a line of JSON has it: bytes as text, or in base64 and marked where they are no text."""
+    """Return a result for JSON output: bytes as text, or as marked base64 if they are not text."""
     if isinstance(value, Response):
         value = value.body
     if isinstance(value, bytes):

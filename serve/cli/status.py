@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from ...broker.errors import BrokerUnavailable
-from ..client import Client
-from ..status import Status
-from .connecting import client_of
-from .options import as_json, error_of, which_instance, write_json
+from ..status import Status, plural
+from .options import as_json, client_of, error_of, which_instance, write_json
+
+if TYPE_CHECKING:
+    from ..client import Client
 
 
 @click.command()
 @which_instance
-@click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
-@click.option("--every", default=1.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")
+@click.option("--watch", is_flag=True, help="Repeat until interrupted.")
+@click.option(
+    "--every", default=1.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between repetitions."
+)
 @as_json
 def status(redis_url: str | None, instance: str, watch: bool, every: float, json: bool) -> None:
-    """Show how an instance is doing: its backends, endpoints and proxies.
+    """Show the status of an instance: its backends, endpoints and proxies.
 
-    With --watch a terminal shows a live table; a pipe gets one after another, with --json one line for each look. A
-    broker that does not answer is told of, and looked for again.
+    With --watch a terminal shows a live table; a pipe receives one table after another, with --json one line each. An
+    outage of the broker is shown, and the command waits for its end.
     """
     console = Console()
     with client_of(redis_url, instance) as client:
@@ -42,7 +47,7 @@ def status(redis_url: str | None, instance: str, watch: bool, every: float, json
         elif console.is_terminal:
             with Live(console=console, auto_refresh=False, screen=True) as live:
                 for shown in _shown(client, every):
-                    live.update(shown, refresh=True)
+                    live.update(_fitted(shown, console), refresh=True)
         else:
             for shown in _shown(client, every):
                 console.print(shown, soft_wrap=True)
@@ -69,7 +74,18 @@ def _shown(client: Client, every_s: float) -> Iterator[RenderableType]:
             yield last
 
 
+def _fitted(shown: RenderableType, console: Console) -> RenderableType:
+    """Return what fits onto the terminal; the last line says how much does not."""
+    lines = console.render_lines(shown, pad=False)
+    if len(lines) <= (height := console.size.height):
+        return shown
+    hidden = len(lines) - height + 1
+    fitting = [Segments([*line, Segment.line()]) for line in lines[: height - 1]]
+    hint = f"{plural(hidden, 'more line')}: enlarge the terminal, or use `penstock status`"
+    return Group(*fitting, Text(hint, style="dim", no_wrap=True, overflow="ellipsis", end=""))
+
+
 def _colored(look: Status) -> Text:
     text = Text(str(look), no_wrap=True, overflow="ellipsis")
-    text.highlight_regex(r"(?m)^\S+ (is failing|is lacking|refused version|controller is) .*$", "yellow")
+    text.highlight_regex(r"(?m)^\S+ (is failing|lacks resources|refused version|controller is) .*$", "yellow")
     return text

@@ -1,8 +1,7 @@
-"""The Ray actors of an instance: start, adopt, watch and end them. Decides nothing.
+"""Pools of Ray actors: start, adopt, check and end the replicas or the proxies of an instance.
 
-Replicas and proxies are detached actors in Ray's sense, so that they outlive a controller that dies and is restarted.
-What ends them with their instance is a call that each of them has pending on the controller: it fails once the
-controller has ended for good, as one that is not detached does with its script.
+The actors are detached in Ray's sense, so that they outlive a controller that dies and is restarted. Each has a call
+pending on the controller, which fails when the controller has ended for good; then the actor ends itself.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ log = logging.getLogger(__name__)
 _CONCURRENCY = 1000
 _RETRY_S = 0.5
 _DRAIN_MARGIN_S = 5.0
-"""What an actor gets on top of the time that it has to drain, before it counts as hanging and is killed."""
+"""An actor that has not drained this long after its time is killed."""
 
 
 def actor_name(instance: str, kind: str, name: str = "") -> str:
+    """Return the name of an actor within Ray's namespace `NAMESPACE`."""
     return f"penstock:{instance}:{kind}:{name}" if name else f"penstock:{instance}:{kind}"
 
 
 def alive_nodes() -> list[Node]:
-    """Return the nodes of the cluster. Blocks for long when Ray's head is away."""
+    """Return the nodes of the cluster that are alive. Blocks for long while Ray's head is away."""
     found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())
     return [Node(node["NodeID"], node["Resources"]) for node in found if node["Alive"]]
 
@@ -46,9 +46,9 @@ class ManagedActor:
         self.ready = False
         self.was_ready = False
         self.error: PenstockError | None = None
-        """Why it could not start, is not well, or has died."""
+        """The error of its start or of a health check, or the cause of its death."""
         self.ending = False
-        """It drains, or was killed: that it is gone soon is no failure."""
+        """Whether its end was requested, by a drain or a kill, so that it is not a failure."""
         self.checked_at_s = time.monotonic()
         self._gone = asyncio.Event()
 
@@ -56,12 +56,13 @@ class ManagedActor:
     def gone(self) -> bool:
         return self._gone.is_set()
 
-    def end(self, error: PenstockError | None = None) -> None:
+    def set_gone(self, error: PenstockError | None = None) -> None:
+        """Record that the process has ended, for the reason ``error``."""
         self.ready = False
         self.error = self.error or error
         self._gone.set()
 
-    async def ended(self) -> None:
+    async def wait_gone(self) -> None:
         await self._gone.wait()
 
     def kill(self) -> None:
@@ -71,18 +72,24 @@ class ManagedActor:
 
 
 class ActorPool:
-    """All actors of one kind. ``changed`` is called, in the loop, when one is ready, not well, or gone."""
+    """All actors of one kind, by name.
 
-    def __init__(self, instance: str, kind: str, changed: Callable[[], None]) -> None:
+    Args:
+        instance: the name of the instance.
+        kind: the kind of the actors, such as ``"replica"``; part of their names in Ray.
+        on_change: called on the event loop when an actor becomes ready, fails a health check, or is gone.
+    """
+
+    def __init__(self, instance: str, kind: str, on_change: Callable[[], None]) -> None:
         self.members: dict[str, ManagedActor] = {}
-        self._instance, self._kind, self._changed = instance, kind, changed
+        self._instance, self._kind, self._on_change = instance, kind, on_change
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, actor_class: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        """Create the actor ``name``. Whether that works is seen later, at its member.
+        """Create the actor ``name`` in the background. Its member shows whether it started.
 
-        There is no member where Ray holds the name still. Then one of that name lives, and is to be adopted, or has
-        died just now, and adopting it tells so.
+        No member is added while Ray still knows an actor of that name. That one lives and should be adopted, or it has
+        just died, which adopting it shows.
         """
         try:
             handle = actor_class.options(
@@ -95,25 +102,25 @@ class ActorPool:
             ).remote(*args)
         except ActorAlreadyExistsError:
             return
-        except Exception as e:  # whatever Ray has against the options: a runtime_env that cannot be, most of all
+        except Exception as e:  # Ray rejects the options with various types, such as for an invalid runtime_env.
             self.members[name] = member = ManagedActor(None)
-            member.end(error_of(e))
-            self._changed()
+            member.set_gone(error_of(e))
+            self._on_change()
             return
-        self._follow(name, handle)
+        self._watch(name, handle)
 
     def adopt(self, name: str) -> None:
-        """Take charge of an actor that an earlier controller started. If it is not there, its member is gone."""
+        """Add an actor that an earlier controller started. If Ray does not know it, its member is gone."""
         try:
             handle = cast(Any, ray.get_actor(actor_name(self._instance, self._kind, name), namespace=NAMESPACE))
         except ValueError:
             self.members[name] = member = ManagedActor(None)
-            member.end()
+            member.set_gone()
             return
-        self._follow(name, handle)
+        self._watch(name, handle)
 
     def drain(self, name: str, timeout_s: float) -> None:
-        """Let an actor finish what it has begun, for at most ``timeout_s`` seconds, and end it then."""
+        """Let an actor finish what it has begun, for at most ``timeout_s`` seconds, then end it; in the background."""
         member = self.members[name]
         member.ending = True
         self._spawn(self._drain(member, timeout_s))
@@ -125,59 +132,59 @@ class ActorPool:
         del self.members[name]
 
     def check(self, name: str, timeout_s: float) -> None:
-        """Ask an actor whether it is well. If it says no, or nothing within ``timeout_s``, its ``error`` tells."""
+        """Run an actor's health check in the background. A failure, or no answer within ``timeout_s``, is its error."""
         member = self.members[name]
         member.checked_at_s = time.monotonic()
         self._spawn(self._check(member, timeout_s))
 
     async def end(self, drain_s: float) -> None:
-        """Drain all of them, end them, and return when that is done."""
+        """Drain every actor for at most ``drain_s`` seconds; return when all are gone."""
         members = [member for member in self.members.values() if not member.gone]
         for member in members:
             member.ending = True
         await asyncio.gather(*(self._drain(member, drain_s) for member in members))
 
-    def _follow(self, name: str, handle: Any) -> None:
+    def _watch(self, name: str, handle: Any) -> None:
         member = self.members[name] = ManagedActor(handle)
-        self._spawn(self._await_ready(member))
-        self._spawn(self._await_end(member))
+        self._spawn(self._watch_start(member))
+        self._spawn(self._watch_end(member))
 
-    async def _await_ready(self, member: ManagedActor) -> None:
+    async def _watch_start(self, member: ManagedActor) -> None:
         error = await _outcome(member.handle.ready.remote())
         if error is None:
             member.ready = member.was_ready = not member.gone
-        elif not isinstance(error, RayActorError):  # of those, its end tells
+        elif not isinstance(error, RayActorError):  # The actor died: _watch_end records that.
             member.error = error_of(error)
-        self._changed()
+        self._on_change()
 
-    async def _await_end(self, member: ManagedActor) -> None:
+    async def _watch_end(self, member: ManagedActor) -> None:
         controller = actor_name(self._instance, "controller")
         while True:
             error = await _outcome(member.handle.attend.remote(controller))
             if not isinstance(error, ActorUnavailableError):
                 break
-            await asyncio.sleep(_RETRY_S)  # the connection to it broke: it may well be alive
-        member.end(error_of(error) if error is not None else None)
-        self._changed()
+            await asyncio.sleep(_RETRY_S)  # The connection to the actor broke; the actor may be alive.
+        member.set_gone(error_of(error) if error is not None else None)
+        self._on_change()
 
     async def _drain(self, member: ManagedActor, timeout_s: float) -> None:
         if member.ready:
             try:
                 await asyncio.wait_for(_outcome(member.handle.drain.remote(timeout_s)), timeout_s + _DRAIN_MARGIN_S)
             except asyncio.TimeoutError:
-                log.warning("a %s hangs instead of draining, and is killed", self._kind)
+                log.warning("a %s did not drain within %g s and is killed", self._kind, timeout_s + _DRAIN_MARGIN_S)
         member.kill()
-        await member.ended()
+        await member.wait_gone()
 
     async def _check(self, member: ManagedActor, timeout_s: float) -> None:
         try:
             failure = await asyncio.wait_for(_outcome(member.handle.check.remote()), timeout_s)
             error = None if failure is None else error_of(failure)
         except asyncio.TimeoutError:
-            error = BackendError("TimeoutError", f"it did not say within {timeout_s:g} s whether it is well")
+            error = BackendError("TimeoutError", f"no answer to the health check within {timeout_s:g} s")
         if error is not None and not member.ending:
             member.error, member.ready = member.error or error, False
-            self._changed()
+            self._on_change()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -186,7 +193,7 @@ class ActorPool:
 
 
 async def _outcome(call: Any) -> Exception | None:
-    """Wait for a call of an actor, and return what it raised."""
+    """Wait for a call of an actor; return the exception that it raised, or None."""
     try:
         await call
     except Exception as e:
@@ -195,7 +202,7 @@ async def _outcome(call: Any) -> Exception | None:
 
 
 def error_of(error: BaseException) -> PenstockError:
-    """Return what an actor raised, or what became of it, as one of our errors."""
+    """Return an exception that a call of an actor raised, or the actor's death, as a `PenstockError`."""
     if isinstance(error, RayTaskError):
         cause = cast("BaseException | None", error.cause)
         if isinstance(cause, PenstockError):

@@ -1,6 +1,7 @@
 """The observed state: reports of replicas and proxies, and what Ray knows of their processes.
 
-It keeps some of what it saw. None of that is written anywhere: it betters what `plan` decides, which is sound without.
+The observer also remembers failures, and what was ready at some time. None of that is stored except in the reported
+statuses: it improves the planner's decisions, which are correct without it.
 """
 
 from __future__ import annotations
@@ -8,114 +9,123 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from ...broker.errors import PenstockError
 from ...broker.registry.records import Snapshot
+from ...broker.registry.reports import BackendStatus, ProxyReport, ReplicaReport
 from ...broker.registry.store import Registry
 from ...handles.errors import to_wire
 from ..settings import Settings
 from .actors import ActorPool, ManagedActor, alive_nodes
-from .placement import Amounts, Node, asked
-from .planner import (
-    NO_FAILURES,
+from .backend_status import describe, refused_change
+from .backoff import NO_FAILURES, Failures
+from .placement import Amounts, Node, resources_of
+from .state import (
     ActorState,
     DesiredBackend,
     DesiredProxies,
     DesiredState,
-    Failures,
     ObservedProxy,
     ObservedReplica,
     ObservedState,
+    Rollout,
     Version,
-    refusal,
-    status,
 )
 
 log = logging.getLogger(__name__)
 
-_NODES_S = 1.0
-_HEAD_S = 1.0
-"""Ray's head, when it is there, answers in less."""
-
-Report = Mapping[str, Any]
+_NODES_EVERY_S = 1.0
+_HEAD_TIMEOUT_S = 1.0
+"""Ray's head counts as away when it has not answered within this time."""
 
 
 class StateObserver:
-    """Sees the instance that ``replicas`` and ``proxies`` are of."""
+    """Observes one instance.
 
-    def __init__(self, replicas: ActorPool, proxies: ActorPool) -> None:
+    Args:
+        registry: holds the reports and the statuses.
+        replicas: the actors of all replicas. Unknown ones that have a report are adopted.
+        proxies: the actors of all proxies, likewise.
+    """
+
+    def __init__(self, registry: Registry, replicas: ActorPool, proxies: ActorPool) -> None:
+        self._registry = registry
         self._replicas, self._proxies = replicas, proxies
-        self.statuses: dict[str, Report] = {}
-        """What was reported of each backend last."""
+        self.statuses: dict[str, BackendStatus] = {}
+        """The status that was reported last of each backend."""
         self.nodes: list[Node] = []
         self.proxy_error: PenstockError | None = None
-        """Why a proxy failed last."""
-        self._proven: set[Version] = set()
-        """Versions of which a replica was ready at some time."""
+        """The error of the last proxy that failed."""
         self.head_answers = True
-        """Whether Ray's head is there. Without it, no actor is started, found or ended, and asking for that blocks."""
-        self._nodes_at_s = -_NODES_S
-        self._looking: asyncio.Future[list[Node]] | None = None
-        self._reports: dict[str, Report] = {}
-        self._asks: dict[Version, Amounts] = {}
-        self._came_about: dict[str, tuple[str, str, int]] = {}
-        self._failing: dict[Version, tuple[int, dict[str, Any]]] = {}
+        """Whether Ray's head answers. Without it no actor can be started, found or ended, and calls to it block."""
+        self._proven: set[Version] = set()
+        self._nodes_at_s = -_NODES_EVERY_S
+        self._nodes_query: asyncio.Future[list[Node]] | None = None
+        self._replica_reports: dict[str, ReplicaReport] = {}
+        self._proxy_reports: dict[str, ProxyReport] = {}
+        self._resources: dict[Version, Amounts] = {}
+        self._rolled_out: dict[str, Rollout] = {}
+        self._start_errors: dict[Version, tuple[int, dict[str, Any]]] = {}
         """The last error of a start, with the version of the configuration that the replica started with."""
         self._failures: dict[Version, Failures] = {}
         self._proxy_failures: dict[str, Failures] = {}
         self._ready_since_s: dict[ManagedActor, float] = {}
         self._counted: set[ManagedActor] = set()
 
-    async def begin(self, registry: Registry) -> None:
-        """Learn what an earlier controller has said."""
-        self.statuses = dict(await registry.reports("backends"))
-        for tag, report in self.statuses.items():
-            if report.get("failing"):
-                self._failing[tag, report["version"]] = report["config_version"], report["failing"]
-            if report.get("came_about"):
-                self._came_about[tag] = (tag, report["version"], report["config_version"])
-                self._proven.add((tag, report["version"]))
+    async def restore(self) -> None:
+        """Read the statuses that an earlier controller reported. Raises `BrokerUnavailable`."""
+        self.statuses = await self._registry.get_reports(BackendStatus)
+        for tag, status in self.statuses.items():
+            if status.failing:
+                self._start_errors[tag, status.version] = status.config_version, status.failing
+            if status.rolled_out:
+                self._rolled_out[tag] = (tag, status.version, status.config_version)
+                self._proven.add((tag, status.version))
 
-    async def look(self, registry: Registry) -> None:
-        """Read the reports, take charge of whoever made one and is unknown, and take note of successes and failures.
+    async def observe(self) -> None:
+        """Read the reports, adopt unknown actors, and record which actors became ready or failed.
 
-        None of that while Ray's head does not answer.
+        While Ray's head does not answer, only `head_answers` is updated.
+
+        Raises:
+            BrokerUnavailable: the reports cannot be read.
         """
-        await self._look_at_nodes()
+        await self._observe_nodes()
         if not self.head_answers:
             return
-        for fleet, reports in (
-            (self._replicas, await registry.reports("replicas")),
-            (self._proxies, await registry.reports("proxies")),
-        ):
-            self._reports.update(reports)
-            # Those that an earlier controller has left, and reports that outlived their process.
-            for name in reports.keys() - fleet.members.keys():
-                fleet.adopt(name)
-        self._take_note(time.monotonic())
+        self._replica_reports.update(await self._registry.get_reports(ReplicaReport))
+        self._proxy_reports.update(await self._registry.get_reports(ProxyReport))
+        # Actors that an earlier controller started, and reports that outlived their process.
+        for name in self._replica_reports.keys() - self._replicas.members.keys():
+            self._replicas.adopt(name)
+        for name in self._proxy_reports.keys() - self._proxies.members.keys():
+            self._proxies.adopt(name)
+        self._record_outcomes(time.monotonic())
 
-    async def _look_at_nodes(self) -> None:
-        if self._looking is None:
-            if time.monotonic() - self._nodes_at_s < _NODES_S:
+    async def _observe_nodes(self) -> None:
+        if self._nodes_query is None:
+            if time.monotonic() - self._nodes_at_s < _NODES_EVERY_S:
                 return
-            # In a thread, and not waited for long, as it blocks for long when Ray's head is away.
-            self._looking = asyncio.ensure_future(asyncio.to_thread(alive_nodes))
-        await asyncio.wait([self._looking], timeout=_HEAD_S)
+            # On a thread and with a timeout, because the call blocks for long while Ray's head is away.
+            self._nodes_query = asyncio.ensure_future(asyncio.to_thread(alive_nodes))
+        await asyncio.wait([self._nodes_query], timeout=_HEAD_TIMEOUT_S)
         answers = False
-        if self._looking.done():
-            looked, self._looking = self._looking, None
-            if answers := looked.exception() is None:
-                self.nodes, self._nodes_at_s = looked.result(), time.monotonic()
+        if self._nodes_query.done():
+            query, self._nodes_query = self._nodes_query, None
+            if answers := query.exception() is None:
+                self.nodes, self._nodes_at_s = query.result(), time.monotonic()
         if answers != self.head_answers:
             self.head_answers = answers
-            log.warning("Ray's head %s", "answers again" if answers else "does not answer: what runs is left alone")
+            if answers:
+                log.warning("Ray's head answers again")
+            else:
+                log.warning("Ray's head does not answer: running replicas and proxies continue unchanged")
 
     def desired(self, snapshot: Snapshot, settings: Settings) -> DesiredState:
-        """Return what there should be."""
+        """Return the desired state: the records of the registry, on the nodes that are alive."""
         backends: dict[str, DesiredBackend] = {}
         for tag, record in snapshot.backends.items():
             config = record.config
@@ -125,27 +135,27 @@ class StateObserver:
                 replicas=config.initial_replicas,
                 config_version=record.config_version,
                 grace_s=config.graceful_shutdown_timeout_s,
-                asks=self._asks.setdefault((tag, record.version), asked(record.actor_options)),
+                resources=self._resources.setdefault((tag, record.version), resources_of(record.actor_options)),
             )
         self._forget_versions({backend.key for backend in backends.values()})
         alive = [node.id for node in self.nodes]
-        where = {"HeadOnly": [node for node in alive if node == settings.node], "EveryNode": alive, "NoServer": []}
+        nodes_of = {"HeadOnly": [node for node in alive if node == settings.node], "EveryNode": alive, "NoServer": []}
         options = settings.http
-        nodes = tuple(where[options["location"]])
+        nodes = tuple(nodes_of[options["location"]])
         http = DesiredProxies(nodes=nodes, per_node=options["proxies_per_node"], port=options["port"])
         return DesiredState(backends=backends, http=http)
 
     @property
-    def came_about(self) -> frozenset[tuple[str, str, int]]:
-        """Backends, with their version and that of their configuration, that were all they should be at some time."""
-        return frozenset(self._came_about.values())
+    def rolled_out(self) -> frozenset[Rollout]:
+        """The rollouts that were complete at some time."""
+        return frozenset(self._rolled_out.values())
 
-    def said(self) -> dict[str, Report]:
-        """Return what replicas say of themselves."""
-        return {name: self._reports[name] for name in self._replicas.members if name in self._reports}
+    def replica_reports(self) -> dict[str, ReplicaReport]:
+        """Return the reports of the known replicas."""
+        return {name: self._report_of(name) for name in self._replicas.members}
 
-    def seen(self) -> ObservedState:
-        """Return what there is."""
+    def observed(self) -> ObservedState:
+        """Return the observed state."""
         return ObservedState(
             now_s=time.monotonic(),
             replicas=[self._replica(name, member) for name, member in self._replicas.members.items()],
@@ -154,90 +164,116 @@ class StateObserver:
             failures=self._failures,
             proxy_failures=self._proxy_failures,
             proven=frozenset(self._proven),
-            came_about=self.came_about,
+            rolled_out=self.rolled_out,
             reported=frozenset(self.statuses),
         )
 
-    def status(self, backend: DesiredBackend, seen: ObservedState) -> dict[str, Any]:
-        """Describe a backend as it is to be reported."""
-        described = status(backend, seen, self._start_error(backend) or self._refusal(backend))
-        if described.came_about:
-            self._came_about[backend.tag] = (backend.tag, backend.version, backend.config_version)
-        return asdict(replace(described, refused=refusal(self.statuses.get(backend.tag), described)))
+    async def report_statuses(self, desired: DesiredState) -> None:
+        """Write the statuses that changed to the registry. Raises `BrokerUnavailable`."""
+        observed = self.observed()
+        for tag, backend in desired.backends.items():
+            status = describe(backend, observed, self._start_error(backend) or self._reconfigure_error(backend))
+            if status.rolled_out:
+                self._rolled_out[tag] = backend.rollout
+            status = replace(status, refused=refused_change(self.statuses.get(tag), status))
+            if status != self.statuses.get(tag):
+                await self._registry.put_report(tag, status)
+                self.statuses[tag] = status
+
+    async def forget_backend(self, tag: str) -> None:
+        """Delete the status of a backend that was deleted. Raises `BrokerUnavailable`."""
+        await self._registry.delete_report(BackendStatus, tag)
+        self.statuses.pop(tag, None)
 
     def backend_of(self, replica: str) -> str:
-        return str(self._reports.get(replica, {}).get("backend", replica.rpartition("#")[0]))
+        return self._report_of(replica).backend
 
-    def note_start(self, name: str, report: Report) -> None:
-        """Take ``report`` for true until the actor itself reports."""
-        self._reports[name] = report
+    def note_replica(self, name: str, report: ReplicaReport) -> None:
+        """Use ``report`` for the new replica ``name`` until it writes its own."""
+        self._replica_reports[name] = report
 
-    def forget(self, fleet: ActorPool, name: str) -> None:
-        self._ready_since_s.pop(fleet.members[name], None)
-        self._counted.discard(fleet.members[name])
-        self._reports.pop(name, None)
-        fleet.forget(name)
+    def note_proxy(self, name: str, report: ProxyReport) -> None:
+        """Use ``report`` for the new proxy ``name`` until it writes its own."""
+        self._proxy_reports[name] = report
+
+    def forget_replica(self, name: str) -> None:
+        """Forget a replica that is gone."""
+        self._ready_since_s.pop(self._replicas.members[name], None)
+        self._counted.discard(self._replicas.members[name])
+        self._replica_reports.pop(name, None)
+        self._replicas.forget(name)
+
+    def forget_proxy(self, name: str) -> None:
+        """Forget a proxy that is gone."""
+        self._counted.discard(self._proxies.members[name])
+        self._proxy_reports.pop(name, None)
+        self._proxies.forget(name)
 
     def _replica(self, name: str, member: ManagedActor) -> ObservedReplica:
-        report, version = self._reports.get(name, {}), self._version_of(name)
+        report = self._report_of(name)
         return ObservedReplica(
             id=name,
-            backend=version[0],
-            version=version[1],
+            backend=report.backend,
+            version=report.version,
             state=_state(member, report),
-            config_version=report.get("config_version", 0),
-            node=report.get("node", ""),
-            asks=self._asks.get(version, {}),
-            attended=member.ending,
-            takes=report.get("state") == ActorState.READY.value,
+            config_version=report.config_version,
+            node=report.node,
+            resources=self._resources.get((report.backend, report.version), {}),
+            is_drain_awaited=member.ending,
+            may_claim=report.state == "ready",
         )
 
     def _proxy(self, name: str, member: ManagedActor) -> ObservedProxy:
-        report = self._reports.get(name, {})
+        report = self._proxy_reports.get(name, ProxyReport())
         return ObservedProxy(
             id=name,
-            node=report.get("node", ""),
+            node=report.node,
             state=_state(member, report),
-            port=urlsplit(str(report.get("url", ""))).port or 0,
-            attended=member.ending,
+            port=urlsplit(report.url).port or 0,
+            is_drain_awaited=member.ending,
         )
 
+    def _report_of(self, replica: str) -> ReplicaReport:
+        """Return the report of a replica. Without one, its name shows its backend."""
+        known = self._replica_reports.get(replica)
+        return ReplicaReport(backend=replica.rpartition("#")[0]) if known is None else known
+
     def _version_of(self, replica: str) -> Version:
-        return self.backend_of(replica), str(self._reports.get(replica, {}).get("version", ""))
+        report = self._report_of(replica)
+        return report.backend, report.version
 
     def _forget_versions(self, desired: set[Version]) -> None:
-        """Keep what is known of versions that are wanted or still there."""
+        """Drop what is remembered of versions that are neither desired nor running."""
         kept = desired | {self._version_of(name) for name in self._replicas.members}
-        tables: tuple[dict[Version, Any], ...] = (self._asks, self._failing, self._failures)
+        tables: tuple[dict[Version, Any], ...] = (self._resources, self._start_errors, self._failures)
         for table in tables:
             for version in table.keys() - kept:
                 del table[version]
         self._proven &= kept
 
-    def _take_note(self, now_s: float) -> None:
+    def _record_outcomes(self, now_s: float) -> None:
         for name, member in self._replicas.members.items():
             version = self._version_of(name)
             if member.ready and member not in self._ready_since_s:
                 self._ready_since_s[member] = now_s
                 self._proven.add(version)
-                self._failing.pop(version, None)
-            elif (error := self._new_failure(member)) is not None:
+                self._start_errors.pop(version, None)
+            elif (error := self._uncounted_error(member)) is not None:
                 ready_s = now_s - self._ready_since_s.get(member, now_s)
                 failures = self._failures.get(version, NO_FAILURES)
-                self._failures[version] = failures.and_one_more(now_s, ready_s=ready_s)
-                log.error("replica %s failed: %s", name, _summary(error))
+                self._failures[version] = failures.plus_one(now_s, ready_s=ready_s)
+                log.error("replica %s failed: %s", name, _first_line(error))
                 if not member.was_ready:
                     # The initial version that is known here may be older than the one that the replica read, never
                     # newer, so the error is not charged to a configuration that no replica has tried.
-                    initial = int(self._reports.get(name, {}).get("initial_config_version", 0))
-                    self._failing[version] = initial, to_wire(error)
+                    self._start_errors[version] = self._report_of(name).initial_config_version, to_wire(error)
         for name, member in self._proxies.members.items():
-            if (error := self._new_failure(member)) is not None:
-                self._proxy_failures[name] = self._proxy_failures.get(name, NO_FAILURES).and_one_more(now_s)
-                log.error("proxy %s failed: %s", name, _summary(error))
+            if (error := self._uncounted_error(member)) is not None:
+                self._proxy_failures[name] = self._proxy_failures.get(name, NO_FAILURES).plus_one(now_s)
+                log.error("proxy %s failed: %s", name, _first_line(error))
                 self.proxy_error = error
 
-    def _new_failure(self, member: ManagedActor) -> PenstockError | None:
+    def _uncounted_error(self, member: ManagedActor) -> PenstockError | None:
         if member.error is None or member.ending or member in self._counted:
             return None
         self._counted.add(member)
@@ -245,28 +281,28 @@ class StateObserver:
 
     def _start_error(self, backend: DesiredBackend) -> dict[str, Any] | None:
         """Return why a replica could not start with the desired code and configuration."""
-        config_version, error = self._failing.get(backend.key, (0, None))
+        config_version, error = self._start_errors.get(backend.key, (0, None))
         return error if config_version == backend.config_version else None
 
-    def _refusal(self, backend: DesiredBackend) -> dict[str, Any] | None:
-        """Return why a replica does not take the configuration over: the class's ``reconfigure`` raised."""
+    def _reconfigure_error(self, backend: DesiredBackend) -> dict[str, Any] | None:
+        """Return why a running replica did not apply the configuration: the class's ``reconfigure`` raised."""
         for name in self._replicas.members:
-            report = self._reports.get(name, {})
-            if self._version_of(name) == backend.key and report.get("refused") == backend.config_version:
-                return cast("dict[str, Any]", report["error"])
+            report = self._report_of(name)
+            if self._version_of(name) == backend.key and report.refused == backend.config_version:
+                return report.error
         return None
 
 
-def _state(member: ManagedActor, report: Report) -> ActorState:
+def _state(member: ManagedActor, report: ReplicaReport | ProxyReport) -> ActorState:
     if member.gone:
         return ActorState.GONE
-    if member.ending or report.get("state") == ActorState.DRAINING.value:
+    if member.ending or report.state == "draining":
         return ActorState.DRAINING
     if member.error is not None:
         return ActorState.FAILED
     return ActorState.READY if member.ready else ActorState.STARTING
 
 
-def _summary(error: PenstockError) -> str:
-    """Return its first line: who failed has logged the rest."""
+def _first_line(error: PenstockError) -> str:
+    """Return the first line of an error. The process that failed has logged the rest."""
     return str(error).partition("\n")[0]

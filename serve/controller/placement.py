@@ -1,4 +1,4 @@
-"""Placement: the resources that replicas ask for against those that nodes have."""
+"""Placement: how many replicas fit onto the nodes of a cluster. Pure functions over Ray's resource amounts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 Amounts = Mapping[str, float]
+"""Amounts of resources, by Ray's names for them."""
 
 DEFAULT_CPUS = 1
+"""CPUs that a replica reserves unless its ``ray_actor_options`` give another number."""
 
-_ROUNDING = 1e-9  # three replicas of 0.1 CPU leave room for seven more
+_ROUNDING = 1e-9  # Three replicas of 0.1 CPU leave room for seven more.
 
 
 @dataclass(frozen=True)
 class Node:
-    """A living Ray node."""
+    """A node of the Ray cluster that is alive."""
 
     id: str
     resources: Amounts
-    """All that it has, in use or not."""
+    """All resources of the node, in use or not."""
 
 
-def asked(actor_options: Mapping[str, Any]) -> dict[str, float]:
-    """Return what one replica takes from its node, under Ray's names.
+def resources_of(actor_options: Mapping[str, Any]) -> dict[str, float]:
+    """Return the resources that one replica reserves on its node, under Ray's names.
 
-    >>> asked({"num_gpus": 0.5, "resources": {"disk": 2}})
+    >>> resources_of({"num_gpus": 0.5, "resources": {"disk": 2}})
     {'CPU': 1, 'GPU': 0.5, 'disk': 2}
     """
     amounts: dict[str, float] = {
@@ -36,49 +38,50 @@ def asked(actor_options: Mapping[str, Any]) -> dict[str, float]:
         **actor_options.get("resources", {}),
     }
     if kind := actor_options.get("accelerator_type"):
-        amounts[f"accelerator_type:{kind}"] = 0.001  # so does Ray
+        amounts[f"accelerator_type:{kind}"] = 0.001  # Ray reserves the same amount.
     return {name: amount for name, amount in amounts.items() if amount}
 
 
-def free(nodes: Iterable[Node], taken: Iterable[tuple[str, Amounts]]) -> list[Node]:
-    """Return what ``nodes`` have left, when each of ``taken`` lies on the node that it names.
+def unused(nodes: Iterable[Node], reserved: Iterable[tuple[str, Amounts]]) -> list[Node]:
+    """Return ``nodes`` with what ``reserved`` leaves of their resources.
 
-    What names no node yet is put on the first that has room for it, as Ray will find one.
+    Each reservation names its node. One without a node is counted on the first node that has room for it, as Ray will
+    find one.
     """
     left = {node.id: dict(node.resources) for node in nodes}
-    for at, amounts in taken:
-        place = at or next((name for name, there in left.items() if _fitting(amounts, there) >= 1), "")
-        if place in left:
+    for node_id, amounts in reserved:
+        chosen = node_id or next((name for name, amount in left.items() if _fits_on(amounts, amount) >= 1), "")
+        if chosen in left:
             for name, amount in amounts.items():
-                left[place][name] = left[place].get(name, 0) - amount
+                left[chosen][name] = left[chosen].get(name, 0) - amount
     return [Node(name, resources) for name, resources in left.items()]
 
 
-def room(wanted: Amounts, nodes: Iterable[Node]) -> float:
-    """Return how many replicas that each ask for ``wanted`` can be placed; infinity if they ask for nothing."""
-    return sum(_fitting(wanted, node.resources) for node in nodes)
+def count_fits(needed: Amounts, nodes: Iterable[Node]) -> float:
+    """Return how many replicas that need ``needed`` each fit onto ``nodes``; infinity if they need nothing."""
+    return sum(_fits_on(needed, node.resources) for node in nodes)
 
 
-def shortage(number: int, wanted: Amounts, nodes: Iterable[Node], left: Iterable[Node]) -> str:
-    """Say what was asked for and what there is, for ``number`` replicas that ``left`` of ``nodes`` cannot hold."""
+def describe_shortage(count: int, needed: Amounts, nodes: Iterable[Node], left: Iterable[Node]) -> str:
+    """Return a message about ``count`` replicas that do not fit into what is ``left`` of ``nodes``."""
     left = list(left)
-    unused = {node.id: node.resources for node in left}
+    remaining = {node.id: node.resources for node in left}
     there = [
-        f"node {node.id[:8]} has {', '.join(_there_is(name, node.resources, unused[node.id]) for name in wanted)}"
+        f"node {node.id[:8]} has {', '.join(_describe(name, node.resources, remaining[node.id]) for name in needed)}"
         for node in nodes
     ]
-    asks = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+    each = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
     return (
-        f"{number} replica{'s' * (number > 1)} with {asks} each asked for, room for {room(wanted, left):g}: "
+        f"{count} replica{'s' * (count > 1)} with {each} each requested, room for {count_fits(needed, left):g}: "
         f"{'; '.join(there) or 'the cluster has no node'}"
     )
 
 
-def _there_is(name: str, total: Amounts, unused: Amounts) -> str:
-    has, remains = total.get(name, 0), max(0, unused.get(name, 0))
+def _describe(name: str, total: Amounts, left: Amounts) -> str:
+    has, remains = total.get(name, 0), max(0, left.get(name, 0))
     return f"{name} {has:g}" + (f" ({remains:g} unused)" if remains != has else "")
 
 
-def _fitting(wanted: Amounts, there: Amounts) -> float:
-    counts = [math.floor(there.get(name, 0) / amount + _ROUNDING) for name, amount in wanted.items()]
+def _fits_on(needed: Amounts, available: Amounts) -> float:
+    counts = [math.floor(available.get(name, 0) / amount + _ROUNDING) for name, amount in needed.items()]
     return max(0, min(counts)) if counts else math.inf

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class RegistryBackup:
-    """What was in the registry when it was last seen whole, the backends' code included."""
+    """The registry's content when it was last read, including the code of the backends."""
 
     def __init__(self) -> None:
         self._settings: Settings | None = None
@@ -20,17 +20,20 @@ class RegistryBackup:
         self._codes: dict[str, bytes] = {}
 
     async def keep(self, registry: Registry, settings: Settings, snapshot: Snapshot) -> None:
-        """Take over what has changed."""
-        wanted = {settings.middlewares} - {""}
-        wanted.update(*(record.stored for record in snapshot.backends.values()))
-        for digest in wanted - self._codes.keys():
+        """Replace the backup with ``settings`` and ``snapshot``; read only the code that it lacks."""
+        needed = {settings.middlewares} - {""}
+        needed.update(*(record.stored for record in snapshot.backends.values()))
+        for digest in needed - self._codes.keys():
             self._codes[digest] = await registry.get_code(digest)
-        for digest in self._codes.keys() - wanted:
+        for digest in self._codes.keys() - needed:
             del self._codes[digest]
         self._settings, self._snapshot = settings, snapshot
 
     async def restore(self, registry: Registry) -> Settings:
-        """Write it all again, beside what somebody may have written since, and return the settings."""
+        """Write the backup to the registry and return its settings. Records that were written since are kept.
+
+        There must be a backup: the controller keeps one before it can meet an empty registry.
+        """
         assert self._settings is not None
         kept = self._snapshot
         for blob in self._codes.values():
@@ -42,5 +45,5 @@ class RegistryBackup:
             )
         )
         await self._settings.write(registry)
-        log.warning("the broker had lost its data: wrote %d backends again", len(kept.backends))
+        log.warning("the broker had lost its data: restored %d backends", len(kept.backends))
         return self._settings

@@ -1,11 +1,11 @@
-"""The manifest: an application as a file declares it, and its difference from what is deployed.
+"""The manifest: the backends and endpoints that a file declares, and the mistakes in it by line.
 
 ::
 
     backends:
       digits:
         import: models.digits:Digits          # where the replicas find the code
-        args: [0.5]                           # what a class is constructed with
+        args: [0.5]                           # arguments of the class's constructor
         kwargs: {scale: true}
         config: {num_replicas: 2, max_batch_size: 32}
         ray_actor_options: {num_cpus: 0.5}
@@ -17,22 +17,20 @@
         backend: digits                       # or: traffic: {digits: 0.9, digits-next: 0.1}
         shadows: {digits-next: 0.1}
 
-What a file does not say is the default, not what there is. Nothing here does anything.
+A field that the file leaves out has its default, not its deployed value.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 
 from ...broker.errors import ConfigError, PenstockError
-from ...broker.registry.records import BackendRecord, EndpointRecord, Snapshot
+from ...broker.registry.records import EndpointRecord, Snapshot
 from ...broker.wire.keys import check_name
 from ...proxy.routing import check_route, clash
 from .. import validation
@@ -41,7 +39,7 @@ from ..config import BackendConfig
 T = TypeVar("T")
 
 Members = dict[str, tuple[yaml.Node, yaml.Node]]
-"""What a mapping has, by name: the nodes of the key and of the value."""
+"""The members of a mapping by name: the nodes of the key and of the value."""
 
 _TOP = ("backends", "endpoints")
 _BACKEND = ("import", "args", "kwargs", "config", "ray_actor_options", "runtime_env")
@@ -50,7 +48,7 @@ _ENDPOINT = ("route", "methods", "call_methods", "backend", "traffic", "shadows"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mistake:
-    """What is wrong in a file, and where."""
+    """An error in a file, with its line."""
 
     line: int
     message: str
@@ -61,7 +59,7 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclaredBackend:
-    """One backend as a file declares it."""
+    """One backend of a file."""
 
     tag: str
     target: str
@@ -79,43 +77,28 @@ class DeclaredBackend:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a file declares."""
+    """The content of a file."""
 
     backends: dict[str, DeclaredBackend]
     endpoints: dict[str, EndpointRecord]
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestChange:
-    """One change that deploying makes."""
-
-    verb: Literal["create", "update", "configure", "delete"]
-    """``configure``: the replicas take it over as they run."""
-    kind: Literal["backend", "endpoint"]
-    name: str
-    details: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        details = f": {'; '.join(self.details)}" if self.details else ""
-        return f"{self.verb} {self.kind} {self.name}{details}"
-
-
 def read(text: str, seen: Snapshot) -> tuple[Manifest, list[Mistake]]:
-    """Return what ``text`` declares beside what there is, and every mistake in it, by line.
+    """Return the manifest in ``text``, and every mistake in it, by line.
 
-    If there are mistakes, the application is what could be read.
+    The manifest must fit beside the deployed records of ``seen``. If there are mistakes, it contains what is correct.
     """
     reading = _Reading()
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        said = ": ".join(part for part in (e.context, e.problem) if part)
-        return Manifest({}, {}), [Mistake(mark.line + 1 if mark else 1, f"this is not YAML: {said}")]
+        problem = ": ".join(part for part in (e.context, e.problem) if part)
+        return Manifest({}, {}), [Mistake(mark.line + 1 if mark else 1, f"this is not YAML: {problem}")]
     except yaml.YAMLError as e:
         return Manifest({}, {}), [Mistake(1, f"this is not YAML: {e}")]
     if root is None:
-        return Manifest({}, {}), [Mistake(1, "the file is empty; it declares backends and endpoints")]
+        return Manifest({}, {}), [Mistake(1, "the file is empty; it must declare backends or endpoints")]
     backends: dict[str, DeclaredBackend] = {}
     endpoints: dict[str, EndpointRecord] = {}
     sections = reading.members(root, "the file", _TOP)
@@ -135,90 +118,8 @@ def read(text: str, seen: Snapshot) -> tuple[Manifest, list[Mistake]]:
     return Manifest(backends, endpoints), sorted(set(reading.mistakes))
 
 
-def plan(
-    application: Manifest, seen: Snapshot, codes: Mapping[str, bytes], *, prune: bool = False
-) -> list[ManifestChange]:
-    """Return what it takes to get from what is ``seen``, with its ``codes`` by tag, to what is declared; maybe nothing.
-
-    With ``prune`` all that is not declared goes.
-    """
-    steps: list[ManifestChange] = []
-    for tag, backend in application.backends.items():
-        record = seen.backends.get(tag)
-        if record is None:
-            details = (f"{backend.target}, {backend.config.spec().initial_replicas} replicas",)
-            steps.append(ManifestChange("create", "backend", tag, details))
-            continue
-        rolled = _rolled(backend, record, codes.get(tag))
-        configured = _configured(backend.config, record)
-        if rolled:
-            steps.append(ManifestChange("update", "backend", tag, (*rolled, *configured)))
-        elif configured:
-            steps.append(ManifestChange("configure", "backend", tag, configured))
-    for name, endpoint in application.endpoints.items():
-        old = seen.endpoints.get(name)
-        if old is None:
-            details = (f"{' '.join(endpoint.methods)} {endpoint.route}" if endpoint.route else "for handles alone",)
-            steps.append(ManifestChange("create", "endpoint", name, details))
-        elif old != endpoint:
-            said = tuple(
-                f"{what} {_shown(getattr(old, what))} -> {_shown(getattr(endpoint, what))}"
-                for what in ("route", "methods", "call_methods", "traffic", "shadows")
-                if getattr(old, what) != getattr(endpoint, what)
-            )
-            steps.append(ManifestChange("update", "endpoint", name, said))
-    if prune:
-        steps += [
-            ManifestChange("delete", "endpoint", name) for name in seen.endpoints if name not in application.endpoints
-        ]
-        steps += [ManifestChange("delete", "backend", tag) for tag in seen.backends if tag not in application.backends]
-    return steps
-
-
-def _rolled(backend: DeclaredBackend, record: BackendRecord, code: bytes | None) -> tuple[str, ...]:
-    """Return why its replicas must be replaced, if they must."""
-    reasons: list[str] = []
-    there = None if code is None else _plain(code)
-    if there is None:
-        reasons.append(f"its code becomes {backend.target}")
-    elif there != backend.code:
-        what = "import" if there[0] != backend.target else "args"
-        old, new = (there[0], backend.target) if what == "import" else (there[1:], backend.code[1:])
-        reasons.append(f"{what} {_shown(old)} -> {_shown(new)}")
-    if backend.actor_options != record.actor_options:
-        reasons.append(f"ray_actor_options {_shown(record.actor_options)} -> {_shown(backend.actor_options)}")
-    if (backend.runtime_env or None) != (record.runtime_env or None):
-        reasons.append("runtime_env")
-    return tuple(reasons)
-
-
-def _configured(config: BackendConfig, record: BackendRecord) -> tuple[str, ...]:
-    old, new = BackendConfig.of_spec(record.config).model_dump(), config.model_dump()
-    return tuple(f"{name} {_shown(old[name])} -> {_shown(new[name])}" for name in new if old[name] != new[name])
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        # What lies in the registry is not to run code here.
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no plain value")
-
-
-def _plain(code: bytes) -> tuple[Any, ...] | None:
-    """Return the target, the arguments and the keyword arguments, if all of them are plain values."""
-    try:
-        target, args, kwargs, _ = _PlainUnpickler(BytesIO(code)).load()
-    except Exception:  # whatever bytes that are no such pickle can bring about
-        return None
-    return target, tuple(args), dict(kwargs)
-
-
-def _shown(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)  # pyright: ignore[reportUnknownArgumentType]
-    return text if len(text) < 80 else text[:77] + "..."
-
-
 class _Reading:
-    """Reads the nodes of a file and notes what is wrong with them."""
+    """Reads the nodes of a YAML document and collects the mistakes."""
 
     def __init__(self) -> None:
         self.mistakes: list[Mistake] = []
@@ -239,7 +140,7 @@ class _Reading:
         for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
             name = self.value(key)
             if not isinstance(name, str):
-                complaint = f"{what} must have names for keys, not {name!r}"
+                complaint = f"{what} must have names as keys, not {name!r}"
             elif names is not None and name not in names:
                 complaint = f"{what} has no {name!r}; it may have {', '.join(names)}"
             elif name in found:
@@ -308,7 +209,7 @@ class _Reading:
             names = self.value(members["call_methods"][1])
             call_methods = self.check(members["call_methods"][1], lambda: validation.check_call_methods(names))
         if "backend" in members and "traffic" in members:
-            self.note(members["traffic"][0], f"{what} has a 'backend' and 'traffic': it needs one of them")
+            self.note(members["traffic"][0], f"{what} has both 'backend' and 'traffic'; leave out one of them")
         elif "backend" in members:
             tag = self.value(members["backend"][1])
             traffic = self.check(members["backend"][1], lambda: validation.check_traffic({tag: 1.0}, known))
@@ -373,7 +274,7 @@ class _Reading:
         fields: dict[str, Any] = {}
         before = len(self.mistakes)
         for name, (key, value) in self.members(node, f"config of {what}").items():
-            # One by one, as each has a line of its own.
+            # Each field is checked alone, so that its mistake has its own line.
             fields[name] = self.value(value)
             self.check(key, partial(BackendConfig, **{name: fields[name]}))
         if len(self.mistakes) > before:
@@ -383,7 +284,7 @@ class _Reading:
 
 def _check_target(target: object) -> None:
     if not isinstance(target, str):
-        raise ConfigError(f"import must be where to find the code, such as 'package.module:Name', not {target!r}")
+        raise ConfigError(f"import must be an import path such as 'package.module:Name', not {target!r}")
     validation.check_callable(target, (), {}, takes_batch=True)
 
 

@@ -1,4 +1,4 @@
-"""Code to deploy, and a look at where it runs."""
+"""Code to deploy, and the replicas that run it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 
 SMALL = {"num_cpus": 0.1}
-"""So that many replicas fit into the tests' cluster."""
+"""Resources so small that many replicas fit into the cluster of the tests."""
 
 
 def answering(value: Any) -> Callable[[serve.Request], Any]:
@@ -22,7 +22,7 @@ def answering(value: Any) -> Callable[[serve.Request], Any]:
 
 
 class Slow:
-    """Takes its time, and tells who it is."""
+    """Sleeps for a moment, and returns its name."""
 
     def __init__(self, name: str = "slow") -> None:
         self.name = name
@@ -33,7 +33,7 @@ class Slow:
 
 
 def replicas(client: serve.Client, tag: str = "f") -> dict[str, int]:
-    """The process of each replica that is ready and has not begun to go."""
+    """Return the process id of each ready replica."""
 
     async def read() -> dict[str, int]:
         instance = await Instance(client.redis_url, "default").open()

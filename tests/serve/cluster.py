@@ -1,4 +1,4 @@
-"""A Ray cluster of several machines on one: each node has a network of its own, and an address that it alone has.
+"""A Ray cluster of several nodes on one machine: each has a network namespace and an address of its own.
 
 A node is a network namespace, plugged into a bridge that lies, with the broker, in one more of them. The machine's own
 network is neither used nor changed: an address or a port that is taken there is free here, and traffic cannot get out.
@@ -44,7 +44,7 @@ _CLONE_NEWNET = 0x40000000
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
-    # Python processes that are started just in case take the time of those that are needed.
+    # Prestarted Python processes would slow down the ones that are needed.
     "RAY_prestart_worker_first_driver": "0",
     # By default Ray takes 15 s to notice that a node has died, and a minute if it was cut off.
     "RAY_health_check_period_ms": "500",
@@ -57,7 +57,7 @@ import json, os, sys
 import ray
 from penstock import serve
 
-# Nodes that share their files look alike to Ray, but for their addresses.
+# To Ray, nodes that share a file system differ only by their addresses.
 ray.init(address=os.environ["RAY_ADDRESS"], _node_ip_address=sys.argv[1], logging_level="ERROR")
 with serve.start(**json.loads(sys.argv[2])) as client:
     print(json.dumps({"http_url": client.http_url}), flush=True)
@@ -66,7 +66,7 @@ with serve.start(**json.loads(sys.argv[2])) as client:
 
 
 class Namespace:
-    """A network namespace. What is called in it, and what that starts, has its network and no other."""
+    """A network namespace. Functions called in it, and processes that they start, use only its network."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -78,7 +78,7 @@ class Namespace:
         return self._threads.submit(function, *args, **kwargs).result()
 
     def kill_all(self) -> None:
-        """End every process in it, with -9."""
+        """Kill every process in it (SIGKILL)."""
         _kill_all(self.name)
 
     def pids(self, title: str) -> list[int]:
@@ -92,7 +92,7 @@ class Namespace:
 
 
 class Node:
-    """A machine of the cluster."""
+    """A node of the cluster."""
 
     def __init__(self, hub: Namespace, namespace: Namespace, number: int) -> None:
         self.address = f"{_NETWORK}.{number}"
@@ -103,7 +103,7 @@ class Node:
         _ip("-n", hub.name, "link", "set", self._plug, "master", "bridge", "up")
         _ip("-n", name, "address", "add", f"{self.address}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
-        # By it, Ray finds out which address is ours. Nothing is sent along it.
+        # Ray detects its own address by this route. No packet uses it.
         _ip("-n", name, "route", "add", "default", "via", f"{_NETWORK}.{_HUB}")
 
     def run(self, *command: str, environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
@@ -112,8 +112,8 @@ class Node:
         return self.namespace.call(subprocess.Popen, command, env=environment, text=True, **options)
 
     def start_ray(self, *arguments: str, cpus: int = _CPUS, **environment: str) -> None:
-        """Return when the node has joined the cluster, or has begun it."""
-        with tempfile.TemporaryFile("w+") as log:  # not a pipe: the daemons keep it
+        """Return when the node has joined the cluster, or has started it."""
+        with tempfile.TemporaryFile("w+") as log:  # Not a pipe, which the daemons would keep open.
             starting = self.run(
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
                 *(f"--node-ip-address={self.address}", f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}"),
@@ -128,16 +128,16 @@ class Node:
                 pytest.fail(f"ray start {' '.join(arguments)} failed:\n{log.read()}")
 
     def kill(self) -> None:
-        """As a machine does that loses its power, but that its peers are told: each connection is reset."""
+        """Kill the node like a loss of power, except that each of its connections is reset."""
         self.namespace.kill_all()
 
     def unplug(self) -> None:
-        """As a machine does that loses its network: nothing of it is heard any more, and nobody is told."""
+        """Cut the node off the network: its connections stay open and silent."""
         _ip("-n", self._hub.name, "link", "set", self._plug, "down")
 
 
 class Cluster:
-    """A head, from the start, and the nodes that are added."""
+    """A head node, and the nodes that are added."""
 
     def __init__(self, *, keep_ray_state: bool = False) -> None:
         """With ``keep_ray_state``, Ray's own state lies in a Redis too, and the head is nothing but a head."""
@@ -153,12 +153,14 @@ class Cluster:
             _ip("-n", name, "link", "add", "bridge", "type", "bridge")
             _ip("-n", name, "address", "add", f"{_NETWORK}.{_HUB}/24", "dev", "bridge")
             _ip("-n", name, "link", "set", "bridge", "up")
-            self._folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts Unix sockets deep into it
+            self._folder = tempfile.mkdtemp(
+                prefix="ray-"
+            )  # A short path, because Ray creates Unix sockets deep below it.
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self.near_url = self._start_redis(undo, _BROKER_PORT)
-            """The broker, for this process."""
+            """The broker's URL for this process."""
             self.redis_url = f"redis://{_NETWORK}.{_HUB}:{_BROKER_PORT}"
-            """The broker, for the nodes."""
+            """The broker's URL for the nodes."""
             if self._keep_ray_state:
                 self._start_redis(undo, _RAY_STATE_PORT)
             self.head = self._plugged_in(undo, _HEAD)
@@ -167,7 +169,7 @@ class Cluster:
         return self
 
     def _start_redis(self, undo: ExitStack, port: int) -> str:
-        """Start one that all nodes reach at ``port`` of the hub; return the URL for this process."""
+        """Start a broker that all nodes reach at ``port`` of the hub; return the URL for this process."""
         server = self._hub.call(EmbeddedServer.start)
         undo.callback(server.stop)
         with Redis.from_url(server.url) as redis:
@@ -177,8 +179,8 @@ class Cluster:
         return server.url
 
     def start_head(self) -> None:
-        """Start Ray on the head; again, if it was killed there."""
-        # Ray sees the nodes' processes here, where they would be on other machines, and takes them for this head's.
+        """Start Ray on the head, also after it was killed."""
+        # Ray sees the processes of all nodes, because they share this machine, and takes them for those of the head.
         Path(self._folder, "ray_current_cluster").unlink(missing_ok=True)
         arguments = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
         if not self._keep_ray_state:
@@ -190,7 +192,7 @@ class Cluster:
         self._ending.close()
 
     def add_node(self) -> Node:
-        """Return a new node, when it has joined."""
+        """Add a node, and return it when it has joined."""
         self._added += 1
         node = self._plugged_in(self._ending, _HEAD + self._added)
         node.start_ray(f"--address={self.head.address}:{_RAY_PORT}")
@@ -235,7 +237,7 @@ class Cluster:
                 script.kill()
 
     def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
-        """Return what the instance's replicas or proxies last said of themselves."""
+        """Return the latest reports of the instance's replicas or proxies."""
 
         async def read() -> dict[str, dict[str, Any]]:
             instance = await Instance(self.near_url, "default").open()
@@ -247,13 +249,13 @@ class Cluster:
         return background_loop.run(read())
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call ``function`` where all nodes are reached: it may open connections to them."""
+        """Call ``function`` in the hub's network, from which all nodes can be reached."""
         return self._hub.call(function, *args, **kwargs)
 
 
 @contextmanager
 def cluster(*, keep_ray_state: bool = False) -> Generator[Cluster]:
-    """Start a `Cluster`; whatever becomes of it, nothing of it is left at the end.
+    """Start a `Cluster`; remove all its processes, files and networks at the end.
 
     Without the right to make networks, the test is skipped; in CI (``CI=true``) that is a failure.
     """
@@ -284,7 +286,7 @@ def _not_here() -> str | None:
 
 
 def _sweep() -> None:
-    """Remove what a test run that was killed has left."""
+    """Remove the networks that a killed test run has left."""
     for line in _ip("netns", "list").splitlines():
         name = line.split()[0]
         prefix, _, owner = name.partition(f"{_PREFIX}-")
@@ -313,7 +315,7 @@ def _command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
-        return ""  # it has just ended
+        return ""  # The process has just ended.
 
 
 def _first_line(script: subprocess.Popen[str], within_s: float) -> str:
@@ -327,8 +329,8 @@ def _first_line(script: subprocess.Popen[str], within_s: float) -> str:
 
 
 def _enter(namespace: str) -> None:
-    """Move the calling thread, and no other, into a namespace."""
-    # As os.setns does from Python 3.12 on.
+    """Move the calling thread into a namespace."""
+    # Python 3.12 has os.setns for this.
     with open(Path("/run/netns", namespace)) as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")

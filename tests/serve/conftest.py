@@ -13,7 +13,7 @@ StartClient = Callable[..., serve.Client]
 
 @pytest.fixture
 def start(cluster: str, redis_url: str) -> Iterator[StartClient]:
-    """Start instances, by default one without HTTP, that end with the test."""
+    """Starts instances, by default without HTTP, that end with the test."""
     with ExitStack() as started:
 
         def start(**options: Any) -> serve.Client:
@@ -27,19 +27,19 @@ def start(cluster: str, redis_url: str) -> Iterator[StartClient]:
 
 @pytest.fixture
 def client(start: StartClient) -> serve.Client:
-    """An instance for handles alone."""
+    """An instance without HTTP."""
     return start()
 
 
 @pytest.fixture
 def web(start: StartClient) -> serve.Client:
-    """An instance with HTTP on any free port."""
+    """An instance with HTTP on a free port."""
     return start(http_options={"port": 0})
 
 
 @pytest.fixture(scope="module")
 def standing(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
-    """An instance for all tests of a module that do not disturb each other: backend `f`, endpoint `api`."""
+    """An instance for all tests of a module, with backend `f` and endpoint `api`."""
     with clean(brokers.url("embedded")) as url:
         client = serve.start(redis_url=url, instance="standing", http_options={"location": None})
         client.create_backend("f", _echo, ray_actor_options={"num_cpus": 0.1})

@@ -1,4 +1,4 @@
-"""A steady load, and what became of it."""
+"""A steady load of calls, and its outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 
 class Load:
-    """Calls that go out one after the other from a few threads."""
+    """Calls that a few threads send one after the other."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -21,7 +21,7 @@ class Load:
         self._sending = threading.Lock()
         self.sent = 0
         self.answers: list[tuple[float, Any]] = []
-        """When each was sent (monotonic), and what came back."""
+        """The time (monotonic) and the result of each call."""
         self.failures: list[Exception] = []
 
     def run(self) -> None:
@@ -38,12 +38,12 @@ class Load:
         self._ended.set()
 
     def goes_on(self) -> None:
-        """Wait for some more answers."""
+        """Wait for some more results."""
         enough = len(self.answers) + 20
         wait_until(lambda: len(self.answers) >= enough or self.failures)
 
     def since(self, moment_s: float) -> Counter[Any]:
-        """Count the answers to what was sent after ``moment_s``."""
+        """Return the results of the calls that were sent after ``moment_s``, counted."""
         return Counter(answer for sent_s, answer in self.answers if sent_s >= moment_s)
 
 

@@ -1,4 +1,4 @@
-"""Record what the broker counts of a real backend that scales, under a load that rises, bursts and ends.
+"""Record the queue depths of a real backend that scales, under a load that rises, bursts and ends.
 
 ``python -m tests.serve.record_load > tests/serve/controller/load_curve.csv`` takes about a minute and a half;
 `test_autoscaler` runs the policy on what it writes.
@@ -41,7 +41,7 @@ def rate(now_s: float) -> float:
 
 def serving_for(mean_s: float) -> Callable[[serve.Request], Any]:
     async def serve_one(request: serve.Request) -> None:
-        # Mostly short, sometimes long, as work is.
+        # Mostly short and sometimes long.
         await asyncio.sleep(mean_s * random.lognormvariate(-0.32, 0.8))
 
     return serve_one

@@ -31,7 +31,7 @@ def test_a_new_backend_is_added() -> None:
     assert add_backend(SEEN, backend("new")) == Change(backends={"new": backend("new")})
 
 
-def test_an_update_counts_the_configuration_up() -> None:
+def test_an_update_increments_the_version_of_the_configuration() -> None:
     change = update_backend(SEEN, "f", lambda _: backend(version="v2"))
     assert change == Change(backends={"f": backend(version="v2", config_version=2)})
 
@@ -40,7 +40,7 @@ def test_an_update_that_changes_nothing_writes_nothing() -> None:
     assert update_backend(SEEN, "f", lambda old: old) == Change()
 
 
-def test_what_failed_is_taken_back_and_the_configuration_counts_on() -> None:
+def test_a_failed_change_is_undone_with_the_next_version_of_the_configuration() -> None:
     seen = Snapshot(8, {"f": backend(version="v2", config_version=2)})
     assert undo_backend(seen, backend(version="v2", config_version=2), backend()) == Change(
         backends={"f": backend(version="v1", config_version=3)}
@@ -48,13 +48,13 @@ def test_what_failed_is_taken_back_and_the_configuration_counts_on() -> None:
     assert undo_backend(seen, backend(version="v2", config_version=2), None) == Change(backends={"f": None})
 
 
-def test_what_somebody_else_has_changed_since_is_not_taken_back() -> None:
+def test_a_change_is_not_undone_after_another_client_changed_the_backend() -> None:
     seen = Snapshot(8, {"f": backend(version="v3", config_version=3)})
     assert undo_backend(seen, backend(version="v2", config_version=2), backend()) == Change()
     assert undo_backend(Snapshot(9), backend(version="v2", config_version=2), backend()) == Change()
 
 
-def test_a_backend_that_nobody_uses_is_removed() -> None:
+def test_a_backend_that_no_endpoint_uses_is_removed() -> None:
     assert remove_backend(SEEN, "g") == Change(backends={"g": None})
 
 
@@ -63,7 +63,7 @@ def test_an_endpoint_is_added_with_all_its_traffic_to_one_backend() -> None:
     assert add_endpoint(SEEN, new) == Change(endpoints={"other": new})
 
 
-def test_a_route_may_be_shared_with_other_methods_or_without_a_route() -> None:
+def test_endpoints_may_share_a_route_with_different_methods_or_have_none() -> None:
     for new in (endpoint("b", "/api/{y}", ("POST",)), endpoint("b", None), endpoint("b", "/api/{x:int}")):
         assert add_endpoint(SEEN, new).endpoints == {"b": new}
 
@@ -83,16 +83,16 @@ def test_traffic_and_shadows_are_replaced() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
-        (lambda: add_backend(SEEN, backend("f")), ConfigError, "there is a backend 'f' already"),
+        (lambda: add_backend(SEEN, backend("f")), ConfigError, "backend 'f' already exists"),
         (lambda: update_backend(SEEN, "x", lambda old: old), BackendNotFound, "no backend 'x'"),
         (lambda: remove_backend(SEEN, "x"), BackendNotFound, "no backend 'x'; this instance has 'f', 'g', 'h'"),
-        (lambda: remove_backend(SEEN, "f"), ConfigError, "the backend 'f' is in use by 'api'"),
-        (lambda: remove_backend(SEEN, "h"), ConfigError, "the backend 'h' is in use by 'api'"),
-        (lambda: add_endpoint(SEEN, endpoint("api", None)), ConfigError, "there is an endpoint 'api' already"),
+        (lambda: remove_backend(SEEN, "f"), ConfigError, "backend 'f' is used by endpoint 'api'"),
+        (lambda: remove_backend(SEEN, "h"), ConfigError, "backend 'h' is used by endpoint 'api'"),
+        (lambda: add_endpoint(SEEN, endpoint("api", None)), ConfigError, "endpoint 'api' already exists"),
         (
             lambda: add_endpoint(SEEN, endpoint("b", "/api/{y}")),
             ConfigError,
-            "the endpoint 'api' has the route '/api/{x}' for GET; 'b' cannot have '/api/{y}' for GET",
+            "endpoint 'api' has the route '/api/{x}' for GET; endpoint 'b' cannot have '/api/{y}' for GET",
         ),
         (
             lambda: add_endpoint(SEEN, EndpointRecord(name="b", traffic={"x": 1.0})),
@@ -106,7 +106,7 @@ def test_traffic_and_shadows_are_replaced() -> None:
         (lambda: set_shadow(SEEN, "api", "x", 1.0), BackendNotFound, "no backend 'x'"),
     ],
 )
-def test_what_cannot_be_changed_raises_and_names_it(
+def test_an_invalid_change_raises_and_names_the_thing(
     change: Callable[[], Change], kind: type[Exception], says: str
 ) -> None:
     with pytest.raises(kind) as raised:

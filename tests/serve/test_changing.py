@@ -1,4 +1,4 @@
-"""Changes under load: none of them fails a request, and each serves when its call returns."""
+"""Changes under load: none fails a request, and each is live when its call returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serve.load import load
 from tests.waiting import wait_until
 
 
-def test_scaling_up_and_down_fails_nothing(client: serve.Client) -> None:
+def test_scaling_up_and_down_fails_no_request(client: serve.Client) -> None:
     client.create_backend("f", Slow, ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f", route="/e")
     handle = client.get_handle("e")
@@ -30,7 +30,7 @@ def test_scaling_up_and_down_fails_nothing(client: serve.Client) -> None:
             calls.goes_on()
 
 
-def test_new_code_takes_over_without_a_failure_and_at_once(web: serve.Client, http: HTTPClient) -> None:
+def test_new_code_is_live_when_the_update_returns_and_no_request_fails(web: serve.Client, http: HTTPClient) -> None:
     web.create_backend("f", Slow, "old", config={"num_replicas": 2}, ray_actor_options=SMALL)
     web.create_endpoint("e", backend="f", route="/e")
     with load(lambda: http.get("/e").raise_for_status().text) as calls:
@@ -42,7 +42,7 @@ def test_new_code_takes_over_without_a_failure_and_at_once(web: serve.Client, ht
     assert web.get_backend_config("f").num_replicas == 2
 
 
-def test_new_code_that_cannot_start_leaves_the_old_serving(client: serve.Client) -> None:
+def test_new_code_that_cannot_start_leaves_the_old_code_serving(client: serve.Client) -> None:
     class Broken:
         def __init__(self) -> None:
             raise RuntimeError("no weights")
@@ -63,7 +63,7 @@ def test_new_code_that_cannot_start_leaves_the_old_serving(client: serve.Client)
     wait_until(lambda: replicas(client) == before)
 
 
-def test_a_configuration_reaches_every_replica_and_every_later_one(client: serve.Client) -> None:
+def test_a_configuration_applies_to_running_and_later_replicas(client: serve.Client) -> None:
     class Configured:
         threshold = 0.0
 
@@ -93,7 +93,7 @@ def test_a_configuration_reaches_every_replica_and_every_later_one(client: serve
     assert set(calls.since(first_s)) == {0.5}
 
 
-def test_traffic_moves_at_every_proxy_and_handle_when_the_call_returns(start: Callable[..., serve.Client]) -> None:
+def test_traffic_is_live_at_every_proxy_and_handle_when_the_call_returns(start: Callable[..., serve.Client]) -> None:
     client = start(http_options={"port": 0, "proxies_per_node": 2})
     for tag in ("blue", "green"):
         client.create_backend(tag, answering(tag), ray_actor_options=SMALL)
@@ -104,7 +104,7 @@ def test_traffic_moves_at_every_proxy_and_handle_when_the_call_returns(start: Ca
         client.set_traffic("e", {tag: 1.0})
         answers = set[str]()
         for _ in range(20):
-            with HTTPClient() as http:  # each on a connection of its own, to one proxy or the other
+            with HTTPClient() as http:  # each on its own connection, to one proxy or the other
                 answers.add(http.get(url).text)
         assert answers == {tag}
         assert {handle.remote().result(timeout=10) for _ in range(20)} == {tag}
@@ -121,7 +121,7 @@ def test_traffic_moves_at_every_proxy_and_handle_when_the_call_returns(start: Ca
         assert http.get(url).status_code == 404
 
 
-def test_a_shadow_gets_copies_and_touches_nobody(client: serve.Client) -> None:
+def test_shadow_traffic_is_copied_and_affects_no_caller(client: serve.Client) -> None:
     class Shadow:
         def __init__(self) -> None:
             self.seen = 0
@@ -147,7 +147,7 @@ def test_a_shadow_gets_copies_and_touches_nobody(client: serve.Client) -> None:
     assert look.remote().result(timeout=10) == 10
 
 
-def test_a_shadow_that_is_slow_and_full_is_counted_and_touches_nobody(web: serve.Client, http: HTTPClient) -> None:
+def test_a_slow_and_full_shadow_backend_is_counted_and_affects_no_caller(web: serve.Client, http: HTTPClient) -> None:
     async def never(request: serve.Request) -> None:
         await asyncio.sleep(3600)
 
@@ -169,7 +169,7 @@ def test_a_shadow_that_is_slow_and_full_is_counted_and_touches_nobody(web: serve
 
 
 def counted(client: serve.Client, tag: str) -> tuple[int, int]:
-    """Return how many requests of a backend wait and how many run."""
+    """Return the numbers of waiting and of running requests of a backend."""
     backend = client.status()["backends"][tag]
     return backend["queued"], backend["in_progress"]
 
@@ -178,7 +178,7 @@ def metrics(http: HTTPClient) -> list[str]:
     return http.get("/-/metrics").text.splitlines()
 
 
-def test_a_deleted_backend_answers_what_is_queued(client: serve.Client) -> None:
+def test_a_deleted_backend_answers_its_queued_requests_first(client: serve.Client) -> None:
     client.create_backend("f", Slow, config={"max_concurrent_queries": 1}, ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
     handle = client.get_handle("e")
@@ -195,7 +195,7 @@ def unsettled(client: serve.Client) -> int:
     return sum(counted(client, "f"))
 
 
-def test_with_force_what_is_queued_is_refused_at_once(client: serve.Client) -> None:
+def test_a_forced_deletion_refuses_queued_requests_at_once(client: serve.Client) -> None:
     class Forever:
         def __call__(self, request: serve.Request) -> None:
             threading.Event().wait(60)
@@ -212,7 +212,7 @@ def test_with_force_what_is_queued_is_refused_at_once(client: serve.Client) -> N
             future.result(timeout=10)
 
 
-def test_a_replica_that_is_killed_costs_time_and_no_answer(client: serve.Client) -> None:
+def test_a_killed_replica_delays_requests_and_fails_none(client: serve.Client) -> None:
     client.create_backend("f", Slow, config={"num_replicas": 2}, ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
     handle = client.get_handle("e")
@@ -226,7 +226,7 @@ def test_a_replica_that_is_killed_costs_time_and_no_answer(client: serve.Client)
     assert len(replicas(client).keys() & before.keys()) == 1
 
 
-def test_a_proxy_that_is_killed_is_back_on_its_port(web: serve.Client) -> None:
+def test_a_killed_proxy_is_restarted_on_its_port(web: serve.Client) -> None:
     web.create_backend("f", answering("here"), ray_actor_options=SMALL)
     web.create_endpoint("e", backend="f", route="/e")
     (proxy,) = web.status()["proxies"].values()

@@ -10,7 +10,7 @@ from penstock.handles.errors import ConfigError
 from penstock.serve.config import AutoscalingConfig, BackendConfig, HTTPOptions
 
 
-def test_the_defaults_are_those_that_are_documented() -> None:
+def test_the_defaults_are_the_documented_ones() -> None:
     assert BackendConfig().model_dump() == {
         "num_replicas": 1,
         "max_batch_size": None,
@@ -52,8 +52,8 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         ({"max_batch_size": "8"}, "BackendConfig.max_batch_size must be a valid integer, not str"),
         ({"batch_wait_timeout": "1"}, "BackendConfig.batch_wait_timeout must be a valid number, not str"),
         ({"allow_pickle": 1}, "BackendConfig.allow_pickle must be a valid boolean, not int"),
-        ({"user_config": {"when": object()}}, "BackendConfig.user_config must be what JSON can hold"),
-        ({"user_config": {1: "one"}}, "BackendConfig.user_config must be what JSON can hold"),
+        ({"user_config": {"when": object()}}, "BackendConfig.user_config must be a JSON value"),
+        ({"user_config": {1: "one"}}, "BackendConfig.user_config must be a JSON value"),
         ({"autoscaling_config": 3}, "BackendConfig.autoscaling_config must be"),
         ({"autoscaling_config": {"max_replicas": "4"}}, "AutoscalingConfig.max_replicas must be a valid integer"),
     ],
@@ -72,9 +72,9 @@ def test_a_field_of_a_wrong_type_is_a_type_error_that_names_it(fields: dict[str,
         ({"batch_wait_timeout": -0.1}, "BackendConfig.batch_wait_timeout must be greater than or equal to 0, not -0.1"),
         ({"batch_wait_timeout": float("nan")}, "BackendConfig.batch_wait_timeout must be a finite number, not nan"),
         ({"health_check_period_s": 0}, "BackendConfig.health_check_period_s must be greater than 0, not 0"),
-        ({"user_config": float("inf")}, "BackendConfig.user_config must be what JSON can hold"),
+        ({"user_config": float("inf")}, "BackendConfig.user_config must be a JSON value"),
         ({"num_replica": 2}, "BackendConfig has no field 'num_replica'; did you mean 'num_replicas'?"),
-        ({"colour": "red"}, "BackendConfig has no field 'colour'; it has num_replicas, max_batch_size,"),
+        ({"colour": "red"}, "BackendConfig has no field 'colour'; its fields are num_replicas, max_batch_size,"),
         ({"autoscaling_config": {}}, "AutoscalingConfig.max_replicas must be given"),
         (
             {"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}},
@@ -82,9 +82,7 @@ def test_a_field_of_a_wrong_type_is_a_type_error_that_names_it(fields: dict[str,
         ),
     ],
 )
-def test_a_wrong_value_is_a_config_error_that_says_what_was_met_and_what_is_allowed(
-    fields: dict[str, Any], says: str
-) -> None:
+def test_a_wrong_value_is_a_config_error_that_names_it_and_what_is_allowed(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         BackendConfig(**fields)
     assert says in str(raised.value)
@@ -104,13 +102,13 @@ def test_a_wrong_value_is_a_config_error_that_says_what_was_met_and_what_is_allo
         ({"max_connections": 0}, ConfigError, "HTTPOptions.max_connections must be greater than or equal to 1, not 0"),
     ],
 )
-def test_http_options_are_checked_alike(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+def test_http_options_are_validated(options: dict[str, Any], kind: type[Exception], says: str) -> None:
     with pytest.raises(kind) as raised:
         HTTPOptions.of(options)
     assert says in str(raised.value)
 
 
-def test_a_location_of_none_is_no_server() -> None:
+def test_a_location_of_none_means_no_server() -> None:
     assert HTTPOptions.of({"location": None}).location == "NoServer"
 
 
@@ -120,17 +118,17 @@ def test_middlewares_are_those_of_starlette() -> None:
 
 
 @pytest.mark.parametrize("config", [None, {}, BackendConfig()])
-def test_a_config_may_be_left_out_or_be_a_mapping_or_the_value_itself(config: Any) -> None:
+def test_a_config_may_be_left_out_or_be_a_mapping_or_a_model(config: Any) -> None:
     assert BackendConfig.of(config) == BackendConfig()
 
 
 @pytest.mark.parametrize("config", [3, "num_replicas", [("num_replicas", 2)], HTTPOptions(), {3: 4}])
-def test_anything_else_is_refused_as_a_config(config: Any) -> None:
+def test_a_config_of_another_type_is_refused(config: Any) -> None:
     with pytest.raises(TypeError, match="config"):
         BackendConfig.of(config)
 
 
-def test_an_update_keeps_what_it_does_not_name() -> None:
+def test_an_update_keeps_the_other_fields() -> None:
     config = BackendConfig(num_replicas=3, autoscaling_config=AutoscalingConfig(max_replicas=4))
     updated = config.merged({"max_batch_size": 8, "autoscaling_config": {"min_replicas": 2}})
     assert updated == BackendConfig(
@@ -141,7 +139,7 @@ def test_an_update_keeps_what_it_does_not_name() -> None:
     assert config.merged(None) == config
 
 
-def test_an_update_is_checked_as_a_whole() -> None:
+def test_an_update_is_validated_as_a_whole() -> None:
     config = BackendConfig(autoscaling_config=AutoscalingConfig(max_replicas=4))
     with pytest.raises(ConfigError, match=r"at least min_replicas \(9\), not 4"):
         config.merged({"autoscaling_config": {"min_replicas": 9}})
@@ -161,7 +159,7 @@ def test_a_configuration_has_the_fields_and_the_defaults_of_the_record() -> None
     assert set(BackendConfig.model_fields) == {field.name for field in fields(BackendSpec)}
 
 
-def test_a_user_config_cannot_be_changed_from_outside_later() -> None:
+def test_a_user_config_is_a_copy() -> None:
     weights = [1, 2]
     config = BackendConfig(user_config={"weights": weights})
     weights.append(3)
@@ -169,13 +167,13 @@ def test_a_user_config_cannot_be_changed_from_outside_later() -> None:
 
 
 @pytest.mark.parametrize(("num_replicas", "begins_with"), [(1, 2), (3, 3), (9, 4)])
-def test_with_autoscaling_num_replicas_is_where_it_begins(num_replicas: int, begins_with: int) -> None:
+def test_with_autoscaling_num_replicas_is_the_initial_number(num_replicas: int, begins_with: int) -> None:
     bounds = AutoscalingConfig(min_replicas=2, max_replicas=4)
     assert BackendConfig(num_replicas=num_replicas, autoscaling_config=bounds).spec().initial_replicas == begins_with
     assert BackendConfig(num_replicas=num_replicas).spec().initial_replicas == num_replicas
 
 
-def test_a_budget_for_bodies_that_holds_not_even_one_is_refused() -> None:
+def test_max_buffered_bytes_below_max_body_bytes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_buffered_bytes must be at least max_body_bytes \(67108864\), not 1000"):
         HTTPOptions(max_buffered_bytes=1000)
     assert HTTPOptions(max_buffered_bytes=1000, max_body_bytes=1000).max_buffered_bytes == 1000

@@ -49,7 +49,7 @@ def http() -> Iterator[HTTPClient]:
 
 
 def telling_the_node() -> Callable[[serve.Request], Awaitable[str]]:
-    # Within a function, so that it travels by value: the nodes have no tests to import.
+    # Defined in a function so that it is pickled by value: the nodes cannot import the tests.
     async def answer(request: serve.Request) -> str:
         import ray
 
@@ -64,7 +64,7 @@ def url(node: Node, path: str = "/e") -> str:
 
 
 def proxies(machines: Cluster, node: Node) -> set[int]:
-    """The processes of a node's proxies that take requests."""
+    """Return the process ids of a node's ready proxies."""
     there = url(node, "")
     return {proxy["pid"] for proxy in machines.reports("proxies").values() if proxy.get("url") == there}
 
@@ -114,7 +114,7 @@ def test_replicas_are_spread_over_the_nodes(machines: Cluster, client: serve.Cli
     assert sorted(places.count(place) for place in set(places)) == [1, 1]
 
 
-def test_a_proxy_that_is_killed_is_back_soon(
+def test_a_proxy_that_is_killed_is_restarted_soon(
     machines: Cluster, client: serve.Client, second: Node, http: HTTPClient
 ) -> None:
     before = proxies(machines, second)
@@ -126,14 +126,14 @@ def test_a_proxy_that_is_killed_is_back_soon(
     assert get(machines, http, second)
 
 
-def test_a_node_that_joins_serves_and_one_that_dies_is_missed_by_nobody(
+def test_a_node_that_joins_serves_and_one_that_dies_fails_no_request(
     machines: Cluster, client: serve.Client, second: Node, http: HTTPClient
 ) -> None:
     third = machines.add_node()
     wait_until(lambda: len(proxies(machines, third)) == PER_NODE)
     assert get(machines, http, third)
     there = node_id(machines, third)
-    client.update_backend_config("f", {"num_replicas": 2 + 3})  # Ray spreads what it starts, whatever is there
+    client.update_backend_config("f", {"num_replicas": 2 + 3})  # Ray spreads new actors, regardless of the running ones
     handle = client.get_handle("e")
     with (
         load(lambda: get(machines, http, second)) as over_http,
@@ -151,10 +151,10 @@ def test_a_node_that_joins_serves_and_one_that_dies_is_missed_by_nobody(
         get(machines, http, third)
 
 
-def test_a_node_that_is_cut_off_holds_nobody_up(
+def test_a_node_that_is_cut_off_delays_no_request(
     machines: Cluster, client: serve.Client, second: Node, http: HTTPClient
 ) -> None:
-    """Nobody is told of its end: its connections stay as they were, and silent."""
+    """Its connections stay open and silent."""
     handle = client.get_handle("e")
     with (
         load(lambda: get(machines, http, machines.head)) as over_http,
@@ -164,5 +164,5 @@ def test_a_node_that_is_cut_off_holds_nobody_up(
         changes_go_on(machines, client, http, machines.head)
         over_http.goes_on()
         by_handle.goes_on()
-    # Also before Ray knows of it, which takes it much longer.
+    # Also before Ray notices, which takes much longer.
     assert seconds(client.shutdown) < 20

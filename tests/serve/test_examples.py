@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: str, cluster: str, folder: Path) -> str:
-    """Run one to its end, and return what it printed."""
+    """Run an example to its end, and return its output."""
     ran = subprocess.run(
         [sys.executable, EXAMPLES / name, *arguments],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""A client in a child that its process has forked."""
+"""A client in a forked child process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if child == 0:
         client.list_backends()
     except serve.errors.PenstockError as e:
         print(e, flush=True)
-    assert client.list_endpoints() == {}  # by what handles use, which connects anew
-    sys.exit(0)  # and here what has to be undone at exit is undone
+    assert client.list_endpoints() == {}  # on a new connection, as handles use
+    sys.exit(0)  # and the exit hooks run
 assert os.waitpid(child, 0)[1] == 0
 assert client.list_backends() == {}
 assert background_loop.run(client._core.registry.get_settings()) is not None, "the child has ended the instance"
@@ -47,5 +47,5 @@ def test_a_child_neither_uses_its_parents_connection_nor_ends_its_instance() -> 
             check=False,
         )
     assert ran.returncode == 0, ran.stderr
-    assert "belongs to the process" in ran.stdout
+    assert "belongs to process" in ran.stdout
     assert "serve.connect() makes one of its own" in ran.stdout

@@ -31,7 +31,7 @@ def machines() -> Iterator[Cluster]:
 
 
 def taking_its_time() -> Callable[[serve.Request], Awaitable[str]]:
-    # Within a function, so that it travels by value: the nodes have no tests to import.
+    # Defined in a function so that it is pickled by value: the nodes cannot import the tests.
     async def answer(request: serve.Request) -> str:
         await asyncio.sleep(0.05)
         return "well"
@@ -40,13 +40,13 @@ def taking_its_time() -> Callable[[serve.Request], Awaitable[str]]:
 
 
 def serving(machines: Cluster) -> dict[str, int]:
-    """The process of each replica and proxy that is ready."""
+    """Return the process id of each replica and proxy that is ready."""
     reports = {**machines.reports("replicas"), **machines.reports("proxies")}
     return {name: report["pid"] for name, report in reports.items() if report["state"] == "ready"}
 
 
 def rates(calls: list[Load]) -> list[list[int]]:
-    """How many calls of each kind are answered in each of three seconds."""
+    """Return the number of calls of each kind that are answered in each of three seconds."""
     began_s = [time.monotonic()]
     while len(began_s) <= 3:
         time.sleep(1.0)
@@ -84,7 +84,7 @@ def test_serving_goes_on_without_ray_and_is_adopted_when_it_returns(machines: Cl
             for pid in controller:
                 os.kill(pid, signal.SIGKILL)
             without_ray = rates([web, direct])
-            # What needs no process to start or end can be changed all the same.
+            # Changes that neither start nor end a process still work.
             client.create_endpoint("other", backend="f", route="/other")
             assert get("/other") == "well"
             wait_until(lambda: client.status()["controller"] == "away")

@@ -1,4 +1,4 @@
-"""Where and how HTTP is served."""
+"""HTTP options: location, port, middlewares and limits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_node_has_its_proxies_and_they_share_the_port(start: StartClient) 
     assert len({proxy["pid"] for proxy in proxies}) == 2
 
 
-def test_middlewares_and_limits_are_those_that_were_asked_for(start: StartClient) -> None:
+def test_middlewares_and_limits_are_applied(start: StartClient) -> None:
     options = serve.HTTPOptions(
         port=0, middlewares=[Middleware(Stamp, mark="seen")], max_body_bytes=10, root_path="/api", request_timeout_s=0.5
     )
@@ -54,7 +54,7 @@ def test_middlewares_and_limits_are_those_that_were_asked_for(start: StartClient
         assert http.post("/e", content=b"much too long").status_code == 413
 
 
-def test_the_traceback_is_for_debugging(start: StartClient) -> None:
+def test_tracebacks_are_shown_only_with_debug(start: StartClient) -> None:
     def fails(request: serve.Request) -> None:
         raise RuntimeError("deep inside")
 

@@ -1,4 +1,4 @@
-"""How instances begin, end, outlive their scripts and come back."""
+"""Start, end and resumption of instances, attached to a script and detached."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from penstock import serve
+from penstock.broker.embedded.server import EmbeddedServer
 from penstock.handles.errors import ConfigError, PenstockError
 from tests.brokers import wait_until_written
 from tests.serve.backends import SMALL, answering, replicas
@@ -45,7 +46,7 @@ print("serves", client.redis_url, replica, *proxies, flush=True)
 
 
 class Script:
-    """A Python script in a process, and a session, of its own."""
+    """A Python script in a process and a session of its own."""
 
     def __init__(self, arguments: str, then: str, **environment: str) -> None:
         code = SCRIPT.format(arguments=arguments) + textwrap.dedent(then)
@@ -69,11 +70,11 @@ class Script:
         pytest.fail(f"the script failed:\n{self.process.stderr.read() if self.process.stderr else ''}")
 
     def interrupt(self) -> None:
-        """As Ctrl-C does: every process of the terminal's group gets it."""
+        """Send SIGINT to every process of the group, as Ctrl-C on a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def ended(self) -> str:
-        """Wait for it, and return what it wrote to stderr."""
+        """Wait for the end of the script, and return its stderr."""
         return self.process.communicate(timeout=60)[1]
 
     def nothing_runs(self) -> bool:
@@ -97,7 +98,7 @@ def keys(url: str) -> list[bytes]:
 
 
 def server_pid(url: str) -> int:
-    """The process of the server that answers there, 0 if none does."""
+    """Return the process id of the server at ``url``, 0 without one."""
     with Redis.from_url(url) as redis:
         try:
             return int(redis.info("server")["process_id"])
@@ -107,21 +108,21 @@ def server_pid(url: str) -> int:
 
 @pytest.fixture
 def joined(cluster: str) -> dict[str, str]:
-    """The environment of a script that joins the tests' Ray."""
+    """The environment of a script that joins the Ray cluster of the tests."""
     return {"RAY_ADDRESS": cluster}
 
 
 @pytest.mark.parametrize(
     "then", ["", "raise SystemExit(3)", "raise RuntimeError", "client.shutdown()", "with client: pass"]
 )
-def test_everything_goes_with_the_script(then: str, redis_url: str, joined: dict[str, str]) -> None:
+def test_the_instance_ends_with_the_script(then: str, redis_url: str, joined: dict[str, str]) -> None:
     with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", then, **joined) as running:
         running.ended()
         wait_until(running.nothing_runs)
         assert keys(redis_url) == []
 
 
-def test_everything_goes_with_ctrl_c(joined: dict[str, str]) -> None:
+def test_the_instance_ends_with_ctrl_c(joined: dict[str, str]) -> None:
     with script("http_options={'port': 0}", "time.sleep(60)", **joined) as running:
         running.interrupt()
         assert "KeyboardInterrupt" in running.ended()
@@ -129,15 +130,15 @@ def test_everything_goes_with_ctrl_c(joined: dict[str, str]) -> None:
         assert not Path(running.redis_url.removeprefix("unix://")).exists()
 
 
-def test_processes_go_with_a_script_that_is_killed(joined: dict[str, str]) -> None:
+def test_the_processes_end_with_a_script_that_is_killed(joined: dict[str, str]) -> None:
     with script("http_options={'port': 0}", "time.sleep(60)", **joined) as running:
         running.process.kill()
         wait_until(running.nothing_runs)
         wait_until(lambda: not Path(running.redis_url.removeprefix("unix://")).exists())
 
 
-def test_a_ray_that_start_has_started_ends_too() -> None:
-    """The fixture that looks for processes after all tests is what would find it."""
+def test_a_ray_that_start_started_ends_too() -> None:
+    """The fixture that looks for left processes after all tests checks it."""
     then = """
         client.shutdown()
         import ray
@@ -150,14 +151,14 @@ def test_a_ray_that_start_has_started_ends_too() -> None:
         wait_until(running.nothing_runs)
 
 
-def test_what_a_killed_script_has_left_in_redis_is_resumed(
+def test_the_keys_that_a_killed_script_left_in_redis_are_resumed(
     redis_url: str, joined: dict[str, str], start: StartClient
 ) -> None:
     with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", "time.sleep(60)", **joined) as running:
         handle = serve.connect(redis_url).get_handle("e")
         running.process.kill()
         wait_until(running.nothing_runs)
-        waiting = handle.remote()  # nobody is there to answer it, but it is durably queued
+        waiting = handle.remote()  # no replica runs, but the request is durably queued
         client = start()
         assert client.list_backends().keys() == {"f"}
         assert waiting.result(timeout=20) not in running.pids
@@ -175,7 +176,7 @@ def test_a_detached_instance_outlives_its_script(redis_url: str, joined: dict[st
             with serve.connect(redis_url) as other:
                 other.create_backend("g", answering("g"), ray_actor_options=SMALL)
             assert client.list_backends().keys() == {"f", "g"}
-            complaint = r"the instance 'default' runs already on .*: serve\.connect\(\) finds it"
+            complaint = r"the instance 'default' is already running on .*: serve\.connect\(\) connects to it"
             with pytest.raises(ConfigError, match=complaint):
                 serve.start(redis_url=redis_url, detached=True)
         finally:
@@ -198,16 +199,16 @@ except serve.errors.ConfigError as e:
 def test_a_detached_instance_is_refused_without_a_ray_that_outlives_it(
     cluster: str, redis_url: str, tmp_path: Path
 ) -> None:
-    """The Ray of these tests runs on this machine, but ends with them, and ``ray start`` has recorded nothing."""
+    """The Ray cluster of the tests ends with them, and was not started by ``ray start``."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     said = subprocess.check_output(
         [sys.executable, "-c", STARTS_DETACHED, redis_url], text=True, env={**env, "RAY_TMPDIR": str(tmp_path)}
     )
-    assert "no such Ray runs on this machine, and RAY_ADDRESS names none; `ray start" in said
+    assert "none was started on this machine, and RAY_ADDRESS is not set; `ray start" in said
     assert keys(redis_url) == []
 
 
-def test_connect_says_what_is_missing(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_names_what_is_missing(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"there is no instance 'other' on unix://.*; serve\.start\(\) or `penstock start`"
     ):
@@ -220,7 +221,7 @@ def test_connect_says_what_is_missing(redis_url: str, monkeypatch: pytest.Monkey
         serve.connect()
 
 
-def test_two_instances_do_not_touch_each_other(start: StartClient, redis_url: str) -> None:
+def test_two_instances_do_not_affect_each_other(start: StartClient, redis_url: str) -> None:
     one, two = start(instance="one"), start(instance="two")
     for client, value in ((one, 1), (two, 2)):
         client.create_backend("f", answering(value), ray_actor_options=SMALL)
@@ -235,14 +236,22 @@ def test_two_instances_do_not_touch_each_other(start: StartClient, redis_url: st
 def test_a_second_start_is_refused_and_touches_nothing(client: serve.Client, redis_url: str) -> None:
     client.create_backend("f", answering("f"), ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
-    with pytest.raises(ConfigError, match="'default' runs already on"):
-        serve.start(redis_url=redis_url, http_options=NO_HTTP)
-    with pytest.raises(ConfigError, match="'default' runs already in this Ray cluster, on another Redis"):
-        serve.start(http_options=NO_HTTP)  # with an embedded server
+    ways_out = r"use the client that serve\.start\(\) returned, or serve\.connect\('unix://.*', 'default'\)"
+    cases: list[dict[str, Any]] = [{"redis_url": redis_url}, {}]
+    for arguments in cases:
+        with pytest.raises(ConfigError, match=f"'default' is already running in this process: {ways_out}"):
+            serve.start(**arguments, http_options=NO_HTTP)
     assert client.get_handle("e").remote().result(timeout=10) == "f"
 
 
-def test_a_port_in_use_is_named_and_nothing_is_left(web: serve.Client, redis_url: str) -> None:
+def test_a_name_can_be_used_once_in_a_ray_cluster(client: serve.Client) -> None:
+    with EmbeddedServer.start() as other:
+        with pytest.raises(ConfigError, match="'default' is already running in this Ray cluster, on another Redis"):
+            serve.start(redis_url=other.url, http_options=NO_HTTP)
+        assert keys(other.url) == []
+
+
+def test_a_port_in_use_is_named_and_no_key_is_left(web: serve.Client, redis_url: str) -> None:
     port = int(str(web.http_url).rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
         serve.start(redis_url=redis_url, instance="other", http_options={"port": port})
@@ -251,12 +260,12 @@ def test_a_port_in_use_is_named_and_nothing_is_left(web: serve.Client, redis_url
         assert http.get(f"{web.http_url}/-/healthz").text == "ok"
 
 
-def test_shutdown_twice_is_once_and_then_nothing_else_works(client: serve.Client) -> None:
+def test_a_second_shutdown_does_nothing_and_other_calls_raise(client: serve.Client) -> None:
     client.shutdown()
     client.shutdown()
-    with pytest.raises(PenstockError, match="this client of the instance 'default' was shut down"):
+    with pytest.raises(PenstockError, match="this client of the instance 'default' is closed"):
         client.list_backends()
-    assert "shut down" in repr(client)
+    assert "closed" in repr(client)
 
 
 def test_a_data_dir_is_resumed_until_it_is_shut_down(cluster: str, tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def test_a_data_dir_is_resumed_until_it_is_shut_down(cluster: str, tmp_path: Pat
         client.shutdown()
 
 
-def test_an_embedded_server_that_dies_comes_back_with_its_data(cluster: str, tmp_path: Path) -> None:
+def test_an_embedded_server_that_dies_is_restarted_with_its_data(cluster: str, tmp_path: Path) -> None:
     with serve.start(data_dir=tmp_path, http_options=NO_HTTP) as client:
         client.create_backend("f", answering("f"), ray_actor_options=SMALL)
         client.create_endpoint("e", backend="f")
@@ -287,17 +296,17 @@ def test_an_embedded_server_that_dies_comes_back_with_its_data(cluster: str, tmp
         client.shutdown()
 
 
-def test_one_that_keeps_nothing_is_told_anew_what_it_held(cluster: str) -> None:
+def test_an_embedded_server_without_data_dir_gets_the_registry_back(cluster: str) -> None:
     with serve.start(http_options={"port": 0}) as client:
         client.create_backend("f", answering("f"), ray_actor_options=SMALL)
         client.create_endpoint("e", backend="f", route="/e")
-        # What returns when the controller has said so: it has its copy of the endpoint, too.
+        # When this returns, the controller has a backup of the endpoint as well.
         client.update_backend_config("f", {"max_queued_requests": 100})
         before = replicas(client)
         killed = server_pid(client.redis_url)
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: server_pid(client.redis_url) not in (0, killed))
-        # Until it has been told, there are no endpoints.
+        # Until the registry is restored, there are no endpoints.
         wait_until(lambda: replicas(client) == before and _answers(client))
         wait_until(lambda: client.list_endpoints().keys() == {"e"})
         assert client.get_handle("e").remote().result(timeout=20) == "f"

@@ -1,4 +1,4 @@
-"""The id of its request is in every line that the code of a backend logs."""
+"""Every log line of a backend's code contains the id of its request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.serve.backends import SMALL
 
 
 class Logs:
-    """A backend that hears what it logs itself, and what format its process logs in."""
+    """A backend that captures its own log lines and returns the format of its process."""
 
     def __call__(self, request: serve.Request) -> Any:
         heard: list[Any] = []
@@ -27,7 +27,7 @@ class Logs:
         return heard, [formatter._fmt for formatter in formatters if formatter]
 
 
-def test_what_a_backend_logs_has_the_id_of_its_request(web: serve.Client) -> None:
+def test_a_log_line_of_a_backend_has_the_id_of_its_request(web: serve.Client) -> None:
     web.create_backend("logs", Logs, ray_actor_options=SMALL)
     web.create_endpoint("logs", backend="logs", route="/logs")
     heard, formats = httpx.get(f"{web.http_url}/logs", headers={"x-request-id": "from the client"}).json()

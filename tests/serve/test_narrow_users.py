@@ -1,4 +1,4 @@
-"""Clients whose Redis user may do less than an owner does."""
+"""Clients whose Redis user has fewer permissions than an owner needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OWNERS = (
 )
 
 
-def test_a_client_that_may_not_do_all_it_should_raises_nothing_but_that(standing: serve.Client) -> None:
+def test_a_client_without_a_permission_raises_not_permitted_and_no_other_error(standing: serve.Client) -> None:
     refused: set[str] = set()
     for command in OWNERS:
         with limited(standing.redis_url, "+@all", f"-{command}") as url:
@@ -43,6 +43,6 @@ def test_a_client_that_may_not_do_all_it_should_raises_nothing_but_that(standing
                 except NotPermitted:
                     refused.add(command)
                 finally:
-                    Connection(url, standing.instance).close()  # or the next would use what this one has connected
+                    Connection(url, standing.instance).close()  # otherwise the next one would share its connection
     assert {"eval", "evalsha", "get", "hgetall", "xread", "xinfo|groups"} <= refused
     assert standing.get_handle("api").remote(1).result(timeout=60)["data"] == 1

@@ -1,4 +1,4 @@
-"""``options(return_type="object_ref")``: answers for ``ray.get``, ``ray.wait`` and ``await``."""
+"""``options(return_type="object_ref")``: results for ``ray.get``, ``ray.wait`` and ``await``."""
 
 import asyncio
 from typing import Any, cast
@@ -13,7 +13,7 @@ SMALL = {"num_cpus": 0.1}
 
 
 class Served:
-    """Answers, fails, or waits until it is cancelled."""
+    """Returns a result, raises, or waits until it is cancelled."""
 
     def __init__(self) -> None:
         self.cancelled = 0
@@ -44,13 +44,13 @@ def get(ref: Any) -> Any:
     return cast("Any", ray).get(ref, timeout=30)
 
 
-def test_ray_gets_the_answers_of_a_sync_handle(handle: serve.ServeHandle) -> None:
+def test_ray_get_returns_the_results_of_a_sync_handle(handle: serve.ServeHandle) -> None:
     refs: list[Any] = [handle.options(return_type="object_ref").remote(n, q=1) for n in range(20)]
     assert all(isinstance(ref, ray.ObjectRef) for ref in refs)
     assert get(refs) == [[n, {"q": 1}] for n in range(20)]
 
 
-def test_ray_waits_for_the_first_that_is_answered(handle: serve.ServeHandle) -> None:
+def test_ray_wait_returns_the_first_result(handle: serve.ServeHandle) -> None:
     caller = handle.options(return_type="object_ref")
     slow: Any = caller.remote("wait")
     quick: Any = caller.remote("quick")
@@ -67,12 +67,12 @@ async def test_a_reference_can_be_awaited(client: serve.Client, handle: serve.Se
     assert await ref == ["x", {}]
 
 
-def test_the_error_of_the_backend_is_raised_by_ray_get(handle: serve.ServeHandle) -> None:
+def test_ray_get_raises_the_error_of_the_backend(handle: serve.ServeHandle) -> None:
     with pytest.raises(serve.errors.BackendError, match="ValueError: as asked"):
         get(handle.options(return_type="object_ref").remote("fail"))
 
 
-def test_the_default_stays_the_future(handle: serve.ServeHandle) -> None:
+def test_a_future_is_the_default(handle: serve.ServeHandle) -> None:
     assert handle.options(return_type="future").remote("x").result(10) == ["x", {}]
 
 

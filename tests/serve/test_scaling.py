@@ -1,4 +1,4 @@
-"""Autoscaling, on real replicas."""
+"""Autoscaling with real replicas."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ def create(client: serve.Client, **autoscaling: Any) -> serve.ServeHandle:
     return client.get_handle("f")
 
 
-def test_a_backlog_gets_more_replicas_and_a_lull_fewer(client: serve.Client) -> None:
+def test_a_backlog_scales_up_and_a_lull_scales_down(client: serve.Client) -> None:
     handle = create(client, downscale_delay_s=2.0)
     assert len(replicas(client)) == 1
     futures = [handle.remote(n) for n in range(150)]
@@ -45,14 +45,14 @@ def test_a_backlog_gets_more_replicas_and_a_lull_fewer(client: serve.Client) -> 
     wait_until(lambda: client.status()["backends"]["f"]["wanted"] == 4)
     took_s = time.monotonic() - asked
     print(f"{took_s:.2f} s after the step, four replicas were wanted")
-    assert took_s < 5.0  # one replica would be at it for 15 s
+    assert took_s < 5.0  # one replica would need 15 s
     pids = {future.result(60) for future in futures}
     assert len(pids) > 1
     wait_until(lambda: len(replicas(client)) == 1, 30)
     assert handle.remote(1).result(10)
 
 
-def test_a_backend_at_rest_has_no_replica_and_the_next_request_wakes_it(client: serve.Client) -> None:
+def test_an_idle_backend_has_no_replica_and_the_next_request_starts_one(client: serve.Client) -> None:
     handle = create(client, min_replicas=0, downscale_delay_s=0.5)
     wait_until(lambda: not replicas(client), 30)
     assert client.status()["backends"]["f"]["wanted"] == 0
@@ -60,8 +60,8 @@ def test_a_backend_at_rest_has_no_replica_and_the_next_request_wakes_it(client: 
     assert all(future.result(60) for future in futures)
 
 
-def test_new_code_is_tried_before_it_may_rest(client: serve.Client) -> None:
-    """Else an update would serve nobody, and the next request would be the first to know."""
+def test_new_code_is_tried_before_a_backend_scales_to_zero(client: serve.Client) -> None:
+    """Otherwise the next request would be the first to meet an error of the new code."""
 
     class Broken:
         def __init__(self) -> None:
@@ -81,7 +81,7 @@ def test_new_code_is_tried_before_it_may_rest(client: serve.Client) -> None:
 
 
 class Noting:
-    """Notes the number of each request that it runs."""
+    """Writes the number of each request that it runs to a file."""
 
     def __init__(self, notes: Path) -> None:
         self.notes = notes
@@ -101,20 +101,20 @@ def noting_at_rest(client: serve.Client, notes: Path) -> serve.ServeHandle:
 
 @contextmanager
 def controller_stopped() -> Generator[int]:
-    """Nothing wakes a backend meanwhile. Yields its process."""
+    """Stop the controller, so that no backend scales up meanwhile; yield its process id."""
     pid = controller_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
         yield pid
     finally:
-        os.kill(pid, signal.SIGCONT)  # after a kill, it is not gone before that
+        os.kill(pid, signal.SIGCONT)  # a stopped process does not end before this, even after a kill
 
 
 def once_each(notes: Path, count: int) -> bool:
     return sorted(map(int, notes.read_text().split())) == list(range(count))
 
 
-def test_a_configuration_is_tried_before_the_backend_may_rest(client: serve.Client) -> None:
+def test_a_configuration_is_tried_before_a_backend_scales_to_zero(client: serve.Client) -> None:
     class Tunable:
         def reconfigure(self, config: str) -> None:
             if config == "bad":
@@ -138,8 +138,8 @@ def test_a_configuration_is_tried_before_the_backend_may_rest(client: serve.Clie
     wait_until(lambda: not replicas(client), 30)
 
 
-def test_a_change_is_not_failed_by_the_error_of_the_change_before_it(client: serve.Client, tmp_path: Path) -> None:
-    """The replica that could not start had another configuration than the one that the second call waits for."""
+def test_a_change_does_not_raise_the_error_of_the_change_before_it(client: serve.Client, tmp_path: Path) -> None:
+    """The replica that could not start had read another configuration than the second call waits for."""
     gate = tmp_path / "gate"
 
     class Tunable:
@@ -192,7 +192,7 @@ def test_requests_that_wait_for_a_replica_survive_the_controller(client: serve.C
 def test_requests_that_wait_for_a_replica_survive_the_proxy(
     web: serve.Client, http: HTTPClient, tmp_path: Path
 ) -> None:
-    """Its clients hear nothing any more; what it has accepted runs all the same, once."""
+    """Its clients lose their connections, but each accepted request runs exactly once."""
     handle = noting_at_rest(web, tmp_path / "notes")
     (proxy,) = web.status()["proxies"].values()
     with ThreadPoolExecutor(5) as threads:
@@ -216,7 +216,7 @@ def answers(http: HTTPClient) -> bool:
         return False  # its proxy is not back yet
 
 
-def test_the_bounds_can_be_changed_while_it_serves(client: serve.Client) -> None:
+def test_the_bounds_can_be_changed_while_the_backend_serves(client: serve.Client) -> None:
     handle = create(client, downscale_delay_s=0.5)
     client.update_backend_config("f", {"autoscaling_config": {"min_replicas": 2, "max_replicas": 3}})
     wait_until(lambda: len(replicas(client)) == 2, 30)

@@ -1,4 +1,4 @@
-"""The whole path: code that is deployed answers over HTTP and through both kinds of handle."""
+"""The whole path of a request: deployed code serves HTTP and both kinds of handle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_whole_path_works_on_every_broker(broker_url: str) -> None:
         client.shutdown()
 
 
-async def test_both_kinds_of_handle_call_it(client: serve.Client) -> None:
+async def test_both_kinds_of_handle_call_a_backend(client: serve.Client) -> None:
     class Greeter:
         def __init__(self, greeting: str, *, mark: str) -> None:
             self.greeting, self.mark = greeting, mark
@@ -58,14 +58,14 @@ async def test_both_kinds_of_handle_call_it(client: serve.Client) -> None:
 
     client.create_backend("greeter", Greeter, "hello", mark="!")
     client.create_endpoint("greet", backend="greeter")
-    with pytest.warns(UserWarning, match="sync=False"):  # as this test runs in a loop
+    with pytest.warns(UserWarning, match="sync=False"):  # because this test runs on an event loop
         handle = client.get_handle("greet")
     assert handle.remote({"name": "Ada"}).result(timeout=10) == "hello Ada!"
     future = await client.get_handle("greet", sync=False).remote({"name": "Grace"})
     assert await future == "hello Grace!"
 
 
-def test_code_that_only_the_workers_can_import(client: serve.Client) -> None:
+def test_code_that_only_the_replicas_can_import(client: serve.Client) -> None:
     client.create_backend("method", "operator:attrgetter", "method")
     client.create_endpoint("method", backend="method")
     handle = client.get_handle("method").options(http_method="PUT")
@@ -82,7 +82,7 @@ def test_code_that_only_the_workers_can_import(client: serve.Client) -> None:
         client.create_backend("other", "nowhere:Model")
 
 
-def test_a_batch_is_taken_whole(client: serve.Client) -> None:
+def test_waiting_requests_form_one_batch(client: serve.Client) -> None:
     @serve.accept_batch
     def sizes(requests: list[serve.Request]) -> list[int]:
         return [len(requests)] * len(requests)
@@ -109,7 +109,7 @@ def test_a_backend_finds_its_own_instance_and_its_name(web: serve.Client, http: 
     assert http.post("/double", json=21).json() == [42, "outer"]
 
 
-def test_a_backend_of_an_instance_of_another_name_finds_its_own(start: StartClient) -> None:
+def test_a_backend_of_an_instance_with_another_name_finds_its_own(start: StartClient) -> None:
     def where(request: serve.Request) -> Any:
         with handles.connect() as own:
             return [
@@ -127,7 +127,7 @@ def test_a_backend_of_an_instance_of_another_name_finds_its_own(start: StartClie
         assert said == [name, name, [f"where-{name}"], name]
 
 
-def test_a_backend_asks_others_in_parallel(client: serve.Client, tmp_path: Path) -> None:
+def test_a_backend_calls_others_in_parallel(client: serve.Client, tmp_path: Path) -> None:
     async def meet(request: serve.Request) -> Any:
         (tmp_path / str(request.data)).touch()
         while len(list(tmp_path.iterdir())) < 2:  # noqa: ASYNC110, ASYNC240 - it is another process that makes the file
@@ -142,11 +142,11 @@ def test_a_backend_asks_others_in_parallel(client: serve.Client, tmp_path: Path)
     for name, code in {"one": meet, "two": meet, "both": both}.items():
         client.create_backend(name, code, ray_actor_options=SMALL)
         client.create_endpoint(name, backend=name)
-    # Neither answers before both are asked.
+    # Neither returns before both are called.
     assert client.get_handle("both").remote().result(timeout=30) == [0, 1]
 
 
-def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:
+def test_a_runtime_env_applies_to_the_replicas(client: serve.Client) -> None:
     def colour(request: serve.Request) -> str | None:
         return os.environ.get("COLOUR")
 
@@ -155,7 +155,7 @@ def test_a_runtime_env_is_that_of_the_replicas(client: serve.Client) -> None:
     assert client.get_handle("env").remote().result(timeout=10) == "red"
 
 
-def test_replicas_share_out_gpus_and_what_else_a_cluster_has(client: serve.Client) -> None:
+def test_replicas_share_gpus_and_other_resources_of_a_cluster(client: serve.Client) -> None:
     async def gpu(request: serve.Request) -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
@@ -165,10 +165,10 @@ def test_replicas_share_out_gpus_and_what_else_a_cluster_has(client: serve.Clien
     handle = client.get_handle("half")
     wait_until(lambda: {handle.remote().result(timeout=10) for _ in range(20)} == {"0", "1"})
 
-    with pytest.raises(serve.errors.ConfigError, match=r"GPU 0\.25 each asked for, room for 0: .* GPU 2 \(0 unused\)"):
+    with pytest.raises(serve.errors.ConfigError, match=r"GPU 0\.25 each requested, room for 0: .* GPU 2 \(0 unused\)"):
         client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "num_gpus": 0.25})
     client.update_backend_config("half", {"num_replicas": 2})
-    with pytest.raises(serve.errors.ConfigError, match=r"disk 3 each asked for, room for 0: .* disk 4 \(2 unused\)"):
+    with pytest.raises(serve.errors.ConfigError, match=r"disk 3 each requested, room for 0: .* disk 4 \(2 unused\)"):
         client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "resources": {"disk": 3}})
     client.create_backend("more", gpu, ray_actor_options={"num_cpus": 0.1, "num_gpus": 1})
     client.create_endpoint("more", backend="more")
@@ -196,7 +196,7 @@ def test_a_runtime_env_brings_modules_and_a_working_directory(client: serve.Clie
 
 
 def test_a_runtime_env_brings_packages(client: serve.Client, tmp_path: Path) -> None:
-    """With an index or without: here the package is a wheel of this machine."""
+    """The package is a wheel on this machine, so that no index is needed."""
     wheel = tmp_path / "penstock_tint-1.0-py3-none-any.whl"
     about = "penstock_tint-1.0.dist-info"
     with ZipFile(wheel, "w") as archive:
@@ -210,8 +210,8 @@ def test_a_runtime_env_brings_packages(client: serve.Client, tmp_path: Path) -> 
     assert client.get_handle("tint").remote().result(timeout=10) == "green"
 
 
-def test_local_directories_travel_with_the_backend(client: serve.Client, tmp_path: Path) -> None:
-    """They are in the registry: replicas find them when they are long gone here."""
+def test_local_directories_are_stored_with_the_backend(client: serve.Client, tmp_path: Path) -> None:
+    """They are in the registry, so replicas find them after they were deleted on this machine."""
     folder, module = tmp_path / "folder", tmp_path / "penstock_shades"
     folder.mkdir()
     module.mkdir()
@@ -242,7 +242,7 @@ def test_local_directories_travel_with_the_backend(client: serve.Client, tmp_pat
     assert (colour, files) == ("dark blue", ["colour.txt", "penstock_local.py"])
     assert another != place
 
-    # New code keeps them, or brings its own; what is no longer named is no longer kept.
+    # New code keeps them or replaces them; unused ones are deleted.
     client.update_backend("b", "penstock_local:read")
     assert ask()[0] == "dark blue"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What ``client.status()`` tells, to programs and to people."""
+"""``client.status()``, as a dict and as a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_the_weights() -> Any:
     raise FileNotFoundError("weights.bin")
 
 
-def test_it_counts_replicas_and_requests(client: serve.Client) -> None:
+def test_the_status_counts_replicas_and_requests(client: serve.Client) -> None:
     config = {"num_replicas": 2, "max_concurrent_queries": 1}
     client.create_backend("f", wait_for_ever, config=config, ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
@@ -47,8 +47,8 @@ def test_it_counts_replicas_and_requests(client: serve.Client) -> None:
     wait_until(lambda: client.status()["backends"]["f"]["queued"] == 0)
 
 
-def test_it_sums_up_what_was_done_also_by_replicas_that_are_gone(web: serve.Client) -> None:
-    """Shadows too, whoever sent the copies."""
+def test_the_counts_include_replicas_that_are_gone(web: serve.Client) -> None:
+    """The copies of shadow traffic count as well."""
 
     def run(request: serve.Request) -> str:
         time.sleep(0.01)
@@ -97,7 +97,7 @@ def test_it_sums_up_what_was_done_also_by_replicas_that_are_gone(web: serve.Clie
     assert "shadow" not in web.status()["backends"]
 
 
-def test_it_says_why_new_code_does_not_start_while_the_old_serves(client: serve.Client) -> None:
+def test_the_status_shows_why_new_code_does_not_start_while_the_old_code_serves(client: serve.Client) -> None:
     client.create_backend("f", answering("old"), ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
     old = client.status()["backends"]["f"]["version"]
@@ -127,7 +127,7 @@ def test_there_is_a_proxy_for_the_node(web: serve.Client) -> None:
     assert proxy["state"] == "ready"
 
 
-def test_it_prints_as_a_table() -> None:
+def test_the_status_prints_as_a_table() -> None:
     backend = {
         "version": "a1b2",
         "wanted": 2,
@@ -147,7 +147,7 @@ def test_it_prints_as_a_table() -> None:
                 **backend,
                 "failing": 'ValueError: no\n  File "model.py"',
                 "lacking": None,
-                "refused": "version b2c3: 1 replica with GPU 1 each asked for, room for 0",
+                "refused": "version b2c3: 1 replica with GPU 1 each requested, room for 0",
             }
         },
         endpoints={
@@ -171,7 +171,7 @@ def test_it_prints_as_a_table() -> None:
         "model is failing: ValueError: no",
         '      File "model.py"',
         "",
-        "model refused version b2c3: 1 replica with GPU 1 each asked for, room for 0",
+        "model refused version b2c3: 1 replica with GPU 1 each requested, room for 0",
         "",
         "endpoint  route         methods   traffic",
         "ask       /ask/{n:int}  GET POST  model 0.75, next 0.25, shadow shadowed 0.5",
@@ -180,7 +180,7 @@ def test_it_prints_as_a_table() -> None:
         "node          proxy  url                    state",
         "0123456789ab  0      http://127.0.0.1:8000  ready",
         "",
-        "the controller is waiting for Ray's head: what runs serves on, and no change comes about",
+        "the controller is waiting for Ray's head: running replicas serve, and changes wait",
     ]
 
 
@@ -197,6 +197,6 @@ def test_a_table_fits_a_terminal(starting: int, said: str) -> None:
     assert max(map(len, str(status).splitlines())) <= 80
 
 
-def test_of_nothing_there_is_no_table() -> None:
+def test_without_backends_there_is_no_table() -> None:
     empty = Status(backends={}, endpoints={}, proxies={}, controller="alive")
     assert str(empty) == "nothing is deployed"

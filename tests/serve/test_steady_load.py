@@ -1,4 +1,4 @@
-"""Every change under a steady load over HTTP and handles, and again with the controller killed in its middle.
+"""Every change under a steady load over HTTP and handles, also with the controller killed during the change.
 
 No request may fail or be lost. `make changes` prints how many were sent and answered.
 """
@@ -25,7 +25,7 @@ Change = Callable[[serve.Client], None]
 
 
 class Model:
-    """Takes batches and a configuration, so that every field means something to it."""
+    """Accepts batches and a configuration, so that every field of the configuration applies."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -114,7 +114,7 @@ def client(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[tuple[str, int, int, int, int]]]:
-    """Rows of what was changed, and how many requests were sent and answered over HTTP and by handles."""
+    """Rows of changes, with the numbers of requests sent and answered over HTTP and by handles."""
     rows: list[tuple[str, int, int, int, int]] = []
     yield rows
     print(f"\n\n{'':60}{'HTTP':>16}{'handles':>18}\n{'under a steady load':60}" + 2 * f"{'sent':>8}{'answered':>10}")

@@ -1,4 +1,4 @@
-"""A whole instance on a broker with TLS, where owner, replicas, proxies and callers are users of their own."""
+"""An instance on a broker with TLS, where owner, replicas, proxies and callers are different Redis users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.serve.conftest import StartClient
 
 
 def user_of_replica(request: serve.Request) -> Any:
-    """Return whom the process of the replica would connect as, and which passwords its children would inherit."""
+    """Return the Redis user of the replica's process, and the passwords that its children would inherit."""
     child = subprocess.run(["env"], capture_output=True, text=True, check=True)
     inherited = [line for line in child.stdout.splitlines() if ":secret@" in line]
     return {"url": (default_url() or "").partition("?")[0], "data": request.data, "inherited": inherited}
@@ -75,7 +75,7 @@ def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_user
 
 
 @pytest.mark.parametrize("name", ["replica_redis_url", "proxy_redis_url"])
-def test_another_way_to_the_broker_is_checked_before_anything_starts(name: str) -> None:
+def test_the_other_urls_of_the_broker_are_checked_before_anything_starts(name: str) -> None:
     def start(given: Any, **broker: Any) -> None:
         serve.start(**{name: given, **broker})
 
@@ -88,9 +88,7 @@ def test_another_way_to_the_broker_is_checked_before_anything_starts(name: str) 
 
 
 @pytest.mark.parametrize("name", ["redis_url", "replica_redis_url", "proxy_redis_url"])
-def test_an_instance_one_of_whose_users_may_do_too_little_says_which(
-    name: str, start: StartClient, redis_url: str
-) -> None:
+def test_an_instance_names_the_user_that_lacks_a_permission(name: str, start: StartClient, redis_url: str) -> None:
     def begin(url: str) -> None:
         client = start(**{name: url}, http_options={"port": 0})
         client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1})

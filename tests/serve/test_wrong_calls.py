@@ -16,7 +16,7 @@ from penstock.handles.errors import BackendError, BackendNotFound, ConfigError, 
 from penstock.serve.instance import Instance
 from tests.serve.backends import SMALL
 
-# What calls with deliberately wrong types go through.
+# An untyped client, for calls with deliberately wrong types.
 Loose = Any
 
 
@@ -59,7 +59,7 @@ class Exits:
 
 
 def state(client: serve.Client) -> tuple[Snapshot, int, int]:
-    """All that a call could change: the registry, how much code it holds, how many replicas there are."""
+    """Return what a call could change: the records, and the numbers of stored code blobs and of replicas."""
 
     async def read() -> tuple[Snapshot, int, int]:
         instance = await Instance(client.redis_url, "standing").open()
@@ -81,11 +81,11 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
     (lambda c: c.create_backend("", function), ConfigError, "a backend '' must be"),
     (lambda c: c.create_backend(3, function), TypeError, "a backend must be a str, not int"),
     (lambda c: c.create_backend("registry", function), ConfigError, "cannot be called 'registry'"),
-    (lambda c: c.create_backend("f", function), ConfigError, "there is a backend 'f' already"),
-    (lambda c: c.create_endpoint("api", backend="f"), ConfigError, "there is an endpoint 'api' already"),
+    (lambda c: c.create_backend("f", function), ConfigError, "backend 'f' already exists"),
+    (lambda c: c.create_endpoint("api", backend="f"), ConfigError, "endpoint 'api' already exists"),
     (lambda c: c.create_endpoint("a/b", backend="f"), ConfigError, "an endpoint 'a/b' must be"),
     (lambda c: c.create_endpoint(None, backend="f"), TypeError, "an endpoint must be a str, not NoneType"),
-    # Unknown ones.
+    # Unknown names.
     (lambda c: c.create_endpoint("e", backend="x"), BackendNotFound, "no backend 'x'; this instance has 'f'"),
     (lambda c: c.update_backend("x", function), BackendNotFound, "no backend 'x'"),
     (lambda c: c.update_backend_config("x", {}), BackendNotFound, "no backend 'x'"),
@@ -98,13 +98,13 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
     (lambda c: c.shadow_traffic("x", "f", 1), EndpointNotFound, "no endpoint 'x'"),
     (lambda c: c.shadow_traffic("api", "x", 1), BackendNotFound, "no backend 'x'"),
     # In use.
-    (lambda c: c.delete_backend("f"), ConfigError, "the backend 'f' is in use by 'api'"),
-    (lambda c: c.delete_backend("f", force=True), ConfigError, "the backend 'f' is in use by 'api'"),
+    (lambda c: c.delete_backend("f"), ConfigError, "backend 'f' is used by endpoint 'api'"),
+    (lambda c: c.delete_backend("f", force=True), ConfigError, "backend 'f' is used by endpoint 'api'"),
     # Routes and methods.
     (
         lambda c: c.create_endpoint("e", backend="f", route="/api/{y}"),
         ConfigError,
-        "the endpoint 'api' has the route '/api/{x}' for GET, POST; 'e' cannot have '/api/{y}' for GET",
+        "endpoint 'api' has the route '/api/{x}' for GET, POST; endpoint 'e' cannot have '/api/{y}' for GET",
     ),
     (lambda c: c.create_endpoint("e", backend="f", route="api"), ConfigError, "'api' must begin with '/'"),
     (lambda c: c.create_endpoint("e", backend="f", route="/-/x"), ConfigError, "'/-/x' lies below '/-/'"),
@@ -121,7 +121,7 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
     # Code.
     (lambda c: c.create_backend("b", no_request), TypeError, "no_request must take one request"),
     (lambda c: c.create_backend("b", function, 1), TypeError, "only a class is constructed with arguments"),
-    (lambda c: c.create_backend("b", Model), TypeError, "the constructor of Model cannot take what was given"),
+    (lambda c: c.create_backend("b", Model), TypeError, "the constructor of Model does not accept the given arguments"),
     (lambda c: c.create_backend("b", NotCallable), TypeError, "NotCallable must have a method __call__"),
     (lambda c: c.create_backend("b", 3), TypeError, "a backend must be a function, a class or an import path"),
     (lambda c: c.create_backend("b", "nowhere"), ConfigError, "the import path 'nowhere' must look like"),
@@ -170,26 +170,26 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         ConfigError,
         "working_dir of runtime_env must be a directory of this machine, or a URI",
     ),
-    # What only shows when replicas start.
+    # Errors that appear when replicas start.
     (
         lambda c: c.create_backend("b", function, ray_actor_options={"num_cpus": 64}),
         ConfigError,
-        "backend 'b': 1 replica with CPU 64 each asked for, room for 0: node ",
+        "backend 'b': 1 replica with CPU 64 each requested, room for 0: node ",
     ),
     (
         lambda c: c.create_backend("b", function, config={"num_replicas": 3}, ray_actor_options={"num_cpus": 4}),
         ConfigError,
-        "backend 'b': 3 replicas with CPU 4 each asked for, room for 1: node ",
+        "backend 'b': 3 replicas with CPU 4 each requested, room for 1: node ",
     ),
     (
         lambda c: c.create_backend("b", function, ray_actor_options={"resources": {"tpu": 1}, "num_cpus": 0}),
         ConfigError,
-        "1 replica with tpu 1 each asked for, room for 0",
+        "1 replica with tpu 1 each requested, room for 0",
     ),
     (
         lambda c: c.update_backend_config("f", {"num_replicas": 1000}),
         ConfigError,
-        "backend 'f': 1000 replicas with CPU 0.1 each asked for, room for ",
+        "backend 'f': 1000 replicas with CPU 0.1 each requested, room for ",
     ),
     (lambda c: c.create_backend("b", Raises, ray_actor_options=SMALL), BackendError, "the weights are missing"),
     (
@@ -227,7 +227,7 @@ def test_a_wrong_call_changes_nothing(
 
 
 def without_config_version(state: tuple[Snapshot, int, int]) -> Any:
-    """What was taken back has counted it up."""
+    """An undone change has incremented the version."""
     snapshot, codes, replicas = state
     backends = {
         tag: (record.version, record.code, record.config, record.actor_options)
@@ -236,7 +236,7 @@ def without_config_version(state: tuple[Snapshot, int, int]) -> Any:
     return backends, snapshot.endpoints, codes, replicas
 
 
-def test_the_traceback_of_a_constructor_comes_along(standing: serve.Client) -> None:
+def test_the_error_of_a_constructor_has_its_traceback(standing: serve.Client) -> None:
     with pytest.raises(BackendError) as raised:
         standing.create_backend("b", Raises, ray_actor_options=SMALL)
     assert raised.value.type_name == "ValueError"
@@ -244,7 +244,7 @@ def test_the_traceback_of_a_constructor_comes_along(standing: serve.Client) -> N
     assert 'raise ValueError("the weights are missing")' in raised.value.traceback
 
 
-def test_of_two_that_create_the_same_one_succeeds(standing: serve.Client) -> None:
+def test_of_two_concurrent_creations_one_succeeds(standing: serve.Client) -> None:
     async def both() -> list[BaseException | None]:
         create = [
             asyncio.to_thread(standing.create_backend, "twice", function, ray_actor_options=SMALL) for _ in range(2)
@@ -253,5 +253,5 @@ def test_of_two_that_create_the_same_one_succeeds(standing: serve.Client) -> Non
 
     errors = [error for error in asyncio.run(both()) if error is not None]
     assert len(errors) == 1
-    assert "there is a backend 'twice' already" in str(errors[0])
+    assert "backend 'twice' already exists" in str(errors[0])
     standing.delete_backend("twice")

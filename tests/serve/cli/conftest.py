@@ -19,14 +19,14 @@ COMMAND = (sys.executable, "-c", "from penstock.serve.cli import main; main()")
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a command."""
+    """The outcome of a command."""
 
     code: int
     out: str
     err: str
 
     def lines(self) -> list[Any]:
-        """Return what it wrote as JSON lines."""
+        """Return the JSON lines of its output."""
         return [orjson.loads(line) for line in self.out.splitlines()]
 
 
@@ -34,7 +34,7 @@ Penstock = Callable[..., Ran]
 
 
 def environment(url: str) -> dict[str, str]:
-    """Return what a command finds; without a ``url``, no broker."""
+    """Return the environment of a command; an empty ``url`` means no broker."""
     return {**os.environ, "PENSTOCK_REDIS_URL": url, "COLUMNS": "160"}
 
 
@@ -55,13 +55,13 @@ def running(
 def on_terminal(
     arguments: Sequence[str], environ: Mapping[str, str], *streams: str
 ) -> Generator[tuple[subprocess.Popen[bytes], Callable[[], bytes]]]:
-    """Run the command with these of its streams on a terminal; the second is what reads that, nothing at its end."""
+    """Run the command with ``streams`` on a terminal; yield the process and a function that reads the terminal."""
     terminal, end = pty.openpty()
     stdin, stdout, stderr = (end if name in streams else None for name in ("stdin", "stdout", "stderr"))
     command, environ = [*COMMAND, *arguments], {**environ, "TERM": "xterm"}
 
     def read() -> bytes:
-        with suppress(OSError):  # which is how a terminal ends
+        with suppress(OSError):  # A closed terminal raises.
             return os.read(terminal, 10_000)
         return b""
 
@@ -82,7 +82,7 @@ def site(redis_url: str) -> Iterator[Site]:
 
 @pytest.fixture
 def penstock(redis_url: str) -> Penstock:
-    """Runs the command, as a shell does, with the broker of the test."""
+    """Runs the command with the broker of the test."""
 
     def penstock(*arguments: object, stdin: str = "", url: str = redis_url) -> Ran:
         ran = subprocess.run(

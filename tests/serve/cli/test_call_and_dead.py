@@ -20,7 +20,7 @@ def answer(request: Any) -> Any:
     return [request.data, dict(request.query_params)] if request.query_params else request.data
 
 
-def test_an_answer_is_written_as_it_is(site: Site, penstock: Penstock) -> None:
+def test_a_result_is_written_unchanged(site: Site, penstock: Penstock) -> None:
     site.serve(answer)
     assert penstock("call", "ask", '{"n": [1, null]}').out == '{"n":[1,null]}\n'
     assert penstock("call", "ask", "Ada", "--text").out == "Ada\n"
@@ -48,7 +48,7 @@ def test_the_environment_names_the_instance(site: Site, penstock: Penstock, monk
         ("[NaN, 1e400]", "[null,null]"),
     ],
 )
-def test_json_is_read_and_written_as_everywhere(site: Site, penstock: Penstock, data: str, answered: str) -> None:
+def test_json_is_read_and_written_by_the_common_rules(site: Site, penstock: Penstock, data: str, answered: str) -> None:
     site.serve(answer)
     for ran in (penstock("call", "ask", f"[{data}]"), penstock("call", "ask", "-", stdin=f"[{data}]")):
         assert (ran.code, ran.out) == (0, f"[{answered}]\n")
@@ -73,7 +73,7 @@ def test_an_argument_that_is_not_utf_8_is_refused(site: Site, penstock: Penstock
         assert "is not UTF-8: b'caf\\xe9'" in ran.err or "is not UTF-8: b'a=caf\\xe9'" in ran.err
 
 
-def test_what_goes_wrong_has_an_exit_code(site: Site, penstock: Penstock) -> None:
+def test_errors_have_exit_codes(site: Site, penstock: Penstock) -> None:
     site.serve(answer)
     failed = penstock("call", "ask", '"bad"')
     assert (failed.code, failed.out, failed.err) == (1, "", "Error: ValueError: not this one\n")
@@ -82,7 +82,7 @@ def test_what_goes_wrong_has_an_exit_code(site: Site, penstock: Penstock) -> Non
         assert penstock("call", *wrong).code == 2
 
 
-def test_a_call_that_nobody_answers_ends(site: Site, penstock: Penstock) -> None:
+def test_a_call_without_a_reply_times_out(site: Site, penstock: Penstock) -> None:
     site.declare()
     late = penstock("call", "ask", "1", "--timeout", "0.3")
     assert late.code == 1
@@ -122,7 +122,7 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(site: Site, penstock
 ERROR = "3 replicas of 'model' died with it: " + "and this is what the last one said " * 4
 
 
-def test_a_pipe_gets_a_line_for_each_dead_letter(site: Site, penstock: Penstock) -> None:
+def test_a_pipe_receives_one_line_per_dead_letter(site: Site, penstock: Penstock) -> None:
     site.declare()
     ids = [bury(site, entry(), ERROR), bury(site, entry(), "short")]
     head, *lines = penstock("dead", "list", "model").out.splitlines()
@@ -132,7 +132,7 @@ def test_a_pipe_gets_a_line_for_each_dead_letter(site: Site, penstock: Penstock)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_a_terminal_gets_lines_that_fit(site: Site, columns: int) -> None:
+def test_a_terminal_shows_lines_that_fit(site: Site, columns: int) -> None:
     site.declare()
     bury(site, entry(), ERROR)
     environ = {**environment(site.url), "COLUMNS": str(columns)}
@@ -147,7 +147,7 @@ def test_a_terminal_gets_lines_that_fit(site: Site, columns: int) -> None:
     assert " ".join(line.strip() for line in said) == ERROR.strip()
 
 
-def test_dead_letters_that_are_not_there(site: Site, penstock: Penstock) -> None:
+def test_unknown_dead_letters_are_refused(site: Site, penstock: Penstock) -> None:
     site.declare()
     assert penstock("dead", "list", "nobody").code == 2
     assert penstock("dead", "show", "model", "1-0").code == 1
@@ -155,7 +155,7 @@ def test_dead_letters_that_are_not_there(site: Site, penstock: Penstock) -> None
     assert penstock("dead", "drop", "model").code == 2
 
 
-def test_what_the_broker_does_not_allow_is_told_in_a_line(site: Site, penstock: Penstock) -> None:
+def test_a_missing_permission_is_an_error_of_one_line(site: Site, penstock: Penstock) -> None:
     rules = ("on", "nopass", "-@all", "+ping", "+time", "+select", "+client|setname")
     with Redis.from_url(site.url) as redis:
         redis.execute_command("ACL", "SETUSER", "guest", "reset", *rules)

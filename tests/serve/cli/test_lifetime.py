@@ -1,4 +1,4 @@
-"""An instance's life by the command line: start, deploy, call, status, shutdown."""
+"""An instance on the command line: start, deploy, call, status, shutdown."""
 
 from __future__ import annotations
 
@@ -38,32 +38,35 @@ def app(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def running(cluster: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, penstock: Penstock) -> Iterator[Ran]:
-    """What starting an instance in the background wrote."""
+    """The outcome of starting an instance in the background."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     yield penstock("start", "--http-port", "0", "--json")
     penstock("shutdown", "--yes")
 
 
-def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: str) -> None:
+def test_an_instance_from_start_to_shutdown(running: Ran, app: Path, penstock: Penstock, redis_url: str) -> None:
     assert running.code == 0, running.err
     url = running.lines()[0]["http_url"]
 
-    for answer, said in (("n\n", "the instance 'default' goes on"), ("", "nobody is there to say yes: give --yes")):
+    for answer, said in (
+        ("n\n", "the instance 'default' continues to run"),
+        ("", "standard input has no answer to the confirmation: give --yes"),
+    ):
         kept = penstock("shutdown", stdin=answer)
         assert (kept.code, said in kept.err) == (2, True)
 
     refused = penstock("start", "--http-port", "0")
-    assert (refused.code, "runs already" in refused.err) == (2, True)
+    assert (refused.code, "already running" in refused.err) == (2, True)
 
     checked = penstock("deploy", app, "--check")
     assert checked.code == 0, checked.err
-    assert "+ create backend method: operator:attrgetter, 1 replicas" in checked.out
+    assert "+ create backend method: operator:attrgetter, 1 replica" in checked.out
     assert "nothing was changed" in checked.out
     assert penstock("status", "--json").lines()[0]["backends"] == {}
 
     deployed = penstock("deploy", app)
     assert deployed.code == 0, deployed.err
-    assert deployed.out.splitlines()[-1] == "2 changes serve"
+    assert deployed.out.splitlines()[-1] == "2 changes made"
     assert httpx.post(f"{url}/ask").text == "POST"
     assert penstock("deploy", app).out == "nothing to change\n"
 
@@ -100,7 +103,7 @@ def test_a_whole_life(running: Ran, app: Path, penstock: Penstock, redis_url: st
 
     app.write_text("backends: {}\n")
     assert penstock("deploy", app).out == "nothing to change\n"
-    assert penstock("deploy", app, "--prune").out.splitlines()[-1] == "2 changes serve"
+    assert penstock("deploy", app, "--prune").out.splitlines()[-1] == "2 changes made"
     assert httpx.get(f"{url}/other").status_code == 404
 
     ended = penstock("shutdown", "--yes")
@@ -134,9 +137,7 @@ endpoints:
 """
 
 
-def test_a_file_with_mistakes_is_told_all_of_them_by_line_and_changes_nothing(
-    running: Ran, app: Path, penstock: Penstock
-) -> None:
+def test_a_file_with_mistakes_is_refused_with_all_of_them_by_line(running: Ran, app: Path, penstock: Penstock) -> None:
     app.write_text(MISTAKES)
     lines = [5, 6, 6, 7, 8, 10, 11, 14, 15, 16, 19, 20]
     refused = penstock("deploy", app)
@@ -162,7 +163,7 @@ def test_a_file_that_cannot_be_read_changes_nothing(running: Ran, tmp_path: Path
 
 
 class Listens:
-    """Says that it is being constructed, and waits for an answer."""
+    """Connects to ``port`` in its constructor, and waits for an answer."""
 
     def __init__(self, port: int) -> None:
         with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -190,12 +191,12 @@ def test_a_deployment_that_is_interrupted_leaves_nothing(
     assert (status["backends"], status["endpoints"]) == ({}, {})
 
 
-def test_code_that_cannot_start_is_told_and_leaves_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
+def test_code_that_cannot_start_is_an_error_and_leaves_nothing(running: Ran, app: Path, penstock: Penstock) -> None:
     app.write_text(APP.replace("operator:attrgetter", "nowhere:Model"))
     failed = penstock("deploy", app)
     assert failed.code == 1
-    assert "No module named 'nowhere'" in failed.err
-    assert "0 of 2 changes were made" in failed.err
+    assert "No module named 'nowhere'; name the directory of a module of yours as working_dir" in failed.err
+    assert "0 of 2 changes made" in failed.err
     (status,) = penstock("status", "--json").lines()
     assert (status["backends"], status["endpoints"]) == ({}, {})
 
@@ -207,16 +208,14 @@ def test_code_that_cannot_start_is_told_and_leaves_nothing(running: Ran, app: Pa
     assert penstock("call", "ask").out == "GET\n"
 
 
-def test_without_a_broker_there_is_a_way_out(penstock: Penstock) -> None:
+def test_a_missing_broker_url_is_an_error_that_names_the_variable(penstock: Penstock) -> None:
     for command in (("start",), ("status",), ("shutdown",), ("call", "ask"), ("dead", "list", "model")):
         refused = penstock(*command, url="")
         assert refused.code == 2
         assert "PENSTOCK_REDIS_URL" in refused.err
 
 
-def test_ray_is_not_sought_for_a_broker_that_cannot_be_reached(
-    penstock: Penstock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_broker_is_checked_before_ray(penstock: Penstock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     refused = penstock("start", url=f"unix://{tmp_path}/nothing.sock")
     assert refused.code == 3

@@ -1,4 +1,4 @@
-"""How the command is loaded: no more of it than is asked for, and an interruption meanwhile ends it quietly."""
+"""Imports of the command: only what it needs, and an interruption during them ends it quietly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.cli.conftest import COMMAND, environment
 
-WHAT_WAS_LOADED = """
+PRINTS_IMPORTS = """
 import atexit, sys
 from penstock.serve.cli import main
 
@@ -26,24 +26,24 @@ try:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 except BaseException:
-    pass  # some do that while they are loaded
+    pass  # some modules do that during their import
 """
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    command = [sys.executable, "-c", WHAT_WAS_LOADED, *arguments]
+def imported_by(*arguments: str) -> set[str]:
+    command = [sys.executable, "-c", PRINTS_IMPORTS, *arguments]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stderr.split())
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_load_no_command(option: str) -> None:
-    assert not loaded_by(option) & {"ray", "redis", "rich", "pydantic", "starlette", "orjson"}
+def test_help_and_version_import_no_command(option: str) -> None:
+    assert not imported_by(option) & {"ray", "redis", "rich", "pydantic", "starlette", "orjson"}
 
 
-@pytest.mark.parametrize("command", ["batch", "call", "dead"])
-def test_what_needs_nothing_but_redis_loads_no_ray(command: str) -> None:
-    loaded = loaded_by(command, "--help")
-    assert f"penstock.serve.cli.{command}" in loaded
+@pytest.mark.parametrize("command", ["batch", "call", "dead", "deploy", "shutdown", "start", "status"])
+def test_the_help_of_a_command_imports_no_ray(command: str) -> None:
+    loaded = imported_by(command, "--help")
+    assert "penstock.serve.cli.options" in loaded
     assert not loaded & {"ray", "pydantic", "starlette", "uvicorn"}
 
 
@@ -51,16 +51,18 @@ def test_what_needs_nothing_but_redis_loads_no_ray(command: str) -> None:
     ("module", "arguments"),
     [("click", ["--help"]), ("redis", ["call", "ask"]), ("rich", ["batch", "ask", "-", "-o", "-"]), ("ray", ["start"])],
 )
-def test_an_interruption_while_it_is_loaded_ends_it_quietly(module: str, arguments: list[str], tmp_path: Path) -> None:
-    """Of modules that are loaded at different times, each in turn is one that sends SIGINT in the middle of it."""
+def test_an_interruption_during_an_import_ends_the_command_quietly(
+    module: str, arguments: list[str], tmp_path: Path
+) -> None:
+    """One of the modules that are imported at different times sends SIGINT during its import."""
     (tmp_path / f"{module}.py").write_text(INTERRUPTS)
     env = {**environment("redis://127.0.0.1:1"), "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, env=env)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "interrupted\n")
 
 
-def test_an_interruption_is_ignored_where_that_is_wished(tmp_path: Path) -> None:
-    """As in what a shell has put into the background."""
+def test_an_interruption_is_ignored_if_the_parent_process_ignores_it(tmp_path: Path) -> None:
+    """As a shell does for a command in the background."""
     (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); os._exit(7)")
     ran = subprocess.run(
         COMMAND,
@@ -70,3 +72,17 @@ def test_an_interruption_is_ignored_where_that_is_wished(tmp_path: Path) -> None
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert ran.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["statuss"], "no command 'statuss'; did you mean 'status'?"),
+        (["dead", "lst"], "no command 'lst'; did you mean 'list'?"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are start, deploy, status,"),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_a_similar_one(arguments: list[str], message: str) -> None:
+    ran = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert message in ran.stderr

@@ -1,4 +1,4 @@
-"""``penstock status --watch``, while what it looks at comes and goes."""
+"""``penstock status --watch``, also during an outage of the broker."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.serve.cli.conftest import COMMAND, environment, on_terminal
 
 
 async def declare(url: str) -> None:
-    """Leave in the broker what an instance leaves there when nothing of it runs."""
+    """Write the keys of an instance that does not run."""
     connection = RedisConnection(url, name="test")
     await connection.open()
     await Settings(owner="nobody", node="none").write(Registry(connection, Keys(INSTANCE)))
     await connection.close()
 
 
-def test_watching_goes_on_without_a_broker_and_says_so(tmp_path: Path) -> None:
+def test_watching_continues_during_an_outage_and_shows_it(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         asyncio.run(declare(server.url))
         command = [*COMMAND, "status", "--watch", "--json", "--every", "0.1"]
@@ -47,7 +47,7 @@ def test_watching_goes_on_without_a_broker_and_says_so(tmp_path: Path) -> None:
     assert watching.returncode == 130
 
 
-def test_a_terminal_shows_when_it_was_looked_at(tmp_path: Path) -> None:
+def test_a_terminal_shows_the_time_of_the_status(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         asyncio.run(declare(server.url))
         arguments = ["status", "--watch", "--every", "0.1"]

@@ -1,4 +1,4 @@
-"""What becomes of the actors of one kind, on Ray."""
+"""Pools of actors on a real Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.waiting import wait_until_async
 
 
 class Attending:
-    """What a fleet needs of an actor."""
+    """The methods that a pool calls."""
 
     async def ready(self) -> None: ...
 
@@ -32,50 +32,50 @@ def instance(cluster: str) -> str:
     return token_hex(4)
 
 
-def fleet_of(instance: str) -> ActorPool:
+def pool_of(instance: str) -> ActorPool:
     return ActorPool(instance, "proxy", lambda: None)
 
 
-async def test_a_name_that_ray_holds_still_is_no_failure(instance: str) -> None:
-    """One that has died can have its name for a moment longer than its successor waits."""
+async def test_a_name_that_ray_has_not_released_yet_is_not_a_failure(instance: str) -> None:
+    """The name of an actor that died may be in use for a moment longer than the pause before its successor."""
     holder = ACTOR.options(name=actor_name(instance, "proxy", "a"), namespace=NAMESPACE).remote()
     await holder.ready.remote()
-    fleet = fleet_of(instance)
-    fleet.start("a", ACTOR, (), {"num_cpus": 0})
-    assert fleet.members == {}
+    pool = pool_of(instance)
+    pool.start("a", ACTOR, (), {"num_cpus": 0})
+    assert pool.members == {}
 
     ray.kill(holder)
 
     async def starts() -> bool:
-        if "a" not in fleet.members:
-            fleet.start("a", ACTOR, (), {"num_cpus": 0})
-        return "a" in fleet.members
+        if "a" not in pool.members:
+            pool.start("a", ACTOR, (), {"num_cpus": 0})
+        return "a" in pool.members
 
     await wait_until_async(starts)
-    member = fleet.members["a"]
+    member = pool.members["a"]
     await wait_until_async(lambda: member.ready)
     assert member.error is None
     member.kill()
-    await member.ended()
+    await member.wait_gone()
 
 
-async def test_one_that_lives_is_adopted_under_its_name(instance: str) -> None:
-    """As after a broker that lost what proxies said of themselves, and a controller that died with it."""
-    before = fleet_of(instance)
+async def test_an_actor_that_lives_is_adopted_by_its_name(instance: str) -> None:
+    """As after the broker lost the reports of the proxies and the controller died with it."""
+    before = pool_of(instance)
     before.start("a", ACTOR, (), {"num_cpus": 0})
     await wait_until_async(lambda: before.members["a"].ready)
-    fleet = fleet_of(instance)
-    fleet.start("a", ACTOR, (), {"num_cpus": 0})
-    fleet.adopt("a")
-    await wait_until_async(lambda: fleet.members["a"].ready)
-    fleet.kill("a")
-    await fleet.members["a"].ended()
-    await before.members["a"].ended()
-    fleet.forget("a")
+    pool = pool_of(instance)
+    pool.start("a", ACTOR, (), {"num_cpus": 0})
+    pool.adopt("a")
+    await wait_until_async(lambda: pool.members["a"].ready)
+    pool.kill("a")
+    await pool.members["a"].wait_gone()
+    await before.members["a"].wait_gone()
+    pool.forget("a")
 
     async def is_gone() -> bool:
-        fleet.adopt("a")
-        return fleet.members["a"].gone
+        pool.adopt("a")
+        return pool.members["a"].gone
 
     await wait_until_async(is_gone)
-    assert fleet.members["a"].error is None
+    assert pool.members["a"].error is None

@@ -1,4 +1,4 @@
-"""The policy on recorded and generated load curves, against replicas that serve in virtual time."""
+"""The autoscaling policy on recorded and generated load curves, with replicas simulated in virtual time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from penstock.broker.queue.load import QueueDepth
 from penstock.broker.registry.records import AutoscalingSpec
-from penstock.serve.controller.autoscaler import Standing, decide
+from penstock.serve.controller.autoscaler import ScalingState, decide
 from tests.serve.record_load import BURST, SCALING, SERVICE_S
 
 _TICK_S = 0.5
@@ -31,15 +31,15 @@ def simulate(
     start: int = 1,
 ) -> list[int]:
     """Return how many replicas there were at each tick, under a fluid load and replicas that serve one at a time."""
-    standing, queue, curve = Standing(replicas=start), 0.0, list[int]()
+    state, queue, curve = ScalingState(replicas=start), 0.0, list[int]()
     for tick in range(1, int(seconds / _TICK_S)):
         now_s = tick * _TICK_S
         offered = arrivals_per_s(now_s)
-        capacity = standing.replicas / service_s
+        capacity = state.replicas / service_s
         queue = max(0.0, queue + (offered - capacity) * _TICK_S)
-        busy = min(standing.replicas, math.ceil(offered * service_s)) if queue < 0.5 else standing.replicas
-        standing = decide(config, 1, standing, QueueDepth(unsettled=math.ceil(queue) + busy, in_progress=busy), now_s)
-        curve.append(standing.replicas)
+        busy = min(state.replicas, math.ceil(offered * service_s)) if queue < 0.5 else state.replicas
+        state = decide(config, 1, state, QueueDepth(unsettled=math.ceil(queue) + busy, in_progress=busy), now_s)
+        curve.append(state.replicas)
     return curve
 
 
@@ -47,18 +47,18 @@ def changes(curve: Sequence[int]) -> int:
     return sum(before != after for before, after in pairwise(curve))
 
 
-def test_a_step_of_load_is_answered_at_the_first_look() -> None:
+def test_a_step_of_load_scales_up_at_the_first_decision() -> None:
     config = AutoscalingSpec(max_replicas=10)
-    after = decide(config, 1, Standing(replicas=1, at_s=1.0), QueueDepth(unsettled=12, in_progress=1), 1.5)
+    after = decide(config, 1, ScalingState(replicas=1, at_s=1.0), QueueDepth(unsettled=12, in_progress=1), 1.5)
     assert after.replicas == 6
 
 
-def test_a_backlog_wakes_a_backend_without_replicas_whatever_the_delay() -> None:
+def test_a_backend_without_replicas_scales_up_without_the_delay() -> None:
     config = AutoscalingSpec(min_replicas=0, max_replicas=4, upscale_delay_s=60.0)
-    assert decide(config, 1, Standing(replicas=0), QueueDepth(unsettled=1, in_progress=0), 1.0).replicas == 1
+    assert decide(config, 1, ScalingState(replicas=0), QueueDepth(unsettled=1, in_progress=0), 1.0).replicas == 1
 
 
-def test_at_rest_a_backend_goes_down_to_its_least_after_the_delay() -> None:
+def test_an_idle_backend_scales_down_to_its_minimum_after_the_delay() -> None:
     config = AutoscalingSpec(min_replicas=0, max_replicas=4, downscale_delay_s=10.0)
     curve = simulate(config, lambda _: 0.0, service_s=0.1, seconds=60, start=4)
     assert curve[0] == 4
@@ -68,27 +68,27 @@ def test_at_rest_a_backend_goes_down_to_its_least_after_the_delay() -> None:
 
 def test_a_peak_shorter_than_the_delay_starts_nothing() -> None:
     config = AutoscalingSpec(max_replicas=10, upscale_delay_s=5.0)
-    standing = Standing(replicas=1)
+    state = ScalingState(replicas=1)
     for tick, unsettled in enumerate([1, 20, 20, 20, 1, 20, 20, 20, 1], start=1):
-        standing = decide(config, 1, standing, QueueDepth(unsettled=unsettled, in_progress=1), float(tick))
-        assert standing.replicas == 1
+        state = decide(config, 1, state, QueueDepth(unsettled=unsettled, in_progress=1), float(tick))
+        assert state.replicas == 1
 
 
 def test_a_lull_shorter_than_the_delay_stops_nothing() -> None:
     config = AutoscalingSpec(max_replicas=10, downscale_delay_s=5.0)
-    standing = Standing(replicas=10)
+    state = ScalingState(replicas=10)
     for tick, unsettled in enumerate([20, 0, 0, 0, 20, 0, 0, 0, 20], start=1):
-        standing = decide(config, 1, standing, QueueDepth(unsettled=unsettled, in_progress=0), float(tick))
-        assert standing.replicas == 10
+        state = decide(config, 1, state, QueueDepth(unsettled=unsettled, in_progress=0), float(tick))
+        assert state.replicas == 10
 
 
-def test_it_shrinks_to_the_most_that_was_called_for_meanwhile() -> None:
+def test_it_scales_down_to_the_largest_recent_demand() -> None:
     config = AutoscalingSpec(max_replicas=10, downscale_delay_s=3.0)
-    standing = Standing(replicas=10)
+    state = ScalingState(replicas=10)
     curve = list[int]()
     for tick, unsettled in enumerate([2, 8, 2, 2, 2], start=1):
-        standing = decide(config, 1, standing, QueueDepth(unsettled=unsettled, in_progress=0), float(tick))
-        curve.append(standing.replicas)
+        state = decide(config, 1, state, QueueDepth(unsettled=unsettled, in_progress=0), float(tick))
+        curve.append(state.replicas)
     assert curve == [10, 10, 10, 4, 1]
 
 
@@ -99,33 +99,33 @@ def test_it_shrinks_to_the_most_that_was_called_for_meanwhile() -> None:
     concurrency=st.integers(1, 100),
     target=st.floats(1.0, 10.0),
 )
-def test_at_rest_it_is_at_its_least_when_the_delay_is_over_whatever_was_before(
+def test_an_idle_backend_is_at_its_minimum_after_the_delay_for_any_earlier_load(
     before: list[int], bounds: tuple[int, int], delay_s: float, concurrency: int, target: float
 ) -> None:
-    """But for the seconds in which what was in progress fades from its average: those that 20 replicas' work takes."""
+    """Seven seconds are added, in which the moving average of 20 replicas' work fades."""
     low, high = bounds[0], max(bounds)
     config = AutoscalingSpec(
         min_replicas=low, max_replicas=high, target_queue_per_replica=target, downscale_delay_s=delay_s
     )
-    standing, now_s = Standing(replicas=high), 0.0
+    state, now_s = ScalingState(replicas=high), 0.0
     for unsettled in before:
         now_s += _TICK_S
-        held = min(unsettled, standing.replicas * concurrency)
-        standing = decide(config, concurrency, standing, QueueDepth(unsettled=unsettled, in_progress=held), now_s)
+        held = min(unsettled, state.replicas * concurrency)
+        state = decide(config, concurrency, state, QueueDepth(unsettled=unsettled, in_progress=held), now_s)
     rest_s = now_s + delay_s + 7.0
     while now_s < rest_s:
         now_s += _TICK_S
-        standing = decide(config, concurrency, standing, QueueDepth(unsettled=0, in_progress=0), now_s)
-    assert standing.replicas == low
+        state = decide(config, concurrency, state, QueueDepth(unsettled=0, in_progress=0), now_s)
+    assert state.replicas == low
 
 
-def test_one_request_is_as_soon_forgotten() -> None:
+def test_a_single_request_does_not_keep_a_replica() -> None:
     config = AutoscalingSpec(min_replicas=0, max_replicas=1, downscale_delay_s=0.1)
-    standing = decide(config, 1, Standing(replicas=0), QueueDepth(unsettled=1, in_progress=1), 1.0)
-    assert standing.replicas == 1
+    state = decide(config, 1, ScalingState(replicas=0), QueueDepth(unsettled=1, in_progress=1), 1.0)
+    assert state.replicas == 1
     for tick in range(1, 9):
-        standing = decide(config, 1, standing, QueueDepth(unsettled=0, in_progress=0), 1.0 + tick * _TICK_S)
-    assert standing.replicas == 0
+        state = decide(config, 1, state, QueueDepth(unsettled=0, in_progress=0), 1.0 + tick * _TICK_S)
+    assert state.replicas == 0
 
 
 @given(
@@ -135,12 +135,10 @@ def test_one_request_is_as_soon_forgotten() -> None:
     service_s=st.floats(0.01, 2.0),
 )
 @settings(max_examples=60, deadline=None)
-def test_under_a_steady_load_it_settles_and_does_not_oscillate(
-    load: float, start: int, target: float, service_s: float
-) -> None:
-    """Ten minutes of the same load: in the last five it is carried.
+def test_under_a_steady_load_it_does_not_oscillate(load: float, start: int, target: float, service_s: float) -> None:
+    """After five of ten minutes the replicas carry the load.
 
-    A load just above what the replicas can do takes its time to fill the queue: there may be one change still.
+    A load just above their capacity fills the queue slowly, so one late change is allowed.
     """
     config = AutoscalingSpec(max_replicas=20, target_queue_per_replica=target, downscale_delay_s=20.0)
     curve = simulate(config, lambda _: load / service_s, service_s=service_s, seconds=600, start=start)
@@ -154,24 +152,24 @@ def test_under_a_steady_load_it_settles_and_does_not_oscillate(
     delays=st.tuples(st.floats(0, 30), st.floats(0, 30)),
     start=st.integers(0, 30),
 )
-def test_it_respects_its_bounds_whatever_the_load(
+def test_it_respects_its_bounds_under_any_load(
     unsettled: list[int], bounds: tuple[int, int], delays: tuple[float, float], start: int
 ) -> None:
     low, high = bounds[0], max(bounds)
     config = AutoscalingSpec(
         min_replicas=low, max_replicas=high, upscale_delay_s=delays[0], downscale_delay_s=delays[1]
     )
-    standing = Standing(replicas=start)
+    state = ScalingState(replicas=start)
     for tick, count in enumerate(unsettled, start=1):
-        standing = decide(config, 1, standing, QueueDepth(unsettled=count, in_progress=min(count, 5)), tick * _TICK_S)
-        assert low <= standing.replicas <= high
+        state = decide(config, 1, state, QueueDepth(unsettled=count, in_progress=min(count, 5)), tick * _TICK_S)
+        assert low <= state.replicas <= high
 
 
 # Requests per second at a public site, over a day, hour by hour: the night's trough, the rise, noon and evening.
 _DAY = [12, 9, 7, 6, 6, 8, 15, 31, 52, 68, 74, 77, 80, 78, 75, 73, 74, 79, 88, 95, 90, 71, 42, 22]
 
 
-def test_over_a_day_it_follows_the_load_without_hurry() -> None:
+def test_over_a_day_it_follows_the_load_with_few_changes() -> None:
     config = AutoscalingSpec(max_replicas=20, downscale_delay_s=30.0)
 
     def rate(now_s: float) -> float:
@@ -185,7 +183,7 @@ def test_over_a_day_it_follows_the_load_without_hurry() -> None:
 
 
 @pytest.mark.parametrize("period_s", [2.0, 10.0, 20.0])
-def test_a_load_that_swings_faster_than_the_delay_does_not_make_it_swing(period_s: float) -> None:
+def test_a_load_that_swings_faster_than_the_delay_changes_nothing(period_s: float) -> None:
     config = AutoscalingSpec(max_replicas=20, downscale_delay_s=30.0)
 
     def rate(now_s: float) -> float:
@@ -198,7 +196,7 @@ def test_a_load_that_swings_faster_than_the_delay_does_not_make_it_swing(period_
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a real backend was seen to have; ``record_load.py`` says how."""
+    """One observation of a real backend, recorded by ``record_load.py``."""
 
     at_s: float
     arrived: int
@@ -223,23 +221,23 @@ def recorded() -> list[Sample]:
 
 
 def replayed(samples: Sequence[Sample], **scaling: Any) -> list[int]:
-    """How many replicas the policy wants at each sample of what the broker counted then."""
-    config, standing, curve = AutoscalingSpec(**{**SCALING, **scaling}), Standing(replicas=1), list[int]()
+    """Return the policy's decision at each sample, from what the broker counted then."""
+    config, state, curve = AutoscalingSpec(**{**SCALING, **scaling}), ScalingState(replicas=1), list[int]()
     for sample in samples:
-        standing = decide(config, 1, standing, sample.load, sample.at_s + 1.0)
-        curve.append(standing.replicas)
+        state = decide(config, 1, state, sample.load, sample.at_s + 1.0)
+        curve.append(state.replicas)
     return curve
 
 
-def test_on_a_recorded_curve_it_wants_what_it_wanted_then() -> None:
-    """The controller looked at other moments, twice a second too."""
+def test_on_a_recorded_curve_it_decides_as_it_did_during_the_recording() -> None:
+    """The controller decided twice a second as well, but at other moments."""
     samples = recorded()
     curve = replayed(samples)
     off = [abs(sample.wanted - replicas) for sample, replicas in zip(samples, curve, strict=True)]
     assert sum(off) / len(off) < 1.0
 
 
-def test_on_a_recorded_curve_it_answers_the_burst_at_once_and_is_at_rest_at_the_end() -> None:
+def test_on_a_recorded_curve_it_scales_up_for_the_burst_and_down_at_the_end() -> None:
     samples = recorded()
     curve = replayed(samples)
     burst = next(n for n, (one, other) in enumerate(pairwise(samples)) if other.arrived - one.arrived >= BURST) + 1
@@ -250,17 +248,19 @@ def test_on_a_recorded_curve_it_answers_the_burst_at_once_and_is_at_rest_at_the_
 
 @pytest.mark.parametrize("target", [1.0, 2.0, 4.0, 16.0])
 @pytest.mark.parametrize("delays", [(0.0, 5.0), (2.0, 5.0), (5.0, 20.0)])
-def test_on_a_recorded_curve_it_is_calm_whatever_its_configuration(target: float, delays: tuple[float, float]) -> None:
+def test_on_a_recorded_curve_it_seldom_turns_under_any_configuration(
+    target: float, delays: tuple[float, float]
+) -> None:
     bounds = {"min_replicas": 0, "max_replicas": 6, "target_queue_per_replica": target}
     curve = replayed(recorded(), **bounds, upscale_delay_s=delays[0], downscale_delay_s=delays[1])
     assert set(curve) <= set(range(7))
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(*[steps(curve)[n:] for n in range(3)], strict=False))
-    # The load itself has three humps: a backlog at the very start, the plateau, the burst. And two that came at once in
-    # the trickle at the end are two replicas' work where one request is all that a replica is to have.
+    # The load has three peaks: a backlog at the start, the plateau and the burst. With a target of one request per
+    # replica, two requests that arrived together at the end are a fourth.
     assert turns <= 6
 
 
-def test_recorded_arrivals_are_carried_by_replicas_in_virtual_time() -> None:
+def test_recorded_arrivals_are_served_by_simulated_replicas() -> None:
     samples = recorded()
 
     def rate(now_s: float) -> float:
@@ -278,5 +278,5 @@ def test_recorded_arrivals_are_carried_by_replicas_in_virtual_time() -> None:
 
 
 def steps(curve: Sequence[int]) -> list[int]:
-    """The curve without what follows its like."""
+    """Return the curve without repetitions."""
     return [curve[0], *(after for before, after in pairwise(curve) if before != after)]

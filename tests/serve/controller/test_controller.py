@@ -1,4 +1,4 @@
-"""The controller comes and goes, and nobody notices."""
+"""The controller is killed and restarted; unhealthy replicas are replaced."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def controller_pid(instance: str = "default") -> int:
 
 
 def kill_controller(instance: str = "default") -> None:
-    """With -9, as the kernel does when memory is short."""
+    """Kill it with SIGKILL, as the kernel does when memory is exhausted."""
     os.kill(controller_pid(instance), signal.SIGKILL)
 
 
-def test_a_controller_that_is_killed_comes_back_and_restarts_nothing(client: serve.Client) -> None:
+def test_a_restarted_controller_adopts_the_running_replicas(client: serve.Client) -> None:
     client.create_backend("f", Slow, config={"num_replicas": 2}, ray_actor_options=SMALL)
     client.create_endpoint("e", backend="f")
     handle, before = client.get_handle("e"), replicas(client)
@@ -52,7 +52,7 @@ CHANGES: dict[str, Callable[[serve.Client], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_survives_the_death_of_the_controller_in_its_middle(
+def test_a_change_survives_the_death_of_the_controller_during_it(
     client: serve.Client, change: Callable[[serve.Client], None]
 ) -> None:
     client.create_backend("f", Slow, ray_actor_options=SMALL)
@@ -70,7 +70,7 @@ def test_a_change_survives_the_death_of_the_controller_in_its_middle(
     wait_until(lambda: {tag: len(replicas(client, tag)) for tag in wanted} == wanted)
 
 
-def test_a_replica_that_is_not_well_is_replaced(client: serve.Client) -> None:
+def test_a_replica_whose_health_check_fails_is_replaced(client: serve.Client) -> None:
     class Falling:
         def __init__(self) -> None:
             self.ill = False
@@ -90,11 +90,11 @@ def test_a_replica_that_is_not_well_is_replaced(client: serve.Client) -> None:
     wait_until(lambda: handle.remote().result(timeout=10) != ill)
 
 
-def test_one_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None:
+def test_a_replica_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None:
     class Stopping:
         def __call__(self, request: serve.Request) -> int:
             if request.data:
-                # What a fault of Penstock's would do: claims are never answered any more.
+                # Simulates a defect of Penstock: claims are never answered any more.
                 def drop(*args: Any, **options: Any) -> None: ...
 
                 setattr(Claimer, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
@@ -104,15 +104,15 @@ def test_one_that_has_stopped_claiming_is_replaced(client: serve.Client) -> None
     client.create_endpoint("e", backend="f")
     handle = client.get_handle("e")
     stopped = handle.remote(True).result(timeout=10)
-    # A claim that was under way may serve one more.
+    # A claim that was in flight may serve one more request.
     wait_until(lambda: handle.remote().result(timeout=60) != stopped, timeout_s=120)
 
 
-def test_one_that_hangs_is_replaced(client: serve.Client) -> None:
+def test_a_replica_that_hangs_is_replaced(client: serve.Client) -> None:
     class Hanging:
         async def __call__(self, request: serve.Request) -> int:
             if request.data:
-                threading.Event().wait(60)  # blocks the loop, as a mistake in user code does
+                threading.Event().wait(60)  # blocks the event loop, as faulty user code may
             return os.getpid()
 
     config = {"health_check_period_s": 0.2, "health_check_timeout_s": 0.5, "max_deliveries": 2}
@@ -126,7 +126,7 @@ def test_one_that_hangs_is_replaced(client: serve.Client) -> None:
     assert handle.remote().result(timeout=30) != healthy
 
 
-def test_a_version_that_comes_apart_later_is_tried_again_and_said(client: serve.Client, tmp_path: Any) -> None:
+def test_a_version_that_fails_later_is_retried_and_its_error_is_reported(client: serve.Client, tmp_path: Any) -> None:
     broken = tmp_path / "broken"
 
     class Fragile:

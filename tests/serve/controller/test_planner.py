@@ -1,41 +1,41 @@
-"""The planner against every state that a cluster can be in, and against a cluster that moves on by itself."""
+"""The planner on generated states of a cluster, and on a simulated cluster that changes between passes."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from penstock.broker.registry.reports import RefusedChange
+from penstock.serve.controller.backend_status import describe, refused_change
+from penstock.serve.controller.backoff import STEADY_AFTER_S, Failures
 from penstock.serve.controller.placement import Node
 from penstock.serve.controller.planner import (
-    STEADY_AFTER_S,
-    ActorState,
-    DesiredBackend,
-    DesiredProxies,
-    DesiredState,
     DrainProxy,
     DrainReplica,
-    Failures,
     ForgetProxy,
     ForgetReplica,
     KillProxy,
     KillReplica,
-    ObservedProxy,
-    ObservedReplica,
-    ObservedState,
-    RefusedChange,
-    RetireBackend,
+    PurgeBackend,
     StartProxy,
     StartReplica,
     Step,
     lacking,
     plan,
-    refusal,
-    status,
+)
+from penstock.serve.controller.state import (
+    ActorState,
+    DesiredBackend,
+    DesiredProxies,
+    DesiredState,
+    ObservedProxy,
+    ObservedReplica,
+    ObservedState,
 )
 
 TAGS, VERSIONS, NODES = ("f", "g"), ("v1", "v2"), ("node-a", "node-b", "node-c")
@@ -45,15 +45,15 @@ _numbers = itertools.count()
 
 
 def backend(tag: str = "f", version: str = "v1", replicas: int = 1, *, cpus: float = 1.0) -> DesiredBackend:
-    return DesiredBackend(tag=tag, version=version, replicas=replicas, asks={"CPU": cpus} if cpus else {})
+    return DesiredBackend(tag=tag, version=version, replicas=replicas, resources={"CPU": cpus} if cpus else {})
 
 
 def replica(
     state: ActorState, version: str = "v1", tag: str = "f", node: str = "node-a", *, cpus: float = 1.0
 ) -> ObservedReplica:
-    asks = {"CPU": cpus}
+    resources = {"CPU": cpus}
     return ObservedReplica(
-        id=f"{tag}#{next(_numbers)}", backend=tag, version=version, state=state, node=node, asks=asks
+        id=f"{tag}#{next(_numbers)}", backend=tag, version=version, state=state, node=node, resources=resources
     )
 
 
@@ -72,7 +72,7 @@ def desired_states(draw: st.DrawFn) -> DesiredState:
             tag=tag,
             version=draw(st.sampled_from(VERSIONS)),
             replicas=draw(st.integers(0, 4)),
-            asks=draw(st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}, {"CPU": 2.0}])),
+            resources=draw(st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}, {"CPU": 2.0}])),
         )
         for tag in draw(st.sets(st.sampled_from(TAGS)))
     ]
@@ -95,8 +95,8 @@ def seen_states(draw: st.DrawFn) -> ObservedState:
                 version=st.sampled_from(VERSIONS),
                 state=st.sampled_from(ActorState),
                 node=st.sampled_from(["", *NODES]),
-                asks=st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}]),
-                attended=st.booleans(),
+                resources=st.sampled_from([{}, {"CPU": 0.5}, {"CPU": 1.0}]),
+                is_drain_awaited=st.booleans(),
             ),
             max_size=8,
             unique_by=lambda replica: replica.id,
@@ -109,7 +109,7 @@ def seen_states(draw: st.DrawFn) -> ObservedState:
             node=node,
             state=draw(st.sampled_from(ActorState)),
             port=draw(st.sampled_from([0, 8000])),
-            attended=draw(st.booleans()),
+            is_drain_awaited=draw(st.booleans()),
         )
         for node, i in slots
     ]
@@ -121,14 +121,14 @@ def seen_states(draw: st.DrawFn) -> ObservedState:
         nodes=[Node(node, {"CPU": float(draw(st.integers(0, 8)))}) for node in NODES],
         failures=draw(st.dictionaries(keys, st.builds(Failures, st.integers(0, 50), st.floats(0, 100)))),
         proven=frozenset(draw(st.sets(keys))),
-        came_about=frozenset((*key, 1) for key in draw(st.sets(keys))),
+        rolled_out=frozenset((*key, 1) for key in draw(st.sets(keys))),
         reported=frozenset(draw(st.sets(st.sampled_from(TAGS)))),
     )
 
 
 def apply(steps: Iterable[Step], seen: ObservedState, desired: DesiredState) -> ObservedState:
-    """Do what ``steps`` say, as far as that is done at once: what drains goes on draining."""
-    asks = {tag: wanted.asks for tag, wanted in desired.backends.items()}
+    """Return the state after ``steps``. Draining actors go on draining."""
+    resources = {tag: wanted.resources for tag, wanted in desired.backends.items()}
     replicas = {replica.id: replica for replica in seen.replicas}
     proxies = {proxy.id: proxy for proxy in seen.proxies}
     reported = set(seen.reported)
@@ -140,23 +140,23 @@ def apply(steps: Iterable[Step], seen: ObservedState, desired: DesiredState) -> 
                     backend=tag,
                     version=version,
                     state=ActorState.STARTING,
-                    asks=asks.get(tag, {}),
+                    resources=resources.get(tag, {}),
                 )
                 replicas[new.id] = new
                 reported.add(tag)
             case DrainReplica(id):
-                replicas[id] = replace(replicas[id], state=ActorState.DRAINING, attended=True)
+                replicas[id] = replace(replicas[id], state=ActorState.DRAINING, is_drain_awaited=True)
             case KillReplica(id):
                 replicas[id] = replace(replicas[id], state=ActorState.GONE)
             case ForgetReplica(id):
                 del replicas[id]
-            case RetireBackend(tag):
+            case PurgeBackend(tag):
                 reported.remove(tag)
             case StartProxy(id, node, port):
                 assert id not in proxies, "a slot holds one proxy"
                 proxies[id] = ObservedProxy(id=id, node=node, state=ActorState.STARTING, port=port)
             case DrainProxy(id):
-                proxies[id] = replace(proxies[id], state=ActorState.DRAINING, attended=True)
+                proxies[id] = replace(proxies[id], state=ActorState.DRAINING, is_drain_awaited=True)
             case KillProxy(id):
                 proxies[id] = replace(proxies[id], state=ActorState.GONE)
             case ForgetProxy(id):
@@ -165,7 +165,7 @@ def apply(steps: Iterable[Step], seen: ObservedState, desired: DesiredState) -> 
 
 
 def let_time_pass(seen: ObservedState, seconds: float = 100.0) -> ObservedState:
-    """Everything that starts becomes ready, everything that drains ends."""
+    """Return a later state, in which what was starting is ready and what was draining is gone."""
     replicas = [
         replace(
             replica,
@@ -193,11 +193,11 @@ def of(seen: ObservedState, tag: str, version: str, *states: ActorState) -> list
     return [r for r in seen.replicas if r.backend == tag and r.version == version and r.state in states]
 
 
-# -- what always holds
+# -- properties of all states
 
 
 @given(desired_states(), seen_states())
-def test_the_plan_settles(desired: DesiredState, seen: ObservedState) -> None:
+def test_the_plan_converges(desired: DesiredState, seen: ObservedState) -> None:
     for _ in range(20):
         seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     assert plan(desired, seen) == []
@@ -208,18 +208,18 @@ def test_the_plan_settles(desired: DesiredState, seen: ObservedState) -> None:
 
 
 @given(desired_states(), seen_states())
-def test_with_room_enough_it_settles_on_what_is_desired(desired: DesiredState, seen: ObservedState) -> None:
+def test_with_enough_room_the_result_is_the_desired_state(desired: DesiredState, seen: ObservedState) -> None:
     seen = replace(seen, nodes=ROOMY)
     for _ in range(20):
         seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     for tag, wanted in desired.backends.items():
         assert len(of(seen, tag, wanted.version, ActorState.READY)) == wanted.replicas
-        assert status(wanted, seen, None).came_about
+        assert describe(wanted, seen, None).rolled_out
     assert len(seen.replicas) == sum(wanted.replicas for wanted in desired.backends.values())
 
 
 @given(desired_states(), seen_states())
-def test_it_never_starts_more_than_was_asked(desired: DesiredState, seen: ObservedState) -> None:
+def test_it_never_starts_more_replicas_than_desired(desired: DesiredState, seen: ObservedState) -> None:
     before = seen
     after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
@@ -232,7 +232,7 @@ def test_it_never_starts_more_than_was_asked(desired: DesiredState, seen: Observ
 
 
 @given(desired_states(), seen_states())
-def test_it_never_stops_the_last_ready_replicas_before_the_next_are_ready(
+def test_it_never_stops_the_last_ready_replicas_before_new_ones_are_ready(
     desired: DesiredState, seen: ObservedState
 ) -> None:
     after = apply(plan(desired, seen), seen, desired)
@@ -243,25 +243,28 @@ def test_it_never_stops_the_last_ready_replicas_before_the_next_are_ready(
 
 
 @given(desired_states(), seen_states())
-def test_it_places_no_more_than_the_nodes_can_hold(desired: DesiredState, seen: ObservedState) -> None:
+def test_it_starts_no_more_replicas_than_fit_onto_the_nodes(desired: DesiredState, seen: ObservedState) -> None:
     for tag, wanted in desired.backends.items():
         alone = replace(seen, replicas=[])
         started = [s for s in plan(want(wanted), alone) if isinstance(s, StartReplica)]
-        held = sum(int(node.resources["CPU"] / wanted.asks["CPU"]) for node in seen.nodes) if wanted.asks else 99
+        held = (
+            sum(int(node.resources["CPU"] / wanted.resources["CPU"]) for node in seen.nodes) if wanted.resources else 99
+        )
         assert len(started) <= held, tag
 
 
 @given(desired_states(), seen_states())
-def test_a_step_is_about_something_that_is_there(desired: DesiredState, seen: ObservedState) -> None:
-    """And each about something else: there is one decision for each replica and each proxy."""
-    named = [step.id for step in plan(desired, seen) if not isinstance(step, (StartReplica, StartProxy, RetireBackend))]
+def test_each_step_names_an_existing_actor_and_no_actor_has_two_steps(
+    desired: DesiredState, seen: ObservedState
+) -> None:
+    named = [step.id for step in plan(desired, seen) if not isinstance(step, (StartReplica, StartProxy, PurgeBackend))]
     assert len(named) == len(set(named))
     assert set(named) <= {replica.id for replica in seen.replicas} | {proxy.id for proxy in seen.proxies}
 
 
 @settings(max_examples=50)
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 4))
-def test_a_roll_over_keeps_as_many_ready_as_are_wanted_whatever_the_order(
+def test_a_rollout_never_has_fewer_ready_replicas_than_desired_in_any_order_of_events(
     chance: random.Random, before: int, wanted: int
 ) -> None:
     seen = see(*(replica(ActorState.READY, "v1") for _ in range(before)))
@@ -283,14 +286,14 @@ def test_a_roll_over_keeps_as_many_ready_as_are_wanted_whatever_the_order(
     assert len(seen.replicas) == wanted
 
 
-# -- one case each
+# -- single cases
 
 
-def test_what_is_missing_is_started() -> None:
+def test_missing_replicas_are_started() -> None:
     assert plan(want(backend(replicas=2)), see()) == [StartReplica("f", "v1")] * 2
 
 
-def test_scaling_down_stops_those_that_do_not_serve_yet_and_then_the_youngest() -> None:
+def test_scaling_down_stops_starting_replicas_first_and_then_the_youngest() -> None:
     oldest, youngest, starting = replica(ActorState.READY), replica(ActorState.READY), replica(ActorState.STARTING)
     steps = plan(want(backend(replicas=1)), see(oldest, youngest, starting))
     assert steps == [KillReplica(starting.id), DrainReplica(youngest.id, 20.0)]
@@ -311,12 +314,12 @@ def test_a_new_version_that_cannot_start_leaves_the_old_one_serving() -> None:
     assert plan(want(backend(version="v2")), see(old, failed, failures=failures)) == [KillReplica(failed.id)]
 
 
-def test_going_back_to_the_old_version_stops_only_the_new_one() -> None:
+def test_returning_to_the_old_version_stops_only_the_new_one() -> None:
     old, new = replica(ActorState.READY, "v1"), replica(ActorState.STARTING, "v2")
     assert plan(want(backend(version="v1")), see(old, new)) == [KillReplica(new.id)]
 
 
-def test_a_roll_over_on_a_full_cluster_needs_one_free_place() -> None:
+def test_a_rollout_on_a_full_cluster_needs_room_for_one_replica() -> None:
     old = [replica(ActorState.READY, "v1") for _ in range(2)]
     desired = want(backend(version="v2", replicas=2))
     nodes = [Node("node-a", {"CPU": 3.0})]
@@ -324,26 +327,26 @@ def test_a_roll_over_on_a_full_cluster_needs_one_free_place() -> None:
     assert lacking(desired.backends["f"], see(*old, nodes=nodes)) is None
     full = see(*old, nodes=[Node("node-a", {"CPU": 2.0})])
     assert plan(desired, full) == []
-    assert "1 replica with CPU 1 each asked for, room for 0: node node-a has CPU 2 (0 unused)" in (
+    assert "1 replica with CPU 1 each requested, room for 0: node node-a has CPU 2 (0 unused)" in (
         lacking(desired.backends["f"], full) or ""
     )
 
 
-def test_what_does_not_fit_is_not_started_and_said() -> None:
+def test_a_backend_that_does_not_fit_is_not_started_and_the_shortage_is_described() -> None:
     big = backend(cpus=64, replicas=2)
     seen = see(nodes=[Node("node-a", {"CPU": 2.0})])
     assert plan(want(big), seen) == []
-    assert lacking(big, seen) == "2 replicas with CPU 64 each asked for, room for 0: node node-a has CPU 2"
-    assert status(big, seen, None).lacking == lacking(big, seen)
+    assert lacking(big, seen) == "2 replicas with CPU 64 each requested, room for 0: node node-a has CPU 2"
+    assert describe(big, seen, None).lacking == lacking(big, seen)
 
 
-def test_what_fits_in_part_is_not_started_at_all_unless_it_once_did_fit() -> None:
+def test_a_backend_that_fits_in_part_is_not_started_unless_it_was_complete_before() -> None:
     many = backend(replicas=5)
     seen = see(replica(ActorState.READY), nodes=[Node("node-a", {"CPU": 3.0})])
-    says = "5 replicas with CPU 1 each asked for, room for 3: node node-a has CPU 3"
+    says = "5 replicas with CPU 1 each requested, room for 3: node node-a has CPU 3"
     assert plan(want(many), seen) == []
     assert lacking(many, seen) == says
-    lost_a_node = replace(seen, came_about=frozenset({("f", "v1", 1)}))
+    lost_a_node = replace(seen, rolled_out=frozenset({("f", "v1", 1)}))
     assert plan(want(many), lost_a_node) == [StartReplica("f", "v1")] * 2
     assert lacking(many, apply(plan(want(many), lost_a_node), lost_a_node, want(many))) == says
 
@@ -354,10 +357,10 @@ def test_a_replica_that_died_is_forgotten_and_replaced_in_one_pass() -> None:
     assert plan(want(backend()), seen) == [ForgetReplica(gone.id), StartReplica("f", "v1")]
 
 
-def test_a_version_that_keeps_failing_is_tried_again_ever_more_slowly() -> None:
+def test_restarts_of_a_version_that_keeps_failing_back_off_exponentially() -> None:
     failures, now_s, pauses = Failures(), 0.0, list[float]()
     for _ in range(9):
-        failures = failures.and_one_more(now_s)
+        failures = failures.plus_one(now_s)
         failed_at_s = now_s
         while plan(want(backend()), see(failures={("f", "v1"): failures}, now_s=now_s)) == []:
             now_s += 0.5
@@ -366,28 +369,28 @@ def test_a_version_that_keeps_failing_is_tried_again_ever_more_slowly() -> None:
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 5, 20, 1_000])
-def test_what_has_worked_is_back_within_two_seconds_however_often_it_died(deaths: int) -> None:
+def test_a_version_that_was_ready_once_is_restarted_within_two_seconds_after_any_number_of_deaths(deaths: int) -> None:
     failures = Failures()
     for number in range(deaths):
-        failures = failures.and_one_more(5.0 * number)
-    assert failures.allow_start(failures.last_s + 2.0, proven=True)
+        failures = failures.plus_one(5.0 * number)
+    assert failures.allows_start(failures.last_s + 2.0, proven=True)
 
 
-def test_failures_of_long_ago_do_not_count() -> None:
+def test_failures_are_forgiven_after_a_while() -> None:
     failures = Failures(10, last_s=0.0)
-    assert failures.and_one_more(61.0) == Failures(1, 61.0)
-    assert failures.allow_start(61.0, proven=False)
+    assert failures.plus_one(61.0) == Failures(1, 61.0)
+    assert failures.allows_start(61.0, proven=False)
 
 
-def test_what_was_ready_for_a_while_is_replaced_at_once_however_often_it_dies() -> None:
-    young = Failures().and_one_more(0.0).and_one_more(1.0)
-    assert not young.allow_start(1.0, proven=True)
-    assert Failures().and_one_more(0.0, ready_s=STEADY_AFTER_S) == Failures()
-    # Nor does it make up for those that died young.
-    assert young.and_one_more(1.2, ready_s=STEADY_AFTER_S) == young
+def test_the_death_of_a_replica_that_was_ready_for_a_while_delays_nothing() -> None:
+    young = Failures().plus_one(0.0).plus_one(1.0)
+    assert not young.allows_start(1.0, proven=True)
+    assert Failures().plus_one(0.0, ready_s=STEADY_AFTER_S) == Failures()
+    # It does not forgive the earlier failures either.
+    assert young.plus_one(1.2, ready_s=STEADY_AFTER_S) == young
 
 
-def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
+def test_a_deleted_backend_is_stopped_and_then_purged() -> None:
     left = [replica(state) for state in ActorState]
     named = {r.state: r.id for r in left}
     assert set(plan(want(), see(*left, reported=frozenset({"f"})))) == {
@@ -396,13 +399,13 @@ def test_a_deleted_backend_is_stopped_and_then_retired() -> None:
         KillReplica(named[ActorState.FAILED]),
         ForgetReplica(named[ActorState.GONE]),
     }
-    assert plan(want(), see(reported=frozenset({"f"}))) == [RetireBackend("f")]
+    assert plan(want(), see(reported=frozenset({"f"}))) == [PurgeBackend("f")]
 
 
-def test_a_restarted_controller_drains_on() -> None:
-    draining = replace(replica(ActorState.DRAINING), attended=False)
+def test_a_restarted_controller_continues_a_drain() -> None:
+    draining = replace(replica(ActorState.DRAINING), is_drain_awaited=False)
     assert plan(want(backend(replicas=0)), see(draining)) == [DrainReplica(draining.id, 20.0)]
-    assert plan(want(backend(replicas=0)), see(replace(draining, attended=True))) == []
+    assert plan(want(backend(replicas=0)), see(replace(draining, is_drain_awaited=True))) == []
 
 
 def test_proxies_fill_their_slots() -> None:
@@ -416,7 +419,7 @@ def test_proxies_fill_their_slots() -> None:
     ]
 
 
-def test_any_port_will_do_but_all_proxies_take_the_same() -> None:
+def test_with_port_0_all_proxies_use_the_port_that_the_first_one_picked() -> None:
     http = DesiredProxies(nodes=("node-a",), per_node=3, port=0)
     assert plan(want(http=http), see()) == [StartProxy("node-a.0", "node-a", 0)]
     first = ObservedProxy(id="node-a.0", node="node-a", state=ActorState.STARTING)
@@ -438,34 +441,34 @@ def test_proxies_follow_the_nodes() -> None:
 
 
 @pytest.mark.parametrize(("state", "step"), [(ActorState.GONE, ForgetProxy), (ActorState.FAILED, KillProxy)])
-def test_a_proxy_that_is_no_more_is_replaced(state: ActorState, step: type[Step]) -> None:
+def test_a_proxy_that_failed_or_ended_is_replaced(state: ActorState, step: type[Step]) -> None:
     http = DesiredProxies(nodes=("node-a",))
     steps = plan(want(http=http), see(proxies=[ObservedProxy(id="node-a.0", node="node-a", state=state)]))
     assert isinstance(steps[0], step)
     assert steps[1:] == ([StartProxy("node-a.0", "node-a", 8000)] if state is ActorState.GONE else [])
 
 
-def test_a_backend_has_come_about_when_every_replica_has_its_configuration() -> None:
+def test_a_rollout_is_complete_when_every_replica_applies_the_configuration() -> None:
     wanted = replace(backend(replicas=2), config_version=2)
     old_config, new_config = replica(ActorState.READY), replace(replica(ActorState.READY), config_version=2)
-    assert not status(wanted, see(new_config, old_config), None).came_about
-    assert status(wanted, see(new_config, replace(old_config, config_version=2)), None).came_about
-    assert not status(wanted, see(new_config, new_config, replica(ActorState.READY, "v0")), None).came_about
-    assert status(wanted, see(new_config, new_config, replica(ActorState.DRAINING, "v0")), None).came_about
-    takes = replace(replica(ActorState.DRAINING, "v0"), takes=True)
-    assert not status(wanted, see(new_config, new_config, takes), None).came_about
+    assert not describe(wanted, see(new_config, old_config), None).rolled_out
+    assert describe(wanted, see(new_config, replace(old_config, config_version=2)), None).rolled_out
+    assert not describe(wanted, see(new_config, new_config, replica(ActorState.READY, "v0")), None).rolled_out
+    assert describe(wanted, see(new_config, new_config, replica(ActorState.DRAINING, "v0")), None).rolled_out
+    takes = replace(replica(ActorState.DRAINING, "v0"), may_claim=True)
+    assert not describe(wanted, see(new_config, new_config, takes), None).rolled_out
 
 
-def test_what_was_refused_is_told_until_a_later_change_has_come_about() -> None:
+def test_a_refused_change_is_reported_until_a_later_one_is_rolled_out() -> None:
     error = {"kind": "BackendError", "args": ["ValueError", "no"]}
     wanted = replace(backend(replicas=1, version="v1"), config_version=3)
-    failed = status(replace(wanted, version="v2", config_version=2), see(replica(ActorState.READY)), error)
-    assert refusal(None, failed) is None
-    back = status(wanted, see(replica(ActorState.READY)), None)
-    refused = refusal(asdict(failed), back)
+    failed = describe(replace(wanted, version="v2", config_version=2), see(replica(ActorState.READY)), error)
+    assert refused_change(None, failed) is None
+    back = describe(wanted, see(replica(ActorState.READY)), None)
+    refused = refused_change(failed, back)
     assert refused == RefusedChange(version="v2", failing=error, lacking=None, undone_by=3)
-    back = replace(back, refused=refused, came_about=True)
-    assert refusal(asdict(back), back) == refused
-    changing = replace(back, config_version=4, came_about=False, refused=None)
-    assert refusal(asdict(back), changing) == refused
-    assert refusal(asdict(replace(changing, refused=refused)), replace(changing, came_about=True)) is None
+    back = replace(back, refused=refused, rolled_out=True)
+    assert refused_change(back, back) == refused
+    changing = replace(back, config_version=4, rolled_out=False, refused=None)
+    assert refused_change(back, changing) == refused
+    assert refused_change(replace(changing, refused=refused), replace(changing, rolled_out=True)) is None

@@ -1,4 +1,4 @@
-"""Replies that are produced after the call returned, for callers that do not accept streams."""
+"""Answers that go on after the call, to callers who take them whole."""
 
 import asyncio
 import logging
@@ -38,9 +38,7 @@ async def respond_async(request: Request) -> Any:
 
 
 @pytest.mark.parametrize("function", [respond, respond_async])
-async def test_responses_are_sent_whole_to_callers_that_do_not_stream(
-    start: Start, function: object, tmp_path: Path
-) -> None:
+async def test_responses_are_sent_whole(start: Start, function: object, tmp_path: Path) -> None:
     replica = await start(function)
     reply = await replica.call(from_handle("plain"))
     assert (reply.status, reply.codec, reply.body) == (202, "response", b"plain")
@@ -64,7 +62,7 @@ async def test_responses_are_sent_whole_to_callers_that_do_not_stream(
 
 
 @pytest.mark.parametrize("function", [respond, respond_async])
-async def test_a_background_task_runs_after_the_reply(
+async def test_a_background_task_runs_after_the_answer(
     start: Start, function: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     replica = await start(function)

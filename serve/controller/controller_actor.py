@@ -1,0 +1,68 @@
+"""The Ray actor around the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any, cast
+
+import ray
+
+from .controller import Controller
+
+log = logging.getLogger(__name__)
+
+
+class ControllerActor:
+    """The controller as an asyncio actor. Ray runs the constructor in the event loop, also after a restart."""
+
+    def __init__(self, redis_url: str, instance: str, replica_redis_url: str, proxy_redis_url: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._connected: asyncio.Future[Controller] = loop.create_future()
+        urls = (redis_url, instance, replica_redis_url, proxy_redis_url)
+        self._run = loop.create_task(self._connect_and_run(*urls), name="controller")
+        self._run.add_done_callback(_end_actor)
+
+    async def ready(self) -> None:
+        """Return when every proxy serves.
+
+        Raises:
+            PenstockError: a proxy failed, or the controller ended with this error.
+        """
+        http_ready = asyncio.ensure_future(self._http_ready())
+        done, _ = await asyncio.wait([http_ready, self._run], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            await task
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def attend(self) -> None:
+        """Never return. The call fails when the controller has ended for good; a restart does not end it."""
+        await asyncio.Event().wait()
+
+    async def _connect_and_run(self, *urls: str) -> None:
+        controller = await Controller.connect(*urls)
+        self._connected.set_result(controller)
+        await controller.run()
+
+    async def _http_ready(self) -> None:
+        controller = await asyncio.shield(self._connected)
+        await controller.http_ready()
+
+
+def _end_actor(run: asyncio.Task[None]) -> None:
+    if not run.cancelled() and (error := run.exception()) is not None:
+        log.error("the controller ends: %s", error)
+    # An exit alone would make Ray restart the actor.
+    ray.kill(cast(Any, ray.get_runtime_context()).current_actor)
+
+
+# A process that receives a handle to this actor imports its class on a thread of Ray, while user code may import
+# `penstock.serve` on another. Both imports go through `penstock.serve`, so both take its lock first. If the class were
+# looked up in this module, the two threads would take the locks of several modules in different orders, and Python
+# would break that deadlock by handing out a half-initialised module.
+ControllerActor.__module__ = "penstock.serve"
+Actor: Any = ray.remote(ControllerActor)
+"""Takes the broker's URL, the instance's name, and the broker's URLs for replicas and for proxies."""

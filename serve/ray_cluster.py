@@ -1,0 +1,163 @@
+"""The connection of this process to a Ray cluster, which is started on this machine if necessary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray._private.utils import read_ray_address
+
+from ..broker.errors import ConfigError, PenstockError
+
+_RAY_CLIENT = "ray://"
+_KILL_S = 5.0
+"""Longest wait for the end of killed processes."""
+
+
+def is_remote() -> bool:
+    """Return whether this process is, or will be, connected to Ray through Ray Client, from another machine."""
+    if ray.is_initialized():
+        return bool(cast(Any, ray.util).client.ray.is_connected())
+    return os.environ.get("RAY_ADDRESS", "").startswith(_RAY_CLIENT)
+
+
+def join_ray(*, detached: bool) -> bool:
+    """Connect this process to Ray unless it is connected; return whether this connected it.
+
+    It connects to the cluster of ``RAY_ADDRESS``. Without one, a detached instance needs the cluster that ``ray start``
+    has started on this machine, and any other instance gets a local cluster that ends with this process.
+
+    Raises:
+        ConfigError: there is no cluster that outlives this process, or that of ``RAY_ADDRESS`` cannot be reached.
+        PenstockError: a local cluster cannot be started.
+    """
+    if ray.is_initialized():
+        return False
+    if address := os.environ.get("RAY_ADDRESS"):
+        join_address(address, logging_level=logging.ERROR)
+    elif not detached:
+        _start_local_ray()
+    elif not join_lasting_ray(logging_level=logging.ERROR):
+        raise ConfigError(
+            "a detached instance outlives this process, and so must its Ray cluster: none was started on this machine, "
+            "and RAY_ADDRESS is not set; `ray start --head` starts one"
+        )
+    return True
+
+
+def join_address(address: str, **options: Any) -> None:
+    """Connect to the cluster at ``address``. Raises `ConfigError` if it cannot be reached."""
+    try:
+        cast(Any, ray.init)(address=address, **options)
+    except (ConnectionError, RuntimeError) as e:
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it requires a token, set RAY_AUTH_MODE=token"
+        raise ConfigError(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}{hint}") from None
+
+
+def join_lasting_ray(**options: Any) -> bool:
+    """Connect to the cluster that ``ray start`` has started on this machine; return whether there is one.
+
+    Ray's own search could also find the local cluster of a script, which ends with that script.
+    """
+    if not read_ray_address():
+        return False
+    try:
+        cast(Any, ray.init)(address="auto", **options)
+    except ConnectionError:
+        return False
+    return True
+
+
+def join_or_start_lasting_ray() -> bool:
+    """Connect to the cluster of ``RAY_ADDRESS``, or to that of this machine; return whether this had to start it.
+
+    Raises:
+        ConfigError: the cluster of ``RAY_ADDRESS`` cannot be reached.
+        PenstockError: a cluster cannot be started.
+    """
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        join_address(address, **options)
+        return False
+    if join_lasting_ray(**options):
+        return False
+    # Written first, so that it is known whatever the outcome is.
+    print("no Ray cluster was started on this machine: starting one; `ray stop` ends it", file=sys.stderr, flush=True)
+    # Port 0 is a free one. Ray's default port is that of Redis.
+    arguments = ["start", "--head", "--port=0", "--include-dashboard=false"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode or not join_lasting_ray(**options):
+        raise PenstockError(f"Ray cannot be started on this machine: {ran.stderr.strip()}{_logs()}")
+    return True
+
+
+def _start_local_ray() -> None:
+    print("penstock: starting Ray on this machine", file=sys.stderr, flush=True)
+    before = _descendants()
+    try:
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    except BaseException as e:
+        # Ray leaves the processes that it has started so far.
+        with suppress(Exception):
+            cast(Any, ray.shutdown)()
+        _kill(pid for pid, command in _descendants().items() if pid not in before and _is_rays(command))
+        if not isinstance(e, Exception):
+            raise
+        raise PenstockError(
+            f"Ray cannot be started on this machine: {str(e).strip() or type(e).__name__}{_logs()}"
+        ) from None
+
+
+def _logs() -> str:
+    """Return where the logs of the last start of Ray are, as the end of a sentence."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    logs = Path(temporary, "ray", "session_latest", "logs")
+    return f"; its logs are in {logs.resolve()}" if logs.is_dir() else ""
+
+
+def _descendants() -> dict[int, str]:
+    """Return the command lines of this process's descendants by process id; empty where there is no /proc."""
+    parents: dict[int, int] = {}
+    commands: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # The process has ended.
+            pid = int(entry.name)
+            # The command in parentheses may contain spaces and parentheses.
+            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    found, generation = dict[int, str](), {os.getpid()}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation and pid not in found}
+        found.update((pid, commands.get(pid, "")) for pid in generation)
+    return found
+
+
+def _is_rays(command: str) -> bool:
+    return str(Path(ray.__file__).parent) in command or command.startswith("ray::")
+
+
+def _kill(pids: Iterable[int]) -> None:
+    """Kill processes and wait until they have ended."""
+    left = set(pids)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    ends_at_s = time.monotonic() + _KILL_S
+    while left and time.monotonic() < ends_at_s:
+        for pid in set(left):
+            with suppress(ChildProcessError):  # A grandchild: init reaps it.
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    continue
+            left.discard(pid)
+        time.sleep(0.01)

@@ -1,0 +1,91 @@
+"""Checks before Ray is started, and a start that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock import serve
+from penstock.handles.errors import ConfigError
+
+START = """
+import json, sys
+
+from penstock import serve
+
+try:
+    serve.start(**json.loads(sys.argv[1]))
+except Exception as e:
+    print(type(e).__name__, e, sep=": ")
+
+from penstock.serve import ray_cluster
+
+print("left:", list(ray_cluster._descendants().values()))
+"""
+
+
+def started(arguments: dict[str, Any], **environ: str) -> subprocess.CompletedProcess[str]:
+    """Call ``serve.start`` in a process without Ray, and return its output."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PENSTOCK_REDIS_URL")}
+    return subprocess.run(
+        [sys.executable, "-c", START, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**clean, **environ},
+    )
+
+
+def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_starts(tmp_path: Path) -> None:
+    ran = started({"redis_url": f"unix://{tmp_path}/nothing.sock"})
+    assert ran.stdout.startswith("BrokerUnavailable: ")
+    assert "starting Ray" not in ran.stderr
+
+
+def test_a_port_in_use_is_an_error_before_ray_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ran = started({"http_options": {"port": port}})
+    assert ran.stdout.startswith(f"ConfigError: cannot serve HTTP on 127.0.0.1:{port}: the port is in use")
+    assert "starting Ray" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [("203.0.113.7", "'203.0.113.7' is not an address of this machine"), ("no.such.invalid", "cannot be resolved")],
+)
+def test_a_host_that_is_not_of_this_machine_is_an_error_before_ray_starts(host: str, message: str) -> None:
+    ran = started({"http_options": {"host": host, "port": 0}})
+    assert ran.stdout.startswith("ConfigError: ")
+    assert message in ran.stdout
+    assert "starting Ray" not in ran.stderr
+
+
+def test_a_port_in_use_leaves_no_key(redis_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ran = started({"redis_url": redis_url, "http_options": {"port": other.getsockname()[1]}})
+    assert "the port is in use" in ran.stdout
+    # The next start does not wait for an owner that has given up.
+    with pytest.raises(ConfigError, match="there is no instance"):
+        serve.connect(redis_url)
+
+
+def test_a_ray_that_cannot_start_is_an_error_with_its_logs_and_leaves_no_process(tmp_path: Path) -> None:
+    """An object store below Ray's minimum is refused after the first processes were started."""
+    ran = started(
+        {"http_options": {"location": None}},
+        RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION="0.000001",
+        RAY_TMPDIR=str(tmp_path),
+    )
+    assert ran.stderr.startswith("penstock: starting Ray on this machine\n")
+    assert ran.stdout.startswith("PenstockError: Ray cannot be started on this machine: ")
+    assert f"its logs are in {tmp_path}/ray/session_" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "left: []"
