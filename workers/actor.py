@@ -44,6 +44,46 @@ _HEALTH_WAIT_S = 1.0
 _STATS_EVERY_S = 1.0
 
 
+class _OpenRegistry:
+    """The registry of an instance, over a connection of its own, and a watcher of its changes."""
+
+    def __init__(self, url: str, keys: Keys, replica: str) -> None:
+        self.connection = RedisConnection(url, name=f"penstock-{replica}-registry")
+        self.registry = Registry(self.connection, keys)
+        self.watcher = Watcher(url, self.registry, keys)
+
+    @classmethod
+    async def open(cls, url: str, keys: Keys, replica: str, serving: Serving) -> _OpenRegistry:
+        """Open it, however long the broker is unreachable. The outage is logged once for ``serving``."""
+        while True:
+            opened = cls(url, keys, replica)
+            try:
+                await opened.connection.open()
+                await opened.watcher.start()
+            except BrokerUnavailable as e:
+                outages.report_began(shown_url(url), serving, f"replica {replica} waits for its broker: {e}")
+                await opened.close()
+                await asyncio.sleep(_RETRY_S)
+            except BaseException:
+                await opened.close()
+                raise
+            else:
+                outages.report_ended(shown_url(url), serving)
+                return opened
+
+    async def get_code(self, digest: str) -> bytes:
+        """Return the code with that digest, however long the broker is unreachable."""
+        while True:
+            try:
+                return await self.registry.get_code(digest)
+            except BrokerUnavailable:
+                await asyncio.sleep(_RETRY_S)
+
+    async def close(self) -> None:
+        await self.watcher.close()
+        await self.connection.close()
+
+
 class Serving:
     """The life of one replica, from `ready` to `drain`: a plain asyncio class that needs no Ray.
 
@@ -52,16 +92,14 @@ class Serving:
         instance: the name of the instance.
         backend: the backend's tag.
         replica: the replica's tag.
-        node: the id of the replica's Ray node, for its reports.
+        node: the id of its Ray node, for its report.
     """
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str, node: str = "") -> None:
         self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
         self._keys = Keys(instance)
-        self._version = ""
-        self._config_version = self._refused = 0
         self._report = ReplicaReport(backend=backend, node=node, pid=os.getpid())
-        self._connection: RedisConnection | None = None
+        self._registry: _OpenRegistry | None = None
         self._runtime_env: UnpackedRuntimeEnv | None = None
         self._runner: Runner | None = None
         self._worker: Replica | None = None
@@ -125,54 +163,33 @@ class Serving:
     # -- starting
 
     async def _start(self) -> None:
-        await self._connect()
+        opened = self._registry = await _OpenRegistry.open(self._url, self._keys, self._replica, self)
+        opened.connection.on_reconnect(self._send_report)  # a broker that lost its data has lost the report too
         try:
-            record = self._watcher.snapshot.backends.get(self._backend)
+            snapshot = opened.watcher.snapshot
+            record = snapshot.backends.get(self._backend)
             if record is None:
-                raise BackendNotFound(self._backend, self._watcher.snapshot.backends)
-            self._version = record.version
-            self._update_report(version=record.version, config_version=0, initial_config_version=record.config_version)
-            code = await self._fetch_code(record.code)
+                raise BackendNotFound(self._backend, snapshot.backends)
+            self._update_report(version=record.version, initial_config_version=record.config_version)
+            code = await opened.get_code(record.code)
             if record.files:
-                self._runtime_env = await asyncio.to_thread(UnpackedRuntimeEnv, await self._fetch_code(record.files))
+                self._runtime_env = await asyncio.to_thread(UnpackedRuntimeEnv, await opened.get_code(record.files))
                 self._runtime_env.enter()
             self._runner = await Runner.start(self._backend, self._replica, code, record.config)
         except PenstockError as e:
             log.error("replica %s cannot start: %s", self._replica, e)
             self._update_report(state="failed", error=to_wire(e))
             raise
-        self._worker = await self._start_worker(self._runner)
-        self._config_version = record.config_version
-        self._update_report(state="ready", config_version=record.config_version, capacity=self._worker.capacity)
-        self._watcher.add_listener(self._on_change)
-        self._on_change(self._watcher.snapshot)
-        self._spawn(self._send_stats_regularly(self._worker))
+        worker = self._worker = await self._start_worker(self._runner)
+        self._update_report(state="ready", config_version=record.config_version, capacity=worker.capacity)
 
-    async def _connect(self) -> None:
-        while True:
-            connection = RedisConnection(self._url, name=f"penstock-{self._replica}-registry")
-            self._registry = Registry(connection, self._keys)
-            self._watcher = Watcher(self._url, self._registry, self._keys)
-            try:
-                await connection.open()
-                await self._watcher.start()
-            except BrokerUnavailable as e:
-                outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
-                await self._watcher.close()
-                await connection.close()
-                await asyncio.sleep(_RETRY_S)
-            else:
-                outages.report_ended(shown_url(self._url), self)
-                connection.on_reconnect(self._send_report)  # a broker that lost its data has lost the report too
-                self._connection = connection
-                return
+        def on_change(snapshot: Snapshot) -> None:
+            if self._following is None or self._following.done():
+                self._following = self._spawn(self._follow(opened.watcher, worker))
 
-    async def _fetch_code(self, digest: str) -> bytes:
-        while True:
-            try:
-                return await self._registry.get_code(digest)
-            except BrokerUnavailable:
-                await asyncio.sleep(_RETRY_S)
+        opened.watcher.add_listener(on_change)
+        on_change(opened.watcher.snapshot)
+        self._spawn(self._send_stats_regularly(opened.connection, worker))
 
     async def _start_worker(self, runner: Runner) -> Replica:
         while True:
@@ -183,37 +200,33 @@ class Serving:
                 outages.report_began(shown_url(self._url), self, f"replica {self._replica} waits for its broker: {e}")
                 await worker.stop()
                 await asyncio.sleep(_RETRY_S)
+            except BaseException:
+                await worker.stop()
+                raise
             else:
                 outages.report_ended(shown_url(self._url), self)
                 return worker
 
     # -- following the registry
 
-    def _on_change(self, _: Snapshot) -> None:
-        if self._following is None or self._following.done():
-            self._following = self._spawn(self._follow())
-
-    async def _follow(self) -> None:
+    async def _follow(self, watcher: Watcher, worker: Replica) -> None:
         """Apply configurations until there is no newer one."""
-        assert self._worker is not None
-        while (record := self._newer_record()) is not None:
+        while (record := self._newer_record(watcher.snapshot)) is not None:
             try:
-                await self._worker.reconfigure(record.config)
+                await worker.reconfigure(record.config)
             except PenstockError as e:
                 log.error("replica %s keeps its configuration: %s", self._replica, e)
-                self._refused = record.config_version
                 self._update_report(error=to_wire(e), refused=record.config_version)
             else:
-                self._config_version = record.config_version
-                capacity = self._worker.capacity
-                self._update_report(config_version=record.config_version, error=None, refused=None, capacity=capacity)
+                version, capacity = record.config_version, worker.capacity
+                self._update_report(config_version=version, error=None, refused=None, capacity=capacity)
 
-    def _newer_record(self) -> BackendRecord | None:
-        record = self._watcher.snapshot.backends.get(self._backend)
+    def _newer_record(self, snapshot: Snapshot) -> BackendRecord | None:
+        record, report = snapshot.backends.get(self._backend), self._report
         # A new version of the code has replicas of its own, and its configuration may not fit this version.
-        if record is None or record.version != self._version or self._ending is not None:
+        if record is None or record.version != report.version or self._ending is not None:
             return None
-        return record if record.config_version > max(self._config_version, self._refused) else None
+        return record if record.config_version > max(report.config_version, report.refused or 0) else None
 
     def _update_report(self, **changes: Any) -> None:
         """Change the report of this replica in the registry, as soon as the broker can be reached."""
@@ -221,26 +234,26 @@ class Serving:
         self._spawn(self._send_report())
 
     async def _send_report(self) -> None:
-        while True:
+        while self._registry is not None:
             try:
-                return await self._registry.put_report(self._replica, self._report)
+                return await self._registry.registry.put_report(self._replica, self._report)
             except BrokerUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
     # -- stats
 
-    async def _send_stats_regularly(self, worker: Replica) -> None:
+    async def _send_stats_regularly(self, connection: RedisConnection, worker: Replica) -> None:
         while True:
             await asyncio.sleep(_STATS_EVERY_S)
-            await self._send_stats(worker)
+            await self._send_stats(connection, worker)
 
-    async def _send_stats(self, worker: Replica) -> None:
+    async def _send_stats(self, connection: RedisConnection, worker: Replica) -> None:
         """Add the counters since the last call to the stats of the backend."""
         run_stats = worker.take_run_stats()
-        if not run_stats or self._connection is None:
+        if not run_stats:
             return
         try:
-            await stats.add_stats(self._connection, self._keys, self._backend, run_stats)
+            await stats.add_stats(connection, self._keys, self._backend, run_stats)
         except FateUnknown:
             pass  # better not counted than counted twice
         except BrokerUnavailable:
@@ -262,7 +275,7 @@ class Serving:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        if self._connection is not None:
+        if self._registry is not None:
             self._update_report(state="draining")
         if self._worker is not None:
             finished = await self._worker.drain(timeout_s)
@@ -272,11 +285,10 @@ class Serving:
             await self._worker.stop()
         for task in self._tasks:
             task.cancel()
-        if self._connection is not None:
-            if self._worker is not None and self._connection.connected:
-                await self._send_stats(self._worker)
-            await self._watcher.close()
-            await self._connection.close()
+        if self._registry is not None:
+            if self._worker is not None and self._registry.connection.connected:
+                await self._send_stats(self._registry.connection, self._worker)
+            await self._registry.close()
         if self._runtime_env is not None:
             await asyncio.to_thread(self._runtime_env.remove)
         return finished

@@ -118,7 +118,7 @@ class Registry:
             ConfigError: ``blob`` is larger than the ``proto-max-bulk-len`` of Redis.
             PenstockError: the broker is out of memory.
         """
-        if len(blob) > (limit := min(LARGEST, self._connection.longest)):
+        if len(blob) > (limit := min(LARGEST, self._connection.max_string_bytes)):
             raise _too_large(blob, str(limit) if limit == LARGEST else f"{limit} or less")
         digest = hashlib.sha256(blob).hexdigest()
         try:

@@ -26,8 +26,8 @@ assert STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not 
 class Session:
     """Sends commands over one socket and completes them with their replies, from the handshake to the lost connection.
 
-    Replies belong to commands by their order. A command whose sender has lost interest therefore stays until its reply
-    is read, so that the reply cannot reach another command.
+    Replies belong to commands by their order. A cancelled command therefore stays until its reply is read, so that the
+    reply cannot reach another command.
 
     Args:
         transport: connected, with the handshake done. Its protocol is replaced.

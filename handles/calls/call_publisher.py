@@ -90,7 +90,7 @@ class CallPublisher:
     def _send_soon(self) -> None:
         # The latency of a single call matters most. Several calls share a write at the end of the loop tick.
         if len(self._in_flight.by_id) == 1:
-            self._connection.hurry()
+            self._connection.flush_if_idle()
 
     def _store_body(self, call: Call, *, patient: bool = False) -> None:
         ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS

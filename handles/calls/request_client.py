@@ -140,7 +140,7 @@ class RequestClient:
     @property
     def longest(self) -> int:
         """The most bytes of a body that the broker takes, as far as is known."""
-        return self._connection.longest
+        return self._connection.max_string_bytes
 
     # -- lifetime
 

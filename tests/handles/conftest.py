@@ -12,7 +12,7 @@ from tests.handles.site import INSTANCE, Site
 
 @pytest.fixture
 def site(redis_url: str) -> Iterator[Site]:
-    """An instance on the embedded server. What it left is erased, and nothing else may be left."""
+    """An instance on the embedded server. Closing it erases its keys."""
     site = Site(redis_url)
     yield site
     site.close()
@@ -28,13 +28,13 @@ def any_site(broker_url: str) -> Iterator[Site]:
 
 @pytest.fixture
 def durable() -> Iterator[EmbeddedServer]:
-    """A server of the test's own that has its data again after a restart."""
+    """A server for one test, which keeps its data across restarts."""
     with tempfile.TemporaryDirectory() as parent, EmbeddedServer.start(data_dir=Path(parent) / "data") as server:
         yield server
 
 
 @pytest.fixture
 def connected(site: Site) -> Iterator[Connection]:
-    """The thin door to `site`."""
+    """A connection to `site`."""
     with handles.connect(site.url, INSTANCE) as connected:
         yield connected

@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
 
 
 class Lingering:
-    """Code that ends when its request is cancelled, and not of itself while a test lasts."""
+    """Code that runs until its request is cancelled."""
 
     def __init__(self) -> None:
         self.running, self.cancelled = threading.Event(), threading.Event()
@@ -46,7 +46,7 @@ class Site:
     def __init__(self, url: str) -> None:
         self.url = url
         self._loop = asyncio.new_event_loop()
-        # A daemon: a test that fails and leaves it open must not keep the run from ending.
+        # A daemon, so that a failed test that leaves it open does not keep the test run from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name="site", daemon=True)
         self._workers: list[tuple[Replica, Runner]] = []
         self._numbers = itertools.count(1)
@@ -65,7 +65,7 @@ class Site:
         self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
 
     def declare(self, name: str = "ask", *, tag: str = "model", route: str | None = None, **config: Any) -> None:
-        """Make an endpoint and its backend, without anybody to serve it."""
+        """Create an endpoint and its backend without replicas."""
         backend = BackendRecord(tag=tag, version="1", code="", config=BackendSpec(**{**CONFIG, **config}))
         endpoint = EndpointRecord(name=name, route=route, traffic={tag: 1.0})
         self._run(self._registry.change(lambda seen: Change({tag: backend}, {name: endpoint})))
@@ -75,7 +75,7 @@ class Site:
         self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
 
     def serve(self, function: Callable[..., Any], name: str = "ask", *, tag: str = "model", **config: Any) -> Replica:
-        """Make an endpoint, and a worker that runs ``function`` for it. It may close over what the test looks at."""
+        """Create an endpoint, and a replica in this process: ``function`` can share objects with the test."""
         self.declare(name, tag=tag, **config)
         return self._run(self._start(function, tag, {**CONFIG, **config}))
 
@@ -98,7 +98,7 @@ class Site:
             self._end()
 
     def abandon(self) -> None:
-        """Close it although its broker is gone."""
+        """Close the site although its broker is gone."""
         try:
             self._run(self._connection.close())
         finally:
@@ -133,7 +133,7 @@ class Site:
 
     async def _count(self, tag: str, *, batch: bool = False) -> int:
         key = (self._keys.batch if batch else self._keys.requests)(tag)
-        # Repeated, as all that a test looks at: it may just have cut our connection, too.
+        # Repeated: the test may just have cut this connection too.
         return int(await self._connection.send("XLEN", key, repeat=True))
 
     async def _scan(self) -> set[str]:
@@ -149,7 +149,7 @@ class Site:
         await self._connection.close()
 
 
-# -- what workers run
+# -- code of backends
 
 
 def echo(request: Any) -> Any:
@@ -172,11 +172,11 @@ def noting(started: list[Any]) -> Callable[[Any], None]:
     return note
 
 
-# -- faces
+# -- handles
 
 
 def in_loop(handle: ServeHandle) -> AsyncServeHandle:
-    """Return the other face of a handle."""
+    """Return an asyncio handle with the arguments of a sync one."""
     _, arguments = handle.__reduce__()
     return AsyncServeHandle(*arguments)
 

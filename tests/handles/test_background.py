@@ -1,4 +1,4 @@
-"""Waiting on the loop that answers sync handles, where callbacks of their futures run."""
+"""Blocking calls on the background loop, where the callbacks of sync handles' futures run."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -45,14 +45,14 @@ def in_a_callback(connected: Connection, attempt: Attempt) -> Any:
 
 
 @pytest.mark.parametrize("how", WAITS)
-def test_what_would_block_the_loop_that_answers_raises_at_once(site: Site, connected: Connection, how: str) -> None:
+def test_a_blocking_call_on_the_background_loop_raises_at_once(site: Site, connected: Connection, how: str) -> None:
     site.serve(echo)
     with pytest.raises(RuntimeError, match="cannot be waited for on its own event loop, such as in a callback"):
         in_a_callback(connected, WAITS[how])
     assert connected.get_handle("ask").remote("the loop still answers").result(20) == "the loop still answers"
 
 
-def test_what_is_done_can_be_read_there(site: Site, connected: Connection) -> None:
+def test_a_finished_future_can_be_read_on_the_background_loop(site: Site, connected: Connection) -> None:
     site.serve(echo)
     done = connected.get_handle("ask").remote("there")
     assert done.result(20) == "there"
@@ -62,13 +62,15 @@ def test_what_is_done_can_be_read_there(site: Site, connected: Connection) -> No
     assert in_a_callback(connected, lambda _, __: concurrent.futures.wait([done]).done) == {done}
 
 
-def test_a_look_that_does_not_wait_is_allowed_there(site: Site, connected: Connection) -> None:
+def test_a_read_with_timeout_zero_is_allowed_on_the_background_loop(site: Site, connected: Connection) -> None:
     site.serve(echo)
     with pytest.raises(concurrent.futures.TimeoutError):
         in_a_callback(connected, lambda handle, connected: handle.remote(2).result(0))
 
 
-def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: Site, connected: Connection) -> None:
+def test_a_future_that_is_cancelled_on_the_background_loop_is_done_one_turn_later(
+    site: Site, connected: Connection
+) -> None:
     site.serve(echo)
     cancelled: list[concurrent.futures.Future[Any]] = []
 
@@ -87,7 +89,7 @@ def test_a_call_that_was_cancelled_there_is_done_when_the_loop_has_turned(site: 
     assert in_a_callback(connected, lambda _, __: concurrent.futures.wait(cancelled).done) == done
 
 
-def test_other_threads_wait_as_ever(site: Site, connected: Connection) -> None:
+def test_other_threads_can_wait(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
     futures = [handle.remote(n) for n in range(20)]

@@ -1,4 +1,4 @@
-"""Calls across the death of their broker."""
+"""Calls while the broker dies and restarts."""
 
 import asyncio
 import os
@@ -18,9 +18,7 @@ from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("face", ["sync", "asyncio"])
-def test_a_request_is_answered_although_the_broker_was_killed_in_the_middle_of_it(
-    durable: EmbeddedServer, face: str
-) -> None:
+def test_a_running_request_is_answered_after_the_broker_was_killed(durable: EmbeddedServer, face: str) -> None:
     site = Site(durable.url)
     running, release = threading.Event(), threading.Event()
 

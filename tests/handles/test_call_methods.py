@@ -1,4 +1,4 @@
-"""Endpoints that offer some methods of their backend's class, and no others."""
+"""Endpoints that offer only some methods of their backend's class."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def url(site: Site) -> str:
     return site.url
 
 
-def test_a_sync_handle_is_refused_a_method_that_is_not_offered(url: str) -> None:
-    with handles.connect(url, INSTANCE) as door:
+def test_a_sync_handle_cannot_call_a_method_that_is_not_offered(url: str) -> None:
+    with handles.connect(url, INSTANCE) as connection:
         with pytest.raises(CallMethodRefused, match=REFUSED):
-            door.get_handle("ask").remote().result(timeout=30)
-        offered = door.get_handle("ask").options(method_name="predict").remote()
+            connection.get_handle("ask").remote().result(timeout=30)
+        offered = connection.get_handle("ask").options(method_name="predict").remote()
         assert offered.cancel()
 
 
-async def test_an_asyncio_handle_is_refused_it_when_it_calls(url: str) -> None:
+async def test_an_asyncio_handle_cannot_call_a_method_that_is_not_offered(url: str) -> None:
     handle = handles.AsyncServeHandle(url, INSTANCE, "ask")
     with pytest.raises(CallMethodRefused, match=REFUSED):
         await handle.remote()
@@ -37,15 +37,15 @@ async def test_an_asyncio_handle_is_refused_it_when_it_calls(url: str) -> None:
     assert offered.cancel()
 
 
-def test_so_is_each_item_of_a_batch(url: str) -> None:
-    with handles.connect(url, INSTANCE) as door:
-        (result,) = door.batch("ask").map([1])
+def test_a_batch_item_cannot_call_a_method_that_is_not_offered(url: str) -> None:
+    with handles.connect(url, INSTANCE) as connection:
+        (result,) = connection.batch("ask").map([1])
         assert isinstance(result.error, CallMethodRefused)
 
 
-def test_what_is_offered_is_listed_where_it_is_restricted(url: str, site: Site) -> None:
+def test_offered_methods_are_listed_only_where_they_are_restricted(url: str, site: Site) -> None:
     site.declare("any", tag="other")
-    with handles.connect(url, INSTANCE) as door:
-        listed = door.list_endpoints()
+    with handles.connect(url, INSTANCE) as connection:
+        listed = connection.list_endpoints()
     assert listed["ask"]["call_methods"] == ["predict"]
     assert "call_methods" not in listed["any"]

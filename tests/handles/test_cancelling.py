@@ -1,4 +1,4 @@
-"""A caller gives up: before its request starts, while it runs, and after its answer."""
+"""Cancelling a call: before its request starts, while it runs, and after its reply."""
 
 import asyncio
 import concurrent.futures
@@ -22,7 +22,7 @@ def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, conn
     cancelled, kept = handle.remote("cancelled"), handle.remote("kept")
     wait_until(lambda: site.depth() == 2)
     assert cancelled.cancel()
-    assert concurrent.futures.wait([cancelled], timeout=5).not_done == set(), "who waits for it is told"
+    assert concurrent.futures.wait([cancelled], timeout=5).not_done == set(), "waiters are notified"
     wait_until(lambda: site.depth() == 1)
     site.serve(noting(started))
     kept.result(10)
@@ -30,7 +30,7 @@ def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site, conn
 
 
 def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Connection) -> None:
-    """Before the background loop has heard of it, while it connects, and just after: it is one of these."""
+    """The cancellation comes before the background loop has the call, while it connects, or just after."""
     started: list[Any] = []
     site.serve(noting(started))
     handle = connected.get_handle("ask")
@@ -46,7 +46,7 @@ def test_cancelling_at_once_means_that_it_never_starts(site: Site, connected: Co
     wait_until(lambda: site.depth() == 0)
 
 
-def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Connection) -> None:
+def test_cancelling_a_running_request_frees_its_slot(site: Site, connected: Connection) -> None:
     running = threading.Event()
 
     async def linger(request: Any) -> Any:
@@ -63,7 +63,7 @@ def test_cancelling_a_running_request_frees_its_place(site: Site, connected: Con
     assert handle.remote("next").result(10) == "next"
 
 
-def test_an_answer_that_came_first_cannot_be_cancelled(site: Site, connected: Connection) -> None:
+def test_a_finished_future_cannot_be_cancelled(site: Site, connected: Connection) -> None:
     site.serve(echo)
     future = connected.get_handle("ask").remote("x")
     assert future.result(10) == "x"
@@ -83,7 +83,7 @@ async def test_cancelling_an_asyncio_future_cancels_its_request(site: Site) -> N
     await (await SharedClient.get(site.url, INSTANCE)).close()
 
 
-async def test_cancelling_remote_takes_the_request_back(site: Site) -> None:
+async def test_cancelling_remote_withdraws_the_request(site: Site) -> None:
     site.declare()
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
     await SharedClient.get(site.url, INSTANCE)

@@ -43,7 +43,7 @@ class Model(pydantic.BaseModel):
 
 
 TRANSPOSED: object = np.asfortranarray([[0.0, 2.0], [1.0, 3.0]])
-"""Not contiguous: orjson does not read it by itself."""
+"""Not contiguous, which orjson does not support."""
 
 
 class Unwilling:
@@ -52,7 +52,7 @@ class Unwilling:
 
 
 @given(JSON | st.binary())
-def test_what_is_sent_is_what_arrives(value: Any) -> None:
+def test_a_value_is_the_same_after_encoding_and_decoding(value: Any) -> None:
     assert decode(*encode(value)) == value
 
 
@@ -60,7 +60,7 @@ def test_what_is_sent_is_what_arrives(value: Any) -> None:
     ("value", "codec"),
     [(None, "none"), ("ü", "text"), (b"\xff", "bytes"), (bytearray(b"x"), "bytes"), ({}, "json"), (0, "json")],
 )
-def test_the_codec_says_what_it_was(value: object, codec: str) -> None:
+def test_the_codec_depends_on_the_type(value: object, codec: str) -> None:
     assert encode(value)[0] == codec
     assert encode(value, allow_pickle=True)[0] == codec, "pickle is for what cannot travel otherwise"
 
@@ -82,17 +82,17 @@ def test_the_codec_says_what_it_was(value: object, codec: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_json_can_hold_arrives_as_json(value: object, arrives: object) -> None:
+def test_values_that_json_can_represent_become_json(value: object, arrives: object) -> None:
     assert decode(*encode(value)) == arrives
 
 
 @pytest.mark.parametrize("value", [object(), {"a": object()}, {1: "a"}, {1: "a", "1": "b"}, {1, 2}, Model], ids=repr)
-def test_what_cannot_travel_is_a_type_error(value: object) -> None:
+def test_a_value_that_cannot_be_encoded_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be sent"):
         encode(value)
 
 
-def test_python_values_travel_by_pickle_where_that_is_allowed() -> None:
+def test_python_values_are_pickled_where_that_is_allowed() -> None:
     for value in ({1, 2}, {1: "a", "1": "b"}):
         codec, body = encode(value, allow_pickle=True)
         assert codec == "pickle"
@@ -102,13 +102,13 @@ def test_python_values_travel_by_pickle_where_that_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("value", [Unwilling(), lambda: None], ids=["unwilling", "lambda"])
-def test_what_cannot_be_pickled_is_a_type_error(value: object) -> None:
+def test_a_value_that_cannot_be_pickled_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be pickled"):
         encode(value, allow_pickle=True)
 
 
 @given(st.sampled_from(["json", "text", "bytes", "none", "pickle", "", "unheard-of"]), st.binary(max_size=20))
-def test_bytes_that_are_not_what_the_codec_says_are_malformed(codec: str, body: bytes) -> None:
+def test_bytes_without_the_format_of_the_codec_are_malformed(codec: str, body: bytes) -> None:
     with suppress(MalformedBody):
         decode(codec, body, allow_pickle=False)
 

@@ -1,4 +1,4 @@
-"""Dead letters: looked at, queued again, or dropped."""
+"""Dead letters: listed, replayed, dropped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = Keys(INSTANCE)
 
 
 def bury(site: Site, entry: Entry | None, error: str = "every replica died") -> str:
-    """Leave a dead letter, as a replica does; None for garbage."""
+    """Write a dead letter as a replica does, and return its id. Without an entry it is unreadable."""
     history = b'{"error": "%s", "deliveries": [{"replica": "model#1", "died_ms": 1}]}' % error.encode()
     fields = [b"garbage", b"\xff"] if entry is None else entry.fields()
     named: dict[Any, Any] = {b"history": history, **dict(zip(fields[::2], fields[1::2], strict=True))}
@@ -41,7 +41,7 @@ def test_they_are_listed_oldest_first(site: Site, connected: Connection) -> None
     assert [(letter.id, letter.error) for letter in letters] == [(id_, f"error {n}") for n, id_ in enumerate(ids)]
 
 
-def test_one_tells_its_request_and_its_history(site: Site, connected: Connection) -> None:
+def test_a_dead_letter_has_its_request_and_its_history(site: Site, connected: Connection) -> None:
     site.declare()
     letter = connected.dead_letters("model").get(bury(site, entry(), "poison"))
     assert letter.entry is not None
@@ -51,7 +51,7 @@ def test_one_tells_its_request_and_its_history(site: Site, connected: Connection
     assert repr(letter) == f"DeadLetter({letter.id!r}, request={letter.entry.shown_id!r}, error='poison', deliveries=1)"
 
 
-def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, connected: Connection) -> None:
+def test_a_replayed_dead_letter_is_served_and_deleted(site: Site, connected: Connection) -> None:
     ran: list[Any] = []
 
     def record(request: Any) -> None:
@@ -64,7 +64,7 @@ def test_what_is_replayed_is_served_and_no_dead_letter_any_more(site: Site, conn
     assert len(letters) == 0
 
 
-def test_what_is_dropped_is_gone(site: Site, connected: Connection) -> None:
+def test_a_dropped_dead_letter_is_deleted(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     id_ = bury(site, entry())
@@ -75,7 +75,7 @@ def test_what_is_dropped_is_gone(site: Site, connected: Connection) -> None:
             act(id_)
 
 
-def test_what_cannot_be_read_is_listed_and_not_replayed(site: Site, connected: Connection) -> None:
+def test_an_unreadable_dead_letter_is_listed_and_cannot_be_replayed(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     id_ = bury(site, None, "cannot read wire version None")
@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_listed_and_not_replayed(site: Site, connected: C
     letters.drop(id_)
 
 
-def test_a_body_that_has_expired_is_told(site: Site, connected: Connection) -> None:
+def test_a_dead_letter_whose_body_has_expired_cannot_be_replayed(site: Site, connected: Connection) -> None:
     site.declare()
     letters = connected.dead_letters("model")
     large = Entry("caller-2", "gone", Header(codec="bytes"), large=True)
@@ -100,7 +100,7 @@ def test_a_body_that_has_expired_is_told(site: Site, connected: Connection) -> N
         assert not redis.exists(KEYS.body("model", "caller-2"))
 
 
-def test_a_full_queue_refuses_a_replay_and_the_letter_stays(site: Site, connected: Connection) -> None:
+def test_a_full_queue_refuses_a_replay_and_the_dead_letter_stays(site: Site, connected: Connection) -> None:
     site.declare(max_queued_requests=1)
     letters = connected.dead_letters("model")
     first, second = bury(site, entry()), bury(site, entry())
@@ -110,7 +110,7 @@ def test_a_full_queue_refuses_a_replay_and_the_letter_stays(site: Site, connecte
     assert [letter.id for letter in letters] == [second]
 
 
-def test_a_broker_out_of_memory_refuses_a_replay_and_the_letter_stays(durable: EmbeddedServer) -> None:
+def test_a_broker_out_of_memory_refuses_a_replay_and_the_dead_letter_stays(durable: EmbeddedServer) -> None:
     site = Site(durable.url)
     site.declare()
     dead = bury(site, entry())
@@ -134,7 +134,7 @@ def test_wrong_names_are_refused(site: Site, connected: Connection) -> None:
         connected.dead_letters("model").body("1-0")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         connected.dead_letters("model").drop(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BackendNotFound, match="nobody"):
-        connected.dead_letters("nobody").replay("1-0")
+    with pytest.raises(BackendNotFound, match="missing"):
+        connected.dead_letters("missing").replay("1-0")
     with pytest.raises(ConfigError, match="a backend"):
         connected.dead_letters("not a name")

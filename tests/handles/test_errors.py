@@ -53,7 +53,7 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
     (errors.ConfigError("port must be …"), 400, "port must be …"),
     (PenstockError("anything"), 500, "anything"),
 ]
-each_example = pytest.mark.parametrize(("error", "status", "says"), EXAMPLES, ids=lambda value: type(value).__name__)
+each_example = pytest.mark.parametrize(("error", "status", "message"), EXAMPLES, ids=lambda value: type(value).__name__)
 
 
 def alike(one: BaseException, other: BaseException) -> bool:
@@ -61,27 +61,27 @@ def alike(one: BaseException, other: BaseException) -> bool:
 
 
 @each_example
-def test_each_error_has_its_status_and_says_what_is_the_matter(error: PenstockError, status: int, says: str) -> None:
+def test_each_error_has_its_status_and_message(error: PenstockError, status: int, message: str) -> None:
     assert error.status == status
-    assert says in str(error)
+    assert message in str(error)
 
 
 @each_example
-def test_each_error_survives_pickling_and_copying(error: PenstockError, status: int, says: str) -> None:
+def test_each_error_survives_pickling_and_copying(error: PenstockError, status: int, message: str) -> None:
     assert alike(pickle.loads(pickle.dumps(error)), error)
     assert alike(copy.copy(error), error)
 
 
 @each_example
-def test_each_error_survives_the_wire(error: PenstockError, status: int, says: str) -> None:
+def test_each_error_survives_the_wire(error: PenstockError, status: int, message: str) -> None:
     arrived = from_wire(json.loads(json.dumps(to_wire(error))))
     if type(error) in (PenstockError, errors.ConfigError):
-        assert says in str(arrived), "replicas do not send these; what they say is quoted"
+        assert message in str(arrived), "replicas do not send these; they are quoted"
     else:
         assert alike(arrived, error)
 
 
-def test_all_errors_are_under_one_root_and_under_what_python_calls_them() -> None:
+def test_all_errors_are_penstock_errors_and_the_fitting_builtin_errors() -> None:
     kinds = [getattr(errors, name) for name in errors.__all__]
     assert all(issubclass(kind, PenstockError) for kind in kinds)
     assert {kind for kind, _, _ in [(type(error), 0, 0) for error, _, _ in EXAMPLES]} == set(kinds)
@@ -107,7 +107,7 @@ def test_an_error_of_a_later_release_is_quoted() -> None:
         | st.lists(st.none() | st.integers() | st.text() | st.lists(st.text())),
     )
 )
-def test_garbage_instead_of_an_error_is_still_an_error_that_can_be_shown(raw: dict[str, Any]) -> None:
+def test_garbage_instead_of_an_error_is_an_error_with_a_message(raw: dict[str, Any]) -> None:
     error = from_wire(raw)
     assert str(error)
     assert 100 <= error.status <= 599

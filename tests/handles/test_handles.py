@@ -1,4 +1,4 @@
-"""Both faces of a handle, with a real worker behind them."""
+"""Sync and asyncio handles with a real replica."""
 
 import asyncio
 import concurrent.futures
@@ -51,7 +51,7 @@ class Counter:
 
 
 def refused_everywhere(connected: Connection, error: type[Exception]) -> None:
-    """Check that a call of both faces fails the same way."""
+    """Check that a call of a sync and of an asyncio handle fails in the same way."""
     handle = ServeHandle(connected.redis_url, INSTANCE, "ask")
     with pytest.raises(error):
         handle.remote().result(10)
@@ -64,7 +64,7 @@ def refused_everywhere(connected: Connection, error: type[Exception]) -> None:
     asyncio.run(ask())
 
 
-# -- the happy path, on every kind of broker
+# -- calls, on every kind of broker
 
 
 def test_a_sync_handle_is_answered(any_site: Site) -> None:
@@ -86,7 +86,7 @@ async def test_an_asyncio_handle_is_answered(any_site: Site) -> None:
     await (await SharedClient.get(any_site.url, INSTANCE)).close()
 
 
-async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
+async def test_a_request_is_on_its_stream_when_remote_returns(site: Site) -> None:
     site.declare()
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
     futures = [await handle.remote(n) for n in range(5)]
@@ -97,20 +97,20 @@ async def test_what_remote_returned_for_is_on_its_stream(site: Site) -> None:
     await (await SharedClient.get(site.url, INSTANCE)).close()
 
 
-# -- what is sent and what comes back
+# -- arguments and results
 
 
 @pytest.mark.parametrize(
     "value", [None, "tëxt", b"\x00\xff", {"a": [1, 2.5, None]}, 0, "", [], bytes(LARGE + 1)], ids=repr
 )
-def test_values_arrive_as_they_were(site: Site, connected: Connection, value: Any) -> None:
+def test_values_arrive_unchanged(site: Site, connected: Connection, value: Any) -> None:
     site.serve(echo)
     answer = connected.get_handle("ask").remote(value).result(10)
     assert (type(answer), answer) == (type(value), value)
     wait_until(lambda: site.depth() == 0 and not site.keys_left())
 
 
-def test_a_request_says_all_that_the_handle_was_told(site: Site, connected: Connection) -> None:
+def test_a_request_has_all_options_of_its_handle(site: Site, connected: Connection) -> None:
     site.serve(describe)
     handle = connected.get_handle("ask").options(http_method="put", http_headers={"X-Test": "yes"})
     assert handle.remote([1], q=1, deep={"list": [1, None]}, self="me").result(10) == {
@@ -121,7 +121,7 @@ def test_a_request_says_all_that_the_handle_was_told(site: Site, connected: Conn
     }
 
 
-def test_arguments_are_read_when_the_call_is_made(site: Site, connected: Connection) -> None:
+def test_arguments_can_be_changed_after_the_call(site: Site, connected: Connection) -> None:
     site.serve(describe)
     handle = connected.get_handle("ask")
     body, query = ["before"], ["before"]
@@ -132,7 +132,7 @@ def test_arguments_are_read_when_the_call_is_made(site: Site, connected: Connect
     assert (answer["data"], answer["query"]["q"]) == (["before"], ["before"])
 
 
-def test_a_method_of_the_backend_can_be_chosen(site: Site, connected: Connection) -> None:
+def test_a_handle_can_call_another_method(site: Site, connected: Connection) -> None:
     site.serve(Counter)
     handle = connected.get_handle("ask")
     assert handle.remote(b"123").result(10) == "called"
@@ -141,7 +141,7 @@ def test_a_method_of_the_backend_can_be_chosen(site: Site, connected: Connection
         handle.options(method_name="__init__")
 
 
-def test_a_shard_key_always_finds_the_same_backend(site: Site, connected: Connection) -> None:
+def test_a_shard_key_always_selects_the_same_backend(site: Site, connected: Connection) -> None:
     for tag in ("one", "two"):
         site.serve(answering(tag), tag=tag)
     site.send_traffic("ask", {"one": 0.5, "two": 0.5})
@@ -151,14 +151,14 @@ def test_a_shard_key_always_finds_the_same_backend(site: Site, connected: Connec
         assert len({handle.options(shard_key=key).remote().result(10) for _ in range(10)}) == 1
 
 
-def test_a_whole_response_arrives_as_one(site: Site, connected: Connection) -> None:
+def test_a_response_arrives_as_a_response(site: Site, connected: Connection) -> None:
     site.serve(answering(JSONResponse({"a": 1}, 201, {"X-More": "yes"})))
     response = connected.get_handle("ask").remote().result(10)
     assert isinstance(response, Response)
     assert (response.status_code, response.json(), response.headers["x-more"]) == (201, {"a": 1}, "yes")
 
 
-def test_python_values_travel_only_where_the_backend_takes_them(site: Site, connected: Connection) -> None:
+def test_python_values_arrive_only_where_the_backend_allows_pickle(site: Site, connected: Connection) -> None:
     site.serve(echo, allow_pickle=True)
     assert connected.get_handle("ask").remote({1, 2, 3}).result(10) == {1, 2, 3}
     site.declare("strict", tag="strict")
@@ -166,7 +166,7 @@ def test_python_values_travel_only_where_the_backend_takes_them(site: Site, conn
         connected.get_handle("strict").remote({1, 2}).result(10)
 
 
-def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Connection) -> None:
+def test_arguments_that_cannot_be_sent_raise_in_remote(site: Site, connected: Connection) -> None:
     site.declare()
     handle = connected.get_handle("ask")
     with pytest.raises(TypeError, match="the keyword arguments must be JSON values"):
@@ -180,13 +180,13 @@ def test_what_cannot_be_sent_is_refused_on_the_spot(site: Site, connected: Conne
 
 @pytest.fixture
 def small_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Redis takes as one value, for those who would otherwise have to make half a gigabyte."""
+    """A small limit in place of Redis's 512 MiB, so that a test need not allocate as much."""
     monkeypatch.setattr("penstock.handles.calls.large_bodies.LARGEST", 1000)
 
 
 @pytest.mark.usefixtures("small_redis")
-def test_a_body_that_redis_would_not_take_is_refused_by_name(site: Site, connected: Connection) -> None:
-    """Sent, it would cut the connection, and all others who share it."""
+def test_a_body_that_is_too_long_for_redis_is_refused(site: Site, connected: Connection) -> None:
+    """If it were sent, Redis would close the connection that all handles share."""
     site.serve(echo)
     ask, said = connected.get_handle("ask"), r"1001 bytes or more \(proto-max-bulk-len of Redis is 1000\)"
     beside = ask.remote(bytes(1000))
@@ -203,7 +203,7 @@ def test_a_body_that_redis_would_not_take_is_refused_by_name(site: Site, connect
 
 
 @pytest.mark.usefixtures("small_redis")
-async def test_an_asyncio_handle_refuses_it_before_anything_is_sent(site: Site) -> None:
+async def test_an_asyncio_handle_refuses_it_before_sending(site: Site) -> None:
     site.declare()
     with pytest.raises(PayloadTooLarge, match="1001 bytes or more"):
         await AsyncServeHandle(site.url, INSTANCE, "ask").remote(bytes(1001))
@@ -211,13 +211,13 @@ async def test_an_asyncio_handle_refuses_it_before_anything_is_sent(site: Site) 
 
 
 @pytest.mark.usefixtures("small_redis")
-def test_an_answer_that_redis_would_not_take_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
+def test_a_reply_that_is_too_long_for_redis_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
     site.serve(answering(bytes(1001)))
     with pytest.raises(BackendError, match="PayloadTooLarge: the body has 1001 bytes or more"):
         connected.get_handle("ask").remote().result(timeout=10)
 
 
-def test_what_the_users_code_raised_is_told(site: Site, connected: Connection) -> None:
+def test_an_exception_of_the_backend_is_raised_by_the_future(site: Site, connected: Connection) -> None:
     site.serve(fail)
     with pytest.raises(BackendError, match="ValueError: on purpose") as caught:
         connected.get_handle("ask").remote().result(10)
@@ -227,7 +227,7 @@ def test_what_the_users_code_raised_is_told(site: Site, connected: Connection) -
 # -- refusals
 
 
-def test_an_endpoint_that_is_not_there_is_named(site: Site, connected: Connection) -> None:
+def test_an_unknown_endpoint_is_refused_by_name(site: Site, connected: Connection) -> None:
     site.declare("other")
     with pytest.raises(EndpointNotFound, match="no endpoint 'ask'; this instance has 'other'"):
         connected.get_handle("ask")
@@ -239,12 +239,12 @@ def test_an_endpoint_whose_backend_is_gone_is_refused(site: Site, connected: Con
     refused_everywhere(connected, BackendNotFound)
 
 
-def test_a_full_queue_is_told_through_the_future(site: Site, connected: Connection) -> None:
+def test_a_full_queue_is_an_error_of_the_future(site: Site, connected: Connection) -> None:
     site.declare(max_queued_requests=0)
     refused_everywhere(connected, Overloaded)
 
 
-def test_a_broker_that_is_not_there_is_told_and_its_password_is_not() -> None:
+def test_a_missing_broker_is_an_error_that_does_not_show_the_password() -> None:
     with pytest.raises(BrokerUnavailable) as caught:
         handles.connect("redis://:geheim@127.0.0.1:1")
     assert "geheim" not in str(caught.value)
@@ -256,7 +256,7 @@ def test_a_deadline_holds_while_connecting(timeout_s: float) -> None:
     started_at = time.monotonic()
     with pytest.raises(RequestTimeout):
         handle.remote().result(10)
-    # Without it, as long as a connection is tried for: 5 s.
+    # Without a deadline the connection attempt takes 5 s.
     assert timeout_s - 0.05 < time.monotonic() - started_at < timeout_s + 3.5
 
 
@@ -270,7 +270,7 @@ def test_a_request_without_any_replica_times_out_on_time(site: Site, connected: 
     wait_until(lambda: site.depth() == 0)
 
 
-def test_a_url_or_a_name_that_cannot_be_is_refused_at_once() -> None:
+def test_a_wrong_url_or_name_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="http://x"):
         handles.connect("http://x")
     with pytest.raises(ConfigError, match="an instance 'a b'"):
@@ -279,16 +279,16 @@ def test_a_url_or_a_name_that_cannot_be_is_refused_at_once() -> None:
         ServeHandle("redis://127.0.0.1:1", INSTANCE, "a b")
 
 
-# -- an endpoint that may come later
+# -- endpoints that are created later
 
 
-def test_a_handle_may_wait_for_its_endpoint(site: Site, connected: Connection) -> None:
+def test_a_missing_ok_handle_waits_for_its_endpoint(site: Site, connected: Connection) -> None:
     future = connected.get_handle("ask", missing_ok=True).remote("early")
     site.serve(echo)
     assert future.result(10) == "early"
 
 
-def test_a_handle_waits_for_its_endpoint_until_its_deadline(site: Site, connected: Connection) -> None:
+def test_a_missing_ok_handle_waits_until_the_deadline(site: Site, connected: Connection) -> None:
     handle = connected.get_handle("ask", missing_ok=True).options(timeout_s=0.2)
     started_at = time.monotonic()
     with pytest.raises(EndpointNotFound):

@@ -24,7 +24,7 @@ def test_a_body_of_millions_of_arrays_objects_or_strings_is_refused(item: bytes)
         _ = request.data
 
 
-async def test_json_reads_no_more_than_data_does() -> None:
+async def test_json_has_the_same_limit_as_data() -> None:
     with pytest.raises(MalformedBody, match="at most 2,000,000 are read"):
         await Request(from_http(array_of(b"[]", MAX_ITEMS))).json()
 
@@ -36,12 +36,12 @@ def test_numbers_are_not_counted() -> None:
 @pytest.mark.parametrize("limit", ["200000", "0"])
 def test_the_limit_can_be_set(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv(MAX_ITEMS_VARIABLE, limit)
-    assert read_bounded(json.loads, array_of(b"[]", 10)) == [[]] * 10  # of what is read in no time, nothing is counted
+    assert read_bounded(json.loads, array_of(b"[]", 10)) == [[]] * 10  # a small body is not counted
     with pytest.raises(MalformedBody, match=f"at most {int(limit):,} are read"):
         read_bounded(json.loads, array_of(b"[]", 200_000))
 
 
-def test_a_limit_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_limit_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAX_ITEMS_VARIABLE, "many")
     with pytest.raises(ConfigError, match=f"{MAX_ITEMS_VARIABLE} must be a number of JSON values, not 'many'"):
         read_bounded(json.loads, array_of(b"[]", 200_000))
@@ -64,21 +64,21 @@ def collections_during(read: Callable[[bytes], Any], body: bytes) -> int:
     return collections
 
 
-def test_no_garbage_is_collected_while_a_large_body_is_read() -> None:
+def test_no_garbage_is_collected_while_a_large_body_is_parsed() -> None:
     body = array_of(b"[]", 200_000)
-    assert collections_during(lambda raw: read_bounded(json.loads, raw), body) <= 1  # after it
+    assert collections_during(lambda raw: read_bounded(json.loads, raw), body) <= 1  # the one after it
     assert collections_during(lambda raw: decode("json", raw), body) <= 1
     assert collections_during(json.loads, body) > 10
     assert gc.isenabled()
 
 
-def test_collecting_goes_on_after_a_body_that_cannot_be_read() -> None:
+def test_garbage_collection_continues_after_a_malformed_body() -> None:
     with pytest.raises(ValueError, match="Expecting"):
         read_uncollected(json.loads, b"[" + b" " * 300_000)
     assert gc.isenabled()
 
 
-def test_a_process_without_garbage_collection_stays_so() -> None:
+def test_garbage_collection_stays_off_where_it_was_off() -> None:
     gc.disable()
     try:
         read_uncollected(json.loads, array_of(b"0", 200_000))

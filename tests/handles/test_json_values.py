@@ -1,4 +1,4 @@
-"""A JSON value means the same whatever brings it: a handle, its keyword arguments, a batch, the command line."""
+"""A JSON value means the same in the body and query of a handle, in a batch, over HTTP and on the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = [
     '{"a":["\\udcff"]}',
     "1" + "0" * 4000,
 ]
-"""Each is what Python's ``json`` writes, so that it can be compared as text."""
+"""Texts as Python's ``json`` writes them, so that they can be compared as text."""
 
 NULLS = ["NaN", "[Infinity,-Infinity]", "1e400"]
 
@@ -53,9 +53,7 @@ def test_every_value_arrives_and_returns_exactly(site: Site, connected: Connecti
     assert over_http(row.encode()).data == value
 
 
-def test_what_json_has_no_number_for_is_read_by_every_door_and_returned_as_null(
-    site: Site, connected: Connection
-) -> None:
+def test_nan_and_infinities_are_read_everywhere_and_returned_as_null(site: Site, connected: Connection) -> None:
     def name(request: Any) -> Any:
         return [repr(request.data), request.data]
 
@@ -78,9 +76,7 @@ def test_a_response_is_read_as_json_by_the_same_rules(site: Site, connected: Con
         handle.remote(b"{").result(30).json()
 
 
-def test_a_mapping_with_other_keys_than_strings_is_refused_and_kept_where_pickle_is_allowed(
-    site: Site, connected: Connection
-) -> None:
+def test_a_mapping_with_keys_that_are_no_strings_needs_pickle(site: Site, connected: Connection) -> None:
     labels: dict[Any, str] = {0: "cat"}
 
     def label(request: Any) -> dict[Any, str]:

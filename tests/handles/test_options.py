@@ -8,7 +8,7 @@ from penstock.handles.options import CallOptions
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error", "says"),
+    ("name", "value", "error", "message"),
     [
         ("method_name", 7, TypeError, "method_name must be a str, not int"),
         ("method_name", "_private", ConfigError, "'_private' is private"),
@@ -37,10 +37,8 @@ from penstock.handles.options import CallOptions
         ("frobnicate", 1, TypeError, "options\\(\\) has no 'frobnicate'; it has method_name"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused_by_name(
-    name: str, value: object, error: type[Exception], says: str
-) -> None:
-    with pytest.raises(error, match=says):
+def test_a_wrong_option_is_refused_by_name(name: str, value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         CallOptions().with_({name: value})
 
 
@@ -50,7 +48,7 @@ def test_a_token_with_a_line_feed_at_its_end_is_not_shown() -> None:
     assert "s3cret" not in str(raised.value)
 
 
-def test_options_keep_what_a_change_does_not_name() -> None:
+def test_options_that_are_not_given_keep_their_values() -> None:
     options = CallOptions().with_({"shard_key": "s", "timeout_s": 2}).with_({"method_name": "train"})
     assert options == CallOptions(shard_key="s", timeout_s=2, method_name="train")
 

@@ -1,4 +1,4 @@
-"""Pickled replies: read only from backends whose record allows it, and never by a proxy."""
+"""Pickled replies: unpickled only if the record of the backend allows it, and never by a proxy."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.waiting import wait_until, wait_until_async
 
 KEYS = Keys(INSTANCE)
 Answering = Callable[[str], list[Any]]
-"""Makes the entries that answer a call, of its id."""
+"""Returns the reply entries for a call, by its id."""
 REFUSED = r"of backend 'model' to request 'call-[0-9a-f]{12}' is pickled, and was not read.*allow_pickle"
 
 
 class Evil:
-    """What does something where it is unpickled."""
+    """A value that creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +42,7 @@ class Evil:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """A directory that is there once an evil pickle was read."""
+    """A directory that exists once an `Evil` value was unpickled."""
     return tmp_path / "trace"
 
 
@@ -60,7 +60,7 @@ def evil(trace: Path) -> bytes:
 
 
 class Replica:
-    """Answers the requests on a stream by hand, as a replica could that somebody has taken over."""
+    """Answers the requests on a stream by hand, as a compromised replica could."""
 
     def __init__(self, url: str) -> None:
         self.redis: Any = Redis.from_url(url)
@@ -99,11 +99,19 @@ def in_parts(body: bytes) -> Answering:
     return lambda id_: [Part(id_, 0, "pickle", [len(body)], body=body), Reply(id_, codec="stream", body=b"1")]
 
 
-@pytest.mark.parametrize("allow_pickle", [False, None, 1, "yes"])
-def test_a_handle_does_not_read_a_pickle_that_the_backend_may_not_send(
-    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path, allow_pickle: Any
+@pytest.mark.parametrize("allow_pickle", [None, 1, "yes"])
+def test_a_record_with_another_value_than_true_or_false_is_refused(
+    site: Site, connected: Connection, allow_pickle: Any
 ) -> None:
     site.declare(allow_pickle=allow_pickle)
+    with pytest.raises(WireError, match="'allow_pickle'"):
+        connected.get_handle("ask")
+
+
+def test_a_sync_handle_does_not_unpickle_a_reply_that_the_record_forbids(
+    site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
+) -> None:
+    site.declare(allow_pickle=False)
     future = connected.get_handle("ask").remote(1)
     replica.answer(whole(evil))
     with pytest.raises(WireError, match=REFUSED):
@@ -111,7 +119,7 @@ def test_a_handle_does_not_read_a_pickle_that_the_backend_may_not_send(
     assert not was_read(trace)
 
 
-async def test_an_asyncio_handle_does_not_either(
+async def test_an_asyncio_handle_does_not_unpickle_a_reply_that_the_record_forbids(
     site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
@@ -122,7 +130,9 @@ async def test_an_asyncio_handle_does_not_either(
     assert not was_read(trace)
 
 
-def test_a_large_one_is_not_even_fetched(site: Site, connected: Connection, replica: Replica, trace: Path) -> None:
+def test_the_body_of_a_large_pickled_reply_is_not_fetched(
+    site: Site, connected: Connection, replica: Replica, trace: Path
+) -> None:
     site.declare()
     future = connected.get_handle("ask").remote(1)
     wait_until(replica.requests)
@@ -136,7 +146,7 @@ def test_a_large_one_is_not_even_fetched(site: Site, connected: Connection, repl
     wait_until(lambda: not replica.redis.exists(body))
 
 
-def test_a_stream_does_not_read_one_either(
+def test_a_stream_does_not_unpickle_its_values(
     site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
@@ -147,7 +157,7 @@ def test_a_stream_does_not_read_one_either(
     assert not was_read(trace)
 
 
-def test_nor_does_one_whose_answer_came_whole(
+def test_a_stream_does_not_unpickle_a_reply_that_is_not_streamed(
     site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
@@ -158,7 +168,7 @@ def test_nor_does_one_whose_answer_came_whole(
     assert not was_read(trace)
 
 
-def test_a_batch_item_has_the_error_as_its_result(
+def test_a_batch_item_with_a_pickled_reply_has_an_error(
     site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
@@ -172,7 +182,7 @@ def test_a_batch_item_has_the_error_as_its_result(
     assert not was_read(trace)
 
 
-def test_a_result_that_a_former_producer_of_a_job_should_have_had_is_not_read_and_runs_again(
+def test_a_pickled_result_for_an_earlier_producer_of_a_job_is_run_again(
     site: Site, connected: Connection, replica: Replica, evil: bytes, trace: Path
 ) -> None:
     site.declare()
@@ -185,7 +195,7 @@ def test_a_result_that_a_former_producer_of_a_job_should_have_had_is_not_read_an
 
 
 def leave_queued(producer: handles.BatchProducer, site: Site, items: int) -> None:
-    """Have the items of a job queued, and leave it."""
+    """Queue the items of a job, and leave it."""
 
     async def collect_all() -> None:
         async for _ in producer.as_completed(range(items)):
@@ -200,7 +210,7 @@ def leave_queued(producer: handles.BatchProducer, site: Site, items: int) -> Non
     asyncio.run(begin())
 
 
-async def test_http_never_reads_one(site: Site, replica: Replica, evil: bytes, trace: Path) -> None:
+async def test_a_proxy_never_unpickles(site: Site, replica: Replica, evil: bytes, trace: Path) -> None:
     for allow_pickle in (True, False):
         site.declare(allow_pickle=allow_pickle, route="/ask")
         proxy = Proxy(site.url, INSTANCE, "p", {"port": 0})
@@ -215,9 +225,7 @@ async def test_http_never_reads_one(site: Site, replica: Replica, evil: bytes, t
     assert not was_read(trace)
 
 
-def test_where_the_record_allows_it_values_come_as_they_were(
-    site: Site, connected: Connection, replica: Replica
-) -> None:
+def test_values_arrive_where_the_record_allows_pickle(site: Site, connected: Connection, replica: Replica) -> None:
     site.declare(allow_pickle=True)
     body = pickle.dumps({1, 2})
     future = connected.get_handle("ask").remote(1)
@@ -229,7 +237,7 @@ def test_where_the_record_allows_it_values_come_as_they_were(
 
 
 @pytest.mark.parametrize("then", [True, False])
-def test_a_backend_that_begins_or_ceases_to_allow_it_while_calls_run_is_read(
+def test_replies_are_unpickled_when_the_record_allowed_it_before_or_after_the_call(
     site: Site, connected: Connection, replica: Replica, then: bool
 ) -> None:
     site.declare(allow_pickle=not then)
@@ -237,7 +245,7 @@ def test_a_backend_that_begins_or_ceases_to_allow_it_while_calls_run_is_read(
     stream: Any = connected.get_handle("ask").options(stream=True).remote(1)
     wait_until(lambda: len(replica.requests()) == 2)
     site.declare(allow_pickle=then)
-    # At once: before this process has heard of the change.
+    # At once: before the snapshot of this process has the change.
     replica.answer(whole(pickle.dumps({1, 2})))
     assert future.result(timeout=20) == {1, 2}
     assert list(stream) == [{1, 2}]

@@ -44,12 +44,12 @@ def streaming(connected: Connection, **options: Any) -> Any:
 
 
 STOPS_S = 10.0
-"""A generator hears at once that its reader has gone; that one has fallen silent it would know after twice as long."""
+"""Seconds within which a generator is closed after its reader. A silent reader is noticed after twice as long."""
 
 KINDS = [count, count_async, count_on_a_thread, count_on_the_loop]
 
 
-async def ask_async(site: Site, value: Any = None, **options: Any) -> AsyncResponseStream:
+async def call_async(site: Site, value: Any = None, **options: Any) -> AsyncResponseStream:
     handle = AsyncServeHandle(site.url, INSTANCE, "ask").options(stream=True, **options)
     stream: Any = await handle.remote(value)
     assert isinstance(stream, AsyncResponseStream)
@@ -57,7 +57,9 @@ async def ask_async(site: Site, value: Any = None, **options: Any) -> AsyncRespo
 
 
 @pytest.mark.parametrize("function", KINDS)
-def test_a_handle_iterates_over_what_a_generator_yields(site: Site, connected: Connection, function: Any) -> None:
+def test_a_sync_handle_iterates_over_the_values_of_a_generator(
+    site: Site, connected: Connection, function: Any
+) -> None:
     site.serve(function)
     ask = streaming(connected)
     for many in (0, 1, 7, 10_000):
@@ -67,13 +69,13 @@ def test_a_handle_iterates_over_what_a_generator_yields(site: Site, connected: C
 
 
 @pytest.mark.parametrize("function", KINDS)
-async def test_an_asyncio_handle_does_too(site: Site, function: Any) -> None:
+async def test_an_asyncio_handle_iterates_over_the_values_of_a_generator(site: Site, function: Any) -> None:
     site.serve(function)
     for many in (0, 1, 7, 10_000):
-        assert [n async for n in await ask_async(site, many)] == list(range(many))
+        assert [n async for n in await call_async(site, many)] == list(range(many))
 
 
-def test_values_are_what_they_were_whatever_their_size(site: Site, connected: Connection) -> None:
+def test_values_of_any_size_arrive_unchanged(site: Site, connected: Connection) -> None:
     large = 3 * WINDOW + 1
     values = ["", "ä" * large, b"", b"x" * large, None, {"a": [1, None]}, ["y" * large], "end"]
 
@@ -84,7 +86,7 @@ def test_values_are_what_they_were_whatever_their_size(site: Site, connected: Co
     assert list(streaming(connected).remote()) == values
 
 
-def test_python_values_travel_where_pickle_is_allowed(site: Site, connected: Connection) -> None:
+def test_python_values_arrive_where_pickle_is_allowed(site: Site, connected: Connection) -> None:
     def give(request: Any) -> Iterator[Any]:
         yield {1, 2}
 
@@ -92,7 +94,7 @@ def test_python_values_travel_where_pickle_is_allowed(site: Site, connected: Con
     assert list(streaming(connected).remote()) == [{1, 2}]
 
 
-def test_a_value_comes_before_the_next_is_made(site: Site, connected: Connection) -> None:
+def test_a_value_arrives_before_the_next_one_is_yielded(site: Site, connected: Connection) -> None:
     taken = threading.Event()
 
     def give(request: Any) -> Iterator[str]:
@@ -126,7 +128,7 @@ def test_a_slow_reader_slows_the_backend_and_does_not_fill_the_broker(
     site.serve(give_async if on_loop else give)
     stream = streaming(connected).remote()
     assert next(stream)[:6] == b"000000"
-    # What is under way: a window's worth with the reader, another on the broker, and the value that waits.
+    # In flight: a window at the reader, another one on the broker, and the value that waits.
     most = 2 * (WINDOW // size + 2)
     wait_until(lambda: len(made) >= WINDOW // size)
     with closing(Redis.from_url(redis_url)) as redis:
@@ -135,14 +137,14 @@ def test_a_slow_reader_slows_the_backend_and_does_not_fill_the_broker(
             keys: Any = redis.keys("penstock:*:replies")
             return sum(int(redis.memory_usage(key, samples=0) or 0) for key in keys)
 
-        for _ in range(30):  # for over a second the backend could go on, and does not
+        for _ in range(30):  # for more than a second the backend does not continue
             threading.Event().wait(0.05)
             assert on_broker() < 2 * WINDOW
     assert len(made) <= most
     assert [int(value[:6]) for value in stream] == list(range(1, many))
 
 
-async def test_who_stops_reading_stops_the_generator(site: Site) -> None:
+async def test_a_reader_that_stops_stops_the_generator(site: Site) -> None:
     ended: list[str] = []
     yielded = threading.Event()
 
@@ -156,7 +158,7 @@ async def test_who_stops_reading_stops_the_generator(site: Site) -> None:
             ended.append("async")
 
     site.serve(endless)
-    async with await ask_async(site) as stream:
+    async with await call_async(site) as stream:
         assert await stream.__anext__() == 1
     await wait_until_async(lambda: ended == ["async"], STOPS_S)
     assert [value async for value in stream] == []
@@ -191,7 +193,7 @@ def test_a_generator_on_a_thread_is_closed_too(site: Site, connected: Connection
     wait_until(lambda: site.keys_left() == set())
 
 
-async def test_a_reader_that_is_cancelled_can_come_again(site: Site) -> None:
+async def test_a_reader_that_was_cancelled_can_read_on(site: Site) -> None:
     go_on = asyncio.Event()
     loop = asyncio.get_running_loop()
     waits = threading.Event()
@@ -202,14 +204,14 @@ async def test_a_reader_that_is_cancelled_can_come_again(site: Site) -> None:
         yield 1
 
     site.serve(give)
-    stream = await ask_async(site)
+    stream = await call_async(site)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(stream.__anext__(), 0.05)
     go_on.set()
     assert [value async for value in stream] == [1]
 
 
-def test_an_error_comes_behind_the_values_before_it(site: Site, connected: Connection) -> None:
+def test_an_error_is_raised_after_the_values_before_it(site: Site, connected: Connection) -> None:
     def give(request: Any) -> Iterator[int]:
         yield from range(request.data)
         raise LookupError("no more")
@@ -224,7 +226,7 @@ def test_an_error_comes_behind_the_values_before_it(site: Site, connected: Conne
         assert list(stream) == []
 
 
-def test_what_cannot_travel_ends_the_stream_with_an_error(site: Site, connected: Connection) -> None:
+def test_a_value_that_cannot_be_encoded_ends_the_stream_with_an_error(site: Site, connected: Connection) -> None:
     def give(request: Any) -> Iterator[Any]:
         yield 1
         yield {1, 2}
@@ -236,7 +238,7 @@ def test_what_cannot_travel_ends_the_stream_with_an_error(site: Site, connected:
         next(stream)
 
 
-def test_a_whole_answer_is_a_stream_of_one(site: Site, connected: Connection) -> None:
+def test_a_reply_that_is_not_streamed_is_a_stream_of_one_value(site: Site, connected: Connection) -> None:
     def whole(request: Any) -> Any:
         return {"whole": request.data}
 
@@ -244,7 +246,7 @@ def test_a_whole_answer_is_a_stream_of_one(site: Site, connected: Connection) ->
     assert list(streaming(connected).remote(1)) == [{"whole": 1}]
 
 
-def test_the_bytes_of_a_streaming_response_come_as_they_are_sent(site: Site, connected: Connection) -> None:
+def test_a_streaming_response_arrives_as_bytes(site: Site, connected: Connection) -> None:
     def give(request: Any) -> StreamingResponse:
         return StreamingResponse(iter(["ab", "cd"]), 201)
 
@@ -253,13 +255,15 @@ def test_the_bytes_of_a_streaming_response_come_as_they_are_sent(site: Site, con
     assert connected.get_handle("ask").remote().result(5).body == b"abcd"
 
 
-def test_without_the_option_a_generator_is_refused_with_the_way_out(site: Site, connected: Connection) -> None:
+def test_without_the_option_a_generator_is_refused_and_the_error_names_the_option(
+    site: Site, connected: Connection
+) -> None:
     site.serve(count)
     with pytest.raises(BackendError, match=r"options\(stream=True\)"):
         connected.get_handle("ask").remote(3).result(5)
 
 
-def test_what_takes_batches_cannot_stream(site: Site, connected: Connection) -> None:
+def test_code_that_takes_batches_cannot_stream(site: Site, connected: Connection) -> None:
     @accept_batch
     def each(requests: list[Any]) -> list[Any]:
         return [count(request) for request in requests]
@@ -269,7 +273,7 @@ def test_what_takes_batches_cannot_stream(site: Site, connected: Connection) -> 
         list(streaming(connected).remote(3))
 
 
-def test_the_deadline_is_for_the_first_value(site: Site, connected: Connection) -> None:
+def test_the_deadline_holds_for_the_first_value_only(site: Site, connected: Connection) -> None:
     passed, ended = threading.Event(), threading.Event()
 
     def give(request: Any) -> Iterator[int]:
@@ -280,7 +284,7 @@ def test_the_deadline_is_for_the_first_value(site: Site, connected: Connection) 
         yield 2
 
     site.serve(give)
-    deadline_s = 2.0  # time for the first value, however busy this machine is
+    deadline_s = 2.0  # time for the first value on a busy machine
     ask = streaming(connected, timeout_s=deadline_s)
     stream = ask.remote("soon")
     assert next(stream) == 1
@@ -311,7 +315,7 @@ def test_a_stream_is_in_progress_until_it_ends(site: Site, connected: Connection
     assert max(at_once) == 2
 
 
-def test_a_drained_replica_finishes_its_streams_or_says_that_it_will_not(site: Site, connected: Connection) -> None:
+def test_a_drained_replica_finishes_its_streams_or_breaks_them_off(site: Site, connected: Connection) -> None:
     go_on = threading.Event()
 
     def give(request: Any) -> Iterator[int]:
@@ -342,9 +346,9 @@ def worker_loop(site: Site) -> asyncio.AbstractEventLoop:
     return site._loop  # pyright: ignore[reportPrivateUsage]
 
 
-async def test_a_caller_that_closes_tells_its_readers(site: Site) -> None:
+async def test_closing_the_client_ends_its_streams_with_an_error(site: Site) -> None:
     site.serve(count_async)
-    stream = await ask_async(site, 10**9)
+    stream = await call_async(site, 10**9)
     assert await stream.__anext__() == 0
     await close_caller(site)
     with pytest.raises(RequestCancelled):
@@ -353,7 +357,7 @@ async def test_a_caller_that_closes_tells_its_readers(site: Site) -> None:
     await wait_until_async(lambda: site.depth() == 0)
 
 
-async def test_a_cut_connection_costs_no_value(site: Site) -> None:
+async def test_no_value_is_lost_when_connections_are_cut(site: Site) -> None:
     async def slowly(request: Any) -> AsyncIterator[int]:
         for n in range(request.data):
             yield n
@@ -362,7 +366,7 @@ async def test_a_cut_connection_costs_no_value(site: Site) -> None:
     site.serve(slowly)
     got: list[int] = []
     async with AsyncRedis.from_url(site.url) as redis:
-        async for n in await ask_async(site, 600):
+        async for n in await call_async(site, 600):
             got.append(n)
             if n in (100, 300):
                 for client in await redis.client_list():
@@ -378,7 +382,7 @@ async def close_caller(site: Site) -> None:
     await caller.close()
 
 
-def test_the_option_is_checked(connected: Connection) -> None:
+def test_wrong_values_of_the_option_are_refused(connected: Connection) -> None:
     handle = connected.get_handle("ask", missing_ok=True)
     with pytest.raises(TypeError, match="stream must be a bool, not str"):
         handle.options(stream="yes")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,4 +1,4 @@
-"""A Redis that was told to take shorter strings than it would: whoever sends a longer one is told, and nobody else."""
+"""A Redis with a small ``proto-max-bulk-len``: longer bodies are refused, and no other call is affected."""
 
 import asyncio
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SAID = rf"{TOO_LONG} bytes or more \(the most that Redis may take by its proto-m
 
 @pytest.fixture
 def redis_url() -> Iterator[str]:
-    """Of the server whose sites and doors the fixtures here make."""
+    """A server with a limit of 1 MiB, for the fixtures of this file."""
     with EmbeddedServer.start() as server:
         with Redis.from_url(server.url) as redis:
             redis.config_set("proto-max-bulk-len", "1mb")
@@ -45,9 +45,7 @@ def answer_with(request: Any) -> str:
     return "x" * int(request.data)
 
 
-def test_a_body_that_is_too_long_is_refused_by_name_and_what_is_under_way_is_answered(
-    site: Site, connected: Connection
-) -> None:
+def test_a_body_that_is_too_long_is_refused_and_other_calls_are_answered(site: Site, connected: Connection) -> None:
     site.serve(slowly)
     ask = connected.get_handle("ask")
     beside = [ask.remote("x" * n) for n in range(50)]
@@ -58,20 +56,20 @@ def test_a_body_that_is_too_long_is_refused_by_name_and_what_is_under_way_is_ans
     assert ask.remote("x" * MIB).result(timeout=60) == MIB
 
 
-def test_what_was_found_too_long_is_not_sent_again(site: Site, connected: Connection) -> None:
+def test_a_length_that_was_refused_once_is_not_sent_again(site: Site, connected: Connection) -> None:
     site.serve(slowly)
     ask = connected.get_handle("ask")
     with pytest.raises(PayloadTooLarge):
         ask.remote("x" * TOO_LONG).result(timeout=60)
-    ask.remote("x").result(timeout=60)  # all is connected again
+    ask.remote("x").result(timeout=60)  # connected again
     before = connections_made(site.url)
     for longer in range(20):
         with pytest.raises(PayloadTooLarge, match=f"{TOO_LONG + longer} bytes"):
             ask.remote("x" * (TOO_LONG + longer)).result(timeout=60)
-    assert connections_made(site.url) == before + 1  # that of who looks
+    assert connections_made(site.url) == before + 1  # the one that counts
 
 
-def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connected: Connection) -> None:
+def test_a_batch_continues_without_the_items_that_are_too_long(site: Site, connected: Connection) -> None:
     site.serve(slowly, max_concurrent_queries=50)
     items = ["x" * (TOO_LONG if n % 10 == 5 else n) for n in range(40)]
     results = list(connected.batch("ask").map(items))
@@ -79,23 +77,23 @@ def test_a_batch_goes_on_without_the_items_that_are_too_long(site: Site, connect
     assert [result.get() for result in results if result.index % 10 != 5] == [n for n in range(40) if n % 10 != 5]
 
 
-def test_an_answer_that_is_too_long_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
+def test_a_reply_that_is_too_long_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
     site.serve(answer_with)
     ask = connected.get_handle("ask")
-    for _ in range(2):  # the second time, the replica knows
+    for _ in range(2):  # the second time the replica knows the limit
         with pytest.raises(BackendError, match=f"PayloadTooLarge: the body has {SAID}"):
             ask.remote(TOO_LONG).result(timeout=60)
     assert ask.remote(MIB).result(timeout=60) == "x" * MIB
 
 
-async def test_over_http_it_is_a_413(redis_url: str) -> None:
+async def test_a_body_that_is_too_long_is_a_413_over_http(redis_url: str) -> None:
     owner = await SharedClient.get(redis_url, INSTANCE)
     backend = BackendRecord(tag="f", version="1", code="")
     endpoint = EndpointRecord(name="e", route="/e", methods=("POST",), traffic={"f": 1.0})
     await owner.registry.change(lambda seen: Change({"f": backend}, {"e": endpoint}))
     proxy = Proxy(redis_url, INSTANCE, "p", {"port": 0})
-    told = await proxy.ready()
-    async with httpx.AsyncClient(base_url=str(told["url"]), timeout=60) as http:
+    report = await proxy.ready()
+    async with httpx.AsyncClient(base_url=str(report["url"]), timeout=60) as http:
         for _ in range(2):
             answer = await http.post("/e", content=bytes(TOO_LONG))
             assert answer.status_code == 413
@@ -104,7 +102,7 @@ async def test_over_http_it_is_a_413(redis_url: str) -> None:
     await owner.close()
 
 
-async def test_code_that_is_too_long_is_refused(redis_url: str) -> None:
+async def test_code_that_is_too_long_is_refused_when_it_is_deployed(redis_url: str) -> None:
     owner = await SharedClient.get(redis_url, INSTANCE)
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"{TOO_LONG} bytes of code .* is {TOO_LONG - 1} or less\)"):

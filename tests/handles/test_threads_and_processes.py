@@ -1,4 +1,4 @@
-"""A handle in many threads, in another process and in one event loop after another."""
+"""Handles in many threads, in other processes, and in one event loop after another."""
 
 import asyncio
 import concurrent.futures
@@ -45,7 +45,7 @@ def test_a_handle_can_be_pickled_with_its_options(site: Site, connected: Connect
     assert "redis" not in repr(handle), "it may hold a password"
 
 
-def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, connected: Connection) -> None:
+def test_a_pickled_handle_works_in_a_process_without_ray(site: Site, connected: Connection) -> None:
     site.serve(echo)
     script = """
         import pickle, sys
@@ -63,7 +63,7 @@ def test_a_pickled_handle_works_in_a_process_that_knows_only_redis(site: Site, c
     assert (ran.returncode, ran.stdout.decode().split("\n"), ran.stderr) == (0, ["from afar", "[]", ""], b"")
 
 
-def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, connected: Connection) -> None:
+def test_a_forked_child_and_its_parent_use_connections_of_their_own(site: Site, connected: Connection) -> None:
     site.serve(echo)
     handle = connected.get_handle("ask")
     assert handle.remote("parent").result(10) == "parent"
@@ -73,7 +73,7 @@ def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, con
 
     here, there = multiprocessing.get_context("fork").Pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads, which is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # this test forks a process with threads on purpose
         child = multiprocessing.get_context("fork").Process(target=in_child, args=(there,))
         child.start()
     assert handle.remote("meanwhile").result(10) == "meanwhile"
@@ -86,7 +86,7 @@ def test_a_forked_child_and_its_parent_do_not_disturb_each_other(site: Site, con
     there.close()
 
 
-def test_one_handle_serves_in_any_loop_after_another(site: Site) -> None:
+def test_a_handle_can_be_used_in_one_loop_after_another(site: Site) -> None:
     site.serve(echo)
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
 

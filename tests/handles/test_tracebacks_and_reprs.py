@@ -12,7 +12,7 @@ from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, EndpointNotFound
 from tests.handles.site import INSTANCE, Site, echo
 
-_DOORS: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
+_MISTAKES: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
     "an unknown endpoint": (EndpointNotFound, lambda connected: connected.get_handle("aks")),
     "an unknown endpoint of a batch": (EndpointNotFound, lambda connected: connected.batch("aks")),
     "an argument of get_handle": (TypeError, lambda connected: cast(Any, connected).get_handle("ask", sync=1)),
@@ -25,12 +25,12 @@ _DOORS: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
 }
 
 
-@pytest.mark.parametrize("door", _DOORS)
+@pytest.mark.parametrize("case", _MISTAKES)
 def test_an_error_shows_the_users_line_and_at_most_two_frames_of_the_library(
-    site: Site, connected: Connection, door: str
+    site: Site, connected: Connection, case: str
 ) -> None:
     site.declare()
-    error, call = _DOORS[door]
+    error, call = _MISTAKES[case]
     with pytest.raises(error) as raised:
         call(connected)
     frames = traceback.extract_tb(raised.value.__traceback__)

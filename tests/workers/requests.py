@@ -1,4 +1,4 @@
-"""Requests as a proxy or a handle would have put them on a stream, and their answers."""
+"""Requests as a proxy or a handle publishes them, and their replies."""
 
 from collections.abc import Mapping
 from itertools import count
@@ -41,7 +41,7 @@ def from_handle(value: object = None, *, codec: str = "json", call: str = "__cal
 
 
 def value_of(reply: Reply) -> Any:
-    """Return what a handle would; raises what it would raise."""
+    """Return the value that a handle returns, or raise the error that it raises."""
     if reply.error is not None:
         raise from_wire(reply.error)
     if reply.codec == "json":
@@ -50,7 +50,7 @@ def value_of(reply: Reply) -> Any:
 
 
 def error_of(reply: Reply) -> PenstockError:
-    assert reply.error is not None, f"it was answered: {reply}"
+    assert reply.error is not None, f"the reply is not an error: {reply}"
     return from_wire(reply.error)
 
 

@@ -50,7 +50,7 @@ class Replica:
         assert id_ == reply.id
         assert id_ not in self.replies, "replied twice"
         assert reply.replica == "b#1"
-        reply.fields()  # it can travel
+        reply.fields()  # it can be encoded
         self.replies[id_] = reply
 
     async def reply_to(self, entry: Entry) -> Reply:
@@ -86,7 +86,7 @@ async def double_each_async(requests: Sequence[Request]) -> list[Any]:
 
 
 class Gate:
-    """Holds code on a thread until it is opened. Pickled, it is still the same one."""
+    """Blocks code on a thread until it is opened. A pickled copy is the same gate."""
 
     opened: ClassVar[dict[str, threading.Event]] = {}
 
@@ -102,8 +102,9 @@ class Gate:
 
 
 hooks: dict[str, Callable[[Request], Any]] = {}
-"""What a test shares with its backend. Local code is pickled, and with it copies of all that it names; these functions
-are not, as they can be imported."""
+"""Functions that a test shares with its backend. Local code is pickled with copies of the objects that it uses, but an
+imported module is shared.
+"""
 
 
 def hook(name: str) -> Callable[[Request], Any]:

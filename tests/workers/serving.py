@@ -1,4 +1,4 @@
-"""Workers to test with: in this process, or in one of their own that can be killed."""
+"""Replicas to test with: in this process, or in one of their own that can be killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _numbers = itertools.count(1)
 
 @asynccontextmanager
 async def serving(url: str, function: Callable[..., Any], *, tag: str = TAG, **config: Any) -> AsyncGenerator[Replica]:
-    """A worker of the backend ``tag`` in this loop."""
+    """A replica of the backend ``tag`` in this loop."""
     replica = f"{tag}#{next(_numbers)}"
     code = user_code.dump(cast("Any", ByReference(function)))
     runner = await Runner.start(tag, replica, code, BackendSpec(**{**CONFIG, **config}))
@@ -62,7 +62,7 @@ async def declared(url: str) -> AsyncGenerator[None]:
 
 
 class ByReference:
-    """Code of a test, which arrives at the runner as it is: with the events that it closes over."""
+    """Code of a test that is not copied: it shares the objects that it closes over with the runner."""
 
     functions: ClassVar[dict[int, Any]] = {}
 
@@ -81,7 +81,7 @@ def _same(key: int) -> Any:
 
 
 class Killable:
-    """A worker in a process of its own."""
+    """A replica in a process of its own."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -100,7 +100,7 @@ class Killable:
 
 
 async def start_killable(url: str, function: str) -> Killable:
-    """Start a worker that runs ``function`` of this module, and return once it has begun to claim."""
+    """Start a replica that runs ``function`` of this module, and return when it claims."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, __file__, url, function, stdout=asyncio.subprocess.PIPE
     )
@@ -116,7 +116,7 @@ class Client:
         self.caller, self.redis = caller, redis
 
     def call(self, body: bytes = b"", **options: Any) -> tuple[Call, asyncio.Future[Reply]]:
-        """Send a request; return it, and the future of its reply or of the error why there is none."""
+        """Send a request; return it, and the future of its reply or error."""
         timeout_s, batch = options.pop("timeout_s", None), options.pop("batch", False)
         backend = BackendRecord(
             tag=TAG, version="1", code="", config=BackendSpec(**{**CONFIG, **options.pop("config", {})})
@@ -137,7 +137,7 @@ class Client:
         return await self.call(body, **options)[1]
 
     async def claimed(self) -> int:
-        """Return how many of these some replica holds."""
+        """Return how many requests replicas have claimed."""
         keys = self.caller.keys
         pending = [await self.redis.xpending(key, "replicas") for key in (keys.requests(TAG), keys.batch(TAG))]
         return sum(int(one["pending"]) for one in pending)
@@ -160,23 +160,23 @@ async def calling(url: str) -> AsyncGenerator[Client]:
         try:
             yield Client(caller, redis)
         finally:
-            # Its streams are the backend's, and go with it; here there is none to be deleted.
+            # The streams belong to a backend, and no backend is deleted here.
             await redis.delete(caller.keys.requests(TAG), caller.keys.batch(TAG), caller.keys.dead(TAG))
             await caller.close()
 
 
-# -- what a killable worker runs
+# -- backends of killable replicas
 
 
 def who(request: Any) -> bytes:
-    """Answer with the process, or end it if that is what the body says."""
+    """Return the process id, or end the process if the body says so."""
     if request.data == b"die":
         os._exit(1)
     return str(os.getpid()).encode()
 
 
 async def slowly(request: Any) -> bytes:
-    """Like `who`, but only after a while."""
+    """`who` after a pause."""
     if request.data == b"die":
         await asyncio.sleep(0.2)
         os._exit(1)

@@ -31,7 +31,7 @@ NAME = f"{TAG}#1"
 
 
 class Instance:
-    """An instance of which there is nothing but its registry, and the replica that a test starts."""
+    """An instance that is only a registry, and the replica that a test starts."""
 
     def __init__(self, url: str, registry: Registry) -> None:
         self.url, self.registry = url, registry
@@ -106,7 +106,7 @@ class Greeter:
         return f"{self.greeting}, {self.name}"
 
 
-async def test_it_serves_what_the_registry_says_and_reports_that(instance: Instance) -> None:
+async def test_a_replica_serves_the_registered_code_and_reports_itself(instance: Instance) -> None:
     await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
     await instance.replica.ready()
     assert await instance.ask() == b"Hello, Ada"
@@ -116,7 +116,7 @@ async def test_it_serves_what_the_registry_says_and_reports_that(instance: Insta
     await instance.replica.check()
 
 
-async def test_it_takes_over_a_new_configuration(instance: Instance) -> None:
+async def test_a_replica_applies_a_new_configuration(instance: Instance) -> None:
     await instance.create(Greeter, "Hello")
     await instance.replica.ready()
     await instance.update(user_config={"name": "Grace"})
@@ -124,7 +124,9 @@ async def test_it_takes_over_a_new_configuration(instance: Instance) -> None:
     assert await instance.ask() == b"Hello, Grace"
 
 
-async def test_a_configuration_that_its_code_refuses_is_reported_and_leaves_it_serving(instance: Instance) -> None:
+async def test_a_configuration_that_user_code_refuses_is_reported_and_does_not_stop_the_replica(
+    instance: Instance,
+) -> None:
     await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
     await instance.replica.ready()
     await instance.update(user_config={"nam": "Grace"})
@@ -143,7 +145,7 @@ async def test_a_configuration_that_its_code_refuses_is_reported_and_leaves_it_s
     assert await instance.ask() == b"Hello, Grace"
 
 
-async def test_another_version_of_its_backend_is_not_its_business(instance: Instance) -> None:
+async def test_a_replica_ignores_another_version_of_its_backend(instance: Instance) -> None:
     await instance.create(Greeter, "Hello", user_config={"name": "Ada"})
     await instance.replica.ready()
     record = (await instance.registry.snapshot()).backends[TAG]
@@ -153,7 +155,7 @@ async def test_another_version_of_its_backend_is_not_its_business(instance: Inst
     assert (await instance.report()).config_version == 1
 
 
-async def test_code_that_cannot_start_says_why(instance: Instance) -> None:
+async def test_code_that_cannot_start_is_reported_with_its_error(instance: Instance) -> None:
     await instance.create(Greeter)
     for _ in range(2):
         with pytest.raises(BackendError, match="missing 1 required positional argument: 'greeting'"):
@@ -163,14 +165,14 @@ async def test_code_that_cannot_start_says_why(instance: Instance) -> None:
         await instance.replica.check()
 
 
-async def test_a_backend_that_is_gone_is_named(instance: Instance) -> None:
+async def test_a_deleted_backend_is_named(instance: Instance) -> None:
     with pytest.raises(BackendNotFound, match=TAG):
         await instance.replica.ready()
 
 
-async def test_a_health_check_that_fails_is_told(instance: Instance) -> None:
+async def test_a_failed_health_check_is_reported(instance: Instance) -> None:
     await instance.create(Greeter, "Hello", user_config={"name": "nobody"})
-    await instance.replica.check()  # it has not started: that is not ill
+    await instance.replica.check()  # before its start it counts as healthy
     await instance.replica.ready()
     with pytest.raises(BackendError, match="nobody is there"):
         await instance.replica.check()
@@ -181,7 +183,7 @@ async def test_a_health_check_that_fails_is_told(instance: Instance) -> None:
 
 @pytest.fixture
 def held(gate: Gate) -> threading.Event:
-    """Set when a request runs that is held until the gate is opened."""
+    """Set when a request runs that waits for the gate."""
     begun = threading.Event()
 
     def hold(request: Request) -> None:
@@ -192,7 +194,7 @@ def held(gate: Gate) -> threading.Event:
     return begun
 
 
-async def test_draining_finishes_what_was_begun_and_takes_nothing_new(
+async def test_draining_finishes_started_requests_and_claims_no_new_ones(
     instance: Instance, gate: Gate, held: threading.Event
 ) -> None:
     await instance.create(Greeter, "Hello")
@@ -213,7 +215,7 @@ async def test_draining_finishes_what_was_begun_and_takes_nothing_new(
     assert await instance.replica.drain(10)
 
 
-async def test_what_does_not_finish_while_draining_is_left_to_others(
+async def test_requests_that_outlast_draining_are_redelivered(
     instance: Instance, gate: Gate, held: threading.Event
 ) -> None:
     await instance.create(Greeter, "Hello")
@@ -229,7 +231,7 @@ async def test_what_does_not_finish_while_draining_is_left_to_others(
         assert await another.drain(1.0)
 
 
-async def test_what_it_has_done_is_counted_once_and_outlives_it(instance: Instance) -> None:
+async def test_the_stats_of_a_replica_are_counted_once_and_outlive_it(instance: Instance) -> None:
     await instance.create(Greeter, "Hello")
     await instance.replica.ready()
     connection = await RedisConnection(instance.url).open()
@@ -245,14 +247,14 @@ async def test_what_it_has_done_is_counted_once_and_outlives_it(instance: Instan
             await instance.ask()
         await wait_until_async(has_served_two)
         await instance.ask(b"sleep")
-        assert await instance.replica.drain(1.0)  # which does not leave the last one out
+        assert await instance.replica.drain(1.0)  # the last request is counted too
         assert await served() == 3
         assert (await read_stats(connection, Keys("default"), TAG)).run_s > 0.4
     finally:
         await connection.close()
 
 
-async def test_it_can_be_ended_before_it_has_started(instance: Instance, gate: Gate) -> None:
+async def test_a_replica_can_be_drained_before_it_has_started(instance: Instance, gate: Gate) -> None:
     assert await instance.replica.drain(1.0)
 
     class Slow:
@@ -275,7 +277,7 @@ def kill(server: EmbeddedServer) -> None:
     os.kill(server.pid, signal.SIGKILL)
 
 
-async def test_it_starts_as_soon_as_its_broker_is_there(tmp_path: Path) -> None:
+async def test_a_replica_starts_when_its_broker_is_reachable(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         async with opened(server.url) as instance:
             await instance.create(Greeter, "Hello")
@@ -285,7 +287,7 @@ async def test_it_starts_as_soon_as_its_broker_is_there(tmp_path: Path) -> None:
             assert await instance.ask() == b"Hello, you"
 
 
-async def test_a_broker_that_forgot_everything_is_told_again(tmp_path: Path) -> None:
+async def test_a_broker_that_lost_its_data_gets_the_report_again(tmp_path: Path) -> None:
     with EmbeddedServer.start() as server:
         async with opened(server.url) as instance:
             await instance.create(Greeter, "Hello")

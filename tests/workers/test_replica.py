@@ -1,4 +1,4 @@
-"""The claim-run-reply loop, on a real broker, with real deaths."""
+"""Replicas on a real broker: claiming, running, replying, and dying."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ async def echo_async(request: Any) -> Any:
 
 
 @pytest.mark.parametrize("function", [echo, echo_async])
-async def test_every_request_is_answered_and_settled(broker_url: str, function: Any) -> None:
+async def test_every_request_gets_a_reply_and_is_settled(broker_url: str, function: Any) -> None:
     async with calling(broker_url) as client, serving(broker_url, function):
         replies = await asyncio.gather(*(client.ask(b"%d" % n) for n in range(500)))
         assert [reply.body for reply in replies] == [b"%d" % n for n in range(500)]
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_what_was_published_before_the_first_replica_is_served_by_it(redis_url: str) -> None:
+async def test_the_first_replica_serves_requests_published_before_it_started(redis_url: str) -> None:
     async with calling(redis_url) as client:
         call, answer = client.call(b"early")
         await call.accepted()
@@ -48,7 +48,7 @@ async def test_large_bodies_travel_both_ways_and_leave_no_key(redis_url: str) ->
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_a_request_whose_body_has_expired_is_an_error_that_says_so(redis_url: str) -> None:
+async def test_a_request_with_an_expired_body_gets_an_error_that_says_so(redis_url: str) -> None:
     async with calling(redis_url) as client:
         call, answer = client.call(b"x" * (LARGE + 1))
         await call.accepted()
@@ -60,7 +60,7 @@ async def test_a_request_whose_body_has_expired_is_an_error_that_says_so(redis_u
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_a_slow_request_holds_up_nobody_while_a_replica_is_idle(redis_url: str) -> None:
+async def test_no_request_waits_behind_a_slow_one_while_a_replica_is_idle(redis_url: str) -> None:
     release = threading.Event()
 
     def wait_or_echo(request: Any) -> Any:
@@ -73,7 +73,7 @@ async def test_a_slow_request_holds_up_nobody_while_a_replica_is_idle(redis_url:
         serving(redis_url, wait_or_echo) as first,
         serving(redis_url, wait_or_echo) as second,
     ):
-        # Both learn that calls are quick, and so fetch ahead.
+        # Both replicas learn that calls are quick, and prefetch.
         await asyncio.gather(*(client.ask(b"x") for _ in range(500)))
         _, slow = client.call(b"wait")
         await wait_until_async(lambda: first.in_progress + second.in_progress == 1)
@@ -85,7 +85,7 @@ async def test_a_slow_request_holds_up_nobody_while_a_replica_is_idle(redis_url:
 
 
 class Sizes:
-    """A batch backend that remembers the sizes of its batches."""
+    """A batch backend that records the sizes of its batches."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -115,7 +115,7 @@ async def test_a_backlog_is_cut_into_full_batches(redis_url: str) -> None:
     assert sizes.sizes == [50, 50, 40]
 
 
-async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) -> None:
+async def test_the_wait_of_a_batch_counts_from_its_first_entry(redis_url: str) -> None:
     sizes, wait_s = Sizes(), 1.0
     async with (
         calling(redis_url) as client,
@@ -123,10 +123,10 @@ async def test_a_batch_waits_for_more_from_its_first_entry_on(redis_url: str) ->
     ):
         loop = asyncio.get_running_loop()
         start, answers = loop.time(), [client.call(b"0")[1]]
-        while not sizes.sizes:  # if what counted were the last one, it would never be over
+        while not sizes.sizes:  # if the wait counted from the last entry, it would never end
             await asyncio.sleep(wait_s / 20)
             answers.append(client.call(b"%d" % len(answers))[1])
-        assert loop.time() - start > 0.9 * wait_s  # it counts by the clock of the broker
+        assert loop.time() - start > 0.9 * wait_s  # the wait counts by the clock of the broker
         await asyncio.gather(*answers)
     assert 1 < sizes.sizes[0] < 1_000
     assert sum(sizes.sizes) == len(answers)
@@ -142,7 +142,7 @@ async def test_a_full_batch_does_not_wait(redis_url: str) -> None:
     assert sizes.sizes == [3]
 
 
-async def test_expired_work_is_never_started(redis_url: str) -> None:
+async def test_expired_requests_never_start(redis_url: str) -> None:
     ran: list[bytes] = []
 
     def record(request: Any) -> None:
@@ -157,7 +157,7 @@ async def test_expired_work_is_never_started(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [False, True])
-async def test_a_cancelled_request_that_still_waits_is_never_started(redis_url: str, batch: bool) -> None:
+async def test_a_request_cancelled_while_it_waits_never_starts(redis_url: str, batch: bool) -> None:
     ran: list[bytes] = []
     busy, release = threading.Event(), threading.Event()
 
@@ -226,7 +226,7 @@ async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str,
 
         async def race(number: int) -> bool:
             call, answer = client.call(b"x")
-            if number == 0:  # one that is not cancelled, even if this loop is held up while the others wait
+            if number == 0:  # not cancelled, even if this loop is delayed while the others wait
                 await answer
             await asyncio.sleep(chance.random() * 0.1)
             if call.cancel():
@@ -236,14 +236,14 @@ async def test_all_slots_are_free_after_every_race_of_cancelling(redis_url: str,
 
         cancelled = sum(await asyncio.gather(*(race(number) for number in range(200))))
         assert 0 < cancelled < 200
-        # They answer only if all of them run at once.
+        # They return only if all of them run at once.
         replies = await asyncio.gather(*(client.ask(b"meet", timeout_s=20) for _ in range(3)))
         assert [reply.body for reply in replies] == [b"meet"] * 3
         await wait_until_async(lambda: worker.in_progress == 0)
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) -> None:
+async def test_requests_of_a_killed_replica_get_their_replies(redis_url: str) -> None:
     async with calling(redis_url) as client:
         first = await start_killable(redis_url, "never")
         calls = [client.call(b"x") for _ in range(5)]
@@ -253,13 +253,13 @@ async def test_a_killed_replica_costs_time_and_not_the_answer(redis_url: str) ->
         async with serving(redis_url, echo):
             replies = await asyncio.gather(*(answer for _, answer in calls))
         assert [reply.status for reply in replies] == [200] * 5
-        # The lease of 2 s, and what else this machine does.
+        # The lease of 2 s, and time for a busy machine.
         assert asyncio.get_running_loop().time() - killed_at < 6
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_what_a_killed_replica_had_in_progress_is_not_run_one_by_one(redis_url: str) -> None:
-    """It would take another one 18 s, in which that does nothing else."""
+async def test_requests_of_a_killed_replica_run_concurrently(redis_url: str) -> None:
+    """One by one, they would occupy another replica for 18 s."""
     async with calling(redis_url) as client:
         first = await start_killable(redis_url, "never")
         calls = [client.call(b"x") for _ in range(60)]
@@ -273,7 +273,7 @@ async def test_what_a_killed_replica_had_in_progress_is_not_run_one_by_one(redis
         await second.kill()
 
 
-async def test_a_batch_that_a_killed_replica_had_is_run_as_one(redis_url: str) -> None:
+async def test_a_batch_of_a_killed_replica_runs_as_one_batch(redis_url: str) -> None:
     sizes: list[int] = []
 
     @serve.accept_batch
@@ -292,8 +292,8 @@ async def test_a_batch_that_a_killed_replica_had_is_run_as_one(redis_url: str) -
         assert sizes == [16, 4]
 
 
-async def test_a_poisonous_request_dies_alone(redis_url: str) -> None:
-    """It kills as many replicas as it may, then it is a dead letter; who was in progress beside it is answered."""
+async def test_a_poison_request_fails_alone(redis_url: str) -> None:
+    """It kills `max_deliveries` replicas and becomes a dead letter; the requests beside it get replies."""
     async with calling(redis_url) as client:
         replicas = [await start_killable(redis_url, "slowly") for _ in range(2)]
         bystanders = [client.call(b"x")[1] for _ in range(20)]
@@ -319,7 +319,7 @@ async def _replace_the_dead(url: str, replicas: list[Killable]) -> None:
         replicas.append(await start_killable(url, "slowly"))
 
 
-async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_url: str) -> None:
+async def test_an_unreadable_entry_becomes_a_dead_letter_and_affects_no_other(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, echo):
         requests = client.caller.keys.requests(TAG)
         await client.redis.xadd(requests, {"v": "9", "id": "x"})
@@ -333,7 +333,7 @@ async def test_what_cannot_be_read_is_a_dead_letter_and_disturbs_nobody(redis_ur
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_garbage_beyond_the_limit_of_dead_letters_leaves_as_many_as_that(redis_url: str) -> None:
+async def test_the_number_of_dead_letters_stays_within_its_limit(redis_url: str) -> None:
     limits: dict[str, Any] = {"max_queued_requests": 100, "max_dead_letters": 50}
     async with calling(redis_url) as client, serving(redis_url, echo, **limits):
         keys = client.caller.keys
@@ -353,7 +353,7 @@ class Greeter:
         return b"hello " + bytes(request.data)
 
 
-async def test_calling_mro_costs_the_replica_nothing(redis_url: str) -> None:
+async def test_calling_the_method_mro_does_not_affect_the_replica(redis_url: str) -> None:
     async with calling(redis_url) as client, serving(redis_url, Greeter):
         refused = [client.call(b"x", call="mro")[1] for _ in range(2)]
         behind = [client.call(b"%d" % n)[1] for n in range(10)]
@@ -370,7 +370,7 @@ async def test_a_broker_that_lost_its_data_gets_its_group_and_its_requests_again
         assert (await asyncio.wait_for(client.ask(b"after", timeout_s=20), 25)).body == b"after"
 
 
-async def test_a_drained_worker_gives_back_what_it_had_not_started(redis_url: str) -> None:
+async def test_a_drained_replica_gives_back_unstarted_requests(redis_url: str) -> None:
     busy, release = threading.Event(), threading.Event()
 
     def wait(request: Any) -> Any:
@@ -392,7 +392,7 @@ async def test_a_drained_worker_gives_back_what_it_had_not_started(redis_url: st
             assert (await calls[0]).body == b"wait"
 
 
-async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> None:
+async def test_closing_the_caller_cancels_its_requests(redis_url: str) -> None:
     async with calling(redis_url) as client:
         call, answer = client.call(b"x")
         await call.accepted()
@@ -401,9 +401,7 @@ async def test_closing_the_caller_cancels_what_is_in_flight(redis_url: str) -> N
 
 
 @pytest.mark.parametrize("function", [echo, echo_async])
-async def test_batch_items_and_interactive_requests_are_answered_beside_each_other(
-    redis_url: str, function: Any
-) -> None:
+async def test_batch_items_and_interactive_requests_get_replies_side_by_side(redis_url: str, function: Any) -> None:
     async with calling(redis_url) as client, serving(redis_url, function, max_concurrent_queries=3):
         replies = await asyncio.gather(*(client.ask(b"%d" % n, batch=n % 3 > 0) for n in range(900)))
         assert [reply.body for reply in replies] == [b"%d" % n for n in range(900)]
@@ -424,11 +422,11 @@ async def test_interactive_requests_overtake_batch_items_and_leave_them_their_sh
         async with serving(redis_url, record, max_concurrent_queries=1, batch_share=0.2):
             await asyncio.gather(*(answer for _, answer in batch + interactive))
     until_the_last = ran[: 300 - ran[::-1].index(b"interactive") + 299]
-    # The first claim is the one that finds out that there are both.
+    # The first claim finds out that both streams have entries.
     assert abs(until_the_last.count(b"batch") - 0.2 * len(until_the_last)) < 4
 
 
-async def test_no_more_runs_at_once_than_may_when_both_streams_answer_one_claim(redis_url: str) -> None:
+async def test_concurrency_stays_limited_when_both_streams_answer_one_claim(redis_url: str) -> None:
     running = most = 0
 
     async def count(request: Any) -> Any:
@@ -446,7 +444,7 @@ async def test_no_more_runs_at_once_than_may_when_both_streams_answer_one_claim(
     assert most == 4
 
 
-async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> None:
+async def test_batch_items_of_a_killed_replica_get_their_replies(redis_url: str) -> None:
     async with calling(redis_url) as client:
         first = await start_killable(redis_url, "never")
         calls = [client.call(b"x", batch=n % 2 > 0) for n in range(6)]
@@ -458,7 +456,7 @@ async def test_a_killed_replica_costs_batch_items_no_answer(redis_url: str) -> N
         await wait_until_async(lambda: _is_empty(client))
 
 
-async def test_a_batch_leaves_places_in_the_queue_to_interactive_requests(redis_url: str) -> None:
+async def test_a_batch_leaves_room_in_the_queue_for_interactive_requests(redis_url: str) -> None:
     async with calling(redis_url) as client:
         config = {"max_queued_requests": 10}
         calls = [client.call(b"x", batch=True, config=config)[0] for _ in range(8)]

@@ -43,7 +43,7 @@ def test_the_same_files_give_the_same_bytes(write: Write) -> None:
     assert pack(env, "v1") != first
 
 
-def test_what_is_excluded_or_ignored_stays_at_home(write: Write) -> None:
+def test_excluded_and_ignored_files_are_not_packed(write: Write) -> None:
     code = write(a_py="", a_bin="", data__b_py="", sub__c_py="", sub__c_txt="", sub__logs__d_py="", __git__head="")
     (code / "sub" / ".gitignore").write_text("*.txt\n")
     (code / "__pycache__").mkdir()
@@ -54,7 +54,7 @@ def test_what_is_excluded_or_ignored_stays_at_home(write: Write) -> None:
     assert names(packed) == ["working_dir/a.py", "working_dir/sub/.gitignore", "working_dir/sub/c.py"]
 
 
-def test_remote_ones_are_left_to_ray(write: Write) -> None:
+def test_remote_directories_are_left_to_ray(write: Write) -> None:
     code, remote = str(write(a_py="")), "https://example.com/code.zip"
     env: dict[str, Any] = {"working_dir": remote, "py_modules": [code, remote], "pip": ["x"], "excludes": ["*.bin"]}
     assert for_ray(env) == {"working_dir": remote, "py_modules": [remote], "pip": ["x"]}
@@ -63,7 +63,7 @@ def test_remote_ones_are_left_to_ray(write: Write) -> None:
     assert pack(for_ray(env), "") == b""
 
 
-def test_what_cannot_travel_is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_packed_is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     code = write(a_py="x" * 3 * 2**20, b_py="")
     with pytest.raises(ConfigError, match="there is no directory '/nowhere'"):
         pack({"py_modules": ["/nowhere"]}, "")
@@ -77,7 +77,7 @@ def test_what_cannot_travel_is_named(write: Write, monkeypatch: pytest.MonkeyPat
         pack({"working_dir": str(code)}, "")
 
 
-def test_what_was_packed_is_there_until_it_is_removed(write: Write) -> None:
+def test_unpacked_directories_exist_until_they_are_removed(write: Write) -> None:
     code = write(penstock1_py="VALUE = 1", run_sh="")
     (code / "run.sh").chmod(0o700)
     (code / "empty").mkdir()
@@ -97,7 +97,7 @@ def test_what_was_packed_is_there_until_it_is_removed(write: Write) -> None:
     assert not here.parent.exists()
 
 
-def test_what_a_killed_replica_has_left_is_removed_by_the_next(
+def test_directories_of_a_killed_replica_are_removed_by_the_next(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

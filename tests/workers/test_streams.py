@@ -25,7 +25,7 @@ from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, servin
 
 
 def ask(client: Client) -> "tuple[Call, asyncio.Future[CallOutcome]]":
-    """Send a request whose answer may come in parts."""
+    """Send a request whose reply may be streamed."""
     begun: asyncio.Future[CallOutcome] = asyncio.get_running_loop().create_future()
     backend = BackendRecord(tag=TAG, version="1", code="", config=BackendSpec(**CONFIG))
     return client.caller.send(backend, Header(codec="none", window=WINDOW), b"", begun.set_result), begun
@@ -58,9 +58,7 @@ async def nothing_is_left(client: Client) -> None:
     await wait_until_async(left)
 
 
-async def test_a_replica_that_is_killed_breaks_its_streams_off_and_nobody_runs_them_again(
-    redis_url: str, replica: Killable
-) -> None:
+async def test_streams_of_a_killed_replica_break_off_and_do_not_run_again(redis_url: str, replica: Killable) -> None:
     ran: list[str] = []
 
     async def elsewhere(request: object) -> str:
@@ -77,15 +75,15 @@ async def test_a_replica_that_is_killed_breaks_its_streams_off_and_nobody_runs_t
             await replica.kill()
             with pytest.raises(StreamBroken, match="its replica died"):
                 await rest_of(incoming)
-            assert loop.time() - killed_at < 6.0  # the lease of 2 s, and what else this machine does
+            assert loop.time() - killed_at < 6.0  # the lease of 2 s, and time for a busy machine
             await nothing_is_left(client)
             assert ran == []
-            # Its mark is gone, and nothing else of it is left.
+            # No key of the stream is left.
             assert await client.redis.keys("*:streamed:*") == []
             assert await client.redis.keys("*:history:*") == []
 
 
-async def test_it_breaks_off_also_where_the_others_are_busy_with_streams_of_their_own(
+async def test_streams_of_a_killed_replica_break_off_while_the_others_are_busy_with_streams(
     redis_url: str, replica: Killable
 ) -> None:
     async with calling(redis_url) as client:
@@ -102,7 +100,7 @@ async def test_it_breaks_off_also_where_the_others_are_busy_with_streams_of_thei
             await other.kill()
 
 
-async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_stops_when_its_caller_sends_no_signal(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.workers.consuming.stream_sender.LAPSE_S", 0.5)
     monkeypatch.setattr("penstock.handles.calls.sweep.REPEAT_S", 3600.0)
     ended = threading.Event()
@@ -123,7 +121,7 @@ async def test_a_replica_whose_caller_is_silent_stops(redis_url: str, monkeypatc
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
-async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
+async def test_streams_of_shadow_traffic_are_dropped_and_stopped(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, on_loop: bool
 ) -> None:
     monkeypatch.setattr("penstock.workers.consuming.stream_sender.LAPSE_S", 0.2)
@@ -177,7 +175,7 @@ async def test_a_copy_for_a_shadow_streams_to_nobody_and_not_for_ever(
         await client.caller.registry.erase()
 
 
-async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> None:
+async def test_a_stream_stops_when_the_reply_stream_of_its_caller_is_gone(redis_url: str) -> None:
     ended = asyncio.Event()
 
     async def endless(request: object) -> AsyncIterator[bytes]:
@@ -195,7 +193,7 @@ async def test_a_replica_whose_callers_stream_is_gone_stops(redis_url: str) -> N
         await wait_until_async(lambda: worker.in_progress == 0)
 
 
-async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_caller_repeats_grants_that_were_lost(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.handles.calls.sweep.REPEAT_S", 0.05)
     values = [b"%d" % n * 1000 for n in range(1000)]
 
@@ -216,7 +214,7 @@ async def test_a_caller_whose_grants_are_lost_says_them_again(redis_url: str, mo
         assert len(received) >= 3
 
 
-async def test_grants_with_ids_that_were_guessed_open_no_window(redis_url: str) -> None:
+async def test_grants_with_guessed_ids_open_no_window(redis_url: str) -> None:
     value, sent = bytes(1_000), 0
     cost = len(value) + VALUE_COST
 
@@ -234,7 +232,7 @@ async def test_grants_with_ids_that_were_guessed_open_no_window(redis_url: str) 
         caller, signals = client.caller.id, client.caller.keys.signals(TAG)
         for id_ in ("", "1", caller, f"{caller}-1", call.shown_id, call.id[:-1], call.id.upper() + "0"):
             await client.redis.xadd(signals, {"s": f"+{id_} {2**40}"})
-        # The right one comes behind them, so that they have been heard when it is seen to work.
+        # The valid grant follows them, so they were received when it takes effect.
         before = sent
         await client.redis.xadd(signals, {"s": f"+{call.id} {3 * cost}"})
         await wait_until_async(lambda: sent >= before + 3)
@@ -242,7 +240,7 @@ async def test_grants_with_ids_that_were_guessed_open_no_window(redis_url: str) 
         incoming.close()
 
 
-async def test_two_requests_with_one_id_are_two_streams(redis_url: str) -> None:
+async def test_two_requests_with_the_same_id_have_two_streams(redis_url: str) -> None:
     """Callers choose the ids of their requests."""
     begun = 0
     both = asyncio.Event()
@@ -254,7 +252,7 @@ async def test_two_requests_with_one_id_are_two_streams(redis_url: str) -> None:
         if begun == 2:
             both.set()
         await both.wait()
-        for _ in range(2 * WINDOW // CHUNK):  # more than is sent without word from a reader
+        for _ in range(2 * WINDOW // CHUNK):  # more than is sent without a grant
             yield bytes(CHUNK)
 
     async with calling(redis_url) as client, serving(redis_url, give, max_concurrent_queries=2):
@@ -285,11 +283,11 @@ def flatten(fields: dict[bytes, bytes]) -> list[bytes]:
     return [each for pair in fields.items() for each in pair]
 
 
-# -- the two ends, without a broker between them
+# -- writer and reader, without a broker between them
 
 
 class Wire:
-    """An outlet whose parts are taken by an `IncomingStream`, which grants as its reader takes them."""
+    """A stream sink that keeps the parts for an `IncomingStream`."""
 
     def __init__(self, window: int) -> None:
         self.window = window
@@ -309,7 +307,7 @@ class Wire:
     st.integers(1, 4 * CHUNK),
     st.randoms(use_true_random=False),
 )
-def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_way(
+def test_values_arrive_in_order_and_at_most_a_window_is_in_flight(
     values: list[tuple[str, int]], window: int, chance: random.Random
 ) -> None:
     async def run() -> None:
@@ -357,7 +355,7 @@ def test_what_goes_in_comes_out_in_order_and_never_more_than_a_window_is_under_w
 
 
 @given(st.permutations(range(5)))
-def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> None:
+def test_parts_out_of_order_are_never_delivered(order: list[int]) -> None:
     async def run() -> None:
         parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(5)]
         incoming = IncomingStream(parts[order[0]], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
@@ -377,7 +375,7 @@ def test_parts_that_are_not_the_next_are_never_handed_over(order: list[int]) -> 
     asyncio.run(run())
 
 
-async def test_parts_that_were_sent_again_are_taken_once() -> None:
+async def test_repeated_parts_are_delivered_once() -> None:
     parts = [Part("id", n, "text", [1], False, 200, [], b"%d" % n) for n in range(4)]
     incoming = IncomingStream(parts[0], "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     for n in (0, 1, 2, 1, 2, 3):
@@ -394,7 +392,7 @@ async def test_parts_that_were_sent_again_are_taken_once() -> None:
         (Reply("id", codec="text", body=b"whole"), "another replica gave a whole answer"),
     ],
 )
-async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> None:
+async def test_an_end_that_does_not_match_the_parts_is_an_error(end: Reply, said: str) -> None:
     part = Part("id", 0, "text", [1], body=b"a")
     incoming = IncomingStream(part, "b", lambda: "r", 1000, lambda taken: None, lambda: None)
     incoming.add(part)
@@ -404,7 +402,7 @@ async def test_an_end_that_does_not_fit_is_an_error(end: Reply, said: str) -> No
         await incoming.read()
 
 
-async def test_a_thread_that_waits_for_room_is_stopped() -> None:
+async def test_a_thread_that_waits_for_the_window_is_stopped() -> None:
     wire = Wire(1)
     loop = asyncio.get_running_loop()
     flow = StreamWriter(wire, loop, Claim(b"0-0", Entry("id", "caller", Header(window=1))))

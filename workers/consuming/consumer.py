@@ -230,7 +230,7 @@ class Consumer:
         if claim.is_streaming:
             self._commands.join_write(partial(self.stream_sender.end, claim))
         if not self.in_progress.claims:
-            self._commands.hurry()
+            self._commands.flush_if_idle()
 
     def _record_run(self, claim: Claim, reply: Reply, now_s: float) -> None:
         run_ms, deadline_ms = reply.run_ms, claim.entry.header.deadline_ms

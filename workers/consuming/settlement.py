@@ -46,7 +46,7 @@ class Settlement:
         caller = claim.entry.caller
         reply.queue_ms = _queue_ms(claim.ref, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
-            body, longest = reply.body, self._commands.longest
+            body, longest = reply.body, self._commands.max_string_bytes
 
             def too_long() -> list[bytes]:
                 said = str(too_long_of(body, min(longest, len(body) - 1)))

@@ -52,7 +52,7 @@ class Acknowledger:
     @property
     def has_waiting(self) -> bool:
         """Whether settlements may be waiting to be sent again. Their entries are still pending."""
-        return self._member.commands.keeps_commands
+        return self._member.commands.has_waiting_commands
 
     def hold_sized(self, ref: bytes) -> None:
         """Note that a claimed entry has a record of its size (`Entry.size_bytes`), to be deleted with the entry."""

@@ -85,14 +85,14 @@ async def test_a_bulky_command_arrives_like_any_other(redis_url: str, connect: C
     assert received == [b"first", value, value, value]
 
 
-async def test_hurry_sends_a_command_before_the_end_of_the_tick(redis_url: str, connect: Connect) -> None:
+async def test_flush_if_idle_sends_a_command_before_the_end_of_the_tick(redis_url: str, connect: Connect) -> None:
     connection = await connect(redis_url)
     reply = connection.send("SET", "hurried", "1", "PX", 60_000)
-    connection.hurry()
+    connection.flush_if_idle()
     with Redis.from_url(redis_url) as other:  # it blocks the loop, so that this tick does not end
         wait_until(lambda: other.get("hurried") == b"1")
     behind = connection.send("ECHO", "behind")
-    connection.hurry()
+    connection.flush_if_idle()
     assert await reply == b"OK"
     assert await behind == b"behind"
 

@@ -50,11 +50,11 @@ async def test_patient_commands_are_executed_in_order_after_a_refusal(
     early = [post(connection, n) for n in range(20)]
     await wait_until_async(lambda: len(broker.refused) >= 20)
     late = [post(connection, n) for n in range(20, 40)]
-    assert connection.keeps_commands
+    assert connection.has_waiting_commands
     broker.error = ""
     await asyncio.wait_for(asyncio.gather(*early, *late), 20)
     assert await in_order(connection, 40)
-    assert not connection.keeps_commands
+    assert not connection.has_waiting_commands
 
 
 async def test_waiting_commands_are_sent_again_only_after_a_successful_probe(
@@ -75,7 +75,7 @@ async def test_reads_are_answered_while_writes_are_refused(broker: RefusingProxy
     await connection.send("SET", "a", "1")
     broker.error = ERRORS["MISCONF"]
     waiting = connection.send("SET", "a", "2", repeat=True, patient=True)
-    await wait_until_async(lambda: connection.keeps_commands)
+    await wait_until_async(lambda: connection.has_waiting_commands)
     assert await asyncio.wait_for(connection.send("GET", "a"), 20) == b"1"
     broker.error = ""
     await waiting
@@ -112,7 +112,7 @@ async def test_an_impatient_command_waits_until_the_time_limit_of_the_outage(
     connection.patience_s = 60
     broker.error = ERRORS["NOREPLICAS"]
     counted = connection.send("INCR", "a")
-    await wait_until_async(lambda: connection.keeps_commands)
+    await wait_until_async(lambda: connection.has_waiting_commands)
     broker.error = ""
     assert await asyncio.wait_for(counted, 20) == 1
 
@@ -125,7 +125,7 @@ async def test_only_a_patient_command_waits_for_memory(broker: RefusingProxy, co
     with pytest.raises(BrokerFull):
         await connection.run_script(PUSH, ["list"], ["x"])
     waiting = connection.run_script(PUSH, ["list"], ["0"], patient=True)
-    await wait_until_async(lambda: connection.keeps_commands)
+    await wait_until_async(lambda: connection.has_waiting_commands)
     broker.error = ""
     assert await asyncio.wait_for(waiting, 20) == 1
 

@@ -1,4 +1,4 @@
-"""A batch job's name belongs to one input."""
+"""The input of a batch job: another one is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_input_is_refused_with_the_way_out(site: Site, connected: Connection, name: str) -> None:
+def test_another_input_is_refused_and_the_error_names_the_way_out(site: Site, connected: Connection, name: str) -> None:
     site.serve(echo)
     assert run(connected, range(300)) == list(range(300))
     delivered: list[int] = []
@@ -56,7 +56,7 @@ def test_another_method_is_another_input(site: Site, connected: Connection) -> N
         run(connected, [1, 2], method_name="other")
 
 
-def test_a_job_that_is_begun_anew_takes_another_input(site: Site, connected: Connection) -> None:
+def test_a_restarted_job_accepts_another_input(site: Site, connected: Connection) -> None:
     site.serve(echo)
     assert run(connected, [1, 2]) == [1, 2]
     assert run(connected, [3, 4, 5], restart_job=True) == [3, 4, 5]
@@ -65,7 +65,7 @@ def test_a_job_that_is_begun_anew_takes_another_input(site: Site, connected: Con
         run(connected, [1, 2])
 
 
-def test_an_interrupted_job_goes_on_with_more_of_the_same_input(site: Site, connected: Connection) -> None:
+def test_an_interrupted_job_continues_with_the_same_input(site: Site, connected: Connection) -> None:
     site.serve(echo)
     results = iter(connected.batch("ask", job="same", window=64).as_completed(iter(range(1000))))
     for _ in range(10):
@@ -74,7 +74,7 @@ def test_an_interrupted_job_goes_on_with_more_of_the_same_input(site: Site, conn
     assert run(connected, range(1000)) == list(range(1000))
 
 
-def test_what_failed_is_run_again_where_that_is_asked_for(site: Site, connected: Connection) -> None:
+def test_failed_items_are_run_again_with_retry_errors(site: Site, connected: Connection) -> None:
     broken = {1, 3}
     ran: list[int] = []
 
@@ -117,7 +117,7 @@ def _blocks(rows: list[bytes], ends: list[int]) -> Iterator[Block]:
 
 
 @given(st.lists(st.binary(max_size=2), max_size=12), st.lists(st.binary(max_size=2), max_size=12), st.data())
-def test_rows_are_known_only_where_all_before_them_are_the_same(
+def test_rows_are_verified_only_where_all_rows_before_them_are_the_same(
     first: list[bytes], second: list[bytes], data: st.DataObject
 ) -> None:
     ends = data.draw(st.lists(st.integers(1, 12)))

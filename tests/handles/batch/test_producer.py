@@ -1,4 +1,4 @@
-"""Batches: a bounded window, results of every item, jobs that outlive who began them."""
+"""Batches: a bounded window, a result for every item, jobs that outlive their producer."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_map_keeps_the_order_of_the_items(site: Site, connected: Connection) -> 
     assert [result.get() for result in connected.batch("ask").map(items)] == items
 
 
-def test_results_come_before_slower_ones(site: Site, connected: Connection) -> None:
+def test_as_completed_returns_fast_results_before_slow_ones(site: Site, connected: Connection) -> None:
     site.serve(slowly)
     results = connected.batch("ask").as_completed([300, 0])
     assert [result.index for result in results] == [1, 0]
 
 
-async def test_asyncio_code_takes_async_iterables_and_plain_ones(site: Site) -> None:
+async def test_asyncio_code_accepts_async_and_plain_iterables(site: Site) -> None:
     site.serve(double)
 
     async def items() -> AsyncIterator[int]:
@@ -72,7 +72,7 @@ async def test_asyncio_code_takes_async_iterables_and_plain_ones(site: Site) -> 
     assert [result.value async for result in producer.map(range(500))] == [2 * n for n in range(500)]
 
 
-def test_sync_code_cannot_wait_for_an_async_iterable(site: Site, connected: Connection) -> None:
+def test_sync_code_cannot_iterate_over_an_async_iterable(site: Site, connected: Connection) -> None:
     site.declare()
 
     async def items() -> AsyncIterator[int]:
@@ -99,7 +99,7 @@ def test_a_batch_is_iterated_over_once(site: Site, connected: Connection) -> Non
         iter(batch)
 
 
-def test_what_goes_wrong_with_one_item_is_the_result_of_that_item(site: Site, connected: Connection) -> None:
+def test_the_error_of_one_item_is_the_result_of_that_item(site: Site, connected: Connection) -> None:
     def pick(request: Any) -> Any:
         if request.data == "bad":
             raise ValueError("not this one")
@@ -156,9 +156,7 @@ def test_items_with_the_same_shard_key_go_to_the_same_backend(site: Site, connec
     assert {found.pop() for found in backends.values()} == {"left", "right"}
 
 
-def test_no_more_than_the_window_is_in_flight_and_items_are_taken_as_there_is_room(
-    site: Site, connected: Connection
-) -> None:
+def test_at_most_a_window_is_in_flight_and_items_are_read_as_there_is_room(site: Site, connected: Connection) -> None:
     running = most = taken = 0
 
     async def count(request: Any) -> None:
@@ -181,13 +179,13 @@ def test_no_more_than_the_window_is_in_flight_and_items_are_taken_as_there_is_ro
     assert most <= 7
 
 
-def test_refusals_are_tried_again_until_there_is_room(site: Site, connected: Connection) -> None:
+def test_refused_items_are_sent_again_until_there_is_room(site: Site, connected: Connection) -> None:
     site.serve(slowly, max_queued_requests=10)
     results = list(connected.batch("ask", window=100).map([3] * 300))
     assert [result.value for result in results] == [3] * 300
 
 
-def test_a_batch_leaves_room_in_the_queue_for_everybody_else(site: Site, connected: Connection) -> None:
+def test_a_batch_leaves_room_in_the_queue_for_interactive_requests(site: Site, connected: Connection) -> None:
     release = threading.Event()
 
     def wait(request: Any) -> Any:
@@ -209,14 +207,14 @@ def test_a_batch_leaves_room_in_the_queue_for_everybody_else(site: Site, connect
     assert len(results) == 100
 
 
-def test_leaving_early_gives_up_what_is_in_flight(site: Site, connected: Connection) -> None:
+def test_leaving_early_cancels_the_items_in_flight(site: Site, connected: Connection) -> None:
     site.serve(slowly, max_concurrent_queries=2)
     for _ in connected.batch("ask", window=50).as_completed([0] + [60_000] * 100):
         break
     wait_until(lambda: site.batch_depth() == 0)
 
 
-async def test_cancelling_the_task_gives_up_what_is_in_flight(site: Site) -> None:
+async def test_cancelling_the_task_cancels_the_items_in_flight(site: Site) -> None:
     site.serve(slowly, max_concurrent_queries=2)
 
     async def collect() -> None:
@@ -231,7 +229,7 @@ async def test_cancelling_the_task_gives_up_what_is_in_flight(site: Site) -> Non
     await asyncio.to_thread(wait_until, lambda: site.batch_depth() == 0)
 
 
-def test_what_iterating_over_the_items_raises_is_raised(site: Site, connected: Connection) -> None:
+def test_an_exception_of_the_items_is_raised(site: Site, connected: Connection) -> None:
     def items() -> Iterator[int]:
         yield 1
         raise OSError("the disk is gone")
@@ -241,7 +239,7 @@ def test_what_iterating_over_the_items_raises_is_raised(site: Site, connected: C
         list(connected.batch("ask").as_completed(items()))
 
 
-async def test_what_iterating_over_the_items_raises_is_raised_in_asyncio_code(site: Site) -> None:
+async def test_an_exception_of_the_items_is_raised_in_asyncio_code(site: Site) -> None:
     async def items() -> AsyncIterator[int]:
         yield 1
         raise OSError("the disk is gone")
@@ -252,7 +250,7 @@ async def test_what_iterating_over_the_items_raises_is_raised_in_asyncio_code(si
             pass
 
 
-def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(site: Site, connected: Connection) -> None:
+def test_an_unknown_endpoint_is_refused_before_anything_is_sent(site: Site, connected: Connection) -> None:
     with pytest.raises(EndpointNotFound, match="nowhere"):
         connected.batch("nowhere")
     items = iter(range(3))
@@ -296,7 +294,7 @@ def test_a_finished_job_gives_its_results_again_and_runs_nothing(site: Site, con
     assert sorted(ran) == list(range(300))
 
 
-def test_a_job_goes_on_when_its_producer_has_left(site: Site, connected: Connection) -> None:
+def test_another_producer_continues_a_job(site: Site, connected: Connection) -> None:
     ran: list[int] = []
 
     async def record(request: Any) -> Any:
@@ -313,7 +311,7 @@ def test_a_job_goes_on_when_its_producer_has_left(site: Site, connected: Connect
     assert sorted(ran) == list(range(30))
 
 
-def test_a_job_takes_items_that_nobody_serves_yet(site: Site, connected: Connection) -> None:
+def test_a_job_accepts_items_before_any_replica_runs(site: Site, connected: Connection) -> None:
     site.declare()
     producer = connected.batch("ask", job="early", window=10)
 
@@ -352,7 +350,7 @@ def test_a_job_belongs_to_its_endpoint(site: Site, connected: Connection) -> Non
         list(connected.batch("other", job="one").map([1]))
 
 
-def test_a_job_begun_by_a_version_whose_items_had_guessable_ids_sends_them_again(
+def test_a_job_of_an_earlier_version_with_guessable_ids_sends_its_items_again(
     site: Site, connected: Connection
 ) -> None:
     site.serve(double)
@@ -365,11 +363,11 @@ def test_a_job_begun_by_a_version_whose_items_had_guessable_ids_sends_them_again
         record = json.loads(cast(bytes, redis.get(keys.job(caller))))
     assert re.fullmatch("[0-9a-f]{64}", record.pop("secret"))
     assert record == {"endpoint": "ask", "kept": 1}
-    # From here on it is a job like any other.
+    # From here on it is an ordinary job.
     assert [result.value for result in connected.batch("ask", job="old").map(range(3))] == [0, 2, 4]
 
 
-def test_what_was_said_to_be_safe_is_forgotten_and_skipped(site: Site, connected: Connection) -> None:
+def test_results_before_a_checkpoint_are_deleted_and_skipped(site: Site, connected: Connection) -> None:
     ran: list[int] = []
 
     def record(request: Any) -> Any:
@@ -389,7 +387,7 @@ def test_what_was_said_to_be_safe_is_forgotten_and_skipped(site: Site, connected
     assert list(connected.batch("ask", job="safe2").map(range(500), skip=done)) == []
 
 
-def test_large_results_of_a_job_are_there_for_the_next_producer(site: Site, connected: Connection) -> None:
+def test_the_next_producer_of_a_job_gets_its_large_results(site: Site, connected: Connection) -> None:
     ran: list[int] = []
 
     def large(request: Any) -> bytes:
@@ -415,7 +413,7 @@ with handles.connect(url) as connected, open(output, "a") as file:
 
 
 def test_a_job_whose_producer_is_killed_again_and_again_has_every_result(site: Site, tmp_path: Path) -> None:
-    """Each producer but the last dies at some moment. The last one gives every result once."""
+    """Each producer but the last is killed. The last one returns every result once."""
     items = 6_000
     ran: list[int] = []
 
@@ -426,13 +424,13 @@ def test_a_job_whose_producer_is_killed_again_and_again_has_every_result(site: S
     site.serve(record)
     for attempt in range(4):
         with _producer(site.url, items, tmp_path / f"output{attempt}") as process:
-            time.sleep(random.uniform(0.0, 0.4))  # the moment is the point
+            time.sleep(random.uniform(0.0, 0.4))  # a random moment, on purpose
             process.kill()
     with _producer(site.url, items, tmp_path / "output") as process:
         assert process.wait(60) == 0
     lines = (tmp_path / "output").read_text().splitlines()
     assert sorted(map(_pair, lines)) == [(n, 2 * n) for n in range(items)]
-    # What was accepted is not sent again: only what a kill met between its reply's writing and its settling may be.
+    # Accepted items are not sent again, except those whose replica wrote the reply and had not settled the entry.
     assert len(ran) < items + 50
 
 

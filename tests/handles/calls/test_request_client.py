@@ -1,4 +1,4 @@
-"""The core of all handles: what becomes of a request, whatever happens to its connection."""
+"""The request client: calls and their outcomes, with connections that break."""
 
 import asyncio
 import gc
@@ -47,19 +47,19 @@ async def caller(site: Site) -> AsyncIterator[RequestClient]:
 def send(
     caller: RequestClient, body: bytes = b"", *, backend: BackendRecord = BACKEND, timeout_s: float | None = None
 ) -> "tuple[Call, asyncio.Future[Reply]]":
-    """Send a request; return it, and the future of its reply or of why there is none."""
+    """Publish a request. Return the call, and the future of its reply or error."""
     future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-    def then(outcome: CallOutcome) -> None:
-        assert not future.done(), "an outcome is heard once"
+    def on_outcome(outcome: CallOutcome) -> None:
+        assert not future.done(), "a call has one outcome"
         if isinstance(outcome, Reply):
             future.set_result(outcome)
         else:
-            assert isinstance(outcome, BaseException), "parts were not asked for"
+            assert isinstance(outcome, BaseException), "a streamed reply was not requested"
             future.set_exception(outcome)
             future.exception()
 
-    return caller.send(backend, Header(codec="bytes"), body, then, timeout_s=timeout_s), future
+    return caller.send(backend, Header(codec="bytes"), body, on_outcome, timeout_s=timeout_s), future
 
 
 def cut(url: str) -> None:
@@ -75,7 +75,7 @@ async def kill(server: EmbeddedServer) -> None:
     await wait_until_async(lambda: server.pid not in (None, pid))
 
 
-async def test_every_request_gets_its_own_answer(site: Site, caller: RequestClient) -> None:
+async def test_every_request_gets_its_own_reply(site: Site, caller: RequestClient) -> None:
     site.serve(echo)
     futures = [send(caller, b"%d" % n)[1] for n in range(1_000)]
     replies = await asyncio.gather(*futures)
@@ -94,7 +94,7 @@ async def test_acceptance_means_that_the_request_is_on_its_stream(site: Site, ca
     await wait_until_async(lambda: site.depth() == 0)
 
 
-async def test_a_refused_request_says_how_many_stood_in_its_way(site: Site, caller: RequestClient) -> None:
+async def test_a_refusal_names_the_length_of_the_queue_and_its_limit(site: Site, caller: RequestClient) -> None:
     site.declare()
     small = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_requests=2))
     calls = [send(caller, backend=small) for _ in range(3)]
@@ -114,7 +114,7 @@ async def test_a_refused_large_request_leaves_no_body(site: Site, caller: Reques
     await wait_until_async(lambda: site.keys_left() == set())
 
 
-async def test_bodies_of_refused_requests_never_reach_the_broker(site: Site, caller: RequestClient) -> None:
+async def test_bodies_of_refused_requests_are_not_stored(site: Site, caller: RequestClient) -> None:
     site.declare()
     body = bytes(2 * 1024 * 1024)
     narrow = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_bytes=5 * len(body)))
@@ -133,7 +133,7 @@ async def test_bodies_of_refused_requests_never_reach_the_broker(site: Site, cal
     await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
 
 
-async def test_a_request_that_is_given_up_before_its_body_is_stored_leaves_nothing(
+async def test_a_request_that_is_cancelled_before_its_body_is_stored_leaves_nothing(
     site: Site, caller: RequestClient
 ) -> None:
     site.declare()
@@ -157,7 +157,7 @@ async def test_a_request_that_could_never_be_queued_is_too_large(caller: Request
 async def test_a_stream_without_ids_left_is_repaired_by_deleting_it_and_cutting_the_connections(
     site: Site, caller: RequestClient
 ) -> None:
-    """As ``docs/operations.md`` says: what callers wait for is published again."""
+    """As ``docs/operations.md`` describes: requests in flight are published again."""
     site.declare()
     first, answer = send(caller, b"first")
     await first.accepted()
@@ -190,7 +190,7 @@ async def test_a_deadline_is_kept_without_any_replica(site: Site, caller: Reques
 
 
 async def test_a_deadline_is_kept_without_a_broker(durable: EmbeddedServer) -> None:
-    """Of the request, and of whoever waits for its acceptance."""
+    """The deadline of the request, and of a task that awaits its acceptance."""
     caller = RequestClient(durable.url, INSTANCE)
     await caller.open()
     durable.stop()
@@ -202,7 +202,7 @@ async def test_a_deadline_is_kept_without_a_broker(durable: EmbeddedServer) -> N
     await caller.close()
 
 
-async def test_a_caller_without_a_deadline_hears_that_the_broker_is_gone(durable: EmbeddedServer) -> None:
+async def test_a_call_without_a_deadline_fails_when_the_broker_is_away(durable: EmbeddedServer) -> None:
     caller = RequestClient(durable.url, INSTANCE)
     await caller.open()
     durable.stop()
@@ -224,7 +224,7 @@ async def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site
     cancelled, kept = send(caller, b"cancelled"), send(caller, b"kept")
     await asyncio.gather(cancelled[0].accepted(), kept[0].accepted())
     assert cancelled[0].cancel()
-    assert not cancelled[0].cancel(), "it is given up once"
+    assert not cancelled[0].cancel(), "a call ends once"
     await wait_until_async(lambda: site.depth() == 1)
     site.serve(note)
     await kept[1]
@@ -233,7 +233,7 @@ async def test_cancelling_a_queued_request_means_that_it_never_starts(site: Site
     assert not cancelled[1].done()
 
 
-async def test_cancelling_before_the_broker_has_answered_takes_the_request_back(
+async def test_cancelling_before_the_broker_has_answered_withdraws_the_request(
     site: Site, caller: RequestClient
 ) -> None:
     site.declare()
@@ -242,7 +242,7 @@ async def test_cancelling_before_the_broker_has_answered_takes_the_request_back(
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await caller.registry.snapshot()  # the same connection: what was sent before has been answered
+    await caller.registry.snapshot()  # on the same connection: earlier commands have been answered
     await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
 
 
@@ -264,7 +264,7 @@ async def test_large_bodies_travel_both_ways_and_leave_nothing(site: Site, calle
     await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
 
 
-async def test_a_reply_whose_body_has_gone_is_an_error(site: Site, caller: RequestClient) -> None:
+async def test_a_reply_whose_body_has_expired_is_an_error(site: Site, caller: RequestClient) -> None:
     site.declare()
     call, future = send(caller)
     await call.accepted()
@@ -275,7 +275,7 @@ async def test_a_reply_whose_body_has_gone_is_an_error(site: Site, caller: Reque
         await future
 
 
-async def test_garbage_among_the_replies_hurts_nobody_else(site: Site, caller: RequestClient) -> None:
+async def test_garbage_among_the_replies_affects_no_other_call(site: Site, caller: RequestClient) -> None:
     running, release = threading.Event(), threading.Event()
 
     def hold(request: Any) -> bytes:
@@ -289,7 +289,7 @@ async def test_garbage_among_the_replies_hurts_nobody_else(site: Site, caller: R
     with Redis.from_url(site.url) as redis:
         key = caller.keys.replies(caller.id)
         redis.xadd(key, {"garbage": "x"})
-        redis.xadd(key, {"v": "1", "id": "somebody else's", "h": "{}"})
+        redis.xadd(key, {"v": "1", "id": "another caller's", "h": "{}"})
         redis.xadd(key, {"v": "9", "id": "unheard-of"})
     release.set()
     assert (await future).body == b"well"
@@ -308,11 +308,11 @@ async def test_a_reply_that_cannot_be_read_fails_its_request(site: Site, caller:
         redis.delete(caller.keys.requests("model"))
 
 
-async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, caller: RequestClient) -> None:
-    heard: list[bytes] = []
+async def test_shadow_backends_get_copies_whose_replies_go_nowhere(site: Site, caller: RequestClient) -> None:
+    received: list[bytes] = []
 
     def shadow(request: Any) -> None:
-        heard.append(request.data)
+        received.append(request.data)
         raise RuntimeError("on purpose")
 
     site.serve(echo)
@@ -324,7 +324,7 @@ async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, ca
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         caller.dispatch(caller.snapshot.endpoints["ask"], Header(codec="bytes"), body, future.set_result)
         assert (await future).body == body
-    await wait_until_async(lambda: heard == bodies)
+    await wait_until_async(lambda: received == bodies)
     await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
     assert (caller.shadows.stats["candidate"].queued, caller.shadows.stats["candidate"].refused) == (2, 0)
 
@@ -333,7 +333,7 @@ async def test_copies_go_to_the_shadows_and_nobody_waits_for_them(site: Site, ca
 
 
 async def test_requests_are_answered_while_connections_are_cut(site: Site, caller: RequestClient) -> None:
-    """In whatever phase a cut meets them, each is answered, and its caller sees no error."""
+    """Each request is answered without an error, in whatever phase the cut meets it."""
     site.serve(echo)
     answered = 0
 
@@ -353,8 +353,8 @@ async def test_requests_are_answered_while_connections_are_cut(site: Site, calle
     await wait_until_async(lambda: site.depth() == 0)
 
 
-async def test_what_redis_forgot_is_published_again(durable: EmbeddedServer) -> None:
-    """The entry, its large body, the caller's stream and the group are gone: as if the disk had lost them."""
+async def test_requests_that_redis_lost_are_published_again(durable: EmbeddedServer) -> None:
+    """The entry, its large body, the reply stream and the group are gone, as after the loss of a disk."""
     site = Site(durable.url)
     site.declare()
     caller = RequestClient(durable.url, INSTANCE)
@@ -397,7 +397,7 @@ async def test_an_accepted_request_is_answered_after_the_broker_was_killed(durab
 
 
 async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable: EmbeddedServer) -> None:
-    """It was sent, and nobody knew whether it had arrived."""
+    """Its request was sent, and the client does not know whether it has arrived."""
     site = Site(durable.url)
     site.declare()
     caller = RequestClient(durable.url, INSTANCE)
@@ -410,7 +410,7 @@ async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable
         started.append(request.data)
 
     call, _ = send(caller, b"cancelled")
-    await asyncio.sleep(0)  # it has been written, and no answer read
+    await asyncio.sleep(0)  # the request has been written, and no answer read
     await asyncio.sleep(0)
     cut(durable.url)
     await wait_until_async(lambda: call.fate_unknown or call.entry is not None)
@@ -424,10 +424,10 @@ async def test_a_request_cancelled_while_the_broker_is_away_never_starts(durable
     site.close()
 
 
-# -- beginning and end
+# -- opening and closing
 
 
-async def test_all_who_ask_in_one_loop_share_a_caller(site: Site) -> None:
+async def test_all_users_of_a_loop_share_a_client(site: Site) -> None:
     first, *others = await asyncio.gather(*[SharedClient.get(site.url, INSTANCE) for _ in range(5)])
     assert others == [first] * 4
     await first.close()
@@ -437,7 +437,7 @@ async def test_all_who_ask_in_one_loop_share_a_caller(site: Site) -> None:
     await second.close()
 
 
-async def test_one_who_gives_up_connecting_leaves_the_others_waiting(site: Site) -> None:
+async def test_a_cancelled_connection_attempt_does_not_cancel_the_others(site: Site) -> None:
     asking = [asyncio.ensure_future(SharedClient.get(site.url, INSTANCE)) for _ in range(3)]
     await asyncio.sleep(0)
     asking[0].cancel()
@@ -447,7 +447,7 @@ async def test_one_who_gives_up_connecting_leaves_the_others_waiting(site: Site)
     await second.close()
 
 
-async def test_a_caller_that_could_not_connect_is_tried_anew(durable: EmbeddedServer) -> None:
+async def test_a_client_that_could_not_connect_is_created_again(durable: EmbeddedServer) -> None:
     with Redis.from_url(durable.url) as admin:
         admin.config_set("requirepass", "geheim")
         for _ in range(2):
@@ -459,7 +459,7 @@ async def test_a_caller_that_could_not_connect_is_tried_anew(durable: EmbeddedSe
     await caller.close()
 
 
-async def test_closing_tells_what_is_in_flight_and_leaves_nothing(site: Site) -> None:
+async def test_closing_fails_the_calls_in_flight_and_leaves_nothing(site: Site) -> None:
     site.declare()
     caller = RequestClient(site.url, INSTANCE)
     await caller.open()
@@ -478,7 +478,7 @@ async def test_closing_tells_what_is_in_flight_and_leaves_nothing(site: Site) ->
         assert not redis.exists(caller.keys.replies(caller.id))
 
 
-async def test_closing_while_connecting_ends_both(site: Site) -> None:
+async def test_closing_while_connecting_stops_the_connection_attempt(site: Site) -> None:
     caller = RequestClient(site.url, INSTANCE)
     opening = asyncio.ensure_future(caller.open())
     await asyncio.sleep(0.001)
@@ -488,8 +488,8 @@ async def test_closing_while_connecting_ends_both(site: Site) -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-def test_a_loop_that_ends_without_closing_takes_its_caller_along(site: Site) -> None:
-    """No "task was destroyed", no unclosed transport, no caller that is kept for ever."""
+def test_a_loop_that_ends_without_closing_ends_its_client(site: Site) -> None:
+    """Without a "task was destroyed", an unclosed transport or a client that is kept alive."""
     site.serve(echo)
 
     async def ask() -> SharedClient:

@@ -40,7 +40,7 @@ def test_a_backend_without_weight_gets_nothing(traffic: dict[str, float], key: s
 
 
 @given(TRAFFIC, TRAFFIC, KEYS)
-def test_a_key_moves_only_from_what_lost_weight_or_to_what_gained_it(
+def test_a_key_moves_only_from_a_backend_that_lost_weight_or_to_one_that_gained_it(
     before: dict[str, float], after: dict[str, float], key: str
 ) -> None:
     old, new = choose(before, key, 0.0), choose(after, key, 0.0)
@@ -90,5 +90,5 @@ def test_a_change_of_weights_moves_no_more_keys_than_the_weights_changed(
     assert changed / len(keys) == pytest.approx(moved, abs=0.015)
 
 
-def test_a_key_that_no_encoding_knows_is_mapped_all_the_same() -> None:
+def test_a_key_with_lone_surrogates_is_mapped() -> None:
     assert choose({"a": 1.0}, "\ud800", 0.0) == "a"

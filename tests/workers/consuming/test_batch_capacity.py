@@ -48,9 +48,7 @@ def test_before_four_batches_have_ended_no_end_is_predicted(duration_s: float) -
 
 
 @given(durations_s, st.floats(0.001, 0.2), moments_s)
-def test_the_slot_is_nearly_free_as_early_as_a_claim_took_lately(
-    duration_s: float, fetch_s: float, started_s: float
-) -> None:
+def test_the_slot_is_nearly_free_one_claim_before_the_end(duration_s: float, fetch_s: float, started_s: float) -> None:
     capacity = after(alike(duration_s), fetch_s=fetch_s)
     capacity.start(1, started_s)
     at_s = capacity.next_nearly_free_s(started_s - 1.0)
@@ -63,9 +61,7 @@ def test_the_slot_is_nearly_free_as_early_as_a_claim_took_lately(
 
 
 @given(st.floats(0.02, 2.0), st.floats(0.0005, 0.01), st.integers(2, 20))
-def test_a_claim_that_took_long_counts_at_once_and_one_that_did_not_slowly(
-    long_s: float, short_s: float, more: int
-) -> None:
+def test_a_slow_claim_counts_at_once_and_a_quick_one_slowly(long_s: float, short_s: float, more: int) -> None:
     capacity = after(alike(5.0), fetch_s=long_s)
     capacity.start(1, 0.0)
     leads_s = list[float]()
@@ -80,14 +76,14 @@ def test_a_claim_that_took_long_counts_at_once_and_one_that_did_not_slowly(
 
 @given(st.lists(durations_s, min_size=4, max_size=20), st.floats(0.0005, MAX_FETCH_S), st.floats(0.0, 5.0))
 def test_no_request_waits_long_behind_a_running_batch(durations: list[float], fetch_s: float, ran_s: float) -> None:
-    """However long it really runs: a request claimed at any moment of it starts soon or is given back soon."""
+    """For any real duration: a request claimed at any moment of the batch starts or is given back soon."""
     capacity = after(durations, fetch_s=fetch_s)
     capacity.start(1, 0.0)
     if not capacity.nearly_free(ran_s):
         return
     patience_s = capacity.patience_s(ran_s)
     assert patience_s is not None
-    early_s = 0.020  # the most by which differing durations may make it too early
+    early_s = 0.020  # the most that a claim may be early because durations differ
     assert 0 < patience_s <= fetch_s + early_s + 2 * TIMER_S + MAX_OVERRUN_S + 1e-9
     assert not capacity.nearly_free(ran_s + patience_s + 1e-9)
     assert capacity.patience_s(ran_s + patience_s + 1e-9) == 0
@@ -114,7 +110,7 @@ def test_a_queued_batch_takes_the_slot_that_is_nearly_free_and_starts_when_it_is
     assert capacity.free == 1
 
 
-def test_a_queued_batch_that_was_given_back_leaves_the_running_one_its_slot() -> None:
+def test_a_returned_queued_batch_leaves_the_running_one_its_slot() -> None:
     capacity = after(alike(1.0))
     running = capacity.start(1, 0.0)
     capacity.end(capacity.start(1, 0.5), 0.6)
@@ -123,7 +119,7 @@ def test_a_queued_batch_that_was_given_back_leaves_the_running_one_its_slot() ->
     assert capacity.free == 1
 
 
-def test_each_of_several_slots_is_nearly_free_in_its_own_time() -> None:
+def test_each_of_several_slots_is_nearly_free_at_its_own_time() -> None:
     capacity = after(alike(1.0), slots=3, fetch_s=0.01)
     for started_s in (0.0, 0.3, 0.6):
         capacity.start(1, started_s)

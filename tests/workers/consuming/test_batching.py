@@ -1,4 +1,4 @@
-"""One call of the user's code for several requests."""
+"""One call of user code for several requests."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ async def test_a_batch_is_one_call(start: Start, function: object) -> None:
     assert [value_of(await replica.reply_to(entry)) for entry in entries] == [0, 2, 4, 6, 8]
 
 
-async def test_requests_for_code_that_takes_no_batches_are_one_call_each(start: Start) -> None:
+async def test_code_without_accept_batch_gets_one_request_per_call(start: Start) -> None:
     replica = await start(double)
     assert not replica.runner.accepts_batch
     entries = [from_handle(n) for n in range(5)]
@@ -67,7 +67,7 @@ def misbehave(requests: list[Request]) -> Any:
         ("raise", "all of them"),
     ],
 )
-async def test_a_batch_that_goes_wrong_fails_every_request_of_it(start: Start, what: str, said: str) -> None:
+async def test_a_batch_that_fails_fails_all_its_requests(start: Start, what: str, said: str) -> None:
     replica = await start(misbehave)
     entries = [from_handle(what), from_handle("ok")]
     replica.run(*entries)
@@ -84,14 +84,14 @@ async def test_an_element_that_is_an_exception_fails_its_request_alone(start: St
 
 
 @pytest.mark.parametrize(("what", "values"), [("tuple", [1, 2]), ("array", [[1, 2], [3, 4]])])
-async def test_a_batch_may_be_answered_with_a_tuple_or_an_array(start: Start, what: str, values: list[Any]) -> None:
+async def test_a_batch_may_return_a_tuple_or_an_array(start: Start, what: str, values: list[Any]) -> None:
     replica = await start(misbehave)
     entries = [from_handle(what), from_handle("ok")]
     replica.run(*entries)
     assert [value_of(await replica.reply_to(entry)) for entry in entries] == values
 
 
-async def test_a_batch_is_split_by_the_methods_that_it_is_for(start: Start) -> None:
+async def test_a_batch_is_split_by_method(start: Start) -> None:
     replica = await start(Mixed)
     calls = ["__call__", "alone", "on_loop", "__call__", "nope", "on_loop", "alone"]
     entries = [from_handle(call=call) for call in calls]
@@ -112,7 +112,7 @@ class Model:
     @staticmethod
     def still(requests): ...
 """
-"""A module that knows nothing of Penstock, and that replicas import for themselves: its code is pickled by its name."""
+"""A module without Penstock that replicas import themselves: its code is pickled by name."""
 
 
 @pytest.fixture
@@ -130,20 +130,20 @@ def loaded_elsewhere(target: Any) -> LoadedCode:
     return LoadedCode.load(blob)
 
 
-def test_a_function_that_was_decorated_where_it_is_deployed_takes_batches(shared: Any) -> None:
+def test_a_function_decorated_where_it_is_deployed_takes_batches(shared: Any) -> None:
     code = loaded_elsewhere(accept_batch(shared.sums))
     assert code.target is not shared.sums
     assert code.construct().call.accepts_batch
 
 
 @pytest.mark.parametrize("within", [False, True])
-def test_so_does_a_partial_of_one(shared: Any, within: bool) -> None:
+def test_a_partial_of_a_decorated_function_takes_batches(shared: Any, within: bool) -> None:
     whole = partial(accept_batch(shared.sums)) if within else accept_batch(partial(shared.sums))
     assert accepts_batch(whole)
     assert loaded_elsewhere(whole).construct().call.accepts_batch
 
 
-def test_so_do_the_methods_of_a_class_and_no_others(shared: Any) -> None:
+def test_only_the_decorated_methods_of_a_class_take_batches(shared: Any) -> None:
     for name in ("__call__", "more", "still"):
         accept_batch(getattr(shared.Model, name))
     target = loaded_elsewhere(shared.Model).construct()
@@ -151,7 +151,7 @@ def test_so_do_the_methods_of_a_class_and_no_others(shared: Any) -> None:
     assert taking == {"__call__": True, "more": True, "still": True, "alone": False}
 
 
-def test_what_cannot_be_marked_is_refused() -> None:
+def test_an_object_that_cannot_be_marked_is_refused() -> None:
     for function in (len, Mixed().alone):
         with pytest.raises(TypeError, match="accept_batch cannot mark"):
             accept_batch(function)

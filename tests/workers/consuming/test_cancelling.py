@@ -1,4 +1,4 @@
-"""What is given up or comes too late, before it starts and after."""
+"""Requests that are cancelled or expire, before and after they start."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ from tests.workers.requests import error_of, from_handle, value_of
 from tests.workers.running import Gate, Mixed, Replica, Start, call_hook, double_async, hook, hooks
 
 
-async def test_what_waits_for_a_thread_can_be_cancelled_and_what_runs_cannot(start: Start, gate: Gate) -> None:
+async def test_a_request_can_be_cancelled_on_a_thread_only_before_it_runs(start: Start, gate: Gate) -> None:
     seen: list[str] = []
 
     def work(request: Request) -> str:
@@ -43,7 +43,7 @@ async def test_what_waits_for_a_thread_can_be_cancelled_and_what_runs_cannot(sta
     assert seen == ["run", "run"]
 
 
-async def test_what_expires_while_it_waits_for_a_thread_is_never_started(start: Start, gate: Gate) -> None:
+async def test_a_request_that_expires_while_it_waits_for_a_thread_never_starts(start: Start, gate: Gate) -> None:
     seen: list[object] = []
     clock_ms = 1_000.0
 
@@ -68,7 +68,7 @@ async def test_what_expires_while_it_waits_for_a_thread_is_never_started(start: 
     assert seen == ["0", "2", "3"]
 
 
-async def test_a_batch_begins_without_what_has_expired(start: Start) -> None:
+async def test_a_batch_starts_without_expired_requests(start: Start) -> None:
     replica = await start(Mixed)
     replica.runner.attach(None, lambda: 2_000.0)
     late, in_time = from_handle(), from_handle()
@@ -78,7 +78,7 @@ async def test_a_batch_begins_without_what_has_expired(start: Start) -> None:
     assert value_of(await replica.reply_to(in_time)) == 1
 
 
-async def test_async_code_that_would_begin_too_late_is_not_begun(start: Start) -> None:
+async def test_an_expired_request_for_async_code_never_starts(start: Start) -> None:
     replica = await start(double_async)
     replica.runner.attach(None, lambda: 2_000.0)
     late = from_handle([1])
@@ -86,7 +86,7 @@ async def test_async_code_that_would_begin_too_late_is_not_begun(start: Start) -
     assert isinstance(error_of(await replica.call(late)), RequestCancelled)
 
 
-async def test_one_of_a_batch_that_waits_can_be_cancelled(start: Start, gate: Gate) -> None:
+async def test_one_request_of_a_waiting_batch_can_be_cancelled(start: Start, gate: Gate) -> None:
     hooks["hold"] = lambda request: gate.wait()
 
     class Held(Mixed):
@@ -124,7 +124,7 @@ async def test_async_code_is_cancelled(start: Start) -> None:
     assert cleaned == ["cleaned"]
 
 
-async def test_an_async_batch_is_cancelled_once_nobody_waits_for_it(start: Start) -> None:
+async def test_an_async_batch_is_cancelled_when_all_its_requests_are(start: Start) -> None:
     @accept_batch
     async def wait(requests: list[Request]) -> list[Any]:
         await asyncio.sleep(0.1 if requests[0].data else 3600)
@@ -151,7 +151,7 @@ calls = st.sampled_from(["__call__", "alone", "on_loop", "nope", "_x"])
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.lists(calls, min_size=1, max_size=5), st.integers(0, 3)), max_size=12))
-def test_every_request_gets_exactly_one_answer_whatever_is_cancelled_when(
+def test_every_request_gets_exactly_one_reply_whenever_it_is_cancelled(
     steps: list[tuple[list[str], int]],
 ) -> None:
     async def scenario() -> None:

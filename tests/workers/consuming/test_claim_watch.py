@@ -1,4 +1,4 @@
-"""A replica that has room and does not claim."""
+"""The claim watch, and a replica that has room and does not claim."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Watched:
         return self.watch.has_stopped
 
 
-def test_no_answer_to_a_claim_for_long_means_that_the_loop_has_stopped() -> None:
+def test_a_loop_without_an_answered_claim_has_stopped() -> None:
     watched = Watched()
     assert not watched.observe(STOPPED_AFTER_S - 1)
     assert watched.observe(2)
 
 
-def test_an_answer_to_a_claim_begins_anew() -> None:
+def test_an_answered_claim_restarts_the_watch() -> None:
     watched = Watched()
     for answered in range(5):
         assert not watched.observe(STOPPED_AFTER_S - 1, answered=answered)
@@ -66,11 +66,11 @@ async def is_well(worker: Any) -> bool:
     return True
 
 
-async def test_a_replica_that_does_not_claim_is_not_well_while_work_waits(
+async def test_a_replica_that_does_not_claim_is_unhealthy_while_requests_wait(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drop(*args: Any, **options: Any) -> None:
-        """Claim nothing, and never answer."""
+        """Lose the claim: it is never answered."""
 
     async with calling(redis_url) as client:
         with monkeypatch.context() as patched:
@@ -89,4 +89,4 @@ async def test_a_replica_that_does_not_claim_is_not_well_while_work_waits(
                 async with serving(redis_url, echo) as healthy:
                     assert (await answer).body == b"waits"
                     assert await is_well(healthy)
-                    assert await is_well(stopped)  # as far as anybody is concerned: nothing waits
+                    assert await is_well(stopped)  # no request waits

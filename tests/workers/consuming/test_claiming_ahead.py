@@ -1,4 +1,4 @@
-"""What a replica asks for while a call of blocking code still runs, and what becomes of it, on a real broker."""
+"""Prefetching while a call of blocking code runs, on a real broker."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.workers.serving import TAG, Client, calling, serving
 
 @pytest.fixture
 def seen_as_steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take calls for alike and short, however busy this machine is."""
+    """Let all calls count as similar and short, however busy this machine is."""
     monkeypatch.setattr(prefetch, "_MAX_SPREAD_S", 60.0)
     monkeypatch.setattr(prefetch, "_MAX_CALL_S", 60.0)
 
 
 class Steady:
-    """A blocking backend whose calls take 20 ms, but for the one that waits."""
+    """A blocking backend whose calls take 20 ms, except for the one that waits."""
 
     def __init__(self) -> None:
         self.release = threading.Event()
@@ -47,7 +47,7 @@ class Steady:
 
 
 @pytest.mark.usefixtures("seen_as_steady")
-async def test_steady_code_has_the_next_request_at_hand_when_a_call_ends(redis_url: str) -> None:
+async def test_steady_code_has_the_next_request_when_a_call_ends(redis_url: str) -> None:
     steady = Steady()
     async with calling(redis_url) as client, serving(redis_url, steady.function) as worker:
         await steady.becomes_known(client, worker)
@@ -56,7 +56,7 @@ async def test_steady_code_has_the_next_request_at_hand_when_a_call_ends(redis_u
     assert steady.most_held == 2
 
 
-async def test_code_that_is_not_steady_has_nothing_waiting_for_it(redis_url: str) -> None:
+async def test_unsteady_code_has_no_request_waiting(redis_url: str) -> None:
     most_held = 0
 
     def unsteady(request: Any) -> None:
@@ -70,7 +70,7 @@ async def test_code_that_is_not_steady_has_nothing_waiting_for_it(redis_url: str
 
 
 @pytest.mark.usefixtures("seen_as_steady")
-async def test_what_was_claimed_ahead_of_a_call_that_turns_out_slow_goes_to_another_replica(
+async def test_a_request_prefetched_behind_a_slow_call_moves_to_another_replica(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefetch, "_MAX_OVERRUN_S", 0.5)  # time for the claim, however busy this machine is
@@ -91,7 +91,7 @@ async def test_what_was_claimed_ahead_of_a_call_that_turns_out_slow_goes_to_anot
 
 
 @pytest.mark.usefixtures("seen_as_steady")
-async def test_a_drained_worker_gives_back_what_it_had_claimed_ahead(
+async def test_a_drained_replica_gives_back_prefetched_requests(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefetch, "_MAX_OVERRUN_S", 60.0)
@@ -110,7 +110,7 @@ async def test_a_drained_worker_gives_back_what_it_had_claimed_ahead(
 
 
 @pytest.mark.usefixtures("seen_as_steady")
-async def test_while_batch_items_wait_the_room_behind_a_call_is_kept_for_who_comes_next(redis_url: str) -> None:
+async def test_nothing_is_prefetched_while_batch_items_wait(redis_url: str) -> None:
     steady = Steady()
     async with calling(redis_url) as client, serving(redis_url, steady.function) as worker:
         await steady.becomes_known(client, worker)

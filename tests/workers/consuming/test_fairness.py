@@ -13,7 +13,7 @@ rooms = st.lists(st.integers(1, 64), min_size=1, max_size=200)
 def test_under_constant_interactive_load_batch_items_get_their_share_and_no_more(
     share: float, rooms: list[int]
 ) -> None:
-    """After every claim, not only in the end; less than one place apart."""
+    """After every claim, and with a difference of less than one slot."""
     fairness, claimed, batch = Fairness(share), 0, 0
     for room in rooms:
         owed = fairness.owed(room)
@@ -25,8 +25,8 @@ def test_under_constant_interactive_load_batch_items_get_their_share_and_no_more
 
 @settings(deadline=None)
 @given(shares, st.lists(st.tuples(st.integers(1, 64), st.integers(0, 64)), max_size=100))
-def test_what_nobody_else_wanted_is_not_held_against_batch_items(share: float, claims: list[tuple[int, int]]) -> None:
-    """Whatever went before, the next stretch of constant interactive load begins with no debt of theirs."""
+def test_slots_beyond_their_share_do_not_count_against_batch_items(share: float, claims: list[tuple[int, int]]) -> None:
+    """After any history, a stretch of constant interactive load begins without a debt of batch items."""
     fairness = Fairness(share)
     for room, wanted in claims:
         interactive = min(room, wanted)
@@ -41,7 +41,7 @@ def test_what_nobody_else_wanted_is_not_held_against_batch_items(share: float, c
 
 @settings(deadline=None)
 @given(shares, rooms)
-def test_nothing_is_owed_to_those_who_were_not_there(share: float, rooms: list[int]) -> None:
+def test_nothing_is_owed_while_no_batch_item_waits(share: float, rooms: list[int]) -> None:
     fairness = Fairness(share)
     for room in rooms:
         fairness = fairness.after(room, 0, waiting=False)
@@ -50,11 +50,11 @@ def test_nothing_is_owed_to_those_who_were_not_there(share: float, rooms: list[i
 
 @settings(deadline=None)
 @given(st.floats(0.0, 1e6), shares, st.integers(0, 1_000))
-def test_no_more_is_owed_than_there_is_room_for(credit: float, share: float, room: int) -> None:
+def test_at_most_the_room_is_owed(credit: float, share: float, room: int) -> None:
     assert 0 <= Fairness(share, credit).owed(room) <= room
 
 
-def test_a_tenth_of_single_places_is_every_tenth() -> None:
+def test_a_share_of_a_tenth_of_single_slots_is_every_tenth_slot() -> None:
     fairness, turns = Fairness(0.1), list[int]()
     for _ in range(30):
         turns.append(owed := fairness.owed(1))

@@ -1,4 +1,4 @@
-"""Batches on a real broker: full where requests wait, and of no request that an idle replica could run."""
+"""Batches on a real broker: full while requests wait, and without requests that an idle replica could run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.workers.serving import TAG, Client, calling, serving
 
 
 class Gated:
-    """A batch backend that records what it gets and whose calls end one by one, as the test permits."""
+    """A batch backend that records its batches, and whose calls end when the test lets them."""
 
     def __init__(self) -> None:
         self.batches: list[list[bytes]] = []
@@ -58,12 +58,12 @@ class Gated:
 
 
 class Load:
-    """Requests that are sent again as soon as they are answered."""
+    """Requests that are sent again as soon as they have a reply."""
 
     def __init__(self, client: Client, in_flight: int, *, beside: int) -> None:
         self._client, self.in_flight = client, in_flight
         self.beside = beside
-        """How many other requests are unsettled."""
+        """The number of other requests that are unsettled."""
         self._stopped = False
 
     async def __aenter__(self) -> Load:
@@ -88,7 +88,7 @@ class Load:
 
 @asynccontextmanager
 async def known(client: Client, url: str, gated: Gated, *, size: int, **config: Any) -> AsyncGenerator[Replica]:
-    """A worker that has run a few batches already, and so predicts when one will end."""
+    """A replica that has run a few batches, so that it predicts when one will end."""
     async with serving(url, gated.blocking, max_batch_size=size, **config) as worker:
         gated.permit(8)
         for _ in range(8):
@@ -100,20 +100,22 @@ async def known(client: Client, url: str, gated: Gated, *, size: int, **config: 
 
 @pytest.fixture
 def always_about_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take a batch for about to end from its start on, and for never overdue, however busy this machine is."""
+    """Let each batch count as about to end from its start on, and never as overdue, however busy this machine is."""
     for name in ("_MIN_FETCH_S", "_MAX_FETCH_S", "_MAX_OVERRUN_S"):
         monkeypatch.setattr(batch_capacity, name, 600.0)
 
 
 @pytest.fixture
 def soon_overdue(always_about_to_end: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second, in which the claim for the next batch has its answer."""
+    """Let the claim for the next batch take half a second at most."""
     monkeypatch.setattr(batch_capacity, "_MAX_OVERRUN_S", 0.5)
 
 
 @pytest.mark.parametrize("kind", ["blocking", "on_loop"])
 @pytest.mark.parametrize(("at_a_time", "in_flight"), [(1, 128), (1, 200), (2, 256)])
-async def test_batches_are_full_while_the_queue_is(redis_url: str, kind: str, at_a_time: int, in_flight: int) -> None:
+async def test_batches_are_full_while_the_queue_is_long(
+    redis_url: str, kind: str, at_a_time: int, in_flight: int
+) -> None:
     gated = Gated()
     config: dict[str, Any] = {"max_batch_size": 64, "max_concurrent_queries": at_a_time}
     async with calling(redis_url) as client, serving(redis_url, getattr(gated, kind), **config):
@@ -131,7 +133,7 @@ async def test_batches_are_full_while_the_queue_is(redis_url: str, kind: str, at
             gated.permit_all()
 
 
-async def test_batches_are_full_where_calls_are_over_at_once(redis_url: str) -> None:
+async def test_batches_of_instant_calls_are_full(redis_url: str) -> None:
     gated = Gated()
     gated.permit_all()
     async with calling(redis_url) as client:
@@ -155,7 +157,7 @@ async def test_a_batch_waits_for_the_large_bodies_that_were_claimed_with_it(redi
     assert [sorted(batch) for batch in gated.batches] == [sorted(bodies)]
 
 
-async def test_a_body_that_has_expired_holds_up_no_batch(redis_url: str) -> None:
+async def test_an_expired_body_does_not_delay_a_batch(redis_url: str) -> None:
     gated = Gated()
     gated.permit_all()
     async with calling(redis_url) as client:
@@ -169,7 +171,7 @@ async def test_a_body_that_has_expired_holds_up_no_batch(redis_url: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["blocking", "on_loop"])
-async def test_nobody_waits_behind_a_running_batch_while_a_replica_is_idle(redis_url: str, kind: str) -> None:
+async def test_no_request_waits_behind_a_running_batch_while_a_replica_is_idle(redis_url: str, kind: str) -> None:
     busy, idle = Gated(), Gated()
     idle.permit_all()
     config: dict[str, Any] = {"max_batch_size": 64, "max_concurrent_queries": 1}
@@ -187,7 +189,7 @@ async def test_nobody_waits_behind_a_running_batch_while_a_replica_is_idle(redis
 
 
 @pytest.mark.usefixtures("always_about_to_end")
-async def test_the_next_batch_is_at_hand_when_one_ends(redis_url: str) -> None:
+async def test_the_next_batch_is_claimed_when_one_ends(redis_url: str) -> None:
     gated = Gated()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
         answers = await _sent_behind_one(client, gated, *[b"x"] * 40)
@@ -200,7 +202,7 @@ async def test_the_next_batch_is_at_hand_when_one_ends(redis_url: str) -> None:
 
 
 @pytest.mark.usefixtures("always_about_to_end")
-async def test_requests_that_come_after_the_claim_for_the_next_batch_fill_it_up(redis_url: str) -> None:
+async def test_requests_published_after_the_claim_fill_up_the_next_batch(redis_url: str) -> None:
     gated = Gated()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
         answers = await _sent_behind_one(client, gated, *[b"running"] * 8, *[b"claimed"] * 3)
@@ -216,9 +218,7 @@ async def test_requests_that_come_after_the_claim_for_the_next_batch_fill_it_up(
 
 @pytest.mark.usefixtures("soon_overdue")
 @pytest.mark.parametrize("waiting", [8, 3])
-async def test_what_was_claimed_behind_a_batch_that_turns_out_slow_goes_to_an_idle_replica(
-    redis_url: str, waiting: int
-) -> None:
+async def test_requests_claimed_behind_a_slow_batch_move_to_an_idle_replica(redis_url: str, waiting: int) -> None:
     gated, idle = Gated(), Gated()
     idle.permit_all()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
@@ -234,7 +234,7 @@ async def test_what_was_claimed_behind_a_batch_that_turns_out_slow_goes_to_an_id
 
 
 @pytest.mark.usefixtures("soon_overdue")
-async def test_what_was_given_back_runs_before_what_came_later(redis_url: str) -> None:
+async def test_returned_requests_run_before_later_ones(redis_url: str) -> None:
     gated = Gated()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8):
         answers = await _sent_behind_one(client, gated, *[b"slow"] * 8, *[b"given back"] * 8)
@@ -246,7 +246,7 @@ async def test_what_was_given_back_runs_before_what_came_later(redis_url: str) -
 
 
 @pytest.mark.usefixtures("always_about_to_end")
-async def test_a_drained_worker_gives_back_the_batch_that_was_to_be_next(redis_url: str) -> None:
+async def test_a_drained_replica_gives_back_its_next_batch(redis_url: str) -> None:
     gated, other = Gated(), Gated()
     other.permit_all()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
@@ -263,7 +263,7 @@ async def test_a_drained_worker_gives_back_the_batch_that_was_to_be_next(redis_u
 
 
 @pytest.mark.usefixtures("always_about_to_end")
-async def test_a_request_that_is_cancelled_in_the_next_batch_never_runs(redis_url: str) -> None:
+async def test_a_request_cancelled_in_the_next_batch_never_runs(redis_url: str) -> None:
     gated = Gated()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
         (alone,) = await _sent(client, b"alone")
@@ -281,7 +281,7 @@ async def test_a_request_that_is_cancelled_in_the_next_batch_never_runs(redis_ur
 
 
 async def _sent_behind_one(client: Client, gated: Gated, *bodies: bytes) -> list[asyncio.Future[Any]]:
-    """Send a request that runs alone, then others; let the first of them begin. Return the futures of their answers."""
+    """Send a request that runs alone, then others. Return the futures of their replies once the first one runs."""
     (alone,) = await _sent(client, b"alone")
     await wait_until_async(lambda: len(gated.batches) == 1)
     answers = await _sent(client, *bodies)
@@ -291,7 +291,7 @@ async def _sent_behind_one(client: Client, gated: Gated, *bodies: bytes) -> list
 
 
 async def _sent(client: Client, *bodies: bytes) -> list[asyncio.Future[Any]]:
-    """Send requests in one go; return the futures of their answers once they are queued."""
+    """Send requests together, and return the futures of their replies when they are queued."""
     calls = [client.call(body) for body in bodies]
     await asyncio.gather(*(call.accepted() for call, _ in calls))
     return [answer for _, answer in calls]

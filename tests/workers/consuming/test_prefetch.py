@@ -26,7 +26,7 @@ def after(calls: list[float]) -> CallTimePredictor:
 
 
 @given(any_calls, alike(), moments)
-def test_after_calls_that_were_alike_the_next_request_is_asked_for_just_before_the_end(
+def test_after_similar_calls_the_next_request_is_claimed_just_before_the_end(
     before: list[float], calls: list[float], now_s: float
 ) -> None:
     foresight = after(before + calls)
@@ -39,7 +39,7 @@ def test_after_calls_that_were_alike_the_next_request_is_asked_for_just_before_t
 
 
 @given(any_calls, st.data())
-def test_of_calls_that_were_not_alike_no_end_is_foreseen(calls: list[float], data: st.DataObject) -> None:
+def test_after_dissimilar_calls_no_end_is_predicted(calls: list[float], data: st.DataObject) -> None:
     lately = calls[-CALLS:]
     foresight = after(calls)
     asked = foresight.begin(0.0)
@@ -50,7 +50,7 @@ def test_of_calls_that_were_not_alike_no_end_is_foreseen(calls: list[float], dat
 
 
 @given(alike(), st.floats(0.1, 10.0), st.integers(0, CALLS - 1), alike(CALLS - 1))
-def test_one_call_that_was_slow_is_remembered_for_as_long_as_all_are(
+def test_one_slow_call_prevents_predictions_until_it_leaves_the_sample(
     calls: list[float], slow_s: float, more: int, others: list[float]
 ) -> None:
     foresight = after([*calls, SHORT_S + slow_s, *others[:more]])
@@ -58,10 +58,10 @@ def test_one_call_that_was_slow_is_remembered_for_as_long_as_all_are(
 
 
 @given(any_calls | alike(), moments, st.floats(0.0, 0.3))
-def test_nobody_waits_behind_a_call_for_longer_than_eleven_milliseconds(
+def test_no_request_waits_behind_a_call_for_more_than_eleven_milliseconds(
     calls: list[float], began_s: float, run_s: float
 ) -> None:
-    """However long it really takes: who was claimed at any moment of it."""
+    """For any real duration, and a request that was claimed at any moment of the call."""
     foresight = after(calls)
     foresight.begin(began_s)
     now_s = began_s + run_s

@@ -1,4 +1,4 @@
-"""The end of a runner: what still runs is waited for, or never heard of again."""
+"""The end of a runner: it waits for running calls, and after a timeout they get no reply."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from tests.workers.requests import from_handle, value_of
 from tests.workers.running import Gate, Start, call_hook, double, hooks
 
 
-async def test_stopping_waits_for_what_runs(start: Start) -> None:
+async def test_stopping_waits_for_running_calls(start: Start) -> None:
     class Slow:
         def __call__(self, request: Request) -> str:
             time.sleep(0.1)
@@ -27,7 +27,7 @@ async def test_stopping_waits_for_what_runs(start: Start) -> None:
     assert {value_of(reply) for reply in replica.replies.values()} == {"sync", "async"}
 
 
-async def test_what_outlasts_the_stopping_is_never_heard_of_again(start: Start, gate: Gate) -> None:
+async def test_calls_that_outlast_the_timeout_get_no_reply(start: Start, gate: Gate) -> None:
     hooks["stopped"] = lambda request: gate.wait()
 
     class Slow:

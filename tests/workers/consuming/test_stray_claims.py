@@ -1,4 +1,4 @@
-"""Entries that are pending in a replica's name and that it does not hold, and faults that could leave some."""
+"""Stray claims, and faults that could leave some."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.workers.serving import TAG, Client, calling, serving
 
 
 class Held:
-    """A backend that runs one request at a time, and the first one until it is released."""
+    """A backend that runs one request at a time; the first one runs until it is released."""
 
     def __init__(self) -> None:
         self.busy, self.released = threading.Event(), threading.Event()
@@ -45,7 +45,7 @@ def echo(request: Any) -> Any:
 
 
 async def _claim_behind_its_back(client: Client, replica: str, *, batch: bool = False) -> bytes:
-    """Claim one entry in the name of a replica that knows nothing of it, and return its id."""
+    """Claim one entry in the name of a replica that does not know of it, and return its id."""
     stream = (client.caller.keys.batch if batch else client.caller.keys.requests)(TAG)
     reply: Any = await client.redis.xreadgroup("replicas", replica, {stream: ">"}, count=1)
     ((_, ((entry, _),)),) = reply
@@ -57,7 +57,7 @@ async def _is_settled(client: Client) -> bool:
 
 
 @pytest.mark.parametrize("batch", [False, True])
-async def test_what_is_pending_in_a_replicas_name_unknown_to_it_is_run_once(redis_url: str, batch: bool) -> None:
+async def test_a_stray_claim_runs_once(redis_url: str, batch: bool) -> None:
     held = Held()
     async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
         first = client.call(b"first")[1]
@@ -72,7 +72,7 @@ async def test_what_is_pending_in_a_replicas_name_unknown_to_it_is_run_once(redi
     assert held.ran == {b"first": 1, b"second": 1}
 
 
-async def test_a_stray_that_its_caller_has_withdrawn_is_settled(redis_url: str) -> None:
+async def test_a_withdrawn_stray_claim_is_settled(redis_url: str) -> None:
     held = Held()
     async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
         first = client.call(b"first")[1]
@@ -87,7 +87,7 @@ async def test_a_stray_that_its_caller_has_withdrawn_is_settled(redis_url: str) 
     assert held.ran == {b"first": 1}
 
 
-async def test_a_stray_that_replicas_have_died_with_is_judged_as_every_redelivered_entry(redis_url: str) -> None:
+async def test_a_stray_claim_that_killed_replicas_counts_as_redelivered(redis_url: str) -> None:
     held = Held()
     async with calling(redis_url) as client, serving(redis_url, held.function) as worker:
         first = client.call(b"first")[1]
@@ -106,7 +106,7 @@ async def test_a_stray_that_replicas_have_died_with_is_judged_as_every_redeliver
     assert held.ran == {b"first": 1}
 
 
-async def test_a_search_for_strays_runs_nothing_twice_under_load(redis_url: str) -> None:
+async def test_a_search_for_stray_claims_under_load_runs_nothing_twice(redis_url: str) -> None:
     ran: Counter[bytes] = Counter()
 
     async def run(request: Any) -> Any:
@@ -125,7 +125,7 @@ async def test_a_search_for_strays_runs_nothing_twice_under_load(redis_url: str)
     assert set(ran.values()) == {1}
 
 
-async def test_a_body_that_the_broker_refuses_to_give_is_fetched_again(redis_url: str) -> None:
+async def test_a_body_that_the_broker_refused_is_fetched_again(redis_url: str) -> None:
     body = b"x" * (LARGE + 1)
     async with calling(redis_url) as client:
         call, answer = client.call(body)
@@ -147,7 +147,7 @@ async def _publish(client: Client, bodies: Sequence[bytes]) -> list[asyncio.Futu
     return [answer for _, answer in calls]
 
 
-async def test_an_entry_that_cannot_be_read_by_a_fault_of_ours_leaves_those_behind_it_alone(
+async def test_an_entry_that_a_bug_makes_unreadable_does_not_affect_the_others(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Entry.of
@@ -172,7 +172,7 @@ async def test_an_entry_that_cannot_be_read_by_a_fault_of_ours_leaves_those_behi
             await wait_until_async(lambda: _is_settled(client))
 
 
-async def test_an_answer_that_cannot_be_written_is_replaced_by_an_error(
+async def test_a_reply_that_cannot_be_sent_is_replaced_by_an_error(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Settlement.reply
@@ -192,7 +192,7 @@ async def test_an_answer_that_cannot_be_written_is_replaced_by_an_error(
             await wait_until_async(lambda: _is_settled(client))
 
 
-async def test_a_call_that_cannot_be_started_by_a_fault_of_ours_is_answered(
+async def test_a_call_that_a_bug_keeps_from_starting_gets_an_error_reply(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Runner.run

@@ -1,4 +1,4 @@
-"""What the user's code can ask of where it runs, and what its log lines say of it."""
+"""The context of user code: its tags, and the ids in its log lines."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tests.workers.requests import from_handle, from_http, value_of
 from tests.workers.running import Replica, Start, double
 
 
-async def test_code_can_ask_where_it_runs(start: Start) -> None:
+async def test_user_code_can_read_its_tags(start: Start) -> None:
     class Asking:
         def __init__(self) -> None:
             self.at_construction = [get_current_backend_tag(), get_current_replica_tag()]
@@ -65,14 +65,14 @@ async def test_log_lines_have_the_id_of_their_request(start: Start, function: ob
     assert call.id not in call.shown_id
 
 
-async def test_those_of_a_batch_have_all_of_theirs(start: Start) -> None:
+async def test_log_lines_of_a_batch_have_all_its_ids(start: Start) -> None:
     replica = await start(log_lines_of_each_are_about)
     entries = [from_http(request_id=f"r{n}") for n in range(3)]
     replica.run(*entries)
     assert value_of(await replica.reply_to(entries[0])) == "r0,r1,r2"
 
 
-async def test_what_runs_for_no_request_logs_of_none(start: Start) -> None:
+async def test_log_lines_outside_requests_have_no_id(start: Start) -> None:
     class Checked:
         about = ""
 
@@ -84,5 +84,5 @@ async def test_what_runs_for_no_request_logs_of_none(start: Start) -> None:
 
     replica = await start(Checked)
     assert await replica.ask() == ""
-    await replica.runner.check_health()  # on the thread of the request before
+    await replica.runner.check_health()  # on the thread of the last request
     assert await replica.ask() == "-"

@@ -1,4 +1,4 @@
-"""What is asked of the user's code besides its answers: ``reconfigure`` and ``check_health``."""
+"""Hooks of user code: ``reconfigure`` and ``check_health``."""
 
 import asyncio
 from typing import Any
@@ -12,7 +12,7 @@ from tests.workers.requests import from_handle, value_of
 from tests.workers.running import Counter, Gate, Start, double
 
 
-async def test_a_user_config_is_given_at_the_start_and_when_it_changes(start: Start) -> None:
+async def test_reconfigure_is_called_at_the_start_and_on_changes(start: Start) -> None:
     replica = await start(Counter, config={"user_config": {"step": 3}})
     assert await replica.ask() == 3
     await replica.runner.reconfigure(BackendSpec(user_config={"step": 4}, max_concurrent_queries=2))
@@ -20,7 +20,7 @@ async def test_a_user_config_is_given_at_the_start_and_when_it_changes(start: St
     assert replica.runner.concurrency() == 2
 
 
-async def test_a_user_config_that_is_the_same_is_not_given_again(start: Start) -> None:
+async def test_reconfigure_is_not_called_for_an_unchanged_user_config(start: Start) -> None:
     class Counting:
         given = 0
 
@@ -37,7 +37,7 @@ async def test_a_user_config_that_is_the_same_is_not_given_again(start: Start) -
     assert await replica.ask() == 2
 
 
-async def test_a_config_that_is_refused_leaves_the_old_one(start: Start) -> None:
+async def test_a_refused_configuration_leaves_the_old_one(start: Start) -> None:
     replica = await start(Counter, config={"user_config": {"step": 3}})
     with pytest.raises(BackendError, match="KeyError: 'step'"):
         await replica.runner.reconfigure(BackendSpec(user_config={"stepp": 3}, max_concurrent_queries=2))
@@ -51,7 +51,7 @@ async def test_a_user_config_needs_a_reconfigure_method(start: Start) -> None:
         await start(double, config={"user_config": {}})
 
 
-async def test_the_users_health_check_is_asked(start: Start) -> None:
+async def test_the_users_health_check_is_called(start: Start) -> None:
     replica = await start(Counter)
     await replica.runner.check_health()
     await replica.runner.reconfigure(BackendSpec(user_config={"step": -1}))
@@ -77,7 +77,7 @@ async def test_a_health_check_that_takes_too_long_fails(start: Start, gate: Gate
         await replica.runner.check_health()
 
 
-async def test_a_long_request_is_not_a_failed_health_check(start: Start, gate: Gate) -> None:
+async def test_a_health_check_does_not_fail_behind_a_long_request(start: Start, gate: Gate) -> None:
     class Slow(Counter):
         def __call__(self, request: Request) -> int:
             gate.wait()

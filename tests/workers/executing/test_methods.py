@@ -1,4 +1,4 @@
-"""Which names of a backend's class callers can use, and what a look-up can do."""
+"""Methods of a backend's class that callers can call by name."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ CALLABLE = {
 
 
 @pytest.mark.parametrize("name", CALLABLE)
-async def test_what_the_author_wrote_as_a_method_can_be_called(start: Start, name: str) -> None:
+async def test_methods_that_the_author_wrote_can_be_called(start: Start, name: str) -> None:
     assert await (await start("tests.workers.executing.test_methods:Author")).ask("two", call=name) == CALLABLE[name]
 
 
@@ -150,7 +150,7 @@ async def test_what_the_author_wrote_as_a_method_can_be_called(start: Start, nam
         *("on_the_instance", "made_up", "__init__", "__getattr__", "_two", "__class__", "with.dot", ""),
     ],
 )
-async def test_nothing_else_can_and_the_replica_serves_on(start: Start, name: str) -> None:
+async def test_nothing_else_can_be_called_and_the_replica_keeps_serving(start: Start, name: str) -> None:
     replica = await start("tests.workers.executing.test_methods:Author")
     reply = await replica.call(from_http(call=name))
     assert reply.status == (400 if name.startswith("_") else 404)
@@ -158,7 +158,7 @@ async def test_nothing_else_can_and_the_replica_serves_on(start: Start, name: st
     assert await replica.ask() == "called"
 
 
-def test_those_that_can_be_called_are_listed() -> None:
+def test_the_callable_methods_are_listed() -> None:
     assert methods_callable_from_outside(Author) == ["__call__", *sorted(CALLABLE.keys() - {"__call__", "alias"})]
 
 
@@ -224,16 +224,16 @@ class OfLibrary(Router):
 
 
 @pytest.mark.parametrize("cls", [OfDict, OfUserDict, OfException, OfEnum, OfTuple, OfDataclass, OfLibrary])
-def test_what_python_or_a_library_wrote_in_a_base_cannot_be_called(cls: type) -> None:
+def test_methods_of_a_base_from_python_or_a_library_cannot_be_called(cls: type) -> None:
     assert methods_callable_from_outside(cls) == ["__call__", "lookup"]
 
 
-def test_a_class_of_a_library_has_the_methods_of_that_library() -> None:
+def test_a_class_from_a_library_has_the_methods_of_that_library() -> None:
     assert "mount" in methods_callable_from_outside(Router)
     assert methods_callable_from_outside(State) == ["__call__"]
 
 
-def test_a_base_in_another_module_of_the_authors_is_the_authors() -> None:
+def test_methods_of_a_base_in_another_module_of_the_author_can_be_called() -> None:
     class Counting(running.Counter):
         pass
 
@@ -262,7 +262,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("name", ["attribute", "leaves", "interrupts", "cancels"])
-async def test_a_descriptor_that_raises_is_the_error_of_that_request(start: Start, name: str) -> None:
+async def test_the_error_of_a_descriptor_is_the_reply_to_its_request(start: Start, name: str) -> None:
     replica = await start("tests.workers.executing.test_methods:Broken")
     reply = await replica.call(from_handle(call=name))
     assert reply.status == 500

@@ -18,7 +18,7 @@ FORM = (
 )
 
 
-async def test_a_request_from_http_offers_what_starlette_does() -> None:
+async def test_a_request_from_http_has_the_interface_of_starlette() -> None:
     entry = from_http(
         b'{"a": 1}',
         headers=[("cookie", "session=42; theme=dark"), ("accept", "a"), ("accept", "b")],
@@ -67,7 +67,7 @@ def test_path_parameters_keep_their_types() -> None:
         ("", b"", b""),
     ],
 )
-def test_the_data_from_http_is_what_the_content_type_says(content_type: str, body: bytes, data: object) -> None:
+def test_data_from_http_is_decoded_by_its_content_type(content_type: str, body: bytes, data: object) -> None:
     assert Request(from_http(body, content_type=content_type)).data == data
 
 
@@ -80,7 +80,7 @@ def test_the_data_from_http_is_what_the_content_type_says(content_type: str, bod
         ("none", b"", None),
     ],
 )
-def test_the_data_from_a_handle_is_the_value_that_was_sent(codec: str, body: bytes, data: object) -> None:
+def test_data_from_a_handle_is_the_sent_value(codec: str, body: bytes, data: object) -> None:
     assert Request(from_handle(body, codec=codec)).data == data
 
 
@@ -90,7 +90,7 @@ def test_data_is_decoded_once() -> None:
     assert request.data == [1, 2]
 
 
-async def test_a_handle_may_send_nothing() -> None:
+async def test_a_handle_may_send_no_value() -> None:
     request = Request(from_handle(b"", codec="none"))
     assert request.data is None
     assert await request.json() is None
@@ -98,7 +98,7 @@ async def test_a_handle_may_send_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_request_without_a_body_has_no_json_to_be_malformed(method: str) -> None:
+async def test_a_request_without_a_body_has_json_none(method: str) -> None:
     request = Request(from_http(method=method, content_type="application/json"))
     assert request.data is None
     assert await request.json() is None
@@ -106,7 +106,7 @@ async def test_a_request_without_a_body_has_no_json_to_be_malformed(method: str)
     assert await Request(from_http(method=method)).json() is None
 
 
-def test_keyword_arguments_are_query_parameters_with_the_values_they_were() -> None:
+def test_keyword_arguments_are_query_parameters_with_unchanged_values() -> None:
     request = Request(from_handle(1, limit=10, names=["a", "b"], who="Ada"))
     assert isinstance(request.query_params, QueryParams)
     assert dict(request.query_params) == {"limit": 10, "names": ["a", "b"], "who": "Ada"}
@@ -115,7 +115,7 @@ def test_keyword_arguments_are_query_parameters_with_the_values_they_were() -> N
     assert request.url.path == "/"
 
 
-def test_python_objects_are_read_only_where_they_are_allowed() -> None:
+def test_pickled_objects_are_read_only_where_they_are_allowed() -> None:
     entry = from_handle(pickle.dumps({1, 2}), codec="pickle")
     assert Request(entry, allow_pickle=True).data == {1, 2}
     with pytest.raises(MalformedBody, match="allow_pickle"):
@@ -127,7 +127,7 @@ class Explosive:
         return eval, ("1 / 0",)
 
 
-def test_nothing_from_http_is_unpickled_whatever_it_says_it_is() -> None:
+def test_nothing_from_http_is_unpickled_whatever_its_codec() -> None:
     bomb = pickle.dumps(Explosive())
     for content_type in ("application/python-pickle", "pickle", ""):
         assert Request(from_http(bomb, content_type=content_type), allow_pickle=True).data == bomb
@@ -145,7 +145,7 @@ async def test_malformed_json_is_a_malformed_body(body: bytes) -> None:
     assert await request.body() == body
 
 
-def test_a_codec_of_a_later_release_is_refused_by_name() -> None:
+def test_an_unknown_codec_is_refused_by_name() -> None:
     with pytest.raises(MalformedBody, match="'arrow'"):
         _ = Request(from_handle(b"", codec="arrow")).data
 
@@ -190,11 +190,11 @@ async def test_a_form_may_have_as_many_fields_as_are_allowed() -> None:
 
 
 async def test_a_large_form_is_parsed_off_the_loop() -> None:
-    file = b"x" * 3_000_000  # more than is kept in memory
+    file = b"x" * 3_000_000  # above the limit that is kept in memory
     request = Request(from_http(FORM.replace(b"hello", file), content_type="multipart/form-data; boundary=xyz"))
     parsing = asyncio.ensure_future(request.form())
     await asyncio.sleep(0)
-    assert not parsing.done()  # what runs on the loop does so from beginning to end, as the body is here
+    assert not parsing.done()  # parsing on the loop would have ended, as the body is complete
     form = await parsing
     upload = form["file"]
     assert isinstance(upload, UploadFile)
@@ -209,12 +209,12 @@ async def test_a_large_form_is_parsed_off_the_loop() -> None:
         await malformed.form()
 
 
-async def test_the_body_can_be_received_as_an_asgi_application_does() -> None:
+async def test_the_body_can_be_received_as_an_asgi_message() -> None:
     request = Request(from_http(b"abc"))
     assert await request.receive() == {"type": "http.request", "body": b"abc", "more_body": False}
 
 
-def test_a_header_on_the_stream_may_hold_any_text() -> None:
+def test_a_header_of_an_entry_may_hold_any_text() -> None:
     header = Header(headers=[("x-name", "Łukasz"), ("x-plain", "Zoë")], codec="none")
     request = Request(Entry("1", "", header))
     assert request.headers["x-name"].encode("latin-1").decode() == "Łukasz"
@@ -232,7 +232,7 @@ wild_headers = st.lists(st.tuples(st.text(), st.text()))
 
 
 @given(st.text(), paths, st.text() | st.dictionaries(st.text(), json_values), wild_headers, st.text())
-def test_whatever_the_wire_can_carry_makes_a_request(
+def test_every_valid_entry_makes_a_request(
     method: str, path: str, query: str | dict[str, Any], headers: list[tuple[str, str]], client: str
 ) -> None:
     request = Request(Entry("1", "", Header("e", method, path, {}, query, headers, client=client)))

@@ -60,7 +60,7 @@ def as_json(value: object) -> Any:
         (False, "json", b"false"),
     ],
 )
-def test_a_result_is_written_as_what_it_is(result: object, codec: str, body: bytes) -> None:
+def test_a_result_is_encoded_by_its_type(result: object, codec: str, body: bytes) -> None:
     assert encode(result, "b") == (200, codec, [], body)
 
 
@@ -88,29 +88,29 @@ JSON: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("value", "read"), JSON)
-def test_what_json_can_hold_is_written_as_json(value: object, read: object) -> None:
+def test_json_values_are_encoded_as_json(value: object, read: object) -> None:
     assert as_json(value) == read
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), {0: "cat"}, {1: "a", "1": "b"}, [{None: 1}], 1j, Point])
-def test_what_cannot_be_sent_is_refused_with_the_way_out(value: object) -> None:
+def test_a_value_that_cannot_be_sent_is_refused_with_the_way_out(value: object) -> None:
     with pytest.raises(TypeError, match=r"'greeter' returned a value that cannot be sent: .*allow_pickle") as caught:
         encode(value, "greeter")
     assert type(value).__name__ in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [{1, 2}, {0: "cat"}, {"a": 1j}, {1: "a", "1": "b"}])
-def test_python_objects_are_pickled_only_where_that_is_allowed(value: object) -> None:
+def test_objects_are_pickled_only_where_that_is_allowed(value: object) -> None:
     status, codec, headers, body = encode(value, "b", allow_pickle=True)
     assert (status, codec, headers) == (200, "pickle", [])
     assert pickle.loads(body) == value
 
 
-def test_what_json_can_hold_is_never_pickled() -> None:
+def test_json_values_are_never_pickled() -> None:
     assert encode([1], "b", allow_pickle=True).codec == "json"
 
 
-def test_an_object_of_a_class_that_is_in_no_module_can_be_pickled() -> None:
+def test_an_object_of_a_class_without_a_module_can_be_pickled() -> None:
     class Local:
         value = 7
 
@@ -140,7 +140,7 @@ def test_a_response_is_sent_whole() -> None:
     assert encode(RedirectResponse("/there"), "b")[:2] == (307, "response")
 
 
-def test_a_status_that_http_does_not_have_is_refused() -> None:
+def test_an_invalid_status_is_refused() -> None:
     with pytest.raises(ValueError, match="200 to 599, not 999"):
         encode(Response(status_code=999), "b")
 
@@ -177,7 +177,7 @@ def raised_by_user_code(error: BaseException) -> BackendError:
         return found
 
 
-def test_an_error_is_told_with_type_message_and_traceback() -> None:
+def test_an_error_has_type_message_and_traceback() -> None:
     error = raised_by_user_code(ValueError("bad input"))
     assert (error.type_name, error.message, error.status) == ("ValueError", "bad input", 500)
     assert "raise error" in error.traceback
@@ -206,19 +206,19 @@ def test_an_exception_that_was_never_raised_has_no_traceback() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_every_error_can_travel(error: BaseException) -> None:
+def test_every_error_can_be_sent(error: BaseException) -> None:
     told = raised_by_user_code(error)
     assert told.status == 500
     assert len(told.message) + len(told.traceback) < 100_000
 
 
 @given(st.text() | st.characters(categories=["Cs"]))
-def test_every_message_can_travel(message: str) -> None:
+def test_every_message_can_be_sent(message: str) -> None:
     told = raised_by_user_code(ValueError(message))
     assert told.message == message.encode("utf-8", "backslashreplace").decode()
 
 
-def test_a_long_chain_of_errors_can_travel() -> None:
+def test_a_long_chain_of_errors_can_be_sent() -> None:
     error = ValueError("first")
     for n in range(2 * sys.getrecursionlimit()):
         following = ValueError(str(n))
@@ -227,7 +227,7 @@ def test_a_long_chain_of_errors_can_travel() -> None:
     assert raised_by_user_code(error).type_name == "ValueError"
 
 
-def test_causes_are_told_too() -> None:
+def test_the_traceback_includes_causes() -> None:
     def fail() -> Iterator[None]:
         try:
             yield from [].pop()
@@ -255,7 +255,7 @@ def test_http_exceptions_keep_their_status_and_headers() -> None:
     assert told.type_name == "starlette.exceptions.HTTPException"
 
 
-def test_an_http_exception_that_redirects_is_a_response_and_no_error() -> None:
+def test_an_http_exception_that_redirects_is_a_response_and_not_an_error() -> None:
     reply = raised_reply(from_http(), HTTPException(307, "elsewhere", {"Location": "/b"}), "r#1", 2.0)
     assert (reply.status, reply.codec, reply.error, reply.body) == (307, "response", None, b"elsewhere")
     assert reply.headers == [("location", "/b"), ("content-type", "text/plain; charset=utf-8")]
@@ -278,11 +278,11 @@ def test_a_malformed_body_is_the_callers_fault() -> None:
     assert reply.error == {"kind": "MalformedBody", "args": ["not JSON"]}
 
 
-def test_a_busy_backend_behind_this_one_stays_a_503() -> None:
+def test_the_503_of_a_called_backend_is_passed_on() -> None:
     assert raised_by_user_code(Overloaded("other", 5, 5)).status == 503
 
 
-def test_when_to_come_again_to_a_busy_backend_behind_this_one_is_kept() -> None:
+def test_the_retry_after_of_a_called_backend_is_passed_on() -> None:
     busy = Overloaded("other", 5, 5)
     busy.retry_after_s = 2.5
     assert failed_reply(from_http(), busy, "r#1").headers == [("retry-after", "3")]

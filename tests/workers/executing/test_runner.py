@@ -31,7 +31,7 @@ from tests.workers.running import (
 
 
 @pytest.mark.parametrize("function", [double, double_async, double_each, double_each_async])
-async def test_a_request_is_answered_with_what_the_code_returns(start: Start, function: object) -> None:
+async def test_the_reply_is_the_result_of_user_code(start: Start, function: object) -> None:
     replica = await start(function)
     reply = await replica.call(from_handle([21]))
     assert (reply.status, reply.codec, reply.body, reply.error) == (200, "json", b"[21,21]", None)
@@ -72,7 +72,7 @@ async def test_a_class_with_an_async_call_is_constructed_on_the_loop(start: Star
     assert replica.runner.concurrency() == 100
 
 
-async def test_more_queries_mean_as_many_threads_and_no_more(start: Start, gate: Gate) -> None:
+async def test_max_concurrent_queries_is_the_number_of_threads(start: Start, gate: Gate) -> None:
     running: set[int] = set()
 
     def work(request: Request) -> None:
@@ -95,7 +95,7 @@ async def test_more_queries_mean_as_many_threads_and_no_more(start: Start, gate:
 
 
 @pytest.mark.parametrize("function", [fail, fail_async])
-async def test_whatever_code_raises_is_the_error_of_that_request_alone(start: Start, function: object) -> None:
+async def test_an_exception_is_the_error_of_its_request_alone(start: Start, function: object) -> None:
     replica = await start(function, config={"max_concurrent_queries": 1})
     names = ("value", "exit", "interrupt", "stop", "generator", "cancelled", "http")
     errors = {name: backend_error_of(await replica.call(from_handle(name))) for name in names}
@@ -121,13 +121,13 @@ async def test_a_traceback_has_the_users_frames_and_no_others(start: Start) -> N
 
 
 @pytest.mark.parametrize("function", [double, double_async, double_each, double_each_async])
-async def test_malformed_json_that_code_asks_for_is_a_400(start: Start, function: object) -> None:
+async def test_malformed_json_that_user_code_reads_is_a_400(start: Start, function: object) -> None:
     reply = await (await start(function)).call(from_http(b"{", content_type="application/json"))
     assert reply.status == 400
     assert isinstance(error_of(reply), MalformedBody)
 
 
-async def test_python_objects_pass_only_where_they_are_allowed(start: Start) -> None:
+async def test_results_are_pickled_only_where_that_is_allowed(start: Start) -> None:
     def as_set(request: Request) -> set[Any]:
         return set(request.data)
 
@@ -137,7 +137,7 @@ async def test_python_objects_pass_only_where_they_are_allowed(start: Start) -> 
     assert (await replica.call(from_handle([1]))).codec == "pickle"
 
 
-async def test_nothing_is_kept_of_what_was_answered(start: Start) -> None:
+async def test_nothing_is_kept_of_finished_requests(start: Start) -> None:
     def kept() -> list[object]:
         return [one for one in gc.get_objects() if isinstance(one, (Request, Entry, Reply))]
 
@@ -160,7 +160,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-# Made by a call, as no type checker takes it for a class of exceptions.
+# Made by a call: type checkers reject it as an exception class.
 Pretending: Any = type(
     "Pretending", (Exception,), {"__class__": property(lambda self: _raise(RuntimeError("not telling")))}
 )
@@ -194,7 +194,7 @@ async def raise_oddly_async(request: Request) -> str:
 @pytest.mark.parametrize(
     ("name", "status"), [("unprintable", 500), ("pretending", 500), ("status", 500), ("headers", 401)]
 )
-async def test_an_exception_that_cannot_be_described_is_an_answer_too(
+async def test_an_exception_that_cannot_be_described_gets_a_reply_too(
     start: Start, function: object, name: str, status: int
 ) -> None:
     replica = await start(function)
@@ -208,7 +208,7 @@ def return_endless(requests: list[Request]) -> Any:
     return Endless() if requests[0].data == "endless" else ["ok"] * len(requests)
 
 
-async def test_a_batch_of_results_that_cannot_be_read_fails_its_requests_alone(start: Start) -> None:
+async def test_unreadable_batch_results_fail_only_their_requests(start: Start) -> None:
     replica = await start(return_endless)
     entries = [from_handle("endless"), from_handle("behind")]
     replica.run(*entries)
@@ -217,7 +217,7 @@ async def test_a_batch_of_results_that_cannot_be_read_fails_its_requests_alone(s
     assert await replica.ask("ok") == "ok"
 
 
-async def test_a_request_for_which_no_thread_starts_is_run_by_another(
+async def test_a_request_runs_on_another_thread_if_none_can_be_started(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(thread: threading.Thread) -> None:
@@ -244,7 +244,7 @@ async def respond_and_leave(request: Request) -> Any:
     return Leaving() if request.data == "leave" else "ok"
 
 
-async def test_a_response_that_leaves_the_process_leaves_it_running(start: Start) -> None:
+async def test_system_exit_in_a_body_iterator_does_not_end_the_replica(start: Start) -> None:
     replica = await start(respond_and_leave)
     assert (await replica.call(from_handle("leave"))).error is not None
     assert await replica.ask("ok") == "ok"

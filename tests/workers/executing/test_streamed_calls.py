@@ -1,4 +1,4 @@
-"""Answers that go on after the call, to callers who take them whole."""
+"""Replies that are produced after the call returned, for callers that do not accept streams."""
 
 import asyncio
 import logging
@@ -38,7 +38,9 @@ async def respond_async(request: Request) -> Any:
 
 
 @pytest.mark.parametrize("function", [respond, respond_async])
-async def test_responses_are_sent_whole(start: Start, function: object, tmp_path: Path) -> None:
+async def test_responses_are_sent_whole_to_callers_that_do_not_stream(
+    start: Start, function: object, tmp_path: Path
+) -> None:
     replica = await start(function)
     reply = await replica.call(from_handle("plain"))
     assert (reply.status, reply.codec, reply.body) == (202, "response", b"plain")
@@ -62,7 +64,7 @@ async def test_responses_are_sent_whole(start: Start, function: object, tmp_path
 
 
 @pytest.mark.parametrize("function", [respond, respond_async])
-async def test_a_background_task_runs_after_the_answer(
+async def test_a_background_task_runs_after_the_reply(
     start: Start, function: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     replica = await start(function)

@@ -1,4 +1,4 @@
-"""Users' code on its way into a replica, and which of its methods may be called."""
+"""Loading user code in a replica, and calling its methods."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ async def test_a_class_is_constructed_once_and_its_methods_can_be_called(start: 
 
 
 @pytest.mark.parametrize("call", ["nope", "limit", "Inner", "model", "secret", "", "a.b", "\ud7ff"])
-async def test_a_method_that_is_not_there_is_a_404_that_lists_those_that_are(start: Start, call: str) -> None:
+async def test_an_unknown_method_is_a_404_that_lists_the_methods(start: Start, call: str) -> None:
     reply = await (await start(Counter)).call(from_http(call=call))
     assert reply.status == 404
     error = backend_error_of(reply)
@@ -34,7 +34,7 @@ async def test_a_method_that_is_not_there_is_a_404_that_lists_those_that_are(sta
 
 
 @pytest.mark.parametrize("call", ["_private", "__init__", "__class__", "__reduce__", "reconfigure", "check_health"])
-async def test_a_method_that_is_not_for_callers_is_refused(start: Start, call: str) -> None:
+async def test_a_method_that_callers_may_not_call_is_refused(start: Start, call: str) -> None:
     reply = await (await start(Counter)).call(from_http(call=call))
     assert reply.status == 400
     assert repr(call) in backend_error_of(reply).message
@@ -68,7 +68,7 @@ def fail_to_load() -> None:
         (double, (1,), "double is not a class"),
     ],
 )
-async def test_code_that_cannot_be_loaded_says_why(start: Start, target: Any, args: Any, said: str) -> None:
+async def test_code_that_cannot_be_loaded_raises_the_reason(start: Start, target: Any, args: Any, said: str) -> None:
     with pytest.raises(BackendError) as caught:
         await start(target, *args)
     assert said in str(caught.value)
@@ -76,7 +76,7 @@ async def test_code_that_cannot_be_loaded_says_why(start: Start, target: Any, ar
 
 @pytest.mark.parametrize("error", [ValueError("no weights"), SystemExit(1), StopIteration(), KeyboardInterrupt()])
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_a_constructor_that_raises_says_so(start: Start, error: BaseException, is_async: bool) -> None:
+async def test_the_error_of_a_constructor_is_raised(start: Start, error: BaseException, is_async: bool) -> None:
     class Failing:
         def __init__(self) -> None:
             raise error
