@@ -1,12 +1,14 @@
 """Public API for processes that only call: handles, batches, dead letters and errors. Needs Redis and no Ray."""
 
 from ..broker.queue.dead_letters import DeadLetter
+from ..broker.wire.kept import RequestStatus
 from . import errors
 from .async_handle import AsyncObjectRefHandle, AsyncServeHandle, AsyncStreamingHandle
 from .batch.batch import Batch
 from .batch.items import BatchItem, BatchResult
 from .batch.producer import BatchProducer
 from .batch.progress import BatchProgress
+from .calls.submitted import AsyncSubmitted, Submitted
 from .connection import Connection, connect
 from .dead_letters import DeadLetters
 from .files.rows import Rows, read
@@ -19,6 +21,7 @@ __all__ = [
     "AsyncResponseStream",
     "AsyncServeHandle",
     "AsyncStreamingHandle",
+    "AsyncSubmitted",
     "Batch",
     "BatchItem",
     "BatchProducer",
@@ -28,11 +31,13 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "ObjectRefHandle",
+    "RequestStatus",
     "Response",
     "ResponseStream",
     "Rows",
     "ServeHandle",
     "StreamingHandle",
+    "Submitted",
     "connect",
     "errors",
     "read",

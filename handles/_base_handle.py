@@ -9,9 +9,11 @@ from typing import Any
 from ..broker.queue.flow_control import WINDOW
 from ..broker.registry.records import EndpointRecord
 from ..broker.wire import exact_json
+from ..broker.wire.kept import MAX_STREAM_BYTES
 from ..broker.wire.keys import check_name
 from ..broker.wire.requests import Header
 from .calls.call import Call, CallOutcome
+from .calls.kept_requests import IdempotencyKey, Ticket
 from .calls.request_client import RequestClient
 from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json
@@ -112,7 +114,7 @@ class BaseHandle:
             raise e.with_traceback(None) from None
         return self._url, self._instance, self._endpoint, options, self._missing_ok
 
-    def _encode(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> EncodedCall:
+    def _encode(self, arguments: tuple[Any, ...], keywords: dict[str, Any], *, is_kept: bool = False) -> EncodedCall:
         """Encode a call. This happens in the calling thread, so that an argument that cannot be sent raises there."""
         if len(arguments) > 1:
             raise TypeError(
@@ -124,10 +126,14 @@ class BaseHandle:
             codec, body = encode(value)
         except TypeError as e:
             # Whether the backend allows pickle is known once the endpoint is: see `EncodedCall.body_for`.
-            return EncodedCall(self._header("pickle", keywords), b"", value, e)
-        return EncodedCall(self._header(codec, keywords), body)
+            return EncodedCall(self._header("pickle", keywords, is_kept), b"", value, e)
+        return EncodedCall(self._header(codec, keywords, is_kept), body)
 
-    def _header(self, codec: str, keywords: dict[str, Any]) -> Header:
+    def _header(self, codec: str, keywords: dict[str, Any], is_kept: bool) -> Header:
+        if is_kept:
+            kept = self._new_header(codec, keywords)
+            kept.window = WINDOW  # what the code yields is kept whole
+            return kept
         if keywords or self._options.timeout_s is not None:
             return self._new_header(codec, keywords)
         header = self._headers.get(codec)
@@ -202,6 +208,24 @@ class BaseHandle:
         body = encoded.body if encoded.error is None else encoded.body_for(client, endpoint)
         shard_key = self._options.shard_key
         return client.dispatch(endpoint, encoded.header, body, on_outcome, shard_key=shard_key, timeout_s=timeout_s)
+
+    async def _submit(self, encoded: EncodedCall, *, waits: bool) -> tuple[RequestClient, Ticket, float | None]:
+        """Submit a request. Returns the client, the ticket, and the rest of the timeout."""
+        client, endpoint, timeout_s = await self._connect(self._options.timeout_s)
+        body = encoded.body if encoded.error is None else encoded.body_for(client, endpoint)
+        key, began_s = self._options.idempotency_key, client.loop.time()
+        with starting(self._url, self._instance):
+            ticket = await client.kept.submit(
+                endpoint,
+                encoded.header,
+                body,
+                key=None if key is None else IdempotencyKey(key),
+                shard_key=self._options.shard_key,
+                timeout_s=timeout_s,
+                max_stream_bytes=MAX_STREAM_BYTES,
+                waits=waits,
+            )
+        return client, ticket, None if timeout_s is None else max(0.0, timeout_s + began_s - client.loop.time())
 
     async def _open_stream(self, encoded: EncodedCall) -> StreamState:
         """Publish a request with a streamed reply."""

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
-from ._base_handle import UNSET, BaseHandle
+from ._base_handle import UNSET, BaseHandle, EncodedCall
+from .calls.kept_requests import Ticket
+from .calls.request_client import RequestClient
+from .calls.submitted import AsyncSubmitted, value_of_result
 from .errors import ConfigError
 from .futures import AsyncReplyFuture
 from .object_refs import object_ref
@@ -47,10 +50,13 @@ class AsyncServeHandle(BaseHandle):
             RequestTimeout: ``timeout_s`` passed.
             BrokerUnavailable: Redis cannot be reached.
         """
+        is_kept = self._options.idempotency_key is not None
         try:
-            encoded = self._encode(body, query)
+            encoded = self._encode(body, query, is_kept=is_kept)
         except TypeError as e:
             raise e.with_traceback(None) from None
+        if is_kept:
+            return await self._submit_and_wait(encoded)
         timeout_s = self._options.timeout_s
         if (found := self._find_connected()) is not None:
             client, endpoint = found
@@ -70,6 +76,20 @@ class AsyncServeHandle(BaseHandle):
                 future.call = None
         return future
 
+    async def submit(self, /, *body: Any, **query: Any) -> AsyncSubmitted:
+        """Submit a request whose result stays in Redis; see `ServeHandle.submit`."""
+        _, ticket, _ = await self._submit(self._encode(body, query, is_kept=True), waits=False)
+        return AsyncSubmitted(self._url, self._instance, ticket.id)
+
+    async def _submit_and_wait(self, encoded: EncodedCall) -> asyncio.Future[Any]:
+        """Submit a request with an idempotency key; return the future of its result."""
+        client, ticket, timeout_s = await self._submit(encoded, waits=True)
+        waiting = client.loop.create_task(_value_of(client, ticket, timeout_s))
+        _waiting.add(waiting)
+        waiting.add_done_callback(_waiting.discard)
+        waiting.add_done_callback(lambda _: client.kept.forget(ticket))  # a task that is cancelled at once never began
+        return waiting
+
     @overload
     def options(
         self,
@@ -81,6 +101,7 @@ class AsyncServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["future"] = ...,
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle: ...
 
     @overload
@@ -107,6 +128,7 @@ class AsyncServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["object_ref"],
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncObjectRefHandle: ...
 
     @overload
@@ -120,6 +142,7 @@ class AsyncServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
@@ -132,6 +155,7 @@ class AsyncServeHandle(BaseHandle):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle to the same endpoint with other options. Options that are not given keep their values.
 
@@ -147,6 +171,9 @@ class AsyncServeHandle(BaseHandle):
                 ``ray.get``, ``ray.wait`` and ``await``. It needs Ray, and costs each request a call of a Ray actor.
             stream: whether ``remote`` returns an `AsyncResponseStream`, an iterator over the values that the
                 backend yields, instead of a future. ``timeout_s`` is then the time until the first value.
+            idempotency_key: within ``result_ttl_s`` of the backend, requests to this endpoint with the same key are
+                accepted once, and all get the one result; None, the default, for none. Cancelling the future of such a
+                request ends the wait alone.
 
         Raises:
             TypeError: an option has the wrong type.
@@ -160,6 +187,7 @@ class AsyncServeHandle(BaseHandle):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
@@ -216,6 +244,7 @@ class AsyncStreamingHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["future"] = ...,
         stream: Literal[False],
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle: ...
 
     @overload
@@ -229,6 +258,7 @@ class AsyncStreamingHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
@@ -241,6 +271,7 @@ class AsyncStreamingHandle(BaseHandle):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle with other options; see `AsyncServeHandle.options`."""
         changes = {
@@ -251,6 +282,7 @@ class AsyncStreamingHandle(BaseHandle):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
@@ -307,6 +339,7 @@ class AsyncObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: Literal["object_ref"] = ...,
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncObjectRefHandle: ...
 
     @overload
@@ -320,6 +353,7 @@ class AsyncObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: Literal["future"],
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle: ...
 
     @overload
@@ -333,6 +367,7 @@ class AsyncObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
@@ -345,6 +380,7 @@ class AsyncObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle with other options; see `AsyncServeHandle.options`."""
         changes = {
@@ -355,6 +391,7 @@ class AsyncObjectRefHandle(ObjectRefCaller):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
@@ -368,3 +405,11 @@ def _kind_for(
     if options.stream:
         return AsyncStreamingHandle
     return AsyncObjectRefHandle if options.return_type == "object_ref" else AsyncServeHandle
+
+
+_waiting: set[asyncio.Task[Any]] = set()
+"""References to running tasks, of which the event loop has none."""
+
+
+async def _value_of(client: RequestClient, ticket: Ticket, timeout_s: float | None) -> Any:
+    return value_of_result(await client.kept.result(ticket, timeout_s))

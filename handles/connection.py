@@ -14,6 +14,7 @@ from ._tracebacks import short_traceback
 from .async_handle import AsyncServeHandle
 from .batch.producer import JOB_TTL_S, BatchProducer
 from .calls.shared_client import SharedClient, starting_tasks
+from .calls.submitted import AsyncSubmitted, Submitted
 from .dead_letters import DeadLetters
 from .errors import ConfigError, EndpointNotFound, PenstockError
 from .handle import ServeHandle, warn_about_face
@@ -159,6 +160,25 @@ class Connection:
         if endpoint not in (known := self.list_endpoints()):
             raise EndpointNotFound(endpoint, known)
         return producer
+
+    @overload
+    def submitted(self, request_id: str, *, sync: Literal[True] = True) -> Submitted: ...
+    @overload
+    def submitted(self, request_id: str, *, sync: Literal[False]) -> AsyncSubmitted: ...
+
+    def submitted(self, request_id: str, *, sync: bool = True) -> Submitted | AsyncSubmitted:
+        """Return the submitted request with that id. Its methods raise `RequestNotFound` if there is none.
+
+        Args:
+            request_id: its id, from `Submitted.id` or from HTTP.
+            sync: False for an object whose methods are awaited.
+
+        Raises:
+            TypeError: ``request_id`` is not a ``str``.
+        """
+        if not isinstance(request_id, str):
+            raise TypeError(f"the id of a submitted request must be a str, not {type(request_id).__name__}")
+        return (Submitted if sync else AsyncSubmitted)(self.redis_url, self.instance, request_id)
 
     @short_traceback
     def dead_letters(self, tag: str) -> DeadLetters:

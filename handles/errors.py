@@ -13,11 +13,15 @@
     ├── ConfigError             (a ValueError)
     ├── DeliveryLimitExceeded   every replica that ran the request died
     ├── EndpointNotFound        (a KeyError)
+    ├── IdempotencyConflict     the key was used for another request
     ├── MalformedBody           (a ValueError)
     ├── Overloaded
     ├── PayloadTooLarge
     ├── RequestCancelled
+    ├── RequestNotFound         (a KeyError)
     ├── RequestTimeout          (a TimeoutError)
+    ├── ResultExpired
+    ├── ResultsFull             no room for another kept result
     ├── StreamBroken            a streamed reply had begun and cannot continue
     └── WireError
 """
@@ -49,13 +53,17 @@ __all__ = [
     "ConfigError",
     "DeliveryLimitExceeded",
     "EndpointNotFound",
+    "IdempotencyConflict",
     "MalformedBody",
     "NotPermitted",
     "Overloaded",
     "PayloadTooLarge",
     "PenstockError",
     "RequestCancelled",
+    "RequestNotFound",
     "RequestTimeout",
+    "ResultExpired",
+    "ResultsFull",
     "StreamBroken",
     "WireError",
 ]
@@ -143,6 +151,22 @@ class DeliveryLimitExceeded(PenstockError):
         )
 
 
+class IdempotencyConflict(PenstockError):
+    """The idempotency key was used for another request: its method, path, query, content type or body differ."""
+
+    status = 422
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint)
+        self.endpoint = endpoint
+
+    def __str__(self) -> str:
+        return (
+            f"the idempotency key was used for another request to endpoint {self.endpoint!r}, with a different method, "
+            "path, query, content type or body: repeat that request unchanged, or use a new key"
+        )
+
+
 class MalformedBody(PenstockError, ValueError):
     """The body does not have the format that its content type declares, or that the code reads."""
 
@@ -175,6 +199,15 @@ class RequestCancelled(PenstockError):
         return f"request {self.request_id!r} was cancelled"
 
 
+class RequestNotFound(PenstockError, KeyError):
+    """No submitted request has that id, or its result expired some time ago."""
+
+    status = 404
+
+    def __str__(self) -> str:
+        return "there is no submitted request with this id, or its result expired some time ago"
+
+
 class RequestTimeout(PenstockError, TimeoutError):
     """The deadline passed before a reply arrived."""
 
@@ -186,6 +219,35 @@ class RequestTimeout(PenstockError, TimeoutError):
 
     def __str__(self) -> str:
         return f"{self.what} did not answer within {self.timeout_s:g} s"
+
+
+class ResultExpired(PenstockError):
+    """The result of a submitted request was kept for ``result_ttl_s`` seconds after its end, and is gone."""
+
+    status = 410
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"the result of request {self.request_id!r} has expired: its backend keeps results for result_ttl_s"
+
+
+class ResultsFull(PenstockError):
+    """The results that a backend keeps have reached ``max_result_bytes``. The request was not accepted."""
+
+    status = 503
+
+    def __init__(self, backend: str, used_bytes: int, limit: int, retry_after_s: float = 10.0) -> None:
+        super().__init__(backend, used_bytes, limit, retry_after_s)
+        self.backend, self.used_bytes, self.limit, self.retry_after_s = backend, used_bytes, limit, retry_after_s
+
+    def __str__(self) -> str:
+        return (
+            f"the kept requests and results of {self.backend!r} take {self.used_bytes} bytes (max_result_bytes is "
+            f"{self.limit}): wait until some expire, or give the backend a larger max_result_bytes"
+        )
 
 
 class StreamBroken(PenstockError):
@@ -214,12 +276,16 @@ _KINDS: dict[str, type[PenstockError]] = {
         ConfigError,
         DeliveryLimitExceeded,
         EndpointNotFound,
+        IdempotencyConflict,
         MalformedBody,
         NotPermitted,
         Overloaded,
         PayloadTooLarge,
         RequestCancelled,
+        RequestNotFound,
         RequestTimeout,
+        ResultExpired,
+        ResultsFull,
         StreamBroken,
         WireError,
     )

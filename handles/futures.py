@@ -162,12 +162,16 @@ class ReplyFuture(concurrent.futures.Future[Any]):
         except BaseException as e:
             self.fail(e)
         else:
-            self._on_cancel = None
-            self._waiters.is_done = True
-            try:
-                self.set_result(value)
-            except concurrent.futures.InvalidStateError:
-                self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
+            self.resolve(value)
+
+    def resolve(self, value: Any) -> None:
+        """Set the value of the call."""
+        self._on_cancel = None
+        self._waiters.is_done = True
+        try:
+            self.set_result(value)
+        except concurrent.futures.InvalidStateError:
+            self.set_running_or_notify_cancel()  # it was cancelled, and `concurrent.futures.wait` waits for this
 
     def set_running_or_notify_cancel(self) -> bool:
         # Called only where the future ends. A cancelled one has waiters until it has notified them.

@@ -14,6 +14,7 @@ from . import background_loop
 from ._base_handle import UNSET, BaseHandle, EncodedCall
 from .async_handle import ObjectRefCaller
 from .calls.request_client import RequestClient
+from .calls.submitted import Submitted, value_of_result
 from .futures import ReplyFuture
 from .options import CallOptions
 from .response_stream import ResponseStream
@@ -45,13 +46,56 @@ class ServeHandle(BaseHandle):
         Raises:
             TypeError: the body or the query cannot be sent.
         """
+        is_kept = self._options.idempotency_key is not None
         try:
-            encoded = self._encode(body, query)
+            encoded = self._encode(body, query, is_kept=is_kept)
         except TypeError as e:
             raise e.with_traceback(None) from None
         future = ReplyFuture()
-        background_loop.soon(partial(self._start, encoded, future))
+        background_loop.soon(partial(self._start_kept if is_kept else self._start, encoded, future))
         return future
+
+    def submit(self, /, *body: Any, **query: Any) -> Submitted:
+        """Submit a request whose result stays in Redis, and return once it is durably queued.
+
+        It has no deadline unless the handle has ``timeout_s``, and it outlives this process. Its result stays for
+        ``result_ttl_s`` seconds after its end. What the code yields is kept whole, up to 64 MiB.
+
+        Args:
+            *body: as of `remote`.
+            **query: as of `remote`.
+
+        Raises:
+            TypeError: the body or the query cannot be sent.
+            EndpointNotFound: the endpoint does not exist.
+            IdempotencyConflict: the ``idempotency_key`` was used for another request.
+            Overloaded, ResultsFull: the backend's queue is full, or the space for its results.
+            RequestTimeout: ``timeout_s`` passed.
+            BrokerUnavailable: Redis cannot be reached.
+        """
+        encoded = self._encode(body, query, is_kept=True)
+        _, ticket, _ = background_loop.run(self._submit(encoded, waits=False))
+        return Submitted(self._url, self._instance, ticket.id)
+
+    def _start_kept(self, encoded: EncodedCall, future: ReplyFuture) -> None:
+        """Submit a request with an idempotency key, on the background loop."""
+        if future.cancelled():
+            future.set_running_or_notify_cancel()
+            return
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._submit_and_wait(encoded, future))
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+        future.on_cancel(loop, task.cancel)
+
+    async def _submit_and_wait(self, encoded: EncodedCall, future: ReplyFuture) -> None:
+        try:
+            client, ticket, timeout_s = await self._submit(encoded, waits=True)
+            value = value_of_result(await client.kept.result(ticket, timeout_s))
+        except (Exception, asyncio.CancelledError) as e:
+            future.fail(e)  # the task is cancelled only when the future is
+        else:
+            future.resolve(value)
 
     def _start(self, encoded: EncodedCall, future: ReplyFuture) -> None:
         """Publish the request, on the background loop."""
@@ -102,6 +146,7 @@ class ServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["future"] = ...,
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> ServeHandle: ...
 
     @overload
@@ -128,6 +173,7 @@ class ServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["object_ref"],
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> ObjectRefHandle: ...
 
     @overload
@@ -141,6 +187,7 @@ class ServeHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
     def options(
@@ -153,6 +200,7 @@ class ServeHandle(BaseHandle):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle to the same endpoint with other options. Options that are not given keep their values.
 
@@ -168,6 +216,9 @@ class ServeHandle(BaseHandle):
                 ``ray.get``, ``ray.wait`` and ``await``. It needs Ray, and costs each request a call of a Ray actor.
             stream: whether ``remote`` returns a `ResponseStream`, an iterator over the values that the
                 backend yields, instead of a future. ``timeout_s`` is then the time until the first value.
+            idempotency_key: within ``result_ttl_s`` of the backend, requests to this endpoint with the same key are
+                accepted once, and all get the one result; None, the default, for none. Cancelling the future of such a
+                request ends the wait alone.
 
         Raises:
             TypeError: an option has the wrong type.
@@ -181,6 +232,7 @@ class ServeHandle(BaseHandle):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
@@ -235,6 +287,7 @@ class StreamingHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: Literal["future"] = ...,
         stream: Literal[False],
+        idempotency_key: str | None = ...,
     ) -> ServeHandle: ...
 
     @overload
@@ -248,6 +301,7 @@ class StreamingHandle(BaseHandle):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
     def options(
@@ -260,6 +314,7 @@ class StreamingHandle(BaseHandle):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle with other options; see `ServeHandle.options`."""
         changes = {
@@ -270,6 +325,7 @@ class StreamingHandle(BaseHandle):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
@@ -306,6 +362,7 @@ class ObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: Literal["object_ref"] = ...,
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> ObjectRefHandle: ...
 
     @overload
@@ -319,6 +376,7 @@ class ObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: Literal["future"],
         stream: Literal[False] = ...,
+        idempotency_key: str | None = ...,
     ) -> ServeHandle: ...
 
     @overload
@@ -332,6 +390,7 @@ class ObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = ...,
         return_type: str = ...,
         stream: bool = ...,
+        idempotency_key: str | None = ...,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
     def options(
@@ -344,6 +403,7 @@ class ObjectRefHandle(ObjectRefCaller):
         timeout_s: float | None = UNSET,
         return_type: str = UNSET,
         stream: bool = UNSET,
+        idempotency_key: str | None = UNSET,
     ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle with other options; see `ServeHandle.options`."""
         changes = {
@@ -354,6 +414,7 @@ class ObjectRefHandle(ObjectRefCaller):
             "timeout_s": timeout_s,
             "return_type": return_type,
             "stream": stream,
+            "idempotency_key": idempotency_key,
         }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from ..broker.registry.records import EndpointRecord
+from ..broker.wire.kept import MAX_KEY_CHARS
 from .errors import CallMethodRefused, ConfigError
 
 _HTTP_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -35,6 +36,7 @@ class CallOptions:
     timeout_s: float | None = None
     return_type: str = "future"
     stream: bool = False
+    idempotency_key: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
@@ -48,6 +50,12 @@ class CallOptions:
             raise ConfigError(
                 f"stream=True returns an iterator, and return_type={self.return_type!r} another thing: choose one"
             )
+        if self.idempotency_key is not None:
+            check_idempotency_key(self.idempotency_key)
+            if self.stream:
+                raise ConfigError(
+                    "stream=True does not go with an idempotency_key: a repeated request gets a whole reply"
+                )
         # A copy: the caller may change the mapping.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 
@@ -67,13 +75,15 @@ class CallOptions:
     def shown(self) -> dict[str, str]:
         """Return the options that differ from their defaults, as a ``repr`` shows them, by name.
 
-        Of the headers it shows the names alone: a value may be a secret.
+        Of the headers it shows the names alone, and of an idempotency key that there is one: they may be secrets.
         """
         defaults = CallOptions()
         names = [option.name for option in fields(self)]
         shown = {name: repr(getattr(self, name)) for name in names if getattr(self, name) != getattr(defaults, name)}
         if "http_headers" in shown:
             shown["http_headers"] = f"<{', '.join(self.http_headers)}>"
+        if self.idempotency_key is not None:
+            shown["idempotency_key"] = "<set>"
         return shown
 
 
@@ -85,6 +95,21 @@ def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:
     """
     if not endpoint.allows(method_name):
         raise CallMethodRefused(endpoint.name, method_name, endpoint.call_methods or ())
+
+
+def check_idempotency_key(key: object) -> str:
+    """Return ``key`` if it can be an idempotency key.
+
+    Raises:
+        TypeError: it is not a string.
+        ConfigError: it is not 1 to 255 printable ASCII characters.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"idempotency_key must be a str or None, not {type(key).__name__}")
+    if not (0 < len(key) <= MAX_KEY_CHARS and key.isascii() and key.isprintable()):
+        shown = repr(key) if len(key) <= MAX_KEY_CHARS else f"one of {len(key)} characters"
+        raise ConfigError(f"an idempotency key must be 1 to {MAX_KEY_CHARS} printable ASCII characters, not {shown}")
+    return key
 
 
 def check_method_name(method_name: object) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,17 +30,19 @@ from . import metrics, request_ids, response_streaming, responses, scopes
 from .disconnects import ClientDisconnected, DisconnectWatcher
 from .http1 import framing
 from .http1.buffers import Buffers, default_bytes
+from .preferences import may_be_kept
 from .request_body import has_body, read_body
 from .responses import HTTPResponse, RawHeaders
 from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes
+from .submitted import PAGES, KeptCall, SubmittedRequests
 
 logger = logging.getLogger("penstock.proxy")
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in the metrics of a request whose client disconnected before the response. The number is nginx's."""
 
-METRICS_PAGE = HTTPResponse(200, [])
-"""Stands for the response to ``/-/metrics``, which needs stats from the broker and so cannot be made synchronously."""
+AWAITED = HTTPResponse(200, [])
+"""Stands for the response of a system page that needs the broker: ``/-/metrics``, and those of submitted requests."""
 
 _SCRAPE_TIMEOUT_S = 2.0
 """How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
@@ -110,6 +113,13 @@ class App:
         self._disconnects = DisconnectWatcher()
         self._routes = Routes()
         self.metrics = metrics.Metrics()
+        self._submitted = SubmittedRequests(
+            caller,
+            max_body_bytes=max_body_bytes,
+            request_timeout_s=request_timeout_s,
+            root_path=self._root_path,
+            debug=debug,
+        )
         self.draining = False
         """While true, ``/-/healthz`` is 503 and every response closes its connection: clients move to other proxies."""
         self.apply(caller.snapshot)
@@ -136,8 +146,8 @@ class App:
                     return
                 response = called
             else:
-                if response is METRICS_PAGE:
-                    response = await self._metrics_page()
+                if response is AWAITED:
+                    response = await self._awaited_page(request, receive)
                 if has_body(request.headers):
                     response = response._replace(close=True)  # rather than read and drop the rest of the body
             status, headers, body = self.render(request, response)
@@ -184,7 +194,7 @@ class App:
     def route(self, request: ProxiedRequest) -> HTTPResponse | None:
         """Find the endpoint of a request and return None; if there is none to call, return the response instead.
 
-        `METRICS_PAGE` means that the caller has to await the response of ``/-/metrics``.
+        `AWAITED` means a system page whose response has to be awaited.
         """
         scope, headers = request.scope, request.headers
         path = self._route_path(scope["path"])
@@ -224,35 +234,39 @@ class App:
         Raises:
             PenstockError: the request cannot be published. `response_to` turns this, as any exception, into a response.
         """
-        scope, headers, endpoint = request.scope, request.headers, request.endpoint
+        endpoint = request.endpoint
         assert endpoint is not None
         unreserved = len(body) - request.reserved_bytes  # `read_body` has reserved all of what it read
         if unreserved > _COUNTED_REQUEST_BYTES or self.buffers.may_be_full():
             self._reserve(request, unreserved)
-        method_name = headers.get(b"x-serve-call-method")
-        client = scope["client"]
-        shard_key = headers.get(b"x-serve-shard-key")
-        path = self._root_path + self._route_path(scope["path"])
+        shard_key = request.headers.get(b"x-serve-shard-key")
         request.call = self._caller.dispatch(
             endpoint,
-            # The codec keeps its default, that of HTTP, so that nothing a client sends is ever unpickled.
-            Header(
-                endpoint=endpoint.name,
-                method=scope["method"],
-                path=path,
-                path_params=request.params,
-                query=scope["query_string"].decode("latin-1"),
-                headers=_request_headers(scope, headers),
-                call="__call__" if method_name is None else _public_method(method_name),
-                request_id=request.request_id.decode(),
-                client=f"{client[0]}:{client[1]}" if client else "",
-                window=WINDOW,
-                scope=scopes.carried(scope, headers.get(b"host"), path, self._root_path),
-            ),
+            self._header(request, endpoint),
             body,
             then,
             shard_key=None if shard_key is None else _text(shard_key),
             timeout_s=timeout_s,
+        )
+
+    def _header(self, request: ProxiedRequest, endpoint: EndpointRecord) -> Header:
+        scope, headers = request.scope, request.headers
+        method_name = headers.get(b"x-serve-call-method")
+        client = scope["client"]
+        path = self._root_path + self._route_path(scope["path"])
+        # The codec keeps its default, that of HTTP, so that nothing a client sends is ever unpickled.
+        return Header(
+            endpoint=endpoint.name,
+            method=scope["method"],
+            path=path,
+            path_params=request.params,
+            query=scope["query_string"].decode("latin-1"),
+            headers=_request_headers(scope, headers),
+            call="__call__" if method_name is None else _public_method(method_name),
+            request_id=request.request_id.decode(),
+            client=f"{client[0]}:{client[1]}" if client else "",
+            window=WINDOW,
+            scope=scopes.carried(scope, headers.get(b"host"), path, self._root_path),
         )
 
     def _reserve(self, request: ProxiedRequest, size: int) -> None:
@@ -343,6 +357,10 @@ class App:
             except PenstockError as e:
                 return self.response_to(request, e)._replace(close=True)
             timeout_s -= time.perf_counter() - began
+        if may_be_kept(request.headers):
+            kept = await self._call_kept(request, body, timeout_s, receive)
+            if kept is not None:
+                return kept
         watched = self._disconnects.watch(receive)
         try:
             self.dispatch(request, body, watched.resolve, timeout_s)
@@ -364,8 +382,71 @@ class App:
             raise ClientDisconnected
         return outcome if isinstance(outcome, IncomingStream) else self.response_to(request, outcome)
 
+    async def _call_kept(
+        self, request: ProxiedRequest, body: bytes, timeout_s: float, receive: Receive
+    ) -> HTTPResponse | None:
+        """Return the response to a request that is submitted or has an idempotency key; None if it is neither.
+
+        Raises:
+            ClientDisconnected: the client disconnected; its request goes on.
+        """
+        endpoint = request.endpoint
+        assert endpoint is not None
+        try:
+            if (call := KeptCall.of(request.scope["headers"])) is None:
+                return None
+            self._reserve(request, len(body) - request.reserved_bytes)
+            shard_key = request.headers.get(b"x-serve-shard-key")
+            responding = self._submitted.respond(
+                call,
+                endpoint,
+                self._header(request, endpoint),
+                body,
+                shard_key=None if shard_key is None else _text(shard_key),
+                timeout_s=timeout_s,
+            )
+            return await self._until_disconnect(responding, receive)
+        except ClientDisconnected:
+            raise
+        except Exception as e:
+            return self.response_to(request, e)
+
+    async def _until_disconnect(self, response: Coroutine[Any, Any, HTTPResponse], receive: Receive) -> HTTPResponse:
+        """Return the response, or cancel it when the client disconnects.
+
+        Raises:
+            ClientDisconnected: the client disconnected.
+        """
+        responding = asyncio.get_running_loop().create_task(response)
+        watched = self._disconnects.watch(receive)
+        try:
+            either: list[asyncio.Future[Any]] = [responding, watched.outcome]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            responding.cancel()
+            if self.draining:  # the server's time to finish is over
+                return self.shutdown_response()
+            raise
+        finally:
+            self._disconnects.unwatch(watched)
+        if responding.done():
+            return responding.result()
+        responding.cancel()
+        raise ClientDisconnected
+
+    async def _awaited_page(self, request: ProxiedRequest, receive: Receive) -> HTTPResponse:
+        path = self._route_path(request.scope["path"])[len(RESERVED) :]
+        if not path.startswith(PAGES):
+            return await self._metrics_page()
+        page = self._submitted.page(request.scope["method"], path[len(PAGES) :], request.scope["headers"])
+        if has_body(request.headers):
+            return await page  # what is to be received is the body
+        return await self._until_disconnect(page, receive)
+
     def _system_page(self, method: str, path: str) -> HTTPResponse:
         name = path[len(RESERVED) :]
+        if name.startswith(PAGES):
+            return AWAITED
         if name not in ("routes", "healthz", "metrics"):
             return responses.of_status(404, f"no system page {path!r}")
         if method not in ("GET", "HEAD"):
@@ -373,7 +454,7 @@ class App:
         if name == "routes":
             return responses.of_json(self._routes.listing())
         if name == "metrics":
-            return METRICS_PAGE
+            return AWAITED
         if self.draining:
             return responses.of_text("draining", 503)
         if not self._caller.connected:

@@ -55,6 +55,21 @@ async def body(incoming: IncomingStream) -> AsyncIterator[bytes]:
             yield chunk
 
 
+def whole(pieces: list[StreamPiece], *, debug: bool) -> HTTPResponse:
+    """Return the response to a request whose streamed reply was kept.
+
+    Raises:
+        BackendError: HTTP cannot carry all of its values.
+    """
+    if not pieces:
+        return HTTPResponse(200, [])
+    codec = pieces[0].codec
+    if codec in ("json", "none"):
+        return HTTPResponse(200, _JSON_LINES, b"".join(map(_Lines(), pieces)))
+    response = responses.of_reply(Reply("", codec=codec), debug=debug)
+    return response if response.status != 200 else response._replace(body=b"".join(map(_unchanged, pieces)))
+
+
 async def gather(incoming: IncomingStream, head: HTTPResponse, *, limit: int, debug: bool) -> HTTPResponse:
     """Return a streamed reply as a whole response of at most ``limit`` bytes, or the error that ended the reply."""
     whole = bytearray()

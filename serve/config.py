@@ -63,6 +63,9 @@ class _Config(BaseModel):
 LEAST_QUEUED_BYTES = 1024 * 1024
 """Smallest ``max_queued_bytes``. A lower one would admit little more than the requests that are always admitted."""
 
+LEAST_RESULT_BYTES = 1024 * 1024
+"""A lower limit would leave room for hardly any result."""
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -151,6 +154,15 @@ class BackendConfig(_Config):
 
     max_dead_letters: Count = DEFAULTS.max_dead_letters
     """The largest number of dead letters, each kept for at most 14 days. The oldest are dropped and counted."""
+
+    result_ttl_s: Annotated[float, Field(ge=1, le=366 * 24 * 3600)] = DEFAULTS.result_ttl_s
+    """Seconds that the result of a submitted request, or of one with an idempotency key, stays after its end."""
+
+    max_result_bytes: Annotated[int, Field(ge=LEAST_RESULT_BYTES)] = DEFAULTS.max_result_bytes
+    """The most bytes of such results and their records, each counted as at least 1 KiB; at least 1 MiB.
+
+    Beyond it submitting, and requests with an idempotency key, raise ``ResultsFull``.
+    """
 
     graceful_shutdown_timeout_s: NotNegative = DEFAULTS.graceful_shutdown_timeout_s
     """Seconds that a draining replica may take to finish the requests that it runs."""

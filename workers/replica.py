@@ -76,7 +76,8 @@ class Replica:
             BrokerUnavailable: Redis cannot be reached.
         """
         loop = asyncio.get_running_loop()
-        self._runner.attach(self._consumer.stream_sender, self._commands.now_ms)
+        consumer = self._consumer
+        self._runner.attach(consumer.stream_sender, self._commands.now_ms, consumer.kept.report)
         await self._commands.open()
         await self._reads.open()
         # The reply to a claim may have been lost with either connection.

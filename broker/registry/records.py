@@ -37,6 +37,8 @@ class BackendSpec:
     batch_share: float = 0.1
     max_deliveries: int = 3
     max_dead_letters: int = 10_000
+    result_ttl_s: float = 3600.0
+    max_result_bytes: int = 1024 * 1024 * 1024
     graceful_shutdown_timeout_s: float = 20.0
     health_check_period_s: float = 10.0
     health_check_timeout_s: float = 30.0

@@ -24,6 +24,9 @@ BODY_FIELD, LARGE_FIELD = b"b", b"large"
 SIZE_FIELD = b"size"
 """The size in bytes of header and body of a request that is not small, written by the script that publishes it."""
 
+KEEP_FIELD = b"keep"
+"""Of a kept request: the most bytes of a streamed result. Its result stays in Redis, and goes to no reply stream."""
+
 RAW_PATH_SAFE = "!\"$&'()*+,-./:;<=>@[\\]^_`{|}~"
 """Characters besides letters and digits that a path may contain unescaped; other raw paths are in the header."""
 

@@ -15,7 +15,7 @@ PREFIX = "penstock:"
 """Every key begins with it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-#]{1,128}")
-_SECRET_KEY = re.compile(r"\{(?P<tag>[^{}]*)\}:(?P<kind>replies|body)(?::.*)?", re.DOTALL)
+_SECRET_KEY = re.compile(r"\{(?P<tag>[^{}]*)\}:(?P<kind>replies|body|kept|result|key)(?::.*)?", re.DOTALL)
 _CALLER = re.compile(r"[0-9a-f]{12}|.*[@:].*", re.DOTALL)
 """Ids of callers. A backend may have such a name too, but only by chance."""
 
@@ -48,7 +48,7 @@ def _without_secrets(found: re.Match[str]) -> str:
     if kind == "replies" or _CALLER.fullmatch(tag):
         user, at, _ = tag.partition("@")
         tag = f"{user}@..." if at else "..."
-    return f"{{{tag}}}:{kind}" + (":..." if kind == "body" else "")
+    return f"{{{tag}}}:{kind}" + ("" if kind == "replies" else ":...")
 
 
 class Keys:
@@ -122,6 +122,30 @@ class Keys:
     def signals(self, backend: str) -> str:
         """The stream of signals to all replicas of a backend; see ``broker/queue/signals.py``."""
         return f"{self._root}{{{backend}}}:signals"
+
+    def kept(self, backend: str, request: str) -> str:
+        """A hash: the record of a kept request, by its id; see ``broker/results/``."""
+        return f"{self._root}{{{backend}}}:kept:{request}"
+
+    def result(self, backend: str, request: str) -> str:
+        """A hash: the result of a kept request."""
+        return f"{self._root}{{{backend}}}:result:{request}"
+
+    def result_body(self, backend: str, request: str) -> str:
+        """The claim check with the large body of a result."""
+        return f"{self._root}{{{backend}}}:result:{request}:body"
+
+    def idempotency_key(self, backend: str, digest: str) -> str:
+        """A string: the id of the kept request that holds an idempotency key, by the digest of the key."""
+        return f"{self._root}{{{backend}}}:key:{digest}"
+
+    def results_space(self, backend: str) -> str:
+        """A hash: the bytes of a backend's kept requests and results; see ``broker/results/space.py``."""
+        return f"{self._root}{{{backend}}}:results"
+
+    def key_backend(self, digest: str) -> str:
+        """A string: the backend that holds an idempotency key, by the digest of the key."""
+        return f"{self._root}{{key:{digest}}}:backend"
 
     def job(self, caller: str) -> str:
         """A string: the record of a batch job. ``caller`` is the id whose reply stream has its results."""

@@ -14,6 +14,7 @@ from ._fields import (
     CALLER_FIELD,
     HEADER_FIELD,
     ID_FIELD,
+    KEEP_FIELD,
     LARGE_FIELD,
     SIZE_FIELD,
     VERSION,
@@ -145,6 +146,8 @@ class Entry:
     """Whether the body is a claim check: it lies in a key of its own."""
     size_bytes: int = field(default=0, compare=False)
     """The size of header and body as its publisher counted it; 0 for a small request, whose size is not recorded."""
+    keep_bytes: int | None = None
+    """Of a kept request (``broker/wire/kept.py``): the most bytes of a streamed result; None for any other."""
 
     @property
     def shown_id(self) -> str:
@@ -176,6 +179,7 @@ class Entry:
                 named.get(BODY_FIELD, b""),
                 named.get(LARGE_FIELD) == b"1",
                 parse_count(named[SIZE_FIELD]) if SIZE_FIELD in named else 0,
+                parse_count(named[KEEP_FIELD]) if KEEP_FIELD in named else None,
             )
         except (KeyError, UnicodeDecodeError) as e:
             raise wrong_field(e) from None

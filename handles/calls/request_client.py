@@ -34,10 +34,11 @@ from ..options import check_call_method
 from . import traffic
 from .call import Call, CallOutcome, CallsInFlight, queue_limits
 from .call_publisher import CallPublisher
+from .kept_requests import KeptRequests
 from .large_bodies import LargeBodies, check_size
 from .pickle_policy import PicklePolicy
 from .recovery import Recovery
-from .reply_receiver import FindReceiver, ReplyReceiver, no_receiver
+from .reply_receiver import FindReceiver, ReplyReceiver
 from .shadowing import ShadowTraffic
 from .sweep import Sweep
 
@@ -69,7 +70,7 @@ class RequestClient:
         *,
         name: str | None = None,
         reply_stream: OpenReplyStream = ReplyStream,
-        find_receiver: FindReceiver = no_receiver,
+        find_receiver: FindReceiver | None = None,
         keep_calls: bool = False,
     ) -> None:
         """Create a client that is not connected yet.
@@ -79,7 +80,8 @@ class RequestClient:
             instance: name of the instance.
             name: the name by which replicas address the client; by default a random one.
             reply_stream: creates the reply stream.
-            find_receiver: finds the receiver of a reply to a call that is not in flight.
+            find_receiver: finds the receiver of a reply to a call that is not in flight; by default that of a kept
+                request (`kept`).
             keep_calls: requests and replies outlive the client, because another client of the same name continues.
         """
         self.url, self.keys = url, Keys(instance)
@@ -102,13 +104,26 @@ class RequestClient:
         self.shadows = ShadowTraffic(self.watcher, self._publisher, self._bodies, self.next_id)
         self.in_flight = CallsInFlight(self.loop, self._publisher, self._bodies)
         self._call_publisher = CallPublisher(self._connection, self._publisher, self.in_flight, self._bodies)
+        self.kept = KeptRequests(
+            self._connection,
+            self.keys,
+            self.wire_id,
+            self.watcher,
+            self._publisher,
+            self._bodies,
+            self.next_id,
+            self.select_backend,
+            self.shadows.publish,
+            self._on_idle,
+        )
+        """The kept requests that this client submits or waits for."""
         self._receiver = ReplyReceiver(
             self.in_flight,
             self._bodies,
             self.pickles,
             shown_url(url),
             self._send_credit,
-            find_receiver=find_receiver,
+            find_receiver=find_receiver or self.kept.waiter_of,
             keep_bodies=keep_calls,
         )
         self._replies = reply_stream(self._connection, self.keys, self.id, self._receiver.on_entry, self._recover)
@@ -172,6 +187,7 @@ class RequestClient:
             await self._disconnect()
             raise
         self._connection.on_reconnect(self._recovery.on_reconnect)
+        self._connection.on_reconnect(self.kept.watch_again)
         self._life = self.loop.create_task(self._live(), name="request client")
 
     async def _live(self) -> None:
@@ -210,6 +226,7 @@ class RequestClient:
         self.in_flight.is_closed = True
         self._sweep.stop()
         self._receiver.close()
+        self.kept.close()
 
     def _on_idle(self) -> None:
         """Called when the last call in flight has ended."""
@@ -369,6 +386,7 @@ class RequestClient:
     async def _recover(self) -> None:
         # A method, as the reply stream is given it before the recovery, which needs the reply stream, exists.
         await self._recovery.recover()
+        await self.kept.watch_again()
 
 
 def _retrieve_exception(task: asyncio.Task[None]) -> None:

@@ -78,7 +78,7 @@ class SharedClient(RequestClient):
         self._close_if_unneeded()
 
     def _close_if_unneeded(self) -> None:
-        if not self._was_left or self._users or self.in_flight.by_id or self.closed:
+        if not self._was_left or self._users or self.in_flight.by_id or self.kept.is_busy or self.closed:
             return
         if self._opening is not None and not self._opening.done():
             return  # the call that connects it needs it

@@ -18,7 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 from ...handles.calls.call import CallOutcome
 from ...handles.calls.incoming_stream import IncomingStream
-from ..app import METRICS_PAGE, App, ProxiedRequest
+from ..app import AWAITED, App, ProxiedRequest
+from ..preferences import may_be_kept
 from ..responses import HTTPResponse
 from .protocol import Protocol
 
@@ -163,6 +164,9 @@ class FastPath(Protocol):
             self._start_asgi_path(cycle, body)
             return
         request = ProxiedRequest(cast("Scope", cycle.scope))
+        if may_be_kept(request.headers):
+            self._start_asgi_path(cycle, body)
+            return
         response = app.route(request)
         if response is None:
             self._waiting = cycle, request
@@ -171,7 +175,7 @@ class FastPath(Protocol):
                 return
             except Exception as e:
                 response = app.response_to(request, e)
-        elif response is METRICS_PAGE:
+        elif response is AWAITED:
             self._start_asgi_path(cycle, body)
             return
         self._write(cycle, request, response)

@@ -59,6 +59,10 @@ class Site:
         self._keys = Keys(INSTANCE)
         self._registry = Registry(self._connection, self._keys)
 
+    def change(self, change: Change) -> None:
+        """Change the registry."""
+        self._run(self._registry.change(lambda seen: change))
+
     def offer(self, name: str, tag: str, call_methods: tuple[str, ...]) -> None:
         """Restrict an endpoint to some methods of its backend's class."""
         endpoint = EndpointRecord(name=name, traffic={tag: 1.0}, call_methods=call_methods)
@@ -90,6 +94,10 @@ class Site:
     def keys_left(self) -> set[str]:
         """Return all keys but those of the registry, leases, signals, callers and streams."""
         return self._run(self._scan())
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return [replica for replica, _ in self._workers]
 
     def close(self) -> None:
         try:

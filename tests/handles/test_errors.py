@@ -49,6 +49,10 @@ EXAMPLES: list[tuple[PenstockError, int, str]] = [
         502,
         "the streamed reply of 'b' to request 'id' broke off: its replica died",
     ),
+    (errors.IdempotencyConflict("e"), 422, "the idempotency key was used for another request to endpoint 'e'"),
+    (errors.RequestNotFound(), 404, "there is no submitted request with this id"),
+    (errors.ResultExpired("id"), 410, "the result of request 'id' has expired"),
+    (errors.ResultsFull("b", 11, 10), 503, "results of 'b' take 11 bytes (max_result_bytes is 10)"),
     (errors.WireError("what is this"), 500, "what is this"),
     (errors.ConfigError("port must be …"), 400, "port must be …"),
     (PenstockError("anything"), 500, "anything"),
@@ -89,6 +93,7 @@ def test_all_errors_are_penstock_errors_and_the_fitting_builtin_errors() -> None
     assert issubclass(errors.MalformedBody, ValueError)
     assert issubclass(errors.BackendNotFound, KeyError)
     assert issubclass(errors.EndpointNotFound, KeyError)
+    assert issubclass(errors.RequestNotFound, KeyError)
     assert issubclass(errors.RequestTimeout, TimeoutError)
 
 

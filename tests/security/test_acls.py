@@ -149,6 +149,61 @@ async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
         await wait_until_async(has_counted)
 
 
+def reporting(request: Any) -> Any:
+    request.report_progress({"size": len(request.data)})
+    return request.data
+
+
+async def test_submitted_requests_and_keys_need_no_more_than_the_rules(site: Site, broker: Guarded) -> None:
+    await site.serve(reporting)
+    await site.declare("idle", max_queued_requests=2)
+    url = await site.proxy()
+    large = "x" * (LARGE + 1)
+
+    def call() -> str:
+        with handles.connect(broker.url("alice")) as door:
+            handle = door.get_handle("f")
+            for body in ("small", large):
+                submitted = handle.submit(body)
+                assert submitted.result(timeout=10) == body
+                assert submitted.status().status == "succeeded"
+                assert not submitted.cancel()
+                keyed = handle.options(idempotency_key=body[:9])
+                assert keyed.remote(body).result(timeout=10) == keyed.remote(body).result(timeout=10) == body
+            idle = door.get_handle("idle")
+            waiting = [idle.submit(n) for n in range(2)]
+            with pytest.raises(Overloaded):
+                idle.submit(2)
+            assert all(one.cancel() for one in waiting)
+            return submitted.id
+
+    id_ = await asyncio.to_thread(call)
+    async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+        assert (await http.get(f"/-/requests/{id_}/result")).text == large
+        headers = {"prefer": "respond-async", "idempotency-key": "k"}
+        location = (await http.post("/f", json="web", headers=headers)).headers["location"]
+        assert (await http.get(f"{location}/result", headers={"prefer": "wait=10"})).text == "web"
+        assert (await http.get(location)).json()["progress"] == {"size": 3}
+        assert (await http.post("/f", json="web", headers={"idempotency-key": "k"})).text == "web"
+        assert (await http.delete(location)).status_code == 409
+
+
+async def test_a_caller_cannot_write_results_and_a_replica_cannot_read_them(site: Site, broker: Guarded) -> None:
+    result, record = KEYS.result("f", "0" * 48), KEYS.kept("f", "0" * 48)
+    with Redis.from_url(broker.url("alice")) as redis:
+        for command in ("DEL", "UNLINK", "DUMP"):
+            assert _is_denied(redis, command, result), command
+            assert _is_denied(redis, command, record), command
+        assert _is_denied(redis, "HSET", result, "b", "forged")
+        assert _is_denied(redis, "HGETALL", record)
+    with Redis.from_url(broker.url("replica")) as redis:
+        assert _is_denied(redis, "HGETALL", result)
+        assert _is_denied(redis, "HGET", result, "b")
+        assert _is_denied(redis, "GET", KEYS.result_body("f", "0" * 48))
+        assert _is_denied(redis, "GET", KEYS.idempotency_key("f", "digest"))
+    assert await asyncio.to_thread(broker.denied)
+
+
 def published(redis: Any) -> int:
     """Return how many requests were published so far, settled ones included."""
     return int(redis.xinfo_stream(KEYS.requests("f"))["entries-added"])

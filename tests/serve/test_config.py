@@ -23,6 +23,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "batch_share": 0.1,
         "max_deliveries": 3,
         "max_dead_letters": 10_000,
+        "result_ttl_s": 3600.0,
+        "max_result_bytes": 1024 * 1024 * 1024,
         "graceful_shutdown_timeout_s": 20.0,
         "health_check_period_s": 10.0,
         "health_check_timeout_s": 30.0,

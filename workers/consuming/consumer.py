@@ -29,6 +29,7 @@ from ..executing.runner import Runner
 from .claim_loop import ClaimLoop
 from .entry_reader import EntryReader
 from .in_progress import InProgress
+from .kept_claims import KeptClaims
 from .policies.fairness import StreamSharing
 from .policies.load_shedding import LoadShedding
 from .scheduling import Scheduler
@@ -62,13 +63,14 @@ class Consumer:
         self._loop = asyncio.get_running_loop()
         self.settings = settings = ConsumerSettings.of(runner)
         self.in_progress = InProgress()
-        self.stream_sender = StreamSender(commands, group)
+        self.kept = KeptClaims(commands, keys, group.replies, backend, replica, runner.config)
+        self.stream_sender = StreamSender(commands, group, self.kept)
         sharing = StreamSharing(settings.batch_share)
         self._sharing, self._load_shedding = sharing, LoadShedding()
-        self._scheduler = Scheduler(runner, self.in_progress, sharing, settings, commands.now_ms, self)
+        self._scheduler = Scheduler(runner, self.in_progress, sharing, settings, commands.now_ms, self, self.kept)
         self._reader = EntryReader(
             *(commands, group, settlement, self.in_progress, self._scheduler, self._load_shedding, self, settings),
-            *(keys, backend, replica),
+            *(keys, backend, replica, self.kept),
         )
         self._claim_loop = ClaimLoop(group, self._reader, self._scheduler, sharing, settings, backend, scan_soon)
         self._recalled: list[bytes] = []
@@ -102,6 +104,7 @@ class Consumer:
         """Apply the runner's changed configuration."""
         self.settings = settings = ConsumerSettings.of(self._runner)
         self._sharing.set_batch_share(settings.batch_share)
+        self.kept.apply(self._runner.config)
         for part in (self._scheduler, self._reader, self._claim_loop):
             part.apply(settings)
         self.claim()
@@ -123,6 +126,7 @@ class Consumer:
         self._scheduler.close()
         self._reader.close()
         self._claim_loop.close()
+        self.kept.close()
         for writer in self.stream_sender.writers:
             claim = writer.claim
             if not claim.is_released:
@@ -203,9 +207,12 @@ class Consumer:
             entry = claim.entry
             log.exception("cannot send the reply to request %s of backend %r", entry.shown_id, self._backend)
             # Reply with an error instead, which can be sent.
-            if entry.caller:
-                self._settlement.reply(claim, failed_reply(entry, e, self._replica))
-            self._settlement.settle(claim)
+            if entry.keep_bytes is not None:
+                self.kept.finish(claim, failed_reply(entry, e, self._replica))
+            else:
+                if entry.caller:
+                    self._settlement.reply(claim, failed_reply(entry, e, self._replica))
+                self._settlement.settle(claim)
             self.in_progress.release(claim)
         finally:
             if claim.quarantine_ended is not None:
@@ -225,7 +232,10 @@ class Consumer:
             self._record_run(claim, reply, now_s)
             if claim.entry.caller:
                 self._settlement.reply(claim, reply)
-        self._settlement.settle(claim)
+        if claim.entry.keep_bytes is None:
+            self._settlement.settle(claim)
+        else:
+            self.kept.finish(claim, reply)
         self.in_progress.release(claim)
         if claim.is_streaming:
             self._commands.join_write(partial(self.stream_sender.end, claim))
@@ -255,7 +265,10 @@ class Consumer:
             claim.running.cancel(claim)
         elif claim in self.in_progress.waiting:
             self.in_progress.waiting.remove(claim)
-            self._settlement.settle(claim)
+            if claim.entry.keep_bytes is None:
+                self._settlement.settle(claim)
+            else:
+                self.kept.cancel(claim)
             self.in_progress.release(claim)
             self.claim()
 

@@ -22,6 +22,7 @@ from ...handles.errors import to_wire
 from ..claim import Claim
 from ..executing.errors import failed_reply
 from .in_progress import InProgress
+from .kept_claims import KeptClaims
 from .policies.load_shedding import LoadShedding
 from .scheduling import ReplyHandler, Scheduler
 from .settings import ConsumerSettings
@@ -46,10 +47,11 @@ class EntryReader:
         keys: Keys,
         backend: str,
         replica: str,
+        kept: KeptClaims,
     ) -> None:
         self._commands, self._group, self._settlement, self._keys = commands, group, settlement, keys
         self._in_progress, self._scheduler, self._load_shedding = in_progress, scheduler, load_shedding
-        self._replies = replies
+        self._replies, self._kept = replies, kept
         self._max_dead_letters = settings.max_dead_letters
         self._backend, self._replica = backend, replica
         self._loop = asyncio.get_running_loop()
@@ -81,7 +83,8 @@ class EntryReader:
 
         ``now_ms`` is the time by the broker's clock, ``now_s`` by the loop's.
         """
-        if entry.size_bytes:
+        is_kept = entry.keep_bytes is not None
+        if entry.size_bytes and not is_kept:
             self._group.acknowledger.hold_sized(ref)
         claim = Claim(ref, entry, now_ms)
         deadline_ms = entry.header.deadline_ms
@@ -89,7 +92,10 @@ class EntryReader:
         if self._in_progress.forget_withdrawn(ref) or (
             deadline_ms and not self._load_shedding.should_start(deadline_ms - now_ms, now_s)
         ):
-            self._settlement.settle(claim)
+            if is_kept:
+                self._kept.drop(claim)
+            else:
+                self._settlement.settle(claim)
             return None
         self._in_progress.add(claim)
         return claim

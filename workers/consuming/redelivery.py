@@ -180,5 +180,6 @@ class Redelivery:
         settings = self._consumer.settings
         error = DeliveryLimitExceeded(self._backend, entry.shown_id, redelivered.deliveries, settings.max_deliveries)
         log.error("%s", error)
-        refuse = partial(self._settlement.refuse, entry, error)
+        refuser = self._settlement if entry.keep_bytes is None else self._consumer.kept
+        refuse = partial(refuser.refuse, Claim(redelivered.ref, entry), error)
         await self._group.dead_letters.add(redelivered, str(error), refuse, max_dead_letters=settings.max_dead_letters)

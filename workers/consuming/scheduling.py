@@ -18,6 +18,7 @@ from ..claim import Claim
 from ..executing.runner import Runner
 from .batching import Batching
 from .in_progress import InProgress
+from .kept_claims import KeptClaims
 from .policies.capacity import Capacity
 from .policies.fairness import StreamSharing
 from .settings import ConsumerSettings
@@ -57,7 +58,9 @@ class Scheduler:
         settings: ConsumerSettings,
         now_ms: Callable[[], float],
         replies: ReplyHandler,
+        kept: KeptClaims,
     ) -> None:
+        self._kept = kept
         self._runner, self._in_progress, self._sharing, self._replies = runner, in_progress, sharing, replies
         self._loop = asyncio.get_running_loop()
         self.batching = Batching(
@@ -142,6 +145,8 @@ class Scheduler:
             self._start_batch(claims)
             return
         (claim,) = claims
+        if claim.entry.keep_bytes is not None:
+            self._kept.start(claims)
         claim.running = self._runner.run(claims, self._replies.on_reply)
         capacity = self.capacity
         if capacity.is_blocking:
@@ -185,6 +190,7 @@ class Scheduler:
                 finish_done()
 
         self.run_stats.count_batch(len(batch))
+        self._kept.start(batch)
         running = self._runner.run(batch, on_reply)
         for claim in batch:
             claim.running = running

@@ -99,13 +99,14 @@ class Settlement:
         """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""
         entry = claim.entry
         log.warning("streamed reply to request %s of backend %r broke off: %s", entry.shown_id, self._backend, reason)
-        self.refuse(entry, StreamBroken(self._backend, entry.shown_id, reason))
+        self.refuse(claim, StreamBroken(self._backend, entry.shown_id, reason))
         if entry.size_bytes:
             self._group.acknowledger.hold_sized(claim.ref)
         self.settle(claim)
 
-    def refuse(self, entry: Entry, error: PenstockError) -> None:
+    def refuse(self, claim: Claim, error: PenstockError) -> None:
         """Reply with an error to an entry that does not run. It is not settled."""
+        entry = claim.entry
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
             self._group.replies.send(entry.caller, reply.fields())

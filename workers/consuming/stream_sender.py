@@ -15,6 +15,7 @@ from ...broker.transport.connection import RedisConnection
 from ...broker.wire.replies import Part
 from ..claim import Claim
 from ..executing.stream_writer import StreamWriter
+from .kept_claims import KeptClaims
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ _CHECK_S = 1.0
 class StreamSender:
     """Sends the parts of all replies that stream from one replica. Only for the loop in which they run."""
 
-    def __init__(self, commands: RedisConnection, group: ConsumerGroup) -> None:
-        self._commands, self._group = commands, group
+    def __init__(self, commands: RedisConnection, group: ConsumerGroup, kept: KeptClaims) -> None:
+        """``kept`` gathers the parts of replies that are kept."""
+        self._commands, self._group, self._kept = commands, group, kept
         # By entry ref and not by call id: callers choose the ids, so that two requests may have the same.
         self._open: dict[bytes, _OpenStream] = {}
         self._refs: dict[str, list[bytes]] = {}
@@ -43,6 +45,9 @@ class StreamSender:
         if claim.is_released:
             writer.stop()
             return
+        if claim.entry.keep_bytes is not None:
+            self._kept.begin(writer)
+            return
         if claim.entry.caller:
             # Ahead of the first part on the same connection: a replica that redelivers the entry must not run it again.
             self._group.replies.mark_streamed(claim.ref)
@@ -55,7 +60,11 @@ class StreamSender:
 
     def send(self, writer: StreamWriter, part: Part) -> None:
         """Append a part to the caller's reply stream. Shadow traffic has no caller, and its parts are dropped."""
-        caller = writer.claim.entry.caller
+        entry = writer.claim.entry
+        if entry.keep_bytes is not None:
+            self._kept.gather(writer, part)
+            return
+        caller = entry.caller
         if caller and not writer.is_stopped:
             self._group.replies.send_part(caller, part.fields(), writer.stop)
 

@@ -101,13 +101,21 @@ class _Call:
             self._claims = [claim for claim in self._claims if claim not in self._late]
         if not self._method.accepts_batch and self._claims:  # for the one there is, without a list comprehension
             entry = self._claims[0].entry
-            request = Request(entry, executor.allow_pickle)
+            on_progress = None if entry.keep_bytes is None else executor.progress_of(self._claims[0])
+            request = Request(entry, executor.allow_pickle, on_progress)
             self._requests = (request,)
             work_on(((entry.header.request_id, entry.id),))
             return request
         entries = [claim.entry for claim in self._claims]
         work_on([(entry.header.request_id, entry.id) for entry in entries])
-        self._requests = [Request(entry, executor.allow_pickle) for entry in entries]
+        self._requests = [
+            Request(
+                claim.entry,
+                executor.allow_pickle,
+                None if claim.entry.keep_bytes is None else executor.progress_of(claim),
+            )
+            for claim in self._claims
+        ]
         return self._requests if entries else None
 
     def _deliver(self, outcomes: Sequence[CallResult]) -> None:

@@ -47,6 +47,8 @@ class Executor:
         self.allow_pickle = False
         self.stream_sink: StreamSink | None = None
         """Sends the parts of streamed replies; without it, no reply is streamed."""
+        self.report_progress: Callable[[Claim, bytes], None] = _drop_progress
+        """Records what the code of a kept request reports; called on the loop."""
         self.now_ms: Callable[[], float] = _never
         """Unix time in milliseconds by the broker's clock. Any thread may call it."""
         self.abandoned = False
@@ -95,6 +97,14 @@ class Executor:
         except BaseException as e:  # the result may have an ``__iter__`` of its own
             return self.failures(claims, e, run_ms)
         return [self._outcome(claim.entry, one, run_ms) for claim, one in zip(claims, results, strict=True)]
+
+    def progress_of(self, claim: Claim) -> Callable[[bytes], None]:
+        """Return what takes the progress of a kept request, on any thread."""
+
+        def report(progress: bytes) -> None:
+            self.loop.call_soon_threadsafe(self.report_progress, claim, progress)
+
+        return report
 
     def streams(self, entry: Entry) -> bool:
         """Return whether the reply to ``entry`` may be streamed."""
@@ -153,6 +163,10 @@ class Executor:
 
 def ms_since(began_at: float) -> float:
     return (perf_counter() - began_at) * 1000.0
+
+
+def _drop_progress(claim: Claim, progress: bytes) -> None:
+    """Drop progress: no replica is attached that would record it."""
 
 
 def _never() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
 
@@ -13,11 +14,13 @@ from starlette.datastructures import Address, FormData, Headers, ImmutableMultiD
 from starlette.formparsers import MultiPartException
 from starlette.types import Message, Scope
 
+from ...broker.wire import exact_json
 from ...broker.wire._fields import RAW_PATH_SAFE
+from ...broker.wire.kept import MAX_PROGRESS_BYTES
 from ...broker.wire.path_params import PathParam
 from ...broker.wire.requests import HTTP_CODEC, Entry
 from ...handles.codec import decode, load_json
-from ...handles.errors import MalformedBody
+from ...handles.errors import ConfigError, MalformedBody
 from ...handles.json_bounds import read_bounded
 from .forms import check_fields, parse_form
 
@@ -45,10 +48,13 @@ class Request(requests.Request):
     _is_disconnected = False
     _received = False
 
-    def __init__(self, entry: Entry, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, entry: Entry, allow_pickle: bool = False, on_progress: Callable[[bytes], None] | None = None
+    ) -> None:
         # Starlette's constructor is not called: it needs the scope.
         self._entry = entry
         self._allow_pickle = allow_pickle
+        self._on_progress = on_progress
         self._body = entry.body
 
     @property
@@ -128,6 +134,29 @@ class Request(requests.Request):
         if not hasattr(self, "_json"):
             self._json = read_bounded(load_json, self._body) if self._body else None
         return self._json
+
+    def report_progress(self, value: object) -> None:
+        """Show ``value`` in the status of the request, in place of what was reported before. Any thread may call it.
+
+        Only the status of a submitted request is read. For any other request, the value is checked and dropped.
+
+        Args:
+            value: what JSON can hold, at most 4 KiB as JSON.
+
+        Raises:
+            TypeError: it is not what JSON can hold.
+            ConfigError: it is longer than that.
+        """
+        try:
+            progress = exact_json.dumps(value)
+        except TypeError as e:
+            raise TypeError(f"the progress must be what JSON can hold: {e}") from None
+        if len(progress) > MAX_PROGRESS_BYTES:
+            raise ConfigError(
+                f"the progress has {len(progress)} bytes as JSON; at most {MAX_PROGRESS_BYTES} are allowed"
+            )
+        if self._on_progress is not None:
+            self._on_progress(progress)
 
     async def is_disconnected(self) -> bool:
         """Return False. A caller that leaves cancels ``async def`` code; other code runs to its end."""

@@ -76,15 +76,23 @@ class Runner:
             raise
         return runner
 
-    def attach(self, stream_sink: StreamSink | None, now_ms: Callable[[], float]) -> None:
+    def attach(
+        self,
+        stream_sink: StreamSink | None,
+        now_ms: Callable[[], float],
+        report_progress: Callable[[Claim, bytes], None] | None = None,
+    ) -> None:
         """Connect the runner to a replica.
 
         Args:
             stream_sink: sends the parts of streamed replies; without it, no reply is streamed.
             now_ms: Unix time in milliseconds by the broker's clock. From now on, a request whose deadline has passed is
                 not started; its reply is `RequestCancelled`, for a caller that no longer waits. Any thread may call it.
+            report_progress: records what the code of a kept request reports, as JSON; called on the loop.
         """
         self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
+        if report_progress is not None:
+            self._executor.report_progress = report_progress
 
     async def reconfigure(self, config: BackendSpec) -> None:
         """Use ``config`` from now on. Calls the user's ``reconfigure`` only if ``user_config`` has changed.
