@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 from ..broker.errors import BrokerUnavailable, ConfigError
 from ..broker.queue.leases import Lease
 from ..broker.registry.records import Snapshot
+from ..broker.registry.reports import ProxyReport
 from ..broker.transport import outages
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
@@ -63,7 +65,7 @@ class Proxy:
     ) -> None:
         self._url, self._instance, self._name, self._options = redis_url, instance, name, options
         self._address = address
-        self._report: dict[str, Any] = {"node": node, "address": address, "pid": os.getpid(), "state": "starting"}
+        self._report = ProxyReport(node=node, address=address, pid=os.getpid())
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._caller: RequestClient | None = None
         self._app: App | None = None
@@ -85,7 +87,7 @@ class Proxy:
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
         await asyncio.shield(self._starting)
-        return {name: self._report[name] for name in ("url", "node", "pid") if name in self._report}
+        return {"url": self._report.url, "node": self._report.node, "pid": self._report.pid}
 
     async def check(self) -> None:
         """Check the health of the proxy, and while it is idle return unused memory to the operating system.
@@ -168,31 +170,31 @@ class Proxy:
                 return server
             except PortInUse as e:
                 siblings = await self._siblings()
-                if any(urlsplit(sibling.get("url") or "").port == port for sibling in siblings):
+                if any(urlsplit(sibling.url or "").port == port for sibling in siblings):
                     server = Server(app, host, port, shared=True, max_connections=limit)
                     await server.start()
                     return server
-                is_starting = any(sibling.get("state") == "starting" for sibling in siblings)
+                is_starting = any(sibling.state == "starting" for sibling in siblings)
                 if not is_starting or asyncio.get_running_loop().time() > ends_at:
                     raise ConfigError(str(e)) from None
             await asyncio.sleep(0.1)
 
-    async def _siblings(self) -> list[dict[str, Any]]:
+    async def _siblings(self) -> list[ProxyReport]:
         """Return the reports of other proxies that may run on this machine."""
         assert self._caller is not None
         try:
-            reports = await self._caller.registry.reports("proxies")
+            reports = await self._caller.registry.get_reports(ProxyReport)
         except BrokerUnavailable:
-            return [{"state": "starting"}]  # there may be one
+            return [ProxyReport(state="starting")]  # there may be one
         return [
             report for name, report in reports.items() if name != self._name and self._may_be_on_this_machine(report)
         ]
 
-    def _may_be_on_this_machine(self, report: Mapping[str, Any]) -> bool:
-        if report.get("node") == self._report["node"] or report.get("address") == self._report["address"]:
+    def _may_be_on_this_machine(self, report: ProxyReport) -> bool:
+        if report.node == self._report.node or report.address == self._report.address:
             return True
         # The first report of a starting proxy comes from the controller, which does not know the address.
-        return report.get("state") == "starting" and "address" not in report
+        return report.state == "starting" and not report.address
 
     # -- following the registry
 
@@ -202,8 +204,8 @@ class Proxy:
         self._update_report(version=snapshot.version)
 
     def _update_report(self, **changes: Any) -> None:
-        """Change this proxy's report, and send it once the registry can be reached. None removes a field."""
-        self._report = {name: value for name, value in {**self._report, **changes}.items() if value is not None}
+        """Change fields of this proxy's report, and send it once the registry can be reached."""
+        self._report = replace(self._report, **changes)
         self._has_news = True
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.get_running_loop().create_task(self._send_reports())
@@ -213,7 +215,7 @@ class Proxy:
         while self._has_news:
             self._has_news = False
             try:
-                await self._caller.registry.report("proxies", self._name, self._report)
+                await self._caller.registry.put_report(self._name, self._report)
             except BrokerUnavailable:
                 self._has_news = True
                 await asyncio.sleep(_RETRY_S)

@@ -51,8 +51,8 @@ class ProxyReport:
     address: str = ""
     """The address of its machine; "" until it has started."""
     pid: int = 0
-    url: str = ""
-    """Where it accepts requests; "" while it does not."""
+    url: str | None = None
+    """Where it accepts requests; None while it does not."""
     version: int = 0
     """The version of the registry that it routes by."""
 

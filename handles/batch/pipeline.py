@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from ...broker.registry.records import EndpointRecord
+from ...broker.registry.reports import ReplicaReport
 from ...broker.wire._fields import LARGE
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header, RawEntry
@@ -67,12 +68,12 @@ async def default_window(client: RequestClient, tags: Iterable[str]) -> int:
         BrokerUnavailable: Redis cannot be reached.
     """
     backends = client.snapshot.backends
-    replicas = await client.registry.reports("replicas")
+    replicas = await client.registry.get_reports(ReplicaReport)
     concurrency = limit = 0
     for tag in tags:
         if (backend := backends.get(tag)) is None:
             continue
-        ready = sum(report.get("backend") == tag for report in replicas.values())
+        ready = sum(report.backend == tag for report in replicas.values())
         batch_size: int = backend.config.max_batch_size or 0
         calls: int = backend.config.max_concurrent_queries or (2 if batch_size else _DEFAULT_CONCURRENCY)
         concurrency += max(1, ready) * calls * max(1, batch_size)

@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from starlette.middleware import Middleware
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.errors import ConfigError
 from penstock.broker.registry.records import Change, EndpointRecord
+from penstock.broker.registry.reports import ProxyReport
 from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
 from tests.proxy.site import INSTANCE, Site, running, text
@@ -30,8 +32,8 @@ async def proxy(url: str, name: str = "p1", *, node: str = "n1", **options: Any)
         await proxy.drain(0.2)
 
 
-async def reports(site: Site) -> dict[str, dict[str, Any]]:
-    return await site.caller.registry.reports("proxies")
+async def reports(site: Site) -> dict[str, ProxyReport]:
+    return await site.caller.registry.get_reports(ProxyReport)
 
 
 async def test_a_proxy_serves_and_reports_its_url(site: Site, redis_url: str) -> None:
@@ -44,7 +46,7 @@ async def test_a_proxy_serves_and_reports_its_url(site: Site, redis_url: str) ->
         assert await one.ready() == where
         await one.check()
         await wait_until_async(lambda: _has(site, "p1", {**where, "version": site.caller.snapshot.version}))
-    assert "url" not in (await reports(site))["p1"]
+    assert (await reports(site))["p1"].url is None
 
 
 async def test_a_proxy_has_a_lease_while_it_serves(site: Site, redis_url: str) -> None:
@@ -100,7 +102,7 @@ async def test_proxies_of_a_node_share_a_port_however_they_start(site: Site, red
     async with AsyncExitStack() as stack:
         proxies = [await stack.enter_async_context(proxy(redis_url, f"p{n}", port=port)) for n in range(3)]
         for n in range(3):  # as the controller does before it starts a proxy
-            await site.caller.registry.report("proxies", f"p{n}", {"node": "n1", "state": "starting"})
+            await site.caller.registry.put_report(f"p{n}", ProxyReport(node="n1"))
         where = await asyncio.gather(*(one.ready() for one in proxies))
         assert {report["url"] for report in where} == {f"http://127.0.0.1:{port}"}
         # A fourth one, later.
@@ -118,7 +120,7 @@ async def test_proxies_of_two_nodes_with_the_same_address_share_a_port(site: Sit
             await stack.enter_async_context(proxy(redis_url, f"p{n}", node=f"n{n}", port=port)) for n in range(2)
         ]
         for n in range(2):
-            await site.caller.registry.report("proxies", f"p{n}", {"node": f"n{n}", "state": "starting"})
+            await site.caller.registry.put_report(f"p{n}", ProxyReport(node=f"n{n}"))
         where = await asyncio.gather(*(one.ready() for one in proxies))
         assert [report["node"] for report in where] == ["n0", "n1"]
         assert {report["url"] for report in where} == {f"http://127.0.0.1:{port}"}
@@ -135,8 +137,8 @@ async def test_a_port_of_another_process_is_refused_by_name(site: Site, redis_ur
         taken.listen()
         port = taken.getsockname()[1]
         # A proxy of another node, at the same port number.
-        far = {"node": "n2", "address": "192.0.2.2", "state": "ready", "url": f"http://127.0.0.1:{port}"}
-        await site.caller.registry.report("proxies", "far", far)
+        far = ProxyReport(node="n2", address="192.0.2.2", state="ready", url=f"http://127.0.0.1:{port}")
+        await site.caller.registry.put_report("far", far)
         async with proxy(redis_url, port=port) as one:
             for ask in (one.ready, one.ready, one.check):
                 with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
@@ -190,12 +192,12 @@ async def test_a_proxy_survives_a_broker_that_dies_and_returns_empty() -> None:
             await wait_until_async(lambda: _status(http.get(f"{url}/-/healthz"), 503))
             await wait_until_async(lambda: _status(http.get(f"{url}/-/healthz"), 200))
             await wait_until_async(lambda: _status(http.put(url), 404))
-            assert "url" in (await reports(site))["p1"]
+            assert (await reports(site))["p1"].url is not None
 
 
 async def _has(site: Site, name: str, wanted: dict[str, Any]) -> bool:
-    report = (await reports(site)).get(name, {})
-    return wanted.items() <= report.items()
+    report = (await reports(site)).get(name, ProxyReport())
+    return wanted.items() <= asdict(report).items()
 
 
 async def _status(asked: Awaitable[httpx.Response], status: int) -> bool:
