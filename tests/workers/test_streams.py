@@ -115,7 +115,7 @@ async def test_a_stream_stops_when_its_caller_sends_no_signal(redis_url: str, mo
     async with calling(redis_url) as client, serving(redis_url, endless):
         incoming = await begun(ask(client)[1])
         await wait_until_async(ended.is_set)
-        with pytest.raises(StreamBroken, match=r"said nothing for 0\.5 s"):
+        with pytest.raises(StreamBroken, match=r"sent no signal for 0\.5 s"):
             await rest_of(incoming)
         await nothing_is_left(client)
 

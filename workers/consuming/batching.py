@@ -52,8 +52,10 @@ class Batching:
         self._run_s = 1.0
         """Average run time of a call, in which a slow call counts at once and a quick one slowly."""
         self._is_fetching, self._wanted = False, 0
+        """Whether a claim that does not block is in flight, and for how many entries."""
         self._fetch_began_s: float | None = None
         self._found_too_few = False
+        """Whether the last claim that did not block found fewer entries than there was room for."""
         self._linger: asyncio.TimerHandle | None = None
         self._lingered = False
         self._nearly_free: asyncio.TimerHandle | None = None
@@ -69,11 +71,6 @@ class Batching:
         self._stop_watching()
 
     # -- claiming
-
-    @property
-    def is_lingering(self) -> bool:
-        """Whether an incomplete batch waits for more requests."""
-        return self._linger is not None
 
     @property
     def is_busy(self) -> bool:

@@ -69,8 +69,18 @@ class Consumer:
         self._sharing, self._load_shedding = sharing, LoadShedding()
         self._scheduler = Scheduler(runner, self.in_progress, sharing, settings, commands.now_ms, self, self.kept)
         self._reader = EntryReader(
-            *(commands, group, settlement, self.in_progress, self._scheduler, self._load_shedding, self, settings),
-            *(keys, backend, replica, self.kept),
+            commands,
+            group,
+            settlement,
+            self.in_progress,
+            self._scheduler,
+            self._load_shedding,
+            self,
+            settings,
+            keys,
+            backend,
+            replica,
+            self.kept,
         )
         self._claim_loop = ClaimLoop(group, self._reader, self._scheduler, sharing, settings, backend, scan_soon)
         self._recalled: list[bytes] = []

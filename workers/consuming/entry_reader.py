@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class EntryReader:
-    """Reads the entries that one replica has claimed. Only for the loop in which it is made."""
+    """Reads the entries that one replica has claimed. Only for the loop in which it is made.
+
+    ``replies`` is the consumer: it finishes claims that cannot start, and claims more after a body was fetched.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class EntryReader:
         self._max_dead_letters = settings.max_dead_letters
 
     def close(self) -> None:
-        """Cancel what is being fetched."""
+        """Stop fetching bodies."""
         for task in self._tasks:
             task.cancel()
 

@@ -2,7 +2,7 @@
 
 Redelivered entries run in quarantine: only other redelivered entries run at the same time. An entry whose next death
 would exhaust ``max_deliveries`` runs alone, so a request that becomes a dead letter has caused its last death itself,
-and the requests that ran beside it before are answered.
+and the requests that ran beside it before get their replies.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Redelivery:
                 else:
                     together.append(redelivered)
         except (BrokerUnavailable, BrokerRefused) as e:
-            # Run what was claimed before: it is pending for this live replica, so no other replica redelivers it.
+            # Run the entries that were claimed before: no other replica redelivers them while this one is alive.
             log.debug("cannot redeliver more entries of backend %r: %s", self._backend, e)
         if self._consumer.is_draining:
             self._group.acknowledger.give_back([redelivered.ref for redelivered in together])

@@ -49,8 +49,8 @@ class Settlement:
             body, longest = reply.body, self._commands.max_string_bytes
 
             def too_long() -> list[bytes]:
-                said = str(too_long_of(body, min(longest, len(body) - 1)))
-                error = to_wire(BackendError(PayloadTooLarge.__name__, said))
+                message = str(too_long_of(body, min(longest, len(body) - 1)))
+                error = to_wire(BackendError(PayloadTooLarge.__name__, message))
                 return Reply(reply.id, 500, error=error, replica=self._replica, run_ms=reply.run_ms).fields()
 
             if len(body) > longest:

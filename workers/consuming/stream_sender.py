@@ -31,7 +31,7 @@ class StreamSender:
         # By entry ref and not by call id: callers choose the ids, so that two requests may have the same.
         self._open: dict[bytes, _OpenStream] = {}
         self._refs: dict[str, list[bytes]] = {}
-        """Entry refs by call id, which is what signals name."""
+        """Entry refs by call id: signals name the call."""
         self._check: asyncio.TimerHandle | None = None
 
     @property
@@ -56,7 +56,7 @@ class StreamSender:
         self._open[claim.ref] = _OpenStream(writer, loop.time())
         self._refs.setdefault(claim.entry.id, []).append(claim.ref)
         if self._check is None:
-            self._check = loop.call_later(_CHECK_S, self._stop_lapsed)
+            self._check = loop.call_later(_CHECK_S, self._stop_abandoned)
 
     def send(self, writer: StreamWriter, part: Part) -> None:
         """Append a part to the caller's reply stream. Shadow traffic has no caller, and its parts are dropped."""
@@ -87,7 +87,7 @@ class StreamSender:
             return
         for ref in self._refs.get(call_id, ()):
             stream = self._open[ref]
-            stream.heard_at_s = asyncio.get_running_loop().time()
+            stream.last_signal_s = asyncio.get_running_loop().time()
             stream.writer.grant(read_bytes)
 
     def close(self) -> None:
@@ -95,22 +95,22 @@ class StreamSender:
         if self._check is not None:
             self._check.cancel()
 
-    def _stop_lapsed(self) -> None:
+    def _stop_abandoned(self) -> None:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         for stream in list(self._open.values()):
             if not self._commands.connected:
-                stream.heard_at_s = now_s  # no signal can arrive
-            elif now_s - stream.heard_at_s > LAPSE_S:
+                stream.last_signal_s = now_s  # no signal can arrive
+            elif now_s - stream.last_signal_s > LAPSE_S:
                 # Shadow traffic has no reader, and its streams are stopped after the same time.
                 has_caller = stream.writer.claim.entry.caller
-                stream.writer.stop(f"its caller has said nothing for {LAPSE_S:g} s" if has_caller else "")
-        self._check = loop.call_later(_CHECK_S, self._stop_lapsed) if self._open else None
+                stream.writer.stop(f"its caller has sent no signal for {LAPSE_S:g} s" if has_caller else "")
+        self._check = loop.call_later(_CHECK_S, self._stop_abandoned) if self._open else None
 
 
 class _OpenStream:
-    __slots__ = ("heard_at_s", "writer")
+    __slots__ = ("last_signal_s", "writer")
 
-    def __init__(self, writer: StreamWriter, heard_at_s: float) -> None:
-        self.writer, self.heard_at_s = writer, heard_at_s
-        """When the last signal of the reader arrived, by the loop's clock."""
+    def __init__(self, writer: StreamWriter, last_signal_s: float) -> None:
+        self.writer, self.last_signal_s = writer, last_signal_s
+        """The time of the reader's last signal, by the loop's clock."""

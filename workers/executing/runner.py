@@ -52,7 +52,7 @@ class Runner:
                 and ``user_config``.
 
         Raises:
-            BackendError: what user code raised, with its traceback.
+            BackendError: user code raised; the error has its traceback.
             ConfigError: there is a ``max_batch_size``, and no method takes batches; or there is a ``user_config``, and
                 no ``reconfigure``.
         """

@@ -156,7 +156,7 @@ class StreamWriter:
 
 
 def pump(writer: StreamWriter, values: Generator[Any, Any, Any], backend: str, allow_pickle: bool) -> None:
-    """Send the values of a generator on the calling thread, then close it. Raises what it raises.
+    """Send the values of a generator on the calling thread, then close it. Raises any error of the generator.
 
     Raises:
         StreamStopped: the stream was stopped.

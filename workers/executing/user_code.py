@@ -38,7 +38,7 @@ class LoadedCode(NamedTuple):
 
     @classmethod
     def load(cls, blob: bytes) -> LoadedCode:
-        """Load what `dump` returned, and import the modules that it names. Raises what those raise."""
+        """Load what `dump` returned, and import the modules that it names. Raises any error of theirs."""
         target, args, kwargs, marked = cloudpickle.loads(blob)
         if isinstance(target, str):
             target = _imported(target)
@@ -58,7 +58,7 @@ class LoadedCode(NamedTuple):
         return _is_async(self.target)
 
     def construct(self) -> UserCode:
-        """Call the constructor if it is a class. Raises what that raises."""
+        """Call the constructor if it is a class. Raises any error of the constructor."""
         if isinstance(self.target, type):
             return UserCode(self.target(*self.args, **self.kwargs), has_methods=True)
         return UserCode(self.target, has_methods=False)

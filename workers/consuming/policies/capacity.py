@@ -25,7 +25,7 @@ _SMOOTHING = 0.3
 
 
 class Capacity:
-    """The slots of one replica, and what is known about how long they are occupied."""
+    """The slots of one replica, and how long calls occupy them."""
 
     def __init__(self, concurrency: int, *, is_blocking: bool) -> None:
         self.concurrency, self.is_blocking = concurrency, is_blocking
