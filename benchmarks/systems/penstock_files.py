@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.broker.embedded.server import EmbeddedServer
-from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
+from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -65,11 +65,10 @@ async def serve(url: str) -> None:
     """Declare the endpoint, and be its replica until this process ends."""
     connection = await RedisConnection(url, name="benchmark").open()
     registry = Registry(connection, Keys(INSTANCE))
-    backend = BackendRecord(tag=BACKEND, version="1", code="", config=CONFIG)
+    backend = BackendRecord(tag=BACKEND, version="1", code="", config=BackendSpec(**CONFIG))
     endpoint = EndpointRecord(name=ENDPOINT, traffic={BACKEND: 1.0})
     await registry.change(lambda seen: Change({BACKEND: backend}, {ENDPOINT: endpoint}))
-    runner = Runner(BACKEND, f"{BACKEND}#1", user_code.dump(ids), CONFIG)
-    await runner.start()
+    runner = await Runner.start(BACKEND, f"{BACKEND}#1", user_code.dump(ids), BackendSpec(**CONFIG))
     await Replica(url, INSTANCE, BACKEND, f"{BACKEND}#1", runner).start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -203,10 +203,10 @@ class BatchPipeline:
         endpoint = self._client.snapshot.endpoints.get(self._endpoint)
         tags = () if endpoint is None else endpoint.traffic
         try:
-            replicas = await asyncio.wait_for(self._client.registry.reports("replicas"), _SILENCE_S)
+            replicas = await asyncio.wait_for(self._client.registry.get_reports(ReplicaReport), _SILENCE_S)
         except (asyncio.TimeoutError, BrokerUnavailable):
             return "broker"
-        is_served = any(r.get("backend") in tags and r.get("state") == "ready" for r in replicas.values())
+        is_served = any(report.backend in tags and report.state == "ready" for report in replicas.values())
         return None if is_served else "replicas"
 
     # -- items

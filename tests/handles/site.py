@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from penstock.broker.registry.records import BackendRecord, BackendSpec, Change, EndpointRecord
+from penstock.broker.registry.reports import ReplicaReport
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -128,7 +129,7 @@ class Site:
         runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), BackendSpec(**config))
         worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
-        await self._registry.report("replicas", replica, {"backend": tag, "state": "ready"})
+        await self._registry.put_report(replica, ReplicaReport(backend=tag, state="ready"))
         self._workers.append((worker, runner))
         return worker
 
