@@ -27,9 +27,10 @@ from ..handles.calls.incoming_stream import IncomingStream
 from ..handles.calls.request_client import RequestClient
 from ..handles.errors import ConfigError, PenstockError
 from . import metrics, request_ids, response_streaming, responses, scopes
-from .disconnects import ClientDisconnected, DisconnectWatcher
 from .http1 import framing
 from .http1.buffers import Buffers, default_bytes
+from .http1.disconnects import ClientDisconnected, DisconnectWatcher
+from .options import DEFAULTS
 from .preferences import may_be_kept
 from .request_body import has_body, read_body
 from .responses import HTTPResponse, RawHeaders
@@ -98,9 +99,9 @@ class App:
         self,
         caller: RequestClient,
         *,
-        max_body_bytes: int = 64 * 1024 * 1024,
+        max_body_bytes: int = DEFAULTS.max_body_bytes,
         max_buffered_bytes: int | None = None,
-        request_timeout_s: float = 60.0,
+        request_timeout_s: float = DEFAULTS.request_timeout_s,
         root_path: str = "",
         debug: bool = False,
     ) -> None:

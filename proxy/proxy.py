@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,15 +21,16 @@ from ..broker.errors import BrokerUnavailable, ConfigError
 from ..broker.queue.leases import Lease
 from ..broker.registry.records import Snapshot
 from ..broker.registry.reports import ProxyReport
+from ..broker.registry.store import Registry
 from ..broker.transport import outages
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.calls.request_client import RequestClient
 from ..runtime.memory import Memory
 from .app import App
-from .http1.buffers import default_bytes
-from .http1.connection_limit import MAX_CONNECTIONS, allowed_connections
+from .http1.connection_limit import allowed_connections
 from .middleware import wrap
+from .options import ProxyOptions
 from .server import PortInUse, Server, is_wildcard
 
 log = logging.getLogger(__name__)
@@ -63,18 +65,14 @@ class Proxy:
         node: str = "",
         address: str = "127.0.0.1",
     ) -> None:
-        self._url, self._instance, self._name, self._options = redis_url, instance, name, options
-        self._address = address
+        self._url, self._instance, self._name = redis_url, instance, name
+        self._options = ProxyOptions.from_fields(options)
         self._report = ProxyReport(node=node, address=address, pid=os.getpid())
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
-        self._caller: RequestClient | None = None
-        self._app: App | None = None
         self._memory = Memory()
-        self._server: Server | None = None
-        self._starting: asyncio.Task[None] | None = None
+        self._cleanup = AsyncExitStack()
+        self._starting: asyncio.Task[_Running] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._reporting: asyncio.Task[None] | None = None
-        self._has_news = False
 
     async def ready(self) -> dict[str, Any]:
         """Start the proxy and return its ``url``, ``node`` and ``pid`` once it accepts requests.
@@ -86,8 +84,8 @@ class Proxy:
         """
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
-        await asyncio.shield(self._starting)
-        return {"url": self._report.url, "node": self._report.node, "pid": self._report.pid}
+        report = (await asyncio.shield(self._starting)).reporter.report
+        return {"url": report.url, "node": report.node, "pid": report.pid}
 
     async def check(self) -> None:
         """Check the health of the proxy, and while it is idle return unused memory to the operating system.
@@ -95,11 +93,12 @@ class Proxy:
         Raises:
             Exception: the start failed, or the HTTP server has ended.
         """
-        if self._starting is not None and self._starting.done():
-            await self._starting
-        if self._server is not None and self._draining is None:
-            await self._server.check()
-        if self._app is not None and self._app.metrics.in_flight == 0:
+        if self._starting is None or not self._starting.done():
+            return
+        running = await self._starting
+        if self._draining is None:
+            await running.server.check()
+        if running.app.metrics.in_flight == 0:
             self._memory.give_back()
 
     async def drain(self, timeout_s: float) -> None:
@@ -110,42 +109,50 @@ class Proxy:
 
     # -- starting
 
-    async def _start(self) -> None:
-        self._caller = await self._connect()
+    async def _start(self) -> _Running:
+        client = await self._connect()
+        self._cleanup.push_async_callback(client.close)
+        reporter = _Reporter(client.registry, self._name, self._report)
+        self._cleanup.callback(reporter.stop)
         # The lease comes before the routes: a change of the registry waits for every proxy that has a lease.
+        self._cleanup.push_async_callback(asyncio.to_thread, self._lease.stop)
         await self._take_lease()
         options = self._options
-        max_body_bytes: int = options.get("max_body_bytes", 64 * 1024 * 1024)
-        self._app = App(
-            self._caller,
-            max_body_bytes=max_body_bytes,
-            max_buffered_bytes=default_bytes(max_body_bytes, options.get("proxies_per_node", 1))
-            if options.get("max_buffered_bytes") is None
-            else options["max_buffered_bytes"],
-            request_timeout_s=options.get("request_timeout_s", 60.0),
-            root_path=options.get("root_path", ""),
-            debug=options.get("debug", False),
+        app = App(
+            client,
+            max_body_bytes=options.max_body_bytes,
+            max_buffered_bytes=options.buffered_bytes,
+            request_timeout_s=options.request_timeout_s,
+            root_path=options.root_path,
+            debug=options.debug,
         )
-        self._server = await self._listen(wrap(self._app, options.get("middlewares", ())))
-        self._app.buffers.measure = self._server.unsent_bytes
-        host = self._address if is_wildcard(self._server.host) else self._server.host
-        url = f"http://[{host}]:{self._server.port}" if ":" in host else f"http://{host}:{self._server.port}"
-        self._caller.watcher.add_listener(self._on_change)
-        self._update_report(state="ready", url=url)
-        self._on_change(self._caller.snapshot)
+        self._cleanup.callback(app.close)
+        server = await self._listen(wrap(app, options.middlewares), client.registry)
+        app.buffers.measure = server.unsent_bytes
+        host = self._report.address if is_wildcard(server.host) else server.host
+        url = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+
+        def follow(snapshot: Snapshot) -> None:
+            app.apply(snapshot)
+            reporter.update(version=snapshot.version)
+
+        client.watcher.add_listener(follow)
+        reporter.update(state="ready", url=url)
+        follow(client.snapshot)
         log.info("proxy %s serves on %s", self._name, url)
+        return _Running(app, server, reporter)
 
     async def _connect(self) -> RequestClient:
         while True:
-            caller = RequestClient(self._url, self._instance)
+            client = RequestClient(self._url, self._instance)
             try:
-                await caller.open()
+                await client.open()
             except BrokerUnavailable as e:
                 outages.report_began(shown_url(self._url), self, f"proxy {self._name} waits for the broker: {e}")
                 await asyncio.sleep(_RETRY_S)
             else:
                 outages.report_ended(shown_url(self._url), self)
-                return caller
+                return client
 
     async def _take_lease(self) -> None:
         while True:
@@ -159,9 +166,9 @@ class Proxy:
                 outages.report_ended(shown_url(self._url), self)
                 return
 
-    async def _listen(self, app: ASGIApp) -> Server:
-        host, port = self._options.get("host", "127.0.0.1"), self._options.get("port", 8000)
-        limit = allowed_connections(self._options.get("max_connections", MAX_CONNECTIONS))
+    async def _listen(self, app: ASGIApp, registry: Registry) -> Server:
+        host, port = self._options.host, self._options.port
+        limit = allowed_connections(self._options.max_connections)
         ends_at = asyncio.get_running_loop().time() + _SIBLINGS_S
         while True:
             try:
@@ -169,7 +176,7 @@ class Proxy:
                 await server.start()
                 return server
             except PortInUse as e:
-                siblings = await self._siblings()
+                siblings = await self._siblings(registry)
                 if any(urlsplit(sibling.url or "").port == port for sibling in siblings):
                     server = Server(app, host, port, shared=True, max_connections=limit)
                     await server.start()
@@ -179,11 +186,10 @@ class Proxy:
                     raise ConfigError(str(e)) from None
             await asyncio.sleep(0.1)
 
-    async def _siblings(self) -> list[ProxyReport]:
+    async def _siblings(self, registry: Registry) -> list[ProxyReport]:
         """Return the reports of other proxies that may run on this machine."""
-        assert self._caller is not None
         try:
-            reports = await self._caller.registry.get_reports(ProxyReport)
+            reports = await registry.get_reports(ProxyReport)
         except BrokerUnavailable:
             return [ProxyReport(state="starting")]  # there may be one
         return [
@@ -196,47 +202,66 @@ class Proxy:
         # The first report of a starting proxy comes from the controller, which does not know the address.
         return report.state == "starting" and not report.address
 
-    # -- following the registry
+    # -- draining
 
-    def _on_change(self, snapshot: Snapshot) -> None:
-        assert self._app is not None
-        self._app.apply(snapshot)
-        self._update_report(version=snapshot.version)
+    async def _drain(self, timeout_s: float) -> None:
+        running: _Running | None = None
+        if self._starting is not None:
+            if not self._starting.done():
+                self._starting.cancel()
+                await asyncio.wait([self._starting])
+            if not self._starting.cancelled() and self._starting.exception() is None:
+                running = self._starting.result()
+        if running is not None:
+            running.app.draining = True
+            running.reporter.update(state="draining", url=None)
+            await running.server.stop(timeout_s)
+        await self._cleanup.aclose()
 
-    def _update_report(self, **changes: Any) -> None:
-        """Change fields of this proxy's report, and send it once the registry can be reached."""
-        self._report = replace(self._report, **changes)
+
+class _Reporter:
+    """Keeps the report of a proxy in the registry up to date.
+
+    Args:
+        registry: the registry of the instance.
+        name: name of the proxy.
+        report: its report, of which nothing is sent before the first `update`.
+    """
+
+    def __init__(self, registry: Registry, name: str, report: ProxyReport) -> None:
+        self.report = report
+        self._registry, self._name = registry, name
+        self._has_news = False
+        self._sending: asyncio.Task[None] | None = None
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the report, and send it once the registry can be reached."""
+        self.report = replace(self.report, **changes)
         self._has_news = True
-        if self._reporting is None or self._reporting.done():
-            self._reporting = asyncio.get_running_loop().create_task(self._send_reports())
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.get_running_loop().create_task(self._send())
 
-    async def _send_reports(self) -> None:
-        assert self._caller is not None
+    def stop(self) -> None:
+        """Stop sending."""
+        if self._sending is not None:
+            self._sending.cancel()
+
+    async def _send(self) -> None:
         while self._has_news:
             self._has_news = False
             try:
-                await self._caller.registry.put_report(self._name, self._report)
+                await self._registry.put_report(self._name, self.report)
             except BrokerUnavailable:
                 self._has_news = True
                 await asyncio.sleep(_RETRY_S)
             except Exception:
                 log.exception("proxy %s cannot send its report to the registry", self._name)
 
-    # -- draining
 
-    async def _drain(self, timeout_s: float) -> None:
-        if self._starting is not None and not self._starting.done():
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
-        if self._app is not None:
-            self._app.draining = True
-        if self._server is not None:
-            self._update_report(state="draining", url=None)
-            await self._server.stop(timeout_s)
-        if self._app is not None:
-            self._app.close()
-        await asyncio.to_thread(self._lease.stop)
-        if self._reporting is not None:
-            self._reporting.cancel()
-        if self._caller is not None:
-            await self._caller.close()
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The parts of a proxy that has started."""
+
+    app: App
+    server: Server
+    reporter: _Reporter

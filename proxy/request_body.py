@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import Receive
 
 from ..handles.errors import MalformedBody, PayloadTooLarge, PenstockError
-from .disconnects import ClientDisconnected
+from .http1.disconnects import ClientDisconnected
 
 
 class SlowBody(PenstockError):

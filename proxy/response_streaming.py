@@ -17,7 +17,7 @@ from ..broker.wire.replies import Reply
 from ..handles.calls.incoming_stream import IncomingStream, StreamPiece
 from ..handles.errors import BackendError, PayloadTooLarge, PenstockError
 from . import responses
-from .disconnects import ClientDisconnected, wait_for_disconnect
+from .http1.disconnects import ClientDisconnected, wait_for_disconnect
 from .responses import HTTPResponse
 
 logger = logging.getLogger("penstock.proxy")

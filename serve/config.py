@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 
 from ..broker.errors import ConfigError
 from ..broker.registry.records import DEFAULTS, AutoscalingSpec, BackendSpec
-from ..proxy.http1.connection_limit import MAX_CONNECTIONS
+from ..proxy.options import DEFAULTS as PROXY_DEFAULTS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
@@ -202,10 +202,10 @@ def _path_prefix(value: str) -> str:
 class HTTPOptions(_Config):
     """HTTP options of an instance."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = PROXY_DEFAULTS.host
     """The address to listen on; ``"0.0.0.0"`` means all IPv4 addresses of a node."""
 
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    port: Annotated[int, Field(ge=0, le=65535)] = PROXY_DEFAULTS.port
     """The port; 0 picks a free one, which ``client.http_url`` shows."""
 
     middlewares: list[Middleware] = Field(default_factory=list[Middleware])
@@ -214,13 +214,13 @@ class HTTPOptions(_Config):
     location: Annotated[Location, BeforeValidator(_no_server)] = "HeadOnly"
     """Where proxies run: ``"HeadOnly"``, the node that called ``start``; ``"EveryNode"``; ``"NoServer"`` or None."""
 
-    proxies_per_node: Count = 1
+    proxies_per_node: Count = PROXY_DEFAULTS.proxies_per_node
     """The number of proxies on a node, which share its port."""
 
-    request_timeout_s: Positive = 60.0
+    request_timeout_s: Positive = PROXY_DEFAULTS.request_timeout_s
     """Seconds after which a request without a response is answered with 504."""
 
-    max_body_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    max_body_bytes: Annotated[int, Field(ge=0)] = PROXY_DEFAULTS.max_body_bytes
     """The largest request body; a larger one is answered with 413."""
 
     max_buffered_bytes: int | None = None
@@ -230,7 +230,7 @@ class HTTPOptions(_Config):
     never less than ``max_body_bytes``.
     """
 
-    max_connections: Count = MAX_CONNECTIONS
+    max_connections: Count = PROXY_DEFAULTS.max_connections
     """The largest number of open connections of one proxy; further ones are answered with 503 and closed."""
 
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from ..disconnects import is_reset
+from .disconnects import is_reset
 from .writer import ConnectionWriter
 
 HALF_CLOSED_S = 0.05

@@ -20,10 +20,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from .. import responses
-from ..disconnects import is_at_eof
 from ..response_streaming import CutOff
 from . import framing, time_limits
 from .connection_limit import ConnectionLimit
+from .disconnects import is_at_eof
 from .ignored_upgrade import parser_for_body
 from .presence import PresenceCheck
 from .time_limits import Overdue, TimeLimits

@@ -11,6 +11,7 @@ import ray
 
 from ...broker.defaults import belong_to
 from ...handles.log_context import name_requests
+from ...proxy.options import ProxyOptions
 from ...proxy.proxy import Proxy
 from ...runtime.sigterm import DrainsOnSigterm
 from ...workers.actor import outlast
@@ -26,7 +27,7 @@ class HTTPProxy(DrainsOnSigterm):
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)
         # After this time every request has its response, or a streamed response that is cut off.
-        self.on_sigterm(partial(self._proxy.drain, float(options.get("request_timeout_s", 60.0))))
+        self.on_sigterm(partial(self._proxy.drain, ProxyOptions.from_fields(options).request_timeout_s))
 
     async def ready(self) -> dict[str, Any]:
         """Return the proxy's report once it serves."""

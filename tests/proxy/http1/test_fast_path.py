@@ -12,8 +12,8 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
-from penstock.proxy.disconnects import WATCH_AFTER_S, ClientDisconnected
 from penstock.proxy.http1 import fast_path
+from penstock.proxy.http1.disconnects import WATCH_AFTER_S, ClientDisconnected
 from penstock.proxy.http1.fast_path import FastPath, protocol_for
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server

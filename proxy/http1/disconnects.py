@@ -10,7 +10,7 @@ import time
 
 from starlette.types import Receive
 
-from ..handles.calls.call import CallOutcome
+from ...handles.calls.call import CallOutcome
 
 logger = logging.getLogger("penstock.proxy")
 

@@ -1,0 +1,44 @@
+"""Options of one proxy, with the defaults that ``serve.HTTPOptions`` shows to users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from .http1.buffers import default_bytes
+from .http1.connection_limit import MAX_CONNECTIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyOptions:
+    """The fields of ``serve.HTTPOptions`` that a proxy needs; they are described there."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    middlewares: Sequence[Middleware] = ()
+    proxies_per_node: int = 1
+    request_timeout_s: float = 60.0
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_buffered_bytes: int | None = None
+    max_connections: int = MAX_CONNECTIONS
+    root_path: str = ""
+    debug: bool = False
+
+    @classmethod
+    def from_fields(cls, options: Mapping[str, Any]) -> ProxyOptions:
+        """Return the options with those fields of ``options`` that a proxy needs."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in options.items() if name in names})
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The memory budget for bodies: ``max_buffered_bytes``, or the default for this machine."""
+        if self.max_buffered_bytes is not None:
+            return self.max_buffered_bytes
+        return default_bytes(self.max_body_bytes, self.proxies_per_node)
+
+
+DEFAULTS = ProxyOptions()
