@@ -11,7 +11,7 @@ from .calls.kept_requests import Ticket
 from .calls.request_client import RequestClient
 from .calls.submitted import AsyncSubmitted, value_of_result
 from .errors import ConfigError
-from .futures import AsyncReplyFuture
+from .futures import new_reply_future
 from .object_refs import object_ref
 from .options import CallOptions
 from .response_stream import AsyncResponseStream
@@ -62,7 +62,7 @@ class AsyncServeHandle(BaseHandle):
             client, endpoint = found
         else:
             client, endpoint, timeout_s = await self._connect(timeout_s)
-        future = AsyncReplyFuture(self._endpoint, loop=client.loop)
+        future = new_reply_future(self._endpoint, client.loop)
         try:
             future.call = call = self._dispatch(client, endpoint, encoded, timeout_s, future.settle)
             await call.accepted()

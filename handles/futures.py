@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Generator
@@ -19,24 +20,53 @@ from . import background_loop
 from .calls.call import Call, CallOutcome
 from .response import result_of
 
+_ALWAYS_CHECKED = 100
+"""The first replies of a process, all of which are checked for being read."""
+_CHECKED_SHARE = 64
+"""Of the later replies, one in this many is checked: the check costs 2.5 us, a tenth of a call."""
+
+_numbers = itertools.count()
 _has_warned = False
 """Whether this process has warned of a future that nothing read."""
 
 
 class AsyncReplyFuture(asyncio.Future[Any]):
-    """The future of a reply in an event loop.
-
-    A future that is dropped without being read warns once in each process: the second ``await`` was probably forgotten.
-    """
+    """The future of a reply in an event loop. Made by `new_reply_future`."""
 
     call: Call | None = None
     """The call, until it is over: the two refer to each other, which would leave them to the garbage collector."""
-    _endpoint = ""
-    _is_read = False
 
-    def __init__(self, endpoint: str, *, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._endpoint = endpoint
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled and self.call is not None:
+            self.call.cancel()
+            self.call = None
+        return cancelled
+
+    def settle(self, outcome: CallOutcome) -> None:
+        """Set the outcome of the call."""
+        self.call = None
+        if self.done():
+            return
+        try:
+            value = result_of(outcome)
+        except BaseException as e:
+            self.set_exception(e)
+        else:
+            self.set_result(value)
+
+    def mark_read(self) -> None:
+        """Declare that nothing will read this future, so that dropping it warns of nothing."""
+        if self.done() and not self.cancelled():
+            self.exception()
+
+
+class _CheckedReplyFuture(AsyncReplyFuture):
+    """A future that warns when it is dropped without being read: the second ``await`` was probably forgotten."""
+
+    endpoint = ""
+    """Name of the called endpoint, for the warning."""
+    _is_read = False
 
     def __await__(self) -> Generator[Any, None, Any]:
         self._is_read = True
@@ -58,42 +88,38 @@ class AsyncReplyFuture(asyncio.Future[Any]):
 
     def cancel(self, msg: Any | None = None) -> bool:
         self._is_read = True
-        cancelled = super().cancel(msg)
-        if cancelled and self.call is not None:
-            self.call.cancel()
-            self.call = None
-        return cancelled
-
-    def settle(self, outcome: CallOutcome) -> None:
-        """Set the outcome of the call."""
-        self.call = None
-        if self.done():
-            return
-        try:
-            value = result_of(outcome)
-        except BaseException as e:
-            self.set_exception(e)
-        else:
-            self.set_result(value)
+        return super().cancel(msg)
 
     def mark_read(self) -> None:
-        """Declare that nothing will read this future, so that dropping it warns of nothing."""
         self._is_read = True
-        if self.done() and not self.cancelled():
-            self.exception()
+        super().mark_read()
 
     def __del__(self) -> None:
         global _has_warned
         if not self._is_read and not _has_warned and not sys.is_finalizing():
             _has_warned = True
             warnings.warn(
-                f"a reply of endpoint {self._endpoint!r} was never read: remote() returns a future once the request is "
+                f"a reply of endpoint {self.endpoint!r} was never read: remote() returns a future once the request is "
                 "queued, and `await` on that future returns the reply, as in `await (await handle.remote(...))`. "
                 "Further unread replies are not reported",
                 RuntimeWarning,
                 stacklevel=2,
             )
         super().__del__()
+
+
+def new_reply_future(endpoint: str, loop: asyncio.AbstractEventLoop) -> AsyncReplyFuture:
+    """Return a future for a reply of ``endpoint``.
+
+    The first replies of a process are checked, and one in `_CHECKED_SHARE` of the later ones: dropping such a future
+    without reading it warns, once in each process.
+    """
+    number = next(_numbers)
+    if _has_warned or (number >= _ALWAYS_CHECKED and number % _CHECKED_SHARE):
+        return AsyncReplyFuture(loop=loop)
+    future = _CheckedReplyFuture(loop=loop)
+    future.endpoint = endpoint
+    return future
 
 
 class _Waiters(list[Any]):

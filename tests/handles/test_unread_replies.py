@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,6 +22,7 @@ async def warnings_of(site: Site, monkeypatch: pytest.MonkeyPatch, call: Call, t
         warnings.simplefilter("ignore")
         gc.collect()  # futures of other tests
     monkeypatch.setattr(futures, "_has_warned", False)
+    monkeypatch.setattr(futures, "_numbers", itertools.count())
     handle = AsyncServeHandle(site.url, INSTANCE, "ask")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
