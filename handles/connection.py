@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 from ..broker.defaults import default_instance, needed_url
 from ..broker.transport.url import shown_url
+from ..broker.wire.kept import RequestStatus
 from ..broker.wire.keys import check_name
 from . import background_loop
 from ._tracebacks import short_traceback
@@ -179,6 +180,30 @@ class Connection:
         if not isinstance(request_id, str):
             raise TypeError(f"the id of a submitted request must be a str, not {type(request_id).__name__}")
         return (Submitted if sync else AsyncSubmitted)(self.redis_url, self.instance, request_id)
+
+    def submitted_requests(self, endpoint: str) -> list[RequestStatus]:
+        """Return the statuses of the submitted requests of an endpoint, and of those with a key, oldest first.
+
+        It scans all keys of the Redis (``SCAN``), which needs the rights of the owner of the instance.
+
+        Args:
+            endpoint: name of the endpoint.
+
+        Raises:
+            EndpointNotFound: there is no such endpoint.
+            NotPermitted: the Redis user may not scan the keys.
+            BrokerUnavailable: Redis cannot be reached.
+        """
+        return background_loop.run(self._submitted_requests(endpoint))
+
+    async def _submitted_requests(self, endpoint: str) -> list[RequestStatus]:
+        async with SharedClient.using(self.redis_url, self.instance) as client:
+            snapshot = await client.registry.snapshot()
+            if endpoint not in snapshot.endpoints:
+                raise EndpointNotFound(endpoint, snapshot.endpoints)
+            # Of all backends: the traffic may have been another one when they were submitted.
+            found = [status for tag in snapshot.backends for status in await client.kept.statuses(tag)]
+        return sorted((one for one in found if one.endpoint == endpoint), key=lambda one: one.created)
 
     @short_traceback
     def dead_letters(self, tag: str) -> DeadLetters:

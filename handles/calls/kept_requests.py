@@ -492,10 +492,9 @@ class KeptRequests:
         return state
 
     async def statuses(self, backend: str) -> list[RequestStatus]:
-        """Return the statuses of all kept requests of a backend, the oldest first."""
+        """Return the statuses of all kept requests of a backend."""
         with self._progress():
-            found = [status async for status in self._reader.statuses(backend)]
-        return sorted(found, key=lambda status: status.created)
+            return [status async for status in self._reader.statuses(backend)]
 
     @contextmanager
     def _progress(self) -> Generator[None]:

@@ -36,6 +36,10 @@ from .options import (
 @click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
 @click.option("--shard-key", metavar="KEY", help="Calls with the same key go to the same backend.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this long.")
+@click.option("--submit", is_flag=True, help="Submit the call, and write the id of its result instead of waiting.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Calls with the same key run once and get the one result, for a time."
+)
 @as_json
 def call(
     endpoint: str,
@@ -47,6 +51,8 @@ def call(
     method: str,
     shard_key: str | None,
     timeout: float | None,
+    submit: bool,
+    idempotency_key: str | None,
     json: bool,
 ) -> None:
     """Call ENDPOINT once with DATA, and write the result.
@@ -58,31 +64,46 @@ def call(
       penstock call greet '{"name": "Ada"}'
       penstock call greet Ada --text
       penstock call digit - < image.json
+      penstock result --wait $(penstock call digit --submit - < image.json)
     """  # noqa: D301
-    check_text(endpoint=endpoint, data=data, method=method, shard_key=shard_key)
+    check_text(endpoint=endpoint, data=data, method=method, shard_key=shard_key, idempotency_key=idempotency_key)
     for one in query:
         check_text(query=one)
     body = _body(data, text)
     parameters = dict(_pair(one) for one in query)
     with thin_connection(redis_url, instance) as connection:
         with usage_errors():
-            handle = connection.get_handle(endpoint).options(method_name=method, shard_key=shard_key, timeout_s=timeout)
+            handle = connection.get_handle(endpoint).options(
+                method_name=method, shard_key=shard_key, timeout_s=timeout, idempotency_key=idempotency_key
+            )
         arguments = () if data is None else (body,)
-        future = handle.remote(*arguments, **parameters)
         try:
-            answer = future.result()
-        except (KeyboardInterrupt, SystemExit):
-            future.cancel()
-            raise
+            if submit:
+                submitted = handle.submit(*arguments, **parameters)
+                if json:
+                    write_json({"id": submitted.id})
+                else:
+                    click.echo(submitted.id)
+                return
+            future = handle.remote(*arguments, **parameters)
+            try:
+                answer = future.result()
+            except (KeyboardInterrupt, SystemExit):
+                future.cancel()
+                raise
         except PenstockError as e:
-            if json:
-                write_json({"error": error_of(e)})
-            else:
-                click.echo(
-                    f"Error: {e.type_name}: {e.message}" if isinstance(e, BackendError) else f"Error: {e}", err=True
-                )
+            report_error(e, json)
             sys.exit(FAILED)
-    _write(answer, json)
+    write_answer(answer, json)
+
+
+def report_error(error: PenstockError, json: bool) -> None:
+    """Write the error that a call ended with."""
+    if json:
+        write_json({"error": error_of(error)})
+    else:
+        said = f"{error.type_name}: {error.message}" if isinstance(error, BackendError) else str(error)
+        click.echo(f"Error: {said}", err=True)
 
 
 def _body(data: str | None, text: bool) -> Any:
@@ -106,7 +127,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _write(answer: Any, json: bool) -> None:
+def write_answer(answer: Any, json: bool) -> None:
+    """Write the result of a call."""
     try:
         if json:
             write_json(result_line(answer))
