@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..broker.errors import ConfigError, PenstockError
-from ..broker.queue.load import read_depth
+from ..broker.queue.queue_depth import read_depth
 from ..broker.queue.stats import read_stats
 from ..broker.registry.records import BackendRecord, Change, Snapshot
 from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport

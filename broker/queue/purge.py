@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 _PAGE = 500
 
 
-async def retire(connection: RedisConnection, keys: Keys, backend: str, status: int, error: Mapping[str, Any]) -> int:
+async def purge_backend(
+    connection: RedisConnection, keys: Keys, backend: str, status: int, error: Mapping[str, Any]
+) -> int:
     """Refuse every request of ``backend`` with ``error``, and delete all of its keys, those of dead letters too.
 
     Its replicas must have ended, and no endpoint may route to it. Returns the number of refused requests with a caller.

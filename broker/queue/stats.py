@@ -14,7 +14,7 @@ from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
 from .dead_letter_limits import DROPPED_FIELD
-from .load import read_depth
+from .queue_depth import read_depth
 
 _SERVED, _FAILED, _RUN_US, _BATCHED = b"served", b"failed", b"run_us", b"batched"
 _BATCHES = b"batches:"

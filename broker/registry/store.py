@@ -20,7 +20,7 @@ from ..wire._fields import LARGEST
 from ..wire.keys import Keys
 from .json_records import parse_objects, read_record
 from .records import BackendRecord, Change, EndpointRecord, Snapshot
-from .reports import Report, ReportKind, ReportT
+from .reports import Report, ReportT
 
 log = logging.getLogger(__name__)
 
@@ -163,18 +163,6 @@ class Registry:
 
     async def delete_report(self, kind: type[Report], name: str) -> None:
         await self._connection.send("HDEL", self._keys.reports(kind.kind), name, repeat=True)
-
-    async def report(self, kind: ReportKind, name: str, record: Mapping[str, Any] | None) -> None:
-        """Store ``record`` as the latest report of ``name``; None deletes the report."""
-        key = self._keys.reports(kind)
-        if record is None:
-            await self._connection.send("HDEL", key, name, repeat=True)
-        else:
-            await self._connection.run_script(_REPORT, [key], [name, orjson.dumps(record)], repeat=True)
-
-    async def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
-        """Return the latest report of each process of one kind, by name. Some of them may have died since."""
-        return parse_objects(await self._connection.send("HGETALL", self._keys.reports(kind), repeat=True))
 
     async def get_settings(self) -> dict[str, Any] | None:
         """Return the settings that the instance was started with, or None if there is no such instance."""

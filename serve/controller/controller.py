@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ...broker.errors import BrokerUnavailable, PenstockError
-from ...broker.queue.purge import retire
+from ...broker.queue.purge import purge_backend
 from ...broker.registry.records import Snapshot
 from ...broker.registry.store import Registry
 from ...broker.registry.watcher import Watcher
@@ -171,7 +171,7 @@ class Controller:
         if settings.stopping == "erase":
             error = PenstockError(f"the instance {self._keys.instance!r} was shut down")
             for tag in (await self._registry.snapshot()).backends:
-                await retire(self._connection, self._keys, tag, 503, to_wire(error))
+                await purge_backend(self._connection, self._keys, tag, 503, to_wire(error))
             await self._registry.erase()
             return
         await self._reconciler.delete_reports()

@@ -229,7 +229,7 @@ class StateObserver:
             id=name,
             node=report.node,
             state=_state(member, report),
-            port=urlsplit(report.url).port or 0,
+            port=urlsplit(report.url or "").port or 0,
             is_drain_awaited=member.ending,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...broker.errors import PenstockError
-from ...broker.queue.purge import retire
+from ...broker.queue.purge import purge_backend
 from ...broker.registry.records import BackendRecord, Snapshot
 from ...broker.registry.reports import ControllerReport, ProxyReport, ReplicaReport
 from ...broker.registry.store import Registry
@@ -163,13 +163,13 @@ class Reconciler:
     async def _purge_backend(self, tag: str) -> None:
         """Refuse the requests of a deleted backend, now and once more for publishers that had not noticed yet."""
         error = BackendNotFound(tag, (await self._registry.snapshot()).backends)
-        await retire(self._connection, self._keys, tag, error.status, to_wire(error))
+        await purge_backend(self._connection, self._keys, tag, error.status, to_wire(error))
         await self._observer.forget_backend(tag)
 
         async def purge_late_requests() -> None:
             await asyncio.sleep(_LATE_PUBLISH_S)
             if tag not in (await self._registry.snapshot()).backends:
-                await retire(self._connection, self._keys, tag, error.status, to_wire(error))
+                await purge_backend(self._connection, self._keys, tag, error.status, to_wire(error))
 
         task = asyncio.get_running_loop().create_task(purge_late_requests())
         self._late_purges.add(task)

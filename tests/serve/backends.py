@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock import serve
+from penstock.broker.registry.reports import ReplicaReport
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 
@@ -38,13 +39,11 @@ def replicas(client: serve.Client, tag: str = "f") -> dict[str, int]:
     async def read() -> dict[str, int]:
         instance = await Instance(client.redis_url, "default").open()
         try:
-            reports = await instance.registry.reports("replicas")
+            reports = await instance.registry.get_reports(ReplicaReport)
         finally:
             await instance.close()
         return {
-            name: report["pid"]
-            for name, report in reports.items()
-            if report["backend"] == tag and report["state"] == "ready"
+            name: report.pid for name, report in reports.items() if report.backend == tag and report.state == "ready"
         }
 
     return background_loop.run(read())

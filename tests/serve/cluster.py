@@ -26,7 +26,7 @@ from redis import Redis
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from penstock.broker.registry.reports import ReportKind
+from penstock.broker.registry.reports import ReportT
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 from tests.waiting import wait_until
@@ -236,13 +236,13 @@ class Cluster:
             finally:
                 script.kill()
 
-    def reports(self, kind: ReportKind) -> dict[str, dict[str, Any]]:
+    def reports(self, kind: type[ReportT]) -> dict[str, ReportT]:
         """Return the latest reports of the instance's replicas or proxies."""
 
-        async def read() -> dict[str, dict[str, Any]]:
+        async def read() -> dict[str, ReportT]:
             instance = await Instance(self.near_url, "default").open()
             try:
-                return await instance.registry.reports(kind)
+                return await instance.registry.get_reports(kind)
             finally:
                 await instance.close()
 

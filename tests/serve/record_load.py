@@ -18,7 +18,8 @@ from typing import Any
 import ray
 
 from penstock import serve
-from penstock.broker.queue.load import read_depth
+from penstock.broker.queue.queue_depth import read_depth
+from penstock.broker.registry.reports import BackendStatus
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
@@ -62,8 +63,8 @@ class Recording:
         print("at_s,arrived,unsettled,in_progress,wanted,ready")
         while (now_s := time.monotonic() - began_s) < SECONDS:
             load = await read_depth(self._connection, self._keys, "f")
-            said = (await self._registry.reports("backends"))["f"]
-            counted = (self._arrived, load.unsettled, load.in_progress, said["wanted"], said["ready"])
+            status = (await self._registry.get_reports(BackendStatus))["f"]
+            counted = (self._arrived, load.unsettled, load.in_progress, status.wanted, status.ready)
             print(f"{now_s:.2f}", *counted, sep=",")
             await asyncio.sleep(SAMPLE_S - now_s % SAMPLE_S)
         sending.cancel()

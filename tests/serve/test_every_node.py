@@ -13,6 +13,7 @@ import pytest
 from httpx import Client as HTTPClient, ConnectError
 
 from penstock import serve
+from penstock.broker.registry.reports import ProxyReport, ReplicaReport
 from tests.serve.backends import SMALL
 from tests.serve.cluster import Cluster, Node, cluster
 from tests.serve.load import load
@@ -66,7 +67,7 @@ def url(node: Node, path: str = "/e") -> str:
 def proxies(machines: Cluster, node: Node) -> set[int]:
     """Return the process ids of a node's ready proxies."""
     there = url(node, "")
-    return {proxy["pid"] for proxy in machines.reports("proxies").values() if proxy.get("url") == there}
+    return {proxy.pid for proxy in machines.reports(ProxyReport).values() if proxy.url == there}
 
 
 def get(machines: Cluster, http: HTTPClient, node: Node, path: str = "/e") -> str:
@@ -84,13 +85,13 @@ def seconds(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
 def node_id(machines: Cluster, node: Node) -> str:
     """Its name in Ray."""
     there = url(node, "")
-    return next(str(proxy["node"]) for proxy in machines.reports("proxies").values() if proxy.get("url") == there)
+    return next(proxy.node for proxy in machines.reports(ProxyReport).values() if proxy.url == there)
 
 
 def ready_replicas(machines: Cluster) -> list[str]:
     """Where each of them is."""
-    replicas = machines.reports("replicas").values()
-    return [str(replica["node"]) for replica in replicas if replica["state"] == "ready"]
+    replicas = machines.reports(ReplicaReport).values()
+    return [replica.node for replica in replicas if replica.state == "ready"]
 
 
 def changes_go_on(machines: Cluster, client: serve.Client, http: HTTPClient, node: Node) -> None:
@@ -106,7 +107,7 @@ def test_every_node_has_its_proxies(machines: Cluster, client: serve.Client, sec
     for node in (machines.head, second):
         assert len(proxies(machines, node)) == PER_NODE
         assert get(machines, http, node)
-    assert len(machines.reports("proxies")) == 2 * PER_NODE
+    assert len(machines.reports(ProxyReport)) == 2 * PER_NODE
 
 
 def test_replicas_are_spread_over_the_nodes(machines: Cluster, client: serve.Client, second: Node) -> None:
@@ -144,7 +145,7 @@ def test_a_node_that_joins_serves_and_one_that_dies_fails_no_request(
         changes_go_on(machines, client, http, second)
         over_http.goes_on()
         by_handle.goes_on()
-        wait_until(lambda: len(machines.reports("proxies")) == 2 * PER_NODE)
+        wait_until(lambda: len(machines.reports(ProxyReport)) == 2 * PER_NODE)
         wait_until(lambda: len(ready_replicas(machines)) == 2 + 3)
     assert not proxies(machines, third)
     with pytest.raises(ConnectError):

@@ -16,6 +16,7 @@ import pytest
 from httpx import Client as HTTPClient
 
 from penstock import serve
+from penstock.broker.registry.reports import ProxyReport, ReplicaReport
 from tests.serve.backends import SMALL
 from tests.serve.cluster import Cluster, Node, cluster
 from tests.serve.load import Load, load
@@ -41,8 +42,9 @@ def taking_its_time() -> Callable[[serve.Request], Awaitable[str]]:
 
 def serving(machines: Cluster) -> dict[str, int]:
     """Return the process id of each replica and proxy that is ready."""
-    reports = {**machines.reports("replicas"), **machines.reports("proxies")}
-    return {name: report["pid"] for name, report in reports.items() if report["state"] == "ready"}
+    replicas, proxies = machines.reports(ReplicaReport), machines.reports(ProxyReport)
+    reports: list[tuple[str, ReplicaReport | ProxyReport]] = [*replicas.items(), *proxies.items()]
+    return {name: report.pid for name, report in reports if report.state == "ready"}
 
 
 def rates(calls: list[Load]) -> list[list[int]]:

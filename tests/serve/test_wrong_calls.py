@@ -11,6 +11,7 @@ import pytest
 
 from penstock import serve
 from penstock.broker.registry.records import Snapshot
+from penstock.broker.registry.reports import ReplicaReport
 from penstock.handles import background_loop
 from penstock.handles.errors import BackendError, BackendNotFound, ConfigError, EndpointNotFound
 from penstock.serve.instance import Instance
@@ -65,7 +66,7 @@ def state(client: serve.Client) -> tuple[Snapshot, int, int]:
         instance = await Instance(client.redis_url, "standing").open()
         try:
             snapshot = await instance.snapshot()
-            replicas = await instance.registry.reports("replicas")
+            replicas = await instance.registry.get_reports(ReplicaReport)
             connection = instance._connection  # pyright: ignore[reportPrivateUsage]
             codes = await connection.send("KEYS", "penstock:standing:{registry}:code:*")
             return Snapshot(0, snapshot.backends, snapshot.endpoints), len(codes), len(replicas)

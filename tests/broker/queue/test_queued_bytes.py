@@ -12,9 +12,9 @@ import pytest
 from penstock.broker.queue.consumer_group import ConsumerGroup
 from penstock.broker.queue.dead_letters import DeadLetterStream
 from penstock.broker.queue.group.pending_entries import RedeliveredEntry
-from penstock.broker.queue.load import read_depth
 from penstock.broker.queue.publisher import Published, Publisher, QueueFull
-from penstock.broker.queue.purge import retire
+from penstock.broker.queue.purge import purge_backend
+from penstock.broker.queue.queue_depth import read_depth
 from penstock.broker.queue.queued_bytes import SET_ASIDE, SMALL, reservation_of
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire._fields import LARGE
@@ -204,7 +204,7 @@ async def test_every_end_of_a_request_releases_its_bytes(
     await wait_until_async(lambda: _is_zero(queued_bytes))
 
     await one()
-    await retire(commands, keys, TAG, 503, {"kind": "BackendNotFound", "args": [TAG, []]})
+    await purge_backend(commands, keys, TAG, 503, {"kind": "BackendNotFound", "args": [TAG, []]})
     assert await queued_bytes() == 0
     assert not await commands.send("EXISTS", keys.sizes(TAG))
 
