@@ -70,12 +70,17 @@ FIELDS = st.sampled_from([b"v", b"id", b"by", b"h", b"b", b"large", b"n", b"unhe
 
 
 def field(fields: list[bytes], name: bytes) -> bytes:
-    return fields[fields.index(name) + 1]
+    return fields[_at(fields, name)]
 
 
 def with_field(fields: list[bytes], name: bytes, value: bytes) -> list[bytes]:
-    at = fields.index(name) + 1
+    at = _at(fields, name)
     return [*fields[:at], value, *fields[at + 1 :]]
+
+
+def _at(fields: list[bytes], name: bytes) -> int:
+    """Return where the value of a field is. Another field may have its name for a value."""
+    return 2 * fields[::2].index(name) + 1
 
 
 @given(entries)
