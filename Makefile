@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 # Our shells and tools find the environment's programs first, and never a module path meant for another project.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
+# Tests start hundreds of processes, each of which would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -32,9 +34,32 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,files,dev,docs]'
 	@touch $@
 
+# Most tests wait rather than compute, so four processes share the cores; two of them start a Ray.
+SIDE_BY_SIDE := --numprocesses=4 --dist=loadscope
+
 .PHONY: test
 test: $(STAMP) ## Run all tests, on an embedded broker and on those in containers if a Docker engine answers
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
+	@$(BIN)/python -m pytest -m alone tests/faults
+endif
+
+.PHONY: check
+check: $(STAMP) ## Check format, rules and types, and run the quick tests: no Ray, no containers, about a minute
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-code check-units
+
+.PHONY: check-code
+check-code:
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+
+.PHONY: check-units
+check-units:
+	@$(BIN)/python -m pytest --quiet -r fE $(SIDE_BY_SIDE) -m "not slow" --hypothesis-profile=quick \
+		--ignore=tests/faults --ignore=tests/security
 
 .PHONY: faults
 faults: $(STAMP) ## Kill processes, cut connections and send garbage for most of an hour; print one table

@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -81,6 +82,7 @@ def _images() -> dict[str, str]:
     return _IMAGES | dict(pair.split("=", 1) for pair in named.split(",") if pair)
 
 
+@cache
 def _no_docker() -> str | None:
     """Return why there is no Docker engine to use, if there is none."""
     try:

@@ -2,26 +2,58 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
+from tests.faults.table import TABLE, Row
+from tests.groups import check_group, is_slow, scheduler
 from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
 
 # How long an example takes says nothing where others use the machine too.
 settings.register_profile("penstock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("penstock"), max_examples=20)
 settings.load_profile("penstock")
 
 
 # A shell has what it runs in the background ignore SIGINT, and a process that a test interrupts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        check_group(item)
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the rows of the faults' table to the process that prints it, where a run is spread over several."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = [asdict(row) for row in TABLE.rows]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    TABLE.rows += [Row(**row) for row in getattr(node, "workeroutput", {}).get("faults", ())]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TABLE.rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(TABLE.markdown())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +75,8 @@ def brokers() -> Iterator[Brokers]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """One local Ray for all tests, as it takes seconds to start. Its address."""
+    import ray
+
     # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
     there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)

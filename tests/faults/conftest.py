@@ -12,7 +12,7 @@ import pytest
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
 from tests.faults.backends import Journal
-from tests.faults.table import Table
+from tests.faults.table import TABLE, Table
 
 ASKED = os.environ.get("PENSTOCK_TEST_FAULTS", "")
 """``full`` (``make faults``): for as long as the promises are made for. A number: for so many seconds of the same.
@@ -20,8 +20,6 @@ Nothing (``make test``): for a glance at each.
 """
 
 StartClient = Callable[..., serve.Client]
-
-_TABLE = Table()
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,7 @@ def scale() -> Scale:
 
 @pytest.fixture
 def table() -> Table:
-    return _TABLE
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TABLE.rows:
-        terminalreporter.section("faults")
-        terminalreporter.write_line(_TABLE.markdown())
+    return TABLE
 
 
 @pytest.fixture

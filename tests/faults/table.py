@@ -6,8 +6,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tests.faults.traffic import Outcomes
+if TYPE_CHECKING:  # it loads Ray
+    from tests.faults.traffic import Outcomes
 
 _KEPT = Path("build/faults")
 _HEAD = ("scenario", "s", "sent", "answered", "refused", "cut off", "lost", "run twice", "p50 ms", "p99 ms", "and")
@@ -67,3 +69,7 @@ class Table:
     def markdown(self) -> str:
         lines = [_HEAD, tuple("---" for _ in _HEAD), *(row.cells() for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLE = Table()
+"""The table of this run."""

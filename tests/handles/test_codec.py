@@ -86,7 +86,11 @@ def test_values_that_json_can_represent_become_json(value: object, arrives: obje
     assert decode(*encode(value)) == arrives
 
 
-@pytest.mark.parametrize("value", [object(), {"a": object()}, {1: "a"}, {1: "a", "1": "b"}, {1, 2}, Model], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {"a": object()}, {1: "a"}, {1: "a", "1": "b"}, {1, 2}, Model],
+    ids=["an object", "an object within", "integer keys", "keys that become alike", "a set", "a class"],
+)
 def test_a_value_that_cannot_be_encoded_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be sent"):
         encode(value)

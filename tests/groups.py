@@ -1,0 +1,66 @@
+"""Groups of tests that run in one process, where a run has several: each group starts one Ray, or one container."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+RAY = "cluster"
+"""The fixture that starts a Ray."""
+
+_GROUPS = {
+    "several nodes": r"tests/serve/(test_every_node|test_head)\.py",
+    "ray, for faults": r"tests/faults/",
+    "ray": r"tests/serve/(test_\w+|cli/test_lifetime|controller/test_(actors|controller))\.py",
+    "containers of redis": r".*\[.*\bredis-container\b",
+    "containers of valkey": r".*\[.*\bvalkey-container\b",
+}
+"""Which tests belong to a group, by their ids. The first that matches counts."""
+
+_SLOW = re.compile(
+    r"""tests/(
+      broker/embedded/test_server
+    | faults/\w+
+    | handles/files/test_s3
+    | proxy/test_server
+    | security/\w+
+    | serve/cli/\w+
+    | serve/test_(every_node|examples|forks|head|lifetimes)
+    | test_benchmarks
+    | workers/consuming/test_(claim_watch|stray_claims)
+    | workers/test_(actor|replica|streams)
+    )\.py""",
+    re.VERBOSE,
+)
+"""Modules whose tests wait for deadlines and leases to pass, or start many processes. `make check` leaves them out."""
+
+
+def group_of(test: str) -> str:
+    """Return the group of a test; its own id if it may run in any process."""
+    return next((group for group, ids in _GROUPS.items() if re.match(ids, test)), test)
+
+
+def check_group(item: pytest.Item) -> None:
+    """Raise ``UsageError`` if a test starts a Ray and its group has none: it would start one more in any process."""
+    if RAY in getattr(item, "fixturenames", ()) and "ray" not in (group := group_of(item.nodeid)):
+        raise pytest.UsageError(f"{item.nodeid} uses Ray and is in the group {group!r}: add it to tests/groups.py")
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands each group to one process, the largest first.
+
+    The ``loadgroup`` of pytest-xdist 3.8 does not: it adds the group to an attribute that pytest 9.2 no longer reads.
+    """
+    scheduling: Any = import_module("xdist.scheduler").LoadScopeScheduling(config, log)
+    scheduling._split_scope = group_of
+    return scheduling
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Return whether a test needs a Ray or a container, or is one of a module whose tests take seconds."""
+    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    in_container = str(parameters.get("broker_url")).endswith("container")
+    return RAY in getattr(item, "fixturenames", ()) or in_container or re.match(_SLOW, item.nodeid) is not None
