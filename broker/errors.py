@@ -78,24 +78,24 @@ class BrokerUnavailable(PenstockError):
 class BrokerRefused(PenstockError):
     """Redis answered a command with an error.
 
-    ``said`` is its message, ``command`` the command with its keys, ``user`` the Redis user of the connection.
+    ``message`` is its text, ``command`` the command with its keys, ``user`` the Redis user of the connection.
     """
 
     status = 503
 
-    def __init__(self, said: str, command: str, url: str, user: str = "") -> None:
-        super().__init__(said, command, url, user)
-        self.said, self.command, self.url, self.user = said, command, url, user
+    def __init__(self, message: str, command: str, url: str, user: str = "") -> None:
+        super().__init__(message, command, url, user)
+        self.message, self.command, self.url, self.user = message, command, url, user
 
     def __str__(self) -> str:
-        return f"the broker at {self.url} refused {self.command}: {self.said}"
+        return f"the broker at {self.url} refused {self.command}: {self.message}"
 
 
 class BrokerFull(BrokerRefused):
     """Redis has reached its memory limit (``OOM``)."""
 
     def __str__(self) -> str:
-        return f"the broker at {self.url} has no memory left for {self.command}: {self.said}"
+        return f"the broker at {self.url} has no memory left for {self.command}: {self.message}"
 
 
 class StringTooLong(BrokerRefused):
@@ -110,9 +110,8 @@ class NotPermitted(BrokerRefused):
     status = 500
 
     def __str__(self) -> str:
-        return (
-            f"the Redis user {self.user or 'default'!r} may not do {self.command} at {self.url}: {self.said} ({RULES})"
-        )
+        user = self.user or "default"
+        return f"the Redis user {user!r} may not do {self.command} at {self.url}: {self.message} ({RULES})"
 
 
 class Overloaded(PenstockError):

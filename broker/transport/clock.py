@@ -30,15 +30,15 @@ class Clock:
         """Return whether the clock should be read again."""
         return monotonic() - self._read_at > _STALE_S
 
-    async def read(self, ask: Callable[[], Awaitable[Any]]) -> None:
-        """Set the clock from the replies to ``TIME`` that ``ask`` returns, over a connection with no other commands.
+    async def read(self, request: Callable[[], Awaitable[Any]]) -> None:
+        """Set the clock from the replies to ``TIME`` that ``request`` returns. No other command may be in flight.
 
         Uses the quickest of a few readings: the error is at most half of its round trip.
         """
         quickest_s = math.inf
         for _ in range(_MAX_READINGS):
             before = monotonic()
-            seconds, micros = await ask()
+            seconds, micros = await request()
             if (took_s := monotonic() - before) < quickest_s:
                 quickest_s = took_s
                 self._set(before, seconds, micros)

@@ -114,6 +114,6 @@ class CallPublisher:
             return too_long(call.body, len(call.body) - 1)
         if isinstance(result, BrokerRefused) and not isinstance(result, NotPermitted):
             # The script stopped for another reason than a lack of memory, such as a stream that has no ids left.
-            return self.unavailable(f"it refused the request: {result.said}")
+            return self.unavailable(f"it refused the request: {result.message}")
         assert isinstance(result, PenstockError)
         return result

@@ -111,7 +111,7 @@ def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Conne
                 if "has no dead letter" not in str(e):
                     raise
     assert {"eval", "evalsha", "get", "hgetall", "xread", "xrevrange"} <= set(refused)
-    assert all(command in error.said and error.user == "guest" for command, error in refused.items())
+    assert all(command in error.message and error.user == "guest" for command, error in refused.items())
 
 
 def test_the_message_names_who_and_what_and_where_the_rules_are(site: Site) -> None:

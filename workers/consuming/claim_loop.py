@@ -181,7 +181,7 @@ class ClaimLoop:
                 self.claim()
 
     async def _retry_claim(self, error: Exception) -> None:
-        if isinstance(error, BrokerRefused) and error.said.startswith("NOGROUP"):
+        if isinstance(error, BrokerRefused) and error.message.startswith("NOGROUP"):
             log.warning("the consumer group of backend %r is gone: creating it again", self._backend)
         elif not isinstance(error, BrokerUnavailable):
             log.error("cannot claim from backend %r: %s", self._backend, error)
