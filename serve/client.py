@@ -127,7 +127,7 @@ class Client(Connection):
             BackendError: a replica could not start; its ``traceback`` is that of the constructor.
         """
         validation.check_tag(tag)
-        checked = BackendConfig.of(config)
+        checked = BackendConfig.parse(config)
         record = BackendRecord(
             tag=tag,
             version=token_hex(4),

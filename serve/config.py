@@ -40,7 +40,7 @@ class _Config(BaseModel):
             raise _translated(type(self), e.errors()[0]) from None
 
     @classmethod
-    def of(cls: type[_C], value: Any, name: str = "config") -> _C:
+    def parse(cls: type[_C], value: Any, name: str = "config") -> _C:
         """Return ``value`` as a model: it may be one, a mapping of fields, or None for the defaults."""
         if isinstance(value, cls):
             return value

@@ -51,7 +51,7 @@ class StartArguments:
     ) -> StartArguments:
         """Return the arguments with their defaults. Raises TypeError and `ConfigError`."""
         name = instance_name(instance)
-        http = HTTPOptions.of(http_options, "http_options")
+        http = HTTPOptions.parse(http_options, "http_options")
         url = broker_url(redis_url)
         _check_broker(url, detached, data_dir)
         memory_bytes = check_memory(url, max_memory_bytes)

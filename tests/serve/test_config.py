@@ -106,12 +106,12 @@ def test_a_wrong_value_is_a_config_error_that_names_it_and_what_is_allowed(field
 )
 def test_http_options_are_validated(options: dict[str, Any], kind: type[Exception], says: str) -> None:
     with pytest.raises(kind) as raised:
-        HTTPOptions.of(options)
+        HTTPOptions.parse(options)
     assert says in str(raised.value)
 
 
 def test_a_location_of_none_means_no_server() -> None:
-    assert HTTPOptions.of({"location": None}).location == "NoServer"
+    assert HTTPOptions.parse({"location": None}).location == "NoServer"
 
 
 def test_middlewares_are_those_of_starlette() -> None:
@@ -121,13 +121,13 @@ def test_middlewares_are_those_of_starlette() -> None:
 
 @pytest.mark.parametrize("config", [None, {}, BackendConfig()])
 def test_a_config_may_be_left_out_or_be_a_mapping_or_a_model(config: Any) -> None:
-    assert BackendConfig.of(config) == BackendConfig()
+    assert BackendConfig.parse(config) == BackendConfig()
 
 
 @pytest.mark.parametrize("config", [3, "num_replicas", [("num_replicas", 2)], HTTPOptions(), {3: 4}])
 def test_a_config_of_another_type_is_refused(config: Any) -> None:
     with pytest.raises(TypeError, match="config"):
-        BackendConfig.of(config)
+        BackendConfig.parse(config)
 
 
 def test_an_update_keeps_the_other_fields() -> None:

@@ -189,7 +189,7 @@ def let_time_pass(seen: ObservedState, seconds: float = 100.0) -> ObservedState:
     return replace(seen, replicas=replicas, proxies=proxies, now_s=seen.now_s + seconds)
 
 
-def of(seen: ObservedState, tag: str, version: str, *states: ActorState) -> list[ObservedReplica]:
+def select(seen: ObservedState, tag: str, version: str, *states: ActorState) -> list[ObservedReplica]:
     return [r for r in seen.replicas if r.backend == tag and r.version == version and r.state in states]
 
 
@@ -213,7 +213,7 @@ def test_with_enough_room_the_result_is_the_desired_state(desired: DesiredState,
     for _ in range(20):
         seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     for tag, wanted in desired.backends.items():
-        assert len(of(seen, tag, wanted.version, ActorState.READY)) == wanted.replicas
+        assert len(select(seen, tag, wanted.version, ActorState.READY)) == wanted.replicas
         assert describe(wanted, seen, None).rolled_out
     assert len(seen.replicas) == sum(wanted.replicas for wanted in desired.backends.values())
 
@@ -223,8 +223,8 @@ def test_it_never_starts_more_replicas_than_desired(desired: DesiredState, seen:
     before = seen
     after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
-        was = len(of(before, tag, wanted.version, ActorState.STARTING, ActorState.READY))
-        now = len(of(after, tag, wanted.version, ActorState.STARTING, ActorState.READY))
+        was = len(select(before, tag, wanted.version, ActorState.STARTING, ActorState.READY))
+        now = len(select(after, tag, wanted.version, ActorState.STARTING, ActorState.READY))
         assert now <= max(wanted.replicas, was)
     for step in plan(desired, seen):
         if isinstance(step, StartReplica):
