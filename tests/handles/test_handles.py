@@ -178,42 +178,48 @@ def test_arguments_that_cannot_be_sent_raise_in_remote(site: Site, connected: Co
             connected.get_handle("ask", **cast(Any, {name: "no"}))
 
 
+SMALL_LIMIT = LARGE + 1000
+
+
 @pytest.fixture
 def small_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small limit in place of Redis's 512 MiB, so that a test need not allocate as much."""
-    monkeypatch.setattr("penstock.handles.calls.large_bodies.LARGEST", 1000)
+    monkeypatch.setattr("penstock.handles.calls.large_bodies.LARGEST", SMALL_LIMIT)
 
 
 @pytest.mark.usefixtures("small_redis")
 def test_a_body_that_is_too_long_for_redis_is_refused(site: Site, connected: Connection) -> None:
     """If it were sent, Redis would close the connection that all handles share."""
     site.serve(echo)
-    ask, said = connected.get_handle("ask"), r"1001 bytes or more \(proto-max-bulk-len of Redis is 1000\)"
-    beside = ask.remote(bytes(1000))
+    ask, said = (
+        connected.get_handle("ask"),
+        rf"{SMALL_LIMIT + 1} bytes or more \(proto-max-bulk-len of Redis is {SMALL_LIMIT}\)",
+    )
+    beside = ask.remote(bytes(SMALL_LIMIT))
     with pytest.raises(PayloadTooLarge, match=said):
-        ask.remote(bytes(1001)).result(timeout=10)
+        ask.remote(bytes(SMALL_LIMIT + 1)).result(timeout=10)
     with pytest.raises(PayloadTooLarge, match=said):
-        next(iter(cast(Any, ask.options(stream=True).remote(bytes(1001)))))
-    (small, large) = connected.batch("ask").map([b"1", bytes(1001)])
+        next(iter(cast(Any, ask.options(stream=True).remote(bytes(SMALL_LIMIT + 1)))))
+    (small, large) = connected.batch("ask").map([b"1", bytes(SMALL_LIMIT + 1)])
     assert small.get() == b"1"
     with pytest.raises(PayloadTooLarge, match=said):
         large.get()
-    assert beside.result(timeout=10) == bytes(1000)
+    assert beside.result(timeout=10) == bytes(SMALL_LIMIT)
     wait_until(lambda: site.depth() == 0)
 
 
 @pytest.mark.usefixtures("small_redis")
 async def test_an_asyncio_handle_refuses_it_before_sending(site: Site) -> None:
     site.declare()
-    with pytest.raises(PayloadTooLarge, match="1001 bytes or more"):
-        await AsyncServeHandle(site.url, INSTANCE, "ask").remote(bytes(1001))
+    with pytest.raises(PayloadTooLarge, match=f"{SMALL_LIMIT + 1} bytes or more"):
+        await AsyncServeHandle(site.url, INSTANCE, "ask").remote(bytes(SMALL_LIMIT + 1))
     assert site.depth() == 0
 
 
 @pytest.mark.usefixtures("small_redis")
 def test_a_reply_that_is_too_long_for_redis_is_an_error_of_the_backend(site: Site, connected: Connection) -> None:
-    site.serve(answering(bytes(1001)))
-    with pytest.raises(BackendError, match="PayloadTooLarge: the body has 1001 bytes or more"):
+    site.serve(answering(bytes(SMALL_LIMIT + 1)))
+    with pytest.raises(BackendError, match=f"PayloadTooLarge: the body has {SMALL_LIMIT + 1} bytes or more"):
         connected.get_handle("ask").remote().result(timeout=10)
 
 
