@@ -108,7 +108,7 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
         "endpoint 'api' has the route '/api/{x}' for GET, POST; endpoint 'e' cannot have '/api/{y}' for GET",
     ),
     (lambda c: c.create_endpoint("e", backend="f", route="api"), ConfigError, "'api' must begin with '/'"),
-    (lambda c: c.create_endpoint("e", backend="f", route="/-/x"), ConfigError, "'/-/x' lies below '/-/'"),
+    (lambda c: c.create_endpoint("e", backend="f", route="/-/x"), ConfigError, "'/-/x' is below '/-/'"),
     (lambda c: c.create_endpoint("e", backend="f", route="/{x:date}"), ConfigError, "the convertor 'date'"),
     (lambda c: c.create_endpoint("e", backend="f", route=3), TypeError, "a route must be a str, not int"),
     (lambda c: c.create_endpoint("e", backend="f", methods="GET"), TypeError, "methods must be a list of str"),
