@@ -31,7 +31,7 @@ from .session import Session
 from .url import shown_url
 from .waiting_commands import WaitingCommands
 from .write_probe import WRITE_PROBE, WriteProbe
-from .write_tick import WriteTick
+from .write_tick import WriteTick, nowhere
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,12 @@ class RedisConnection:
         self._handshake = Handshake(url, name)
         self._shown_url = shown_url(url)
         self._clock = Clock()
-        self._write_tick = WriteTick(self._write)
+        self.now_ms = self._clock.now_ms
+        """Returns Unix time by the broker's clock, in milliseconds. Any thread may call it.
+
+        The clock's own method, as each request asks several times.
+        """
+        self._write_tick = WriteTick()
         self._waiting = WaitingCommands(self._fail)
         self._write_probe = WriteProbe(self._enqueue, self._on_writes_accepted)
         self._hooks = ReconnectHooks(name, lambda: self.connected and not self._closed)
@@ -111,10 +116,6 @@ class RedisConnection:
     def max_string_bytes(self) -> int:
         """The largest known number of bytes that the server accepts as one string; see `StringLimit`."""
         return self._string_limit.largest
-
-    def now_ms(self) -> float:
-        """Return Unix time by the broker's clock, in milliseconds. Any thread may call it."""
-        return self._clock.now_ms()
 
     def on_reconnect(self, hook: Hook) -> None:
         """Run ``hook`` in a task after each reconnect. A hook that fails with `BrokerUnavailable` runs again."""
@@ -275,13 +276,13 @@ class RedisConnection:
             if session is None or command.patient:
                 self._waiting.add_unsent(command)
                 return
-        session.send(command)
+        # Four commands are sent for a request, so this is not a call of the session.
+        session.unanswered.append(command)
+        session.outgoing.append(command.packed)
+        if command.bulky_reply or type(command.packed) is not bytes:
+            session.expect_bulky(command)
         if not self._write_tick.is_scheduled:
             self._write_tick.schedule()
-
-    def _write(self) -> None:
-        if self._session is not None:
-            self._session.write()
 
     def _send_waiting(self) -> None:
         for command in self._waiting.pop_all():
@@ -387,6 +388,7 @@ class RedisConnection:
     async def _connect(self) -> Session:
         transport, refusal = await self._handshake.connect(self._clock)
         self._session = Session(transport, self._on_error_reply, self._on_beat)
+        self._write_tick.write_to(self._session.write)
         if refusal:
             self._begin_refusal(refusal)
             self._send_waiting()
@@ -406,6 +408,7 @@ class RedisConnection:
             return []
         again, unknown = self._session.end()
         self._session = None
+        self._write_tick.write_to(nowhere)
         for command in unknown:
             command.complete(FateUnknown(self._shown_url, self._reason))
         return again

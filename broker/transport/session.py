@@ -44,12 +44,12 @@ class Session:
         self._transport, self._on_error_reply, self._on_beat = transport, on_error_reply, on_beat
         self._loop = asyncio.get_running_loop()
         self._reader = RespReader(transport, self._on_reply, self._is_bulky_next, ErrorReply)
-        self._unanswered: deque[Command] = deque()
-        """Commands without a reply, written or not, in order."""
-        self._outgoing: list[Packed] = []
+        self.unanswered: deque[Command] = deque()
+        """Commands without a reply, written or not, in order. `RedisConnection` appends to it and to ``outgoing``."""
+        self.outgoing: list[Packed] = []
         """The last of these, which are not written yet, encoded."""
         self._has_pieces = False
-        """Whether any of ``_outgoing`` is packed in pieces."""
+        """Whether any of ``outgoing`` is packed in pieces."""
         self.loaded_scripts: set[str] = set()
         """Digests of the scripts that were sent whole, for ``EVALSHA``."""
         self.abort_reason = ""
@@ -66,12 +66,10 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether the server owes no reply: all commands without one are still to be written."""
-        return len(self._unanswered) == len(self._outgoing)
+        return len(self.unanswered) == len(self.outgoing)
 
-    def send(self, command: Command) -> None:
-        """Add a command to the next `write`."""
-        self._unanswered.append(command)
-        self._outgoing.append(command.packed)
+    def expect_bulky(self, command: Command) -> None:
+        """Note that a command, which was just appended, is packed in pieces or may have a large reply."""
         if type(command.packed) is not bytes:
             self._has_pieces = True
         if command.bulky_reply:
@@ -79,15 +77,15 @@ class Session:
 
     def write(self) -> None:
         """Write all commands that were sent since the last write."""
-        if not self._outgoing:
+        if not self.outgoing:
             return
         if self._has_pieces:
             self._has_pieces = False
             # uvloop passes the pieces to the kernel without joining them.
-            self._transport.writelines([piece for packed in self._outgoing for piece in pieces_of(packed)])
+            self._transport.writelines([piece for packed in self.outgoing for piece in pieces_of(packed)])
         else:
-            self._transport.write(b"".join(cast("list[bytes]", self._outgoing)))
-        self._outgoing.clear()
+            self._transport.write(b"".join(cast("list[bytes]", self.outgoing)))
+        self.outgoing.clear()
 
     def abort(self, reason: str) -> None:
         """Close the socket, which ends the session."""
@@ -103,22 +101,22 @@ class Session:
         """
         self._reader.close()
         self._beat_timer.cancel()
-        written = len(self._unanswered) - len(self._outgoing)
+        written = len(self.unanswered) - len(self.outgoing)
         again: list[Command] = []
         unknown: list[Command] = []
-        for at, command in enumerate(self._unanswered):
+        for at, command in enumerate(self.unanswered):
             (again if command.repeat or at >= written else unknown).append(command)
-        self._unanswered.clear()
-        self._outgoing.clear()
+        self.unanswered.clear()
+        self.outgoing.clear()
         return again, unknown
 
     # -- reading
 
     def _is_bulky_next(self) -> bool:
-        return self._unanswered[0].bulky_reply
+        return self.unanswered[0].bulky_reply
 
     def _on_reply(self, reply: Any) -> None:
-        command = self._unanswered.popleft()
+        command = self.unanswered.popleft()
         if command.bulky_reply:
             self._reader.bulky -= 1
         if type(reply) is ErrorReply:
@@ -136,7 +134,7 @@ class Session:
         if self._reader.has_read or now - self._beat_due_s > _BEAT_S:  # the loop was blocked: this process did not read
             self._last_read_s = now
             self._reader.has_read = False
-        if self._unanswered and now - self._last_read_s > STALL_S:
+        if self.unanswered and now - self._last_read_s > STALL_S:
             self.abort(f"no answer for {STALL_S:g} s")
             return
         self._on_beat()

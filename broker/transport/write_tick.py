@@ -13,11 +13,15 @@ from functools import cached_property
 log = logging.getLogger(__name__)
 
 
-class WriteTick:
-    """Calls ``write`` once at the end of a tick, after the callbacks that joined it."""
+def nowhere() -> None:
+    """Write nothing: there is no connection."""
 
-    def __init__(self, write: Callable[[], None]) -> None:
-        self._write = write
+
+class WriteTick:
+    """Writes once at the end of a tick, after the callbacks that joined it."""
+
+    def __init__(self) -> None:
+        self._write: Callable[[], None] = nowhere
         self._joined: list[Callable[[], None]] = []
         self.is_scheduled = False
 
@@ -25,6 +29,10 @@ class WriteTick:
     def _loop(self) -> asyncio.AbstractEventLoop:
         """The event loop, looked up once: up to Python 3.11 each lookup is a system call."""
         return asyncio.get_running_loop()
+
+    def write_to(self, write: Callable[[], None]) -> None:
+        """Call ``write`` at the end of each tick from now on."""
+        self._write = write
 
     def schedule(self) -> None:
         """Write at the end of this tick. Call it only if ``is_scheduled`` is false."""
