@@ -25,7 +25,7 @@ def test_constraints_pin_versions_and_name_no_place_to_get_them_from() -> None:
     assert pins
 
 
-def test_no_file_names_a_place_on_one_machine() -> None:
+def test_no_file_names_a_path_of_one_machine() -> None:
     place = re.compile(rb"(?<![\w.}/])/(?:work|root|home/\w+|Users/\w+)(?:/|\b)")
     found = [
         f"{file.relative_to(ROOT)}: {match.group().decode()}"

@@ -63,7 +63,7 @@ def check(seen: Outcomes, journal: Journal) -> int:
     return sum(count > 1 for name, count in starts.items() if name in seen.names)
 
 
-def test_replicas_are_killed_and_nobody_hears_of_it(
+def test_killed_replicas_cost_no_caller_an_error(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()
@@ -78,7 +78,7 @@ def test_replicas_are_killed_and_nobody_hears_of_it(
     assert seen.quantile_s(0.99) <= scale.take_over_s + SERVICE_S
 
 
-def test_with_no_replica_alive_a_deadline_is_kept(start: StartClient, journal: Journal) -> None:
+def test_a_deadline_is_kept_while_no_replica_is_alive(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0, "request_timeout_s": 0.5})
     journal.go.touch()
     client.create_backend("work", HeldAtStart, journal.folder, SERVICE_S, ray_actor_options=SMALL)
@@ -99,7 +99,7 @@ def test_with_no_replica_alive_a_deadline_is_kept(start: StartClient, journal: J
     assert journal.starts() == {"patient": 1}
 
 
-def test_proxies_are_killed_and_what_they_had_accepted_runs_once(
+def test_requests_that_killed_proxies_had_accepted_run_once(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     """Who was connected to one that dies is cut off, which nobody can mend. The other one on the port goes on."""
@@ -131,7 +131,7 @@ def test_proxies_are_killed_and_what_they_had_accepted_runs_once(
     assert len(seen.cut) <= kills * scale.rate
 
 
-def test_what_a_dead_proxy_had_accepted_runs_once(start: StartClient, journal: Journal) -> None:
+def test_requests_of_a_proxy_that_died_do_not_run_again_at_its_successor(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0})
     serve_work(client, journal, Holding)
     with traffic(client, rate=40, for_s=0.25, method="later", ways=("http",)) as load:
@@ -149,7 +149,7 @@ def test_what_a_dead_proxy_had_accepted_runs_once(start: StartClient, journal: J
     assert set(journal.starts().values()) == {1}
 
 
-def test_controllers_are_killed_and_nobody_hears_of_it(
+def test_killed_controllers_cost_no_caller_an_error(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()
@@ -163,7 +163,7 @@ def test_controllers_are_killed_and_nobody_hears_of_it(
     assert seen.refused.total() + len(seen.cut) + twice == 0
 
 
-def test_the_broker_is_killed_and_everything_accepted_is_answered(
+def test_accepted_requests_are_answered_after_the_broker_was_killed(
     start: StartClient, broker: EmbeddedServer, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()
@@ -185,7 +185,7 @@ def test_the_broker_is_killed_and_everything_accepted_is_answered(
     assert len(seen.cut) == 0
 
 
-def test_connections_are_cut_and_everything_accepted_is_answered(
+def test_accepted_requests_are_answered_after_connections_were_cut(
     start: StartClient, broker: EmbeddedServer, journal: Journal, scale: Scale, table: Table
 ) -> None:
     with TcpProxy(broker.url) as between:

@@ -21,7 +21,7 @@ from tests.serve.backends import SMALL, replicas
 from tests.waiting import wait_until
 
 
-def test_a_proxy_finishes_what_it_has_and_refuses_the_rest(start: StartClient, journal: Journal) -> None:
+def test_a_draining_proxy_finishes_its_requests_and_refuses_new_ones(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"port": 0})
     serve_work(client, journal, Holding)
     (proxy,) = client.status()["proxies"].values()
@@ -37,7 +37,7 @@ def test_a_proxy_finishes_what_it_has_and_refuses_the_rest(start: StartClient, j
     assert httpx.get(f"{client.http_url}/-/healthz").text == "ok"
 
 
-def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, journal: Journal) -> None:
+def test_a_draining_replica_finishes_its_requests_and_is_replaced(start: StartClient, journal: Journal) -> None:
     client = start(http_options={"location": None})
     serve_work(client, journal, Holding)
     before = replicas(client, "work")
@@ -54,7 +54,7 @@ def test_a_replica_finishes_what_it_has_and_is_replaced(start: StartClient, jour
     wait_until(lambda: len(replicas(client, "work")) == 3 and gone not in replicas(client, "work"))
 
 
-def test_a_replica_gives_back_what_it_had_only_claimed(
+def test_a_draining_replica_gives_unstarted_claims_back(
     start: StartClient, broker: EmbeddedServer, journal: Journal
 ) -> None:
     """At once, and not when what it runs has come to its end."""
@@ -89,7 +89,7 @@ def test_a_replica_gives_back_what_it_had_only_claimed(
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_a_replica_that_takes_too_long_is_ended_and_its_work_taken_over(
+def test_a_replica_that_drains_too_long_is_killed_and_its_requests_redelivered(
     start: StartClient, journal: Journal, scale: Scale
 ) -> None:
     client = start(http_options={"location": None})

@@ -127,7 +127,7 @@ def pids(client: serve.Client) -> set[int]:
     return {*replicas(client, "work").values(), *(one["pid"] for one in client.status()["proxies"].values())}
 
 
-def test_garbage_on_the_streams_is_buried_or_dropped(
+def test_garbage_on_the_streams_becomes_dead_letters_or_is_dropped(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()
@@ -163,7 +163,7 @@ def test_garbage_on_the_streams_is_buried_or_dropped(
     assert pids(client) == before
 
 
-def test_malformed_http_is_answered_or_hung_up_on(
+def test_malformed_http_gets_an_error_or_a_closed_connection(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()

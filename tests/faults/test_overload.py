@@ -33,7 +33,9 @@ what the machine gave to somebody else in between. One in fifty may be later tha
 
 
 @pytest.mark.parametrize("limit", [20, 10_000])
-def test_overload_wastes_nothing(start: StartClient, journal: Journal, scale: Scale, table: Table, limit: int) -> None:
+def test_replicas_stay_busy_with_timely_requests_under_overload(
+    start: StartClient, journal: Journal, scale: Scale, table: Table, limit: int
+) -> None:
     """Whether the limit of the queue or the deadline is what ends the waiting."""
     client = start()
     config = {"num_replicas": REPLICAS, "max_queued_requests": limit}

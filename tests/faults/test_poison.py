@@ -19,7 +19,7 @@ SERVICE_S = 0.02
 MAX_DELIVERIES = 3
 
 
-def test_poison_is_convicted_alone_and_cured_by_new_code(
+def test_a_poison_request_alone_becomes_a_dead_letter_and_new_code_answers_it(
     start: StartClient, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()

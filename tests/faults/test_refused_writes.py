@@ -75,7 +75,7 @@ async def is_settled(client: Client) -> bool:
 
 
 @pytest.mark.parametrize("code", sorted(ERRORS))
-async def test_what_was_accepted_is_answered_once_after_the_refusal(
+async def test_accepted_requests_are_answered_once_after_the_refusal(
     redis_url: str, between: RefusingProxy, code: str
 ) -> None:
     work = Work()
@@ -96,7 +96,7 @@ async def test_what_was_accepted_is_answered_once_after_the_refusal(
 
 
 @pytest.mark.parametrize("command", [b"XADD", b"XACK", b"XDEL", b"SET"])
-async def test_what_is_refused_alone_is_sent_again_alone(
+async def test_a_command_that_was_refused_alone_is_sent_again_alone(
     redis_url: str, between: RefusingProxy, command: bytes
 ) -> None:
     """As where the refusal begins or ends between two commands of one write."""
@@ -117,7 +117,7 @@ async def test_what_is_refused_alone_is_sent_again_alone(
 
 
 @pytest.mark.parametrize("code", sorted(ERRORS.keys() - {"READONLY"}))
-async def test_new_work_is_refused_at_once_by_name(redis_url: str, between: RefusingProxy, code: str) -> None:
+async def test_new_requests_are_refused_at_once_by_name(redis_url: str, between: RefusingProxy, code: str) -> None:
     work = Work()
     work.release.set()
     async with served(redis_url, between.url, work) as client:
@@ -132,7 +132,7 @@ async def test_new_work_is_refused_at_once_by_name(redis_url: str, between: Refu
     assert work.runs == {b"later": 1}
 
 
-async def test_what_is_given_up_during_a_refusal_does_not_run(redis_url: str, between: RefusingProxy) -> None:
+async def test_a_request_cancelled_during_a_refusal_does_not_run(redis_url: str, between: RefusingProxy) -> None:
     work = Work()
     async with served(redis_url, between.url, work) as client:
         first, _ = client.call(b"first")
@@ -229,7 +229,7 @@ async def three_replicas(url: str, work: Work) -> AsyncGenerator[None]:
         yield
 
 
-async def test_leases_that_could_not_be_renewed_convict_nobody(redis_url: str, between: RefusingProxy) -> None:
+async def test_leases_that_could_not_be_renewed_cause_no_redelivery(redis_url: str, between: RefusingProxy) -> None:
     work = Work()
     async with calling(redis_url) as client, three_replicas(between.url, work):
         await wait_until_async(lambda: are_trusted(client.redis, 3))
@@ -252,7 +252,7 @@ async def test_leases_that_could_not_be_renewed_convict_nobody(redis_url: str, b
     assert set(work.runs.values()) == {1}
 
 
-async def test_a_broker_that_hangs_for_longer_than_a_lease_convicts_nobody(server: EmbeddedServer) -> None:
+async def test_a_broker_that_hangs_for_longer_than_a_lease_causes_no_redelivery(server: EmbeddedServer) -> None:
     work = Work()
     async with calling(server.url) as client, three_replicas(server.url, work):
         await wait_until_async(lambda: are_trusted(client.redis, 3))
@@ -346,7 +346,7 @@ async def test_a_broker_that_is_busy_with_a_script_answers_when_it_ends(server: 
 # -- whole instances
 
 
-def test_refusals_of_writes_lose_nothing_and_convict_nobody(
+def test_refusals_of_writes_lose_nothing_and_cause_no_redelivery(
     start: StartClient, broker: EmbeddedServer, journal: Journal, scale: Scale, table: Table
 ) -> None:
     client = start()

@@ -129,7 +129,9 @@ async def assert_all_came_or_why_not(
     assert ticking.running == 0
 
 
-async def test_the_broker_is_restarted(broker: EmbeddedServer, reader: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_streams_go_on_after_the_broker_restarts(
+    broker: EmbeddedServer, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
     ticking = Ticking()
     async with serve(broker.url, "direct", ticking.__call__) as served:
         reading = Reading(served, broker.url, reader)
@@ -150,7 +152,7 @@ async def test_the_broker_is_restarted(broker: EmbeddedServer, reader: str, capl
         assert after.got == list(range(begun_at, ticking.made))
 
 
-async def test_the_broker_is_restarted_without_its_data(
+async def test_streams_end_with_an_error_after_the_broker_lost_its_data(
     forgetful: EmbeddedServer, reader: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ticking = Ticking()
@@ -165,7 +167,9 @@ async def test_the_broker_is_restarted_without_its_data(
         await wait_until_async(lambda: ticking.running == 0 and served.worker.in_progress == 0, ENDS_S)
 
 
-async def test_every_connection_is_cut(redis_url: str, reader: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_streams_go_on_after_every_connection_is_cut(
+    redis_url: str, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
     ticking = Ticking()
     with TcpProxy(redis_url) as between:
         async with serve(between.url, "direct", ticking.__call__) as served:
@@ -179,7 +183,7 @@ async def test_every_connection_is_cut(redis_url: str, reader: str, caplog: pyte
             await assert_all_came_or_why_not(reading, ticking, served, caplog)
 
 
-async def test_the_broker_has_no_memory_left(broker: EmbeddedServer, reader: str) -> None:
+async def test_streams_survive_a_broker_without_memory(broker: EmbeddedServer, reader: str) -> None:
     """An answer of many windows is work that was accepted, and its reader's word must not be refused either."""
     full, pad, many = asyncio.Event(), "x" * 4096, 4 * WINDOW // 4096
 

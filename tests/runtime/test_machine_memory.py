@@ -45,7 +45,7 @@ def test_the_smallest_limit_around_the_process_counts(
     assert within(tmp_path, cgroup, limits) == (expected or machine_bytes())
 
 
-def test_without_control_groups_it_is_the_memory_of_the_machine(tmp_path: Path) -> None:
+def test_without_control_groups_the_limit_is_the_memory_of_the_machine(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path, tmp_path) == machine_bytes()
 
 

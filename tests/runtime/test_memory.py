@@ -17,7 +17,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_free_memory_goes_back_to_the_system_though_something_lies_behind_it() -> None:
+def test_free_memory_returns_to_the_system_though_used_memory_lies_behind_it() -> None:
     memory = Memory()
     memory.give_back()
     blocks = [bytearray(BLOCK_BYTES) for _ in range(BLOCKS)]

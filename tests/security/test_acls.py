@@ -113,7 +113,7 @@ async def test_callers_of_every_kind_are_answered(site: Site, broker: Guarded) -
     await (await SharedClient.get(broker.url("alice"), "default")).close()
 
 
-async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Site, broker: Guarded) -> None:
+async def test_callers_that_may_not_read_the_queue_are_refused_while_it_is_full(site: Site, broker: Guarded) -> None:
     await site.declare(max_queued_requests=2)
     await site.declare("g", max_queued_bytes=1024 * 1024)
     with handles.connect(broker.url("alice")) as door:
@@ -134,7 +134,7 @@ async def test_callers_that_may_not_read_the_queue_hear_that_it_is_full(site: Si
     await (await SharedClient.get(broker.url("alice"), "default")).close()
 
 
-async def test_a_proxy_serves(site: Site, broker: Guarded) -> None:
+async def test_a_proxy_serves_as_its_own_user(site: Site, broker: Guarded) -> None:
     await site.serve(echo)
     url = await site.proxy()
     async with httpx.AsyncClient(base_url=url) as http:
@@ -222,7 +222,7 @@ async def test_a_proxy_rides_through_a_broken_connection_and_runs_nothing_twice(
     assert added == 8  # none was published again
 
 
-async def test_what_is_cancelled_is_not_run(site: Site, broker: Guarded) -> None:
+async def test_a_cancelled_request_does_not_run(site: Site, broker: Guarded) -> None:
     seen: list[int] = []
     await site.serve(slowly, max_concurrent_queries=1)
 
@@ -259,7 +259,7 @@ async def test_a_caller_that_may_not_read_streams_rides_through_a_broken_connect
     assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
 
 
-async def test_a_batch_job_that_is_continued_sends_again_what_it_cannot_look_for(
+async def test_a_continued_batch_job_sends_the_items_again_that_it_cannot_look_up(
     site: Site, broker: Guarded, caplog: pytest.LogCaptureFixture
 ) -> None:
     await site.serve(echo)
@@ -273,7 +273,9 @@ async def test_a_batch_job_that_is_continued_sends_again_what_it_cannot_look_for
     assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
 
 
-async def test_what_a_dead_replica_held_is_taken_over_and_at_last_a_dead_letter(site: Site, broker: Guarded) -> None:
+async def test_the_claims_of_a_dead_replica_are_redelivered_and_become_dead_letters_at_last(
+    site: Site, broker: Guarded
+) -> None:
     await site.serve(echo, "idle")
 
     def call() -> None:
@@ -371,7 +373,7 @@ RULING = [
 ]
 
 
-def test_a_caller_may_do_none_of_this(broker: Guarded) -> None:
+def test_a_caller_is_denied_every_command_of_other_roles(broker: Guarded) -> None:
     """Neither by itself nor in a script."""
     with Redis.from_url(broker.url("alice")) as redis:
         for command in (*READING, *WRITING, *RULING):
@@ -392,7 +394,7 @@ def test_proxies_and_replicas_may_not_write_the_registry(user: str, broker: Guar
 
 
 @pytest.mark.parametrize("user", ["proxy", "replica"])
-def test_the_secret_of_a_batch_job_is_its_callers_own(user: str, broker: Guarded) -> None:
+def test_only_the_caller_of_a_batch_job_can_read_its_secret(user: str, broker: Guarded) -> None:
     with Redis.from_url(broker.url(user)) as redis:
         for command in ("GET", "GETDEL", "DUMP", "TYPE", "DEL"):
             assert _is_denied(redis, command, KEYS.job("alice@job:j")), command
@@ -408,7 +410,7 @@ def _is_denied(redis: Any, *command: Any) -> bool:
     return False
 
 
-async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, broker: Guarded) -> None:
+async def test_a_caller_cannot_read_the_requests_of_other_callers(site: Site, broker: Guarded) -> None:
     """And what it tries leaves that as it was."""
     backend = await site.declare()
     before = await site.registry.snapshot()
@@ -435,25 +437,25 @@ async def test_a_caller_sees_nothing_of_what_others_have_in_flight(site: Site, b
     await bob.close()
 
 
-async def test_the_ids_of_callers_begin_with_their_user(broker: Guarded) -> None:
+async def test_the_id_of_a_caller_begins_with_its_user(broker: Guarded) -> None:
     assert RequestClient(broker.url("alice"), "default").id.startswith("alice@")
     assert "@" not in RequestClient("redis://:secret@localhost", "default").id
     assert RequestClient("redis://a%40b%7D:secret@localhost", "default").id.startswith("a%40b%7D@")
 
 
-def test_who_is_not_let_in_is_told_at_once_and_not_the_password(broker: Guarded) -> None:
+def test_a_rejected_login_raises_at_once_without_the_password(broker: Guarded) -> None:
     with pytest.raises(BrokerUnavailable, match=r"(?i)username-password") as raised:
         handles.connect(broker.url("alice", "wrong-one"))
     assert "wrong-one" not in str(raised.value)
     assert broker.denied()
 
 
-def test_a_server_whose_certificate_is_not_known_is_not_talked_to(broker: Guarded) -> None:
+def test_a_server_with_an_unknown_certificate_is_refused(broker: Guarded) -> None:
     url = f"rediss://alice:secret@localhost:{broker.port}"
     with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
         handles.connect(url)
 
 
-def test_a_server_that_goes_by_another_name_is_not_talked_to(broker: Guarded) -> None:
+def test_a_server_with_another_name_in_its_certificate_is_refused(broker: Guarded) -> None:
     with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
         handles.connect(broker.url("alice").replace("localhost", "127.0.0.1"))

@@ -84,7 +84,7 @@ def collect(caller: RequestClient, backend: BackendRecord, **header: Any) -> tup
 
 
 @pytest.mark.parametrize("request_id", ["web-1", ""])
-async def test_a_reply_is_taken_only_with_the_id_of_its_call(
+async def test_a_reply_without_the_id_of_its_call_is_ignored(
     site: Site, broker: Guarded, forger: Forger, request_id: str
 ) -> None:
     backend = await site.declare()
@@ -107,9 +107,7 @@ async def test_a_reply_is_taken_only_with_the_id_of_its_call(
     await alice.close()
 
 
-async def test_parts_of_an_answer_are_taken_only_with_the_id_of_its_call(
-    site: Site, broker: Guarded, forger: Forger
-) -> None:
+async def test_parts_without_the_id_of_their_call_are_ignored(site: Site, broker: Guarded, forger: Forger) -> None:
     backend = await site.declare()
     alice = RequestClient(broker.url("alice"), "default")
     await alice.open()
@@ -129,9 +127,7 @@ async def test_parts_of_an_answer_are_taken_only_with_the_id_of_its_call(
     await alice.close()
 
 
-async def test_no_two_calls_have_anything_in_common_by_which_one_could_tell_the_other(
-    site: Site, broker: Guarded, forger: Forger
-) -> None:
+async def test_the_id_of_one_call_does_not_reveal_that_of_another(site: Site, broker: Guarded, forger: Forger) -> None:
     """What a replica sees of the calls that it runs does not help it to answer others of the same caller."""
     backend = await site.declare()
     alice = RequestClient(broker.url("alice"), "default")
@@ -147,9 +143,7 @@ async def test_no_two_calls_have_anything_in_common_by_which_one_could_tell_the_
     await alice.close()
 
 
-async def test_the_bodies_of_large_requests_and_replies_have_keys_that_cannot_be_guessed(
-    site: Site, broker: Guarded
-) -> None:
+async def test_the_keys_of_large_bodies_cannot_be_guessed(site: Site, broker: Guarded) -> None:
     backend = await site.declare()
     await site.declare("copy")
     await site.registry.change(
@@ -188,7 +182,7 @@ async def begin_job(url: str, items: int) -> None:
     await asyncio.wait([task])
 
 
-async def test_results_of_a_job_are_taken_only_with_the_ids_of_its_items(
+async def test_results_without_the_id_of_an_item_are_ignored_by_a_job(
     site: Site, broker: Guarded, forger: Forger
 ) -> None:
     await site.declare()
@@ -208,9 +202,7 @@ async def test_results_of_a_job_are_taken_only_with_the_ids_of_its_items(
     assert await asyncio.to_thread(broker.denied) == ["alice: command xrange"]
 
 
-async def test_entries_in_the_name_of_a_job_that_it_did_not_send_are_no_items_of_it(
-    site: Site, broker: Guarded
-) -> None:
+async def test_entries_that_a_job_did_not_send_are_not_its_items(site: Site, broker: Guarded) -> None:
     """Any caller may publish in another one's name, and the job's owner must not mistake that for an item."""
     await site.declare()
     caller = Keys.caller("proxy", Keys.job_name("j"))

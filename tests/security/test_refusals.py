@@ -98,7 +98,7 @@ TO_DEAD_LETTERS = (look_at_dead_letters, replay, drop)
     "use",
     [Connection.list_endpoints, call, call_with_much, stream, batch, job, call_in_loop, *TO_DEAD_LETTERS],
 )
-def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Connection], Any], site: Site) -> None:
+def test_every_denied_command_raises_an_error_of_penstock(use: Callable[[Connection], Any], site: Site) -> None:
     refused: dict[str, NotPermitted] = {}
     for command in CALLERS:
         with limited(site.url, "+@all", f"-{command}") as url:
@@ -114,7 +114,7 @@ def test_whatever_is_not_allowed_all_that_is_raised_is_ours(use: Callable[[Conne
     assert all(command in error.message and error.user == "guest" for command, error in refused.items())
 
 
-def test_the_message_names_who_and_what_and_where_the_rules_are(site: Site) -> None:
+def test_the_message_names_the_user_the_command_and_the_page_of_the_rules(site: Site) -> None:
     with limited(site.url, *NOTHING) as url, pytest.raises(NotPermitted) as raised:
         handles.connect(url)
     said = str(raised.value)
@@ -124,12 +124,12 @@ def test_the_message_names_who_and_what_and_where_the_rules_are(site: Site) -> N
     assert "word" not in said
 
 
-def test_who_may_not_even_connect_is_told_where_the_rules_are(site: Site) -> None:
+def test_a_user_that_may_not_connect_gets_the_page_of_the_rules(site: Site) -> None:
     with limited(site.url, "-@all") as url, pytest.raises(BrokerUnavailable, match=r"(?i)permissions.*security\.md"):
         handles.connect(url)
 
 
-def test_a_batch_that_may_not_be_sent_ends_at_its_first_item(site: Site) -> None:
+def test_a_batch_that_may_not_publish_ends_at_its_first_item(site: Site) -> None:
     """Rather than to ask for all others, or to wait for a broker that is there."""
     taken = 0
 
@@ -148,7 +148,7 @@ def test_a_batch_that_may_not_be_sent_ends_at_its_first_item(site: Site) -> None
     assert taken < 1_000
 
 
-async def test_http_clients_hear_that_it_was_refused_and_nothing_of_the_broker(redis_url: str) -> None:
+async def test_http_clients_get_a_refusal_without_details_of_the_broker(redis_url: str) -> None:
     owner = await SharedClient.get(redis_url, "default")
     backend, endpoint = (
         BackendRecord(tag="f", version="1", code=""),
@@ -167,7 +167,7 @@ async def test_http_clients_hear_that_it_was_refused_and_nothing_of_the_broker(r
     await owner.close()
 
 
-def test_a_lease_that_may_not_be_taken_is_an_error_of_ours(redis_url: str) -> None:
+def test_a_denied_lease_raises_an_error_of_penstock(redis_url: str) -> None:
     with limited(redis_url, "+@all", "-set") as url:
         lease = Lease(url, "penstock:default:{f}:alive:1")
         with pytest.raises(NotPermitted, match=r"'guest' may not do EVAL penstock:default:\{f\}:alive:1"):
@@ -180,7 +180,7 @@ def test_a_lease_that_may_not_be_taken_is_an_error_of_ours(redis_url: str) -> No
         lease.stop()
 
 
-async def test_other_refusals_are_ours_too(redis_url: str) -> None:
+async def test_other_refusals_of_redis_raise_errors_of_penstock(redis_url: str) -> None:
     caller = await SharedClient.get(redis_url, "default")
     with Redis.from_url(redis_url) as redis:
         redis.set(caller.keys.backends, "no hash")

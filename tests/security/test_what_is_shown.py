@@ -129,9 +129,7 @@ def listing(url: str) -> str:
     return seen
 
 
-async def test_a_dead_letter_that_is_replayed_answers_with_the_id_that_it_had(
-    site: Site, caller: RequestClient
-) -> None:
+async def test_a_replayed_dead_letter_keeps_its_request_id(site: Site, caller: RequestClient) -> None:
     call, outcomes = ask(caller)
     await call.accepted()
     bury(site.url)
@@ -183,7 +181,7 @@ async def read(outcome: Any, *, in_parts: bool) -> None:
     ("make", "kind"),
     [(fail_to_read, WireError), (skip_a_part, StreamBroken), (send_parts, WireError), (pickle, WireError)],
 )
-async def test_what_is_wrong_with_a_reply_names_its_request_and_not_its_call(
+async def test_an_error_about_a_reply_names_the_request_and_not_the_call(
     site: Site,
     caller: RequestClient,
     request_id: str,
@@ -202,7 +200,7 @@ async def test_what_is_wrong_with_a_reply_names_its_request_and_not_its_call(
     assert call.id not in f"{raised.value!r}{raised.value}{to_wire(raised.value)}{caplog.text}"
 
 
-async def test_what_is_cancelled_is_named_by_its_request(site: Site, caller: RequestClient) -> None:
+async def test_a_cancelled_request_is_named_by_its_request_id(site: Site, caller: RequestClient) -> None:
     asked = [ask(caller), ask(caller, request_id="web-1")]
     await caller.close()
     for call, outcomes in asked:
@@ -212,7 +210,7 @@ async def test_what_is_cancelled_is_named_by_its_request(site: Site, caller: Req
         assert call.id not in repr(error)
 
 
-async def test_a_refusal_of_redis_names_the_command_without_the_caller_and_the_call(site: Site) -> None:
+async def test_a_refusal_by_redis_names_the_command_without_the_caller_and_the_call(site: Site) -> None:
     site.declare()
     with limited(site.url, "+@all", "-get") as url:
         caller = RequestClient(url, INSTANCE)
