@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from uuid import uuid4
 
 from penstock import serve
 
@@ -55,6 +56,13 @@ class Counting(Noting):
         name = self.note(request)
         await asyncio.sleep(self._service_s)
         return name
+
+
+class Stamping(Counting):
+    """Answers with what no other run answers."""
+
+    async def __call__(self, request: serve.Request) -> str:
+        return f"{await super().__call__(request)} {uuid4().hex}"
 
 
 class Holding(Counting):

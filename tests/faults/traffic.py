@@ -17,6 +17,8 @@ from tests.faults.web import Web
 
 DEADLINE_S = 30.0
 _TICK_S = 0.005
+_AGAIN_S = 0.05
+"""How long a client waits before it repeats a request whose connection broke."""
 _HANG_S = 90.0
 """Far beyond every deadline: what has no outcome by then never gets one."""
 
@@ -141,7 +143,10 @@ def traffic(
         async def by_http(name: str) -> str:
             return await _post(web, name, method)
 
-        calls = {"handle": by_handle, "http": by_http}
+        async def with_key(name: str) -> str:
+            return await _post_until_answered(web, name, method)
+
+        calls = {"handle": by_handle, "http": by_http, "key": with_key}
         running.append(Traffic([calls[way] for way in ways], rate, for_s, prefix))
         ready.set()
         try:
@@ -167,6 +172,31 @@ def traffic(
         thread.join()
     if failure:
         raise failure[0]
+
+
+async def _post_until_answered(web: Web, name: str, method: str) -> str:
+    """Repeat a request with one idempotency key until it is answered, and once more: the answers must be equal.
+
+    The code answers with the name and something that no other run of it makes. Returns the name.
+    """
+    headers = f"idempotency-key: {name}\r\n"
+    answers: list[str] = []
+    while len(answers) < 2:
+        try:
+            status, body = await web.post("/job", name, method, headers)
+        except (OSError, asyncio.IncompleteReadError):
+            await asyncio.sleep(_AGAIN_S)  # a proxy died: the client repeats
+            continue
+        if status == 200:
+            answers.append(body)
+        elif status == 503:
+            await asyncio.sleep(_AGAIN_S)
+        elif status == 504:
+            raise Refused(json.loads(body)["error"]["type"])
+        else:
+            raise AssertionError(f"status {status}: {body[:200]}")
+    assert answers[0] == answers[1], f"two answers to one key: {answers}"
+    return answers[0].partition(" ")[0]
 
 
 async def _post(web: Web, name: str, method: str) -> str:

@@ -18,8 +18,8 @@ class Web:
         self._host, self._port = at.hostname or "", at.port or 80
         self._idle: deque[_Connection] = deque()
 
-    async def post(self, path: str, value: str, method: str) -> tuple[int, str]:
-        """Return status and body.
+    async def post(self, path: str, value: str, method: str, headers: str = "") -> tuple[int, str]:
+        """Return status and body. ``headers`` are further lines of the head, each with its end.
 
         Raises:
             OSError, asyncio.IncompleteReadError: the connection broke, before or after the request was sent.
@@ -29,15 +29,15 @@ class Web:
             body = json.dumps(value).encode()
             head = (
                 f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
-                f"x-serve-call-method: {method}\r\ncontent-length: {len(body)}\r\n\r\n"
+                f"x-serve-call-method: {method}\r\n{headers}content-length: {len(body)}\r\n\r\n"
             )
             writer.write(head.encode() + body)
-            status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
-            answer = await reader.readexactly(int(headers["content-length"]))
+            status, answered = _parsed(await reader.readuntil(b"\r\n\r\n"))
+            answer = await reader.readexactly(int(answered["content-length"]))
         except BaseException:
             writer.transport.abort()
             raise
-        if headers.get("connection") == "close":
+        if answered.get("connection") == "close":
             writer.close()
         else:
             self._idle.append((reader, writer))

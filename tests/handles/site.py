@@ -60,6 +60,10 @@ class Site:
         self._keys = Keys(INSTANCE)
         self._registry = Registry(self._connection, self._keys)
 
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop of the site."""
+        return self._run(coroutine)
+
     def change(self, change: Change) -> None:
         """Change the registry."""
         self._run(self._registry.change(lambda seen: change))
