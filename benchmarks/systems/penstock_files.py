@@ -125,7 +125,7 @@ class Ended:
 def start(url: str, peak: Path, *arguments: object) -> int:
     """Start a producer, and return its process id."""
     environ = {**os.environ, "PENSTOCK_REDIS_URL": url, "PEAK": str(peak)}
-    return os.spawnve(os.P_NOWAIT, PRODUCER[0], [*PRODUCER, *map(str, arguments), "--quiet"], environ)
+    return os.spawnve(os.P_NOWAIT, PRODUCER[0], [*PRODUCER, *map(str, arguments), "--quiet", "--nice", "0"], environ)
 
 
 def wait(pid: int, started_at: float, peak: Path) -> Ended:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,15 @@ def test_a_compressed_parquet_file_comes_over_standard_input(site: Site, tmp_pat
     ):
         assert process.wait(60) == 0
     assert sorted(row["n"] for row in handles.read(tmp_path / "out.csv")) == list(range(10, 20))
+
+
+@pytest.mark.timeout(300)
+def test_producers_that_are_killed_at_random_leave_one_line_for_each_row_of_parquet() -> None:
+    """The benchmark of files does it with any number of rows and deaths."""
+    program = Path(__file__).parents[3] / "benchmarks" / "systems" / "penstock_files.py"
+    command = [sys.executable, str(program), "--rows", "20000", "--kills", "3"]
+    with running(command, dict(os.environ)) as process:
+        out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert "20,000 rows of parquet, 3 producers killed" in out
+    assert "every row once" in out
