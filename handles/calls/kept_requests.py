@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from ...broker.wire._fields import LARGE
 from ...broker.wire.call_ids import shown_id
 from ...broker.wire.kept import (
     CANCELLED,
+    FAILED,
     FINAL,
     IN_REDIS,
     RequestStatus,
@@ -114,7 +116,8 @@ class _Waiter:
         self.raw = caller + b" " + call.encode()
         """As the record of the request names it."""
         self.outcome: asyncio.Future[_Outcome] = loop.create_future()
-        self.since_s = loop.time()
+        self.since_s = math.inf
+        """Since when the record of the request names it, by the loop's clock; before, there may be no record."""
         self.again: KeptEntry | None = None
         """The request, if this caller submitted it: Redis may have lost it."""
 
@@ -126,6 +129,15 @@ class _Waiter:
             self.outcome.set_result(None if outcome.codec == IN_REDIS else Result(outcome))
         else:
             self.outcome.set_result(outcome)
+
+    def begin(self) -> None:
+        """Note that the record of the request names the waiter."""
+        self.since_s = self.outcome.get_loop().time()
+
+    def begin_again(self) -> None:
+        """Wait once more: the outcome came before there was a result."""
+        self.outcome = self.outcome.get_loop().create_future()
+        self.begin()
 
     def fetch(self) -> None:
         """End the wait: the result lies in Redis."""
@@ -269,8 +281,11 @@ class KeptRequests:
             raise ResultsFull(backend.tag, accepted.used_bytes, limit_space)
         if isinstance(accepted, KeyConflict):
             raise IdempotencyConflict(kept.endpoint)
-        if waiter is not None and accepted.is_replayed:
-            waiter.id, waiter.again = accepted.id, None
+        if waiter is not None:
+            waiter.id = accepted.id
+            waiter.begin()
+            if accepted.is_replayed:
+                waiter.again = None
         if kept.key and not accepted.is_replayed:
             self._admission.prolong_choice(kept.key)
         return Ticket(accepted.id, backend.tag, accepted.state, accepted.is_replayed, waiter)
@@ -336,29 +351,41 @@ class KeptRequests:
                 state = await self._reader.watch(backend, id_, waiter.raw)
                 if state is None:
                     raise RequestNotFound
+                waiter.begin()
             except BaseException:
                 self._forget(waiter, unwatch=True)
                 raise
             return await self._wait(waiter, state, timeout_s)
 
     async def _wait(self, waiter: _Waiter, state: str, timeout_s: float | None) -> Result:
-        has_ended = False
+        loop = asyncio.get_running_loop()
+        ends_s = math.inf if timeout_s is None else loop.time() + timeout_s
+        result: Result | None = None
         try:
-            if state not in FINAL:
-                await asyncio.wait([waiter.outcome], timeout=timeout_s)
-                if not waiter.outcome.done():
-                    raise RequestTimeout(f"backend {waiter.backend!r}", timeout_s or 0.0)
-            has_ended = True
-            outcome = waiter.outcome.result() if waiter.outcome.done() else None
+            while result is None:
+                if state not in FINAL:
+                    left_s = None if ends_s == math.inf else max(0.0, ends_s - loop.time())
+                    await asyncio.wait([waiter.outcome], timeout=left_s)
+                    if not waiter.outcome.done():
+                        raise RequestTimeout(f"backend {waiter.backend!r}", timeout_s or 0.0)
+                    outcome = waiter.outcome.result()
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    result = outcome
+                if result is None and (result := await self._fetch(waiter.backend, waiter.id)) is None:
+                    waiter.begin_again()
+                    state = await self._reader.watch(waiter.backend, waiter.id, waiter.raw) or FAILED
         finally:
-            self._forget(waiter, unwatch=not has_ended)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if outcome is None:
-            outcome = await self._fetch(waiter.backend, waiter.id)
-        return self._checked(waiter.backend, outcome)
+            self._forget(waiter, unwatch=result is None)
+        return self._checked(waiter.backend, result)
 
-    async def _fetch(self, backend: str, id_: str) -> Result:
+    async def _fetch(self, backend: str, id_: str) -> Result | None:
+        """Return the result of a request; None if it is not final yet.
+
+        Raises:
+            RequestCancelled: it was cancelled.
+            ResultExpired, RequestNotFound, BackendNotFound: its result is gone.
+        """
         if (result := await self._reader.result(backend, id_)) is not None:
             return result
         status, _ = await self._reader.status(backend, id_)
@@ -366,7 +393,14 @@ class KeptRequests:
             if backend not in (known := self._watcher.snapshot.backends):
                 raise BackendNotFound(backend, known)
             raise RequestNotFound
-        raise (RequestCancelled if status.status == CANCELLED else ResultExpired)(status.request_id)
+        if not status.is_final:
+            return None
+        if status.status == CANCELLED:
+            raise RequestCancelled(status.request_id)
+        # It may have ended between the two.
+        if (result := await self._reader.result(backend, id_)) is None:
+            raise ResultExpired(status.request_id)
+        return result
 
     def _checked(self, backend: str, result: Result) -> Result:
         pickled = result.reply.codec == "pickle" or any(codec == "pickle" for codec, _, _ in result.pieces)
@@ -425,7 +459,8 @@ class KeptRequests:
         Raises:
             BrokerUnavailable, BrokerRefused: it is to be called again.
         """
-        for waiter in list(self._waiters.values()):
+        begun = [waiter for waiter in self._waiters.values() if waiter.since_s < math.inf]
+        for waiter in begun:
             state = await self._reader.watch(waiter.backend, waiter.id, waiter.raw)
             if state is None and waiter.again is not None:
                 # It was accepted, and the broker has lost it: nothing may refuse it now.
@@ -475,8 +510,8 @@ class KeptRequests:
             ResultExpired, RequestNotFound: its result is gone.
         """
         with self._progress():
-            status = await self.status(backend, id_)
-            return self._checked(backend, await self._fetch(backend, id_)) if status.is_final else None
+            result = await self._fetch(backend, id_)
+        return None if result is None else self._checked(backend, result)
 
     async def cancel(self, backend: str, id_: str) -> str:
         """Cancel a kept request and return its state before. One that is final stays as it is.

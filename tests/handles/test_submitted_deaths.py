@@ -173,3 +173,28 @@ def test_many_waits_for_one_result_end_together_and_leave_nothing(site: Site, co
 
         assert asyncio.run(wait_for_all()) == ["x" * 300_000] * 90
         assert waiters() == []
+
+
+def test_a_call_that_is_accepted_late_is_not_taken_for_one_that_redis_lost(
+    site: Site, connected: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine, where the check for results that were not sent comes before the broker's answer."""
+    from penstock.broker.results.accepting import KeptAdmission
+
+    gate, accept = Gate(), KeptAdmission.accept
+    site.serve(gate)
+
+    async def accept_late(*arguments: Any) -> Any:
+        accepted = await accept(*arguments)
+        await asyncio.sleep(2.5)
+        return accepted
+
+    handle = connected.get_handle("ask").options(idempotency_key="k")
+    first = handle.remote("kept")
+    wait_until(lambda: gate.runs)
+    monkeypatch.setattr(KeptAdmission, "accept", accept_late)
+    late = handle.remote("kept")
+    with pytest.raises(TimeoutError):
+        late.result(4)
+    gate.is_open.set()
+    assert first.result(20) == late.result(20) == "kept"
