@@ -41,3 +41,10 @@ def test_a_csv_file_is_scored_while_the_web_is_served(cluster: str, tmp_path: Pa
     said = re.fullmatch(r"csv 3000 rows in [\d.]+ s \(\d+ rows/s\), accuracy ([\d.]+)", csv)
     assert said is not None
     assert float(said[1]) > 0.9
+
+
+def test_a_slow_job_is_submitted_and_fetched_though_its_proxy_is_killed(cluster: str, tmp_path: Path) -> None:
+    printed = run("transcribe.py", cluster=cluster, folder=tmp_path)
+    assert printed.startswith("202: submitted\n")
+    assert printed.count("the proxy is killed") == 1
+    assert printed.endswith("200: water comes under pressure to the turbines and leaves them as light\n")
