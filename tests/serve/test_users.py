@@ -83,7 +83,7 @@ def test_the_other_urls_of_the_broker_are_checked_before_anything_starts(name: s
         start(7, redis_url="redis://localhost")
     with pytest.raises(ConfigError, match="'http://localhost' is not a Redis URL"):
         start("http://localhost", redis_url="redis://localhost")
-    with pytest.raises(ConfigError, match=f"{name} is another way to the broker of redis_url"):
+    with pytest.raises(ConfigError, match=f"{name} is another URL of the broker at redis_url"):
         start("redis://localhost")
 
 
