@@ -26,8 +26,8 @@ Lines = Callable[[], Iterable[bytes]]
 _PLACE = ("index", "file", "row")
 _ERROR = ("error_type", "error_message")
 _GROUP_ROWS = 65_536
-_GROUP_BYTES = 32 * 1024 * 1024
-"""Of lines that make one row group, whichever comes first."""
+_GROUP_BYTES = 8 * 1024 * 1024
+"""Of lines that make one row group, whichever comes first. As Python objects they take several times as much."""
 _NEEDS_QUOTES = re.compile(r'[,;\t"\r\n]|^$|^\s|\s$')
 
 
