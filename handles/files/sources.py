@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
-from urllib.request import url2pathname
+from urllib.parse import unquote
 
 from ..errors import ConfigError
 from .optional import import_optional
@@ -60,7 +60,7 @@ def without_file_scheme(path: str) -> str:
     """Return the local path that a ``file://`` URL means; any other path as it is."""
     if not path.lower().startswith("file://"):
         return path
-    return url2pathname(re.sub(r"(?i)^file://(localhost(?=/))?", "", path))
+    return unquote(re.sub(r"(?i)^file://(localhost(?=/))?", "", path))
 
 
 def is_http(path: str) -> bool:
