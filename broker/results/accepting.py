@@ -28,7 +28,7 @@ from ..wire._fields import (
 from ..wire.kept import CANCELLED, FAILED, QUEUED, SUCCEEDED
 from ..wire.keys import Keys
 from ..wire.requests import RawEntry
-from .space import PENDING_S, RECORD_BYTES, SPACE
+from .space import NOW, PENDING_S, RECORD_BYTES, SWEEP
 
 WAITER = "w:"
 """The beginning of the fields of a record that name its waiters: a caller, a space, and the id of the waiter's call."""
@@ -46,9 +46,6 @@ _ACCEPTED, _ATTACHED, _CONFLICT, _QUEUE_FULL, _SPACE_FULL = b"accepted", b"attac
 # waiter (or empty), the beginning of the keys of records. Returns what happened, then the id and state of the request,
 # or the numbers of the refusal.
 _ACCEPT = Script(f"""#!lua
-{SPACE}
-{RECOUNT}
-{OLDEST}
 {IS_FINAL}
 local function watch(record, state)
   if ARGV[14] ~= '' and not is_final[state] then redis.call('HSET', record, '{WAITER}' .. ARGV[14], '') end
@@ -83,17 +80,23 @@ if name == '{LARGE_FIELD.decode()}' then
   end
 end
 bytes = math.max(bytes, {SMALL})
-if depth >= limit then return {{'{_QUEUE_FULL.decode()}', depth, oldest_ms(KEYS[2], KEYS[3])}} end
+if depth >= limit then
+  {OLDEST}
+  return {{'{_QUEUE_FULL.decode()}', depth, oldest_ms(KEYS[2], KEYS[3])}}
+end
 local used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
 if not reserved and used + bytes > limit_bytes then
+  {RECOUNT}
   total = recount(KEYS[4], KEYS[2], KEYS[3]) or total
   used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
   if used + bytes > limit_bytes then
+    {OLDEST}
     return {{'{_QUEUE_FULL.decode()}', -1 - used, oldest_ms(KEYS[2], KEYS[3])}}
   end
 end
-local now = now_ms()
+{NOW}
 if (redis.call('HGET', KEYS[6], 'total') or 0) + {RECORD_BYTES} > tonumber(ARGV[8]) then
+  {SWEEP}
   sweep(KEYS[6], now)
   local taken = tonumber(redis.call('HGET', KEYS[6], 'total') or 0)
   if taken + {RECORD_BYTES} > tonumber(ARGV[8]) then return {{'{_SPACE_FULL.decode()}', taken}} end
@@ -109,10 +112,9 @@ if bytes > {SMALL} then
   redis.call('HSET', KEYS[4], entry, bytes - {SMALL})
   redis.call('HINCRBY', KEYS[4], 'total', bytes - {SMALL})
 end
-local bucket = charge(KEYS[6], now + ARGV[9], tonumber(ARGV[9]), {RECORD_BYTES})
+local waiter = ARGV[14] ~= '' and '{WAITER}' .. ARGV[14] or 'unwatched'
 redis.call('HSET', KEYS[5], 'status', '{QUEUED}', 'endpoint', ARGV[12], 'request_id', ARGV[13], 'created', now,
-  'entry', entry, 'bucket', bucket, 'fingerprint', ARGV[10], 'key', ARGV[11])
-watch(KEYS[5], '{QUEUED}')
+  'entry', entry, 'fingerprint', ARGV[10], 'key', ARGV[11], waiter, '')
 redis.call('PEXPIRE', KEYS[5], ARGV[9])
 if ARGV[10] ~= '' then redis.call('SET', KEYS[7], ARGV[3], 'PX', ARGV[9]) end
 return {{'{_ACCEPTED.decode()}', ARGV[3], '{QUEUED}'}}

@@ -20,7 +20,7 @@ from ..wire.entry_ref import id_of, is_batch
 from ..wire.kept import QUEUED, RUNNING
 from ..wire.keys import Keys
 from .accepting import IS_FINAL, WAITER
-from .space import PENDING_S, RECORD_BYTES, SPACE
+from .space import CHARGE, NOW, PENDING_S, RECORD_BYTES, SWEEP_ONCE
 
 log = logging.getLogger(__name__)
 
@@ -51,48 +51,48 @@ return 0
 # Stores a result and settles the entry. KEYS: the record, the result, the body of the result, the stream, the records
 # of sizes, the space. ARGV: group, the entry's id, its ref, 1 to settle it, the state, milliseconds until the result
 # expires, the beginning of idempotency keys, 1 to leave the key free, the replica, the error (or empty), the bytes of
-# the result, 1 for a large body, then the fields of the result. Returns -1 if a large body is not there; else 1 if the
-# outcome was stored (0: there was one), the digest of the key, and the waiters.
+# the result, 1 for a large body, 1 for an entry with a record of its size, then the fields of the result. Returns -1 if
+# a large body is not there; else 1 if the outcome was stored (0: there was one), the digest of the key, and the
+# waiters. These stay on the record: sent again, the script returns them again.
 _FINISH = Script(f"""#!lua flags=allow-oom
-{SPACE}
-{RELEASE}
 {IS_FINAL}
-local record = redis.call('HMGET', KEYS[1], 'status', 'bucket', 'key')
+local record = redis.call('HMGET', KEYS[1], 'status', 'key')
 local is_open = record[1] and not is_final[record[1]]
 if is_open and ARGV[12] == '1' and redis.call('EXISTS', KEYS[3]) == 0 then return -1 end
 if ARGV[4] == '1' then
   redis.call('XACK', KEYS[4], ARGV[1], ARGV[2])
   redis.call('XDEL', KEYS[4], ARGV[2])
-  release(KEYS[5], {{ARGV[3]}})
+  if ARGV[13] == '1' then
+    {RELEASE}
+    release(KEYS[5], {{ARGV[3]}})
+  end
 end
 local ttl = tonumber(ARGV[6])
 if is_open then
-  local now = now_ms()
+  {NOW}
+  {CHARGE}
   redis.call('HSET', KEYS[1], 'status', ARGV[5], 'finished', now, 'replica', ARGV[9], 'error', ARGV[10])
   redis.call('PEXPIRE', KEYS[1], 2 * ttl)
-  discharge(KEYS[6], record[2], {RECORD_BYTES})
-  if #ARGV > 12 then
-    redis.call('HSET', KEYS[2], unpack(ARGV, 13))
+  if #ARGV > 13 then
+    redis.call('HSET', KEYS[2], unpack(ARGV, 14))
     redis.call('PEXPIRE', KEYS[2], ttl)
-    redis.call('PEXPIRE', KEYS[3], ttl)
+    if ARGV[12] == '1' then redis.call('PEXPIRE', KEYS[3], ttl) end
   end
-  charge(KEYS[6], now + ttl, ttl, {RECORD_BYTES} + ARGV[11])
-  if record[3] and record[3] ~= '' then
+  charge(KEYS[6], now, ttl, {RECORD_BYTES} + ARGV[11])
+  if record[2] and record[2] ~= '' then
     if ARGV[8] == '1' then
-      redis.call('DEL', ARGV[7] .. record[3])
+      redis.call('DEL', ARGV[7] .. record[2])
     else
-      redis.call('PEXPIRE', ARGV[7] .. record[3], ttl)
+      redis.call('PEXPIRE', ARGV[7] .. record[2], ttl)
     end
   end
-  sweep(KEYS[6], now)
 end
-local out = {{is_open and 1 or 0, is_open and record[3] or ''}}
+local out = {{is_open and 1 or 0, is_open and record[2] or ''}}
 if record[1] then
   local fields = redis.call('HGETALL', KEYS[1])
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, {len(WAITER)}) == '{WAITER}' then
       out[#out + 1] = string.sub(fields[i], {len(WAITER) + 1})
-      redis.call('HDEL', KEYS[1], fields[i])
     end
   end
 end
@@ -119,6 +119,8 @@ class Outcome:
     """The error that its status shows, as JSON."""
     large_body: bytes | None = None
     """The body of the result, if it is to lie in a key of its own."""
+    is_sized: bool = False
+    """Whether its entry has a record of its size."""
     settles: bool = True
     """Whether its entry is settled with it."""
     frees_key: bool = False
@@ -148,6 +150,10 @@ class ResultWriter:
         self._connection.post_script(
             _log_refusal, _PROGRESS, [self._keys.kept(self._backend, id_)], [progress], repeat=True
         )
+
+    async def sweep(self) -> None:
+        """Delete the count of results that have expired."""
+        await self._connection.run_script(SWEEP_ONCE, [self._keys.results_space(self._backend)], [], repeat=True)
 
     def finish(
         self, outcome: Outcome, ttl_ms: int, then: OnFinished, too_long: Callable[[], Outcome] | None = None
@@ -218,6 +224,7 @@ class ResultWriter:
         return [
             *(GROUP, id_of(outcome.ref), outcome.ref, int(outcome.settles), outcome.state, ttl_ms),
             *(self._key_prefix, int(outcome.frees_key), self._replica, outcome.error, size, int(large is not None)),
+            int(outcome.is_sized),
             *outcome.fields,
         ]
 

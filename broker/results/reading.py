@@ -13,7 +13,7 @@ from ..transport.connection import RedisConnection
 from ..wire.kept import CANCELLED, FINAL, STATUS_FIELDS, RequestStatus, Result, load_status, mark_of
 from ..wire.keys import Keys
 from .accepting import IS_FINAL, WAITER
-from .space import RECORD_BYTES, SPACE
+from .space import CHARGE, NOW, RECORD_BYTES
 
 # Returns the status of a request. KEYS: the record, the result, the request streams. ARGV: the fields. Returns their
 # values, then whether the result is there and the depth of the queue.
@@ -43,20 +43,20 @@ return out
 # ARGV: milliseconds until a result expires, the beginning of idempotency keys. Returns the state before, and the ref of
 # the entry; or nothing.
 _CANCEL = Script(f"""#!lua flags=allow-oom
-{SPACE}
+{NOW}
+{CHARGE}
 {RELEASE}
 {IS_FINAL}
-local record = redis.call('HMGET', KEYS[1], 'status', 'entry', 'bucket', 'key')
+local record = redis.call('HMGET', KEYS[1], 'status', 'entry', 'key')
 if not record[1] then return {{}} end
 if is_final[record[1]] then return {{record[1], record[2]}} end
-local now, ttl = now_ms(), tonumber(ARGV[1])
+local ttl = tonumber(ARGV[1])
 release(KEYS[3], {{record[2]}})
 redis.call('XDEL', KEYS[2], record[2])
 redis.call('HSET', KEYS[1], 'status', '{CANCELLED}', 'finished', now)
 redis.call('PEXPIRE', KEYS[1], 2 * ttl)
-discharge(KEYS[4], record[3], {RECORD_BYTES})
-charge(KEYS[4], now + ttl, ttl, {RECORD_BYTES})
-if record[4] and record[4] ~= '' then redis.call('PEXPIRE', ARGV[2] .. record[4], ttl) end
+charge(KEYS[4], now, ttl, {RECORD_BYTES})
+if record[3] and record[3] ~= '' then redis.call('PEXPIRE', ARGV[2] .. record[3], ttl) end
 return {{record[1], record[2]}}
 """)
 

@@ -3,43 +3,41 @@
 Records and results expire by themselves, at times that no script sees. So their bytes are counted in buckets, each
 named by the time at which all that it counts has expired, and a bucket whose time has passed is deleted. The count is
 at most a hundredth of a lifetime late, and an entry that was lost cannot hold space for ever.
+
+A request is counted when it has ended. Before that it is one of the unsettled requests, whose number is limited.
 """
 
 from __future__ import annotations
 
+from ..transport.commands import Script
+
 RECORD_BYTES = 1024
-"""What a kept request is charged for its record and its key, with and without a result."""
+"""What a kept request is charged for its record and its key, besides its result."""
 
 PENDING_S = 7 * 24 * 3600
 """How long the record of a kept request stays while it is neither started nor finished."""
 
 _SWEEP_EVERY_MS = 1_000
+"""Least time between two sweeps of old buckets."""
 
-# Defines `now_ms`, and functions of the hash with the buckets: `charge` counts bytes that expire at a time, and returns
-# the name of their bucket, which is the wider the longer ``lifetime_ms`` is; `discharge` undoes that; `sweep` deletes
-# old buckets.
-SPACE = f"""
-local function now_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local function charge(space, until_ms, lifetime_ms, bytes)
-  local width = math.max(1000, math.floor(lifetime_ms / 100))
-  local bucket = string.format('%.0f', math.ceil(until_ms / width) * width)
-  redis.call('HINCRBY', space, bucket, bytes)
+# Lua: counts ``bytes`` that expire ``ttl`` milliseconds after ``now``, in the hash with the buckets. The bucket is the
+# wider the longer that is.
+CHARGE = """
+local function charge(space, now, ttl, bytes)
+  local width = math.max(1000, math.floor(ttl / 100))
+  local bucket = string.format('%.0f', math.ceil((now + ttl) / width) * width)
+  if redis.call('HINCRBY', space, bucket, bytes) == bytes then redis.call('PEXPIRE', space, 2 * ttl + width) end
   redis.call('HINCRBY', space, 'total', bytes)
-  redis.call('PEXPIRE', space, {2 * PENDING_S * 1000})
-  return bucket
 end
-local function discharge(space, bucket, bytes)
-  if bucket and redis.call('HEXISTS', space, bucket) == 1 then
-    redis.call('HINCRBY', space, bucket, -bytes)
-    redis.call('HINCRBY', space, 'total', -bytes)
-  end
-end
+"""
+
+# Lua: deletes the buckets of ``space`` whose time has passed. Scripts have it where they need it: to define a function
+# costs as much as a command.
+SWEEP = f"""
 local function sweep(space, now)
   if now - (redis.call('HGET', space, 'swept') or 0) < {_SWEEP_EVERY_MS} then return end
   local all, total = redis.call('HGETALL', space), 0
+  if #all == 0 then return end
   for i = 1, #all, 2 do
     local until_ms = tonumber(all[i])
     if until_ms and until_ms <= now then
@@ -51,3 +49,17 @@ local function sweep(space, now)
   redis.call('HSET', space, 'total', total, 'swept', now)
 end
 """
+
+# Lua: the time in milliseconds.
+NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+# Deletes old buckets. KEYS: the space.
+SWEEP_ONCE = Script(f"""#!lua flags=allow-oom
+{NOW}
+{SWEEP}
+sweep(KEYS[1], now)
+return 0
+""")

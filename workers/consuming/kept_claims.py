@@ -32,6 +32,10 @@ _REPORT_EVERY_S = 0.1
 """Progress that is reported more often than this is combined: the last value counts."""
 
 
+_STARTED_TOGETHER = 64
+"""Most starts that are written by one script call."""
+
+
 class KeptClaims:
     """The kept requests that one replica holds. Only for its event loop.
 
@@ -59,6 +63,8 @@ class KeptClaims:
         self.apply(config)
         self._gathered: dict[bytes, _GatheredReply] = {}
         """By entry refs."""
+        self._started: list[str] = []
+        """Ids of requests whose start is written at the end of this loop tick."""
         self._progress: dict[str, bytes] = {}
         """By request ids: what is reported and not written yet."""
         self._reporting: asyncio.TimerHandle | None = None
@@ -76,10 +82,22 @@ class KeptClaims:
         for gathered in self._gathered.values():
             gathered.writer.stop()
 
+    async def sweep(self) -> None:
+        """Delete the count of results that have expired. Raises `BrokerUnavailable` or `BrokerRefused`."""
+        await self._writer.sweep()
+
     def start(self, claims: Sequence[Claim]) -> None:
         """Record that requests run; of ``claims``, those that are kept."""
-        if ids := [claim.entry.id for claim in claims if claim.entry.keep_bytes is not None]:
-            self._writer.start(ids)
+        for claim in claims:
+            if claim.entry.keep_bytes is not None:
+                if not self._started:
+                    self._commands.join_write(self._write_started)
+                self._started.append(claim.entry.id)
+
+    def _write_started(self) -> None:
+        started, self._started = self._started, []
+        for start in range(0, len(started), _STARTED_TOGETHER):
+            self._writer.start(started[start : start + _STARTED_TOGETHER])
 
     def report(self, claim: Claim, progress: bytes) -> None:
         """Record the progress that the code of a running request reports, as JSON."""
@@ -142,7 +160,7 @@ class KeptClaims:
 
     def cancel(self, claim: Claim) -> None:
         """Settle a request that was cancelled."""
-        self._finish(claim, Outcome(claim.entry.id, claim.ref, CANCELLED))
+        self._finish(claim, Outcome(claim.entry.id, claim.ref, CANCELLED, is_sized=claim.entry.size_bytes > 0))
 
     def expire(self, claim: Claim) -> None:
         """Settle a request whose deadline passed before it started. Its idempotency key is free again."""
@@ -169,6 +187,7 @@ class KeptClaims:
             stored.fields(),
             error,
             reply.body if is_large else None,
+            claim.entry.size_bytes > 0,
             settles,
             frees_key,
         )

@@ -67,6 +67,7 @@ class Redelivery:
             try:
                 if monotonic() >= drop_at_s:
                     await self._group.dead_letters.drop_oldest(self._consumer.settings.max_dead_letters)
+                    await self._consumer.kept.sweep()
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
                 held = len(self._in_progress)
                 expired, returned, pending = await self._group.pending.count()
