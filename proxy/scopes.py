@@ -7,7 +7,7 @@ arrive if they are JSON. A plain request has no such members, so neither its ent
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import orjson
@@ -31,7 +31,6 @@ def carried(scope: Scope, host: bytes | None, path: str, root_path: str) -> dict
         path: its path as the wire header has it.
         root_path: the prefix of all routes, if the scope has none.
     """
-    raw: bytes | None
     try:
         raw, server, client = scope["raw_path"], scope["server"], scope["client"]
         # Nearly every request returns here, in less than 0.5 us.
@@ -48,7 +47,7 @@ def carried(scope: Scope, host: bytes | None, path: str, root_path: str) -> dict
     except (AttributeError, KeyError, TypeError):  # a member is missing, or the address is new
         raw, server, client = scope.get("raw_path"), scope.get("server"), scope.get("client")
     if server.__class__ is list:  # a middleware may have set a list, as JSON has it
-        server = tuple(server)
+        server = tuple(cast("list[object]", server))
     members: dict[str, Any] = {}
     if root := scope.get("root_path") or root_path:
         members["root_path"] = root

@@ -139,7 +139,7 @@ class SubmittedRequests:
             if method == "DELETE":
                 return await self._cancel(backend, id_)
             status = await self._kept.status(backend, id_)
-            extra = [_NO_STORE] if status.is_final else [_NO_STORE, _retry_after()]
+            extra: responses.RawHeaders = [_NO_STORE] if status.is_final else [_NO_STORE, _retry_after()]
             return _json(200, status.to_dict(), extra)
         except PenstockError as e:
             return self._of_error(e)

@@ -61,6 +61,6 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 def is_slow(item: pytest.Item) -> bool:
     """Return whether a test needs a Ray or a container, or is one of a module whose tests take seconds."""
-    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    in_container = str(parameters.get("broker_url")).endswith("container")
+    callspec = getattr(item, "callspec", None)  # only a parametrized test has one
+    in_container = callspec is not None and str(callspec.params.get("broker_url")).endswith("container")
     return RAY in getattr(item, "fixturenames", ()) or in_container or re.match(_SLOW, item.nodeid) is not None

@@ -50,7 +50,7 @@ def read_record(kind: type[T], name: str, raw: Mapping[str, Any]) -> T:
             raise WireError(f"the registry's {name!r} has a {type(value).__name__} as its {field!r}")
         if nested is not None and value is not None:
             value = read_record(nested, name, value)
-        values[field] = tuple(value) if type(value) is list and list in allowed else value
+        values[field] = tuple(cast("list[object]", value)) if type(value) is list and list in allowed else value
     return kind(**values)
 
 
@@ -59,17 +59,17 @@ _JSON_TYPES: Mapping[Any, tuple[type, ...]] = {float: (float, int), tuple: (list
 
 
 @lru_cache
-def _schema(kind: type) -> dict[str, tuple[tuple[type, ...], type | None, bool]]:
+def _schema(kind: type) -> dict[str, tuple[tuple[type, ...], type[Any] | None, bool]]:
     """Return for each field the types of its JSON value (none: any), its dataclass, and whether it must be there."""
     hints = get_type_hints(kind)
-    schema: dict[str, tuple[tuple[type, ...], type | None, bool]] = {}
+    schema: dict[str, tuple[tuple[type, ...], type[Any] | None, bool]] = {}
     for field in fields(cast(Any, kind)):
         hint = hints[field.name]
         options: tuple[Any, ...] = get_args(hint) if _is_union(hint) else (hint,)
         nested = next((option for option in options if is_dataclass(option)), None)
         allowed = () if Any in options else tuple(json for option in options for json in _json_types(option))
         is_required = field.default is MISSING and field.default_factory is MISSING
-        schema[field.name] = allowed, cast("type | None", nested), is_required
+        schema[field.name] = allowed, cast("type[Any] | None", nested), is_required
     return schema
 
 

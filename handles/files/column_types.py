@@ -29,7 +29,7 @@ class ColumnType:
     """Of the integers."""
     members: ColumnType | None = None
     """Of lists."""
-    fields: dict[str, ColumnType] = field(default_factory=dict)
+    fields: dict[str, ColumnType] = field(default_factory=dict[str, "ColumnType"])
     """Of objects, in the order in which they first came."""
 
     def add(self, value: Any) -> None:

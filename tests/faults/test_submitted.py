@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,8 +70,8 @@ def test_everything_but_redis_is_killed_and_every_result_is_fetched(
         process.wait()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
     with handles.connect(client.redis_url) as connection, ThreadPoolExecutor(50) as pool:
-        fetched = pool.map(lambda id_: connection.submitted(id_).result(timeout=120), ids.values())
-        assert dict(zip(ids, fetched, strict=True)) == {name: name for name in ids}
+        fetched = {name: pool.submit(connection.submitted(id_).result, 120) for name, id_ in ids.items()}
+        assert {name: result.result() for name, result in fetched.items()} == {name: name for name in ids}
     starts = journal.starts()
     twice = {name for name, count in starts.items() if count > 1}
     in_progress = {name for name, started_ms in journal.started_ms() if started_ms > killed_ms - 5_000}
@@ -93,7 +93,7 @@ def test_everything_but_redis_is_killed_and_every_result_is_fetched(
 
 
 @contextmanager
-def submitter(url: str, count: int) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+def submitter(url: str, count: int) -> Generator[tuple[subprocess.Popen[str], dict[str, str]], None, None]:
     """Start a process that submits ``count`` requests; yield it, and the ids by their names as they come."""
     command = [sys.executable, "-m", "tests.faults.submitter", url, str(count)]
     ids: dict[str, str] = {}

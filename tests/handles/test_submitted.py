@@ -3,9 +3,9 @@
 import asyncio
 import pickle
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -41,6 +41,11 @@ class Gate:
         self.runs.append(request.data)
         assert self.is_open.wait(20)
         return {"run": len(self.runs), "data": request.data}
+
+
+def always(reply: str) -> Callable[[Any], str]:
+    """Return code that has one reply to all requests."""
+    return lambda request: reply
 
 
 @pytest.fixture
@@ -350,15 +355,15 @@ def test_another_request_under_the_same_key_is_refused(site: Site, connected: Co
     site.serve(echo)
     handle = connected.get_handle("ask").options(idempotency_key="k")
     assert handle.remote(1, q=1).result(10) == 1
-    other = handle.options(**change.get("options", {}))
+    other = cast("handles.ServeHandle", handle.options(**change.get("options", {})))
     with pytest.raises(IdempotencyConflict, match="used for another request to endpoint 'ask'"):
         other.remote(change.get("body", 1), **change.get("query", {"q": 1})).result(10)
     assert handle.remote(1, q=1).result(10) == 1
 
 
 def test_a_key_stays_with_its_backend_when_the_traffic_changes(site: Site, connected: Connection) -> None:
-    site.serve(lambda request: "blue", tag="blue")
-    site.serve(lambda request: "green", tag="green")
+    site.serve(always("blue"), tag="blue")
+    site.serve(always("green"), tag="green")
     handle = connected.get_handle("ask").options(idempotency_key="k")
     assert handle.remote().result(10) == "green"
     site.send_traffic("ask", {"blue": 1.0})

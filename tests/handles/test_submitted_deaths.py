@@ -35,6 +35,11 @@ class Gate:
         return request.data
 
 
+def waiters(redis: Redis, record: str) -> list[bytes]:
+    """Return the fields of a kept request's record that stand for calls that wait for its result."""
+    return [field for field in redis.hkeys(record) if isinstance(field, bytes) and field.startswith(b"w:")]
+
+
 def kill(server: EmbeddedServer) -> None:
     """Kill a server with SIGKILL, and return once its owner has started it again."""
     pid = server.pid
@@ -129,11 +134,8 @@ def test_a_result_that_was_stored_and_never_sent_is_found(site: Site, connected:
     with ThreadPoolExecutor(1) as pool, Redis.from_url(site.url) as redis:
         waiting = pool.submit(submitted.result, 30)
 
-        def waiters() -> list[bytes]:
-            return [field for field in redis.hkeys(record) if field.startswith(b"w:")]
-
-        wait_until(lambda: gate.runs and waiters())
-        redis.hdel(record, *waiters())
+        wait_until(lambda: gate.runs and waiters(redis, record))
+        redis.hdel(record, *waiters(redis, record))
         gate.is_open.set()
         assert waiting.result(30) == "kept"
 
@@ -159,18 +161,14 @@ def test_many_waits_for_one_result_end_together(site: Site, connected: Connectio
     async def wait_for_all() -> list[Any]:
         other = handles.AsyncSubmitted(site.url, INSTANCE, submitted.id)
         waits = [asyncio.ensure_future(other.result(timeout=20)) for _ in range(100)]
-        await asyncio.to_thread(wait_until, lambda: len(waiters()) == 100)
+        await asyncio.to_thread(wait_until, lambda: len(waiters(redis, record)) == 100)
         for wait in waits[:10]:
             wait.cancel()
-        await asyncio.to_thread(wait_until, lambda: len(waiters()) == 90)
+        await asyncio.to_thread(wait_until, lambda: len(waiters(redis, record)) == 90)
         gate.is_open.set()
         return await asyncio.gather(*waits[10:])
 
     with Redis.from_url(site.url) as redis:
-
-        def waiters() -> list[bytes]:
-            return [field for field in redis.hkeys(record) if field.startswith(b"w:")]
-
         assert asyncio.run(wait_for_all()) == ["x" * 300_000] * 90
 
 

@@ -320,18 +320,16 @@ def test_a_key_given_as_a_token_and_as_a_string_is_one_key(site: Site, http: htt
     ],
     ids=str,
 )
-def test_another_request_under_the_same_key_is_unprocessable(site: Site, http: httpx.Client, change: Any) -> None:
-    serve(site, lambda request: "ran")
+def test_another_request_under_the_same_key_is_unprocessable(
+    site: Site, http: httpx.Client, change: dict[str, Any]
+) -> None:
+    serve(site, echo)
     ready(http)
-    base = {
-        "method": "POST",
-        "url": "/ask?a=1",
-        "content": b'{"n":1}',
-        "headers": {"content-type": "application/json", "idempotency-key": "k"},
-    }
-    assert http.request(**base).status_code == 200  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    headers = {**base["headers"], **change.get("headers", {})}  # type: ignore[dict-item]  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
-    other = http.request(**{**base, **change, "headers": headers})  # pyright: ignore[reportUnknownArgumentType]
+    headers = {"content-type": "application/json", "idempotency-key": "k"}
+    request: dict[str, Any] = {"method": "POST", "url": "/ask?a=1", "content": b'{"n":1}', "headers": headers}
+    assert http.request(**request).status_code == 200
+    changed: dict[str, Any] = {**request, **change, "headers": {**headers, **change.get("headers", {})}}
+    other = http.request(**changed)
     assert other.status_code == 422
     assert other.json()["error"]["type"] == "IdempotencyConflict"
 

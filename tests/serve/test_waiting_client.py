@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 def is_waiting(thread: int | None) -> bool:
     """Return whether a thread is within ``Client.wait``."""
-    frame = sys._current_frames().get(thread or 0)
+    frame = sys._current_frames().get(thread or 0)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         if frame.f_code is serve.Client.wait.__code__:
             return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -166,7 +166,7 @@ class Consumer:
         self._scheduler.start_waiting()
 
     @contextmanager
-    def quarantine(self) -> Iterator[None]:
+    def quarantine(self) -> Generator[None, None, None]:
         """Claim nothing, and start only redelivered entries."""
         self._scheduler.is_quarantining = True
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from ..claim import Claim
@@ -51,7 +51,7 @@ class InProgress:
             self._emptied.set()
 
     @contextmanager
-    def recording_released(self) -> Iterator[set[bytes]]:
+    def recording_released(self) -> Generator[set[bytes], None, None]:
         """Yield a set that collects the refs of claims released meanwhile.
 
         For a query of the pending list: claims that are released while it is in flight must be ignored in its result.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.waiting import wait_until
 
 
 @contextmanager
-def iterated(batch: Batch) -> Iterator[list[Any]]:
+def iterated(batch: Batch) -> Generator[list[Any], None, None]:
     """Iterate over a batch in a thread, until it is over; gives the list that its results are added to."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.extend(result.get() for result in batch))
