@@ -64,7 +64,7 @@ _PAGE = 1_000
 
 
 class KeptReader:
-    """Reads and cancels the kept requests of an instance, for whoever knows their ids."""
+    """Reads and cancels the kept requests of an instance, by their ids."""
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
@@ -116,7 +116,7 @@ class KeptReader:
         return found
 
     async def cancel(self, backend: str, id_: str, ttl_ms: int) -> str | None:
-        """Cancel a request: a queued one never starts, and the replica that runs one is told.
+        """Cancel a request: a queued one never starts, and the replica that runs one gets a signal.
 
         Returns the state before; None if there is no such request.
         """
