@@ -52,10 +52,17 @@ def started(site: Site) -> Iterator[Proxies]:
         yield started
 
 
-@pytest.fixture(params=["fast path", "middlewares"])
-def http(started: Proxies, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    """A client of a proxy, once for each path through it."""
-    middlewares = [Middleware(GZipMiddleware, minimum_size=10**9)] if request.param == "middlewares" else []
+@pytest.fixture
+def http(started: Proxies) -> Iterator[httpx.Client]:
+    """A client of a proxy."""
+    with httpx.Client(base_url=started.start(), timeout=30) as http:
+        yield http
+
+
+@pytest.fixture
+def behind(started: Proxies) -> Iterator[httpx.Client]:
+    """A client of a proxy with a middleware, whose requests never take the fast path."""
+    middlewares = [Middleware(GZipMiddleware, minimum_size=10**9)]
     with httpx.Client(base_url=started.start(middlewares=middlewares), timeout=30) as http:
         yield http
 
@@ -215,6 +222,18 @@ def test_any_proxy_and_any_handle_answers_for_an_id(site: Site, started: Proxies
             assert connection.submitted(submitted["id"]).result(timeout=10) == [1]
             theirs = connection.get_handle("ask").submit("text")
         assert http.get(f"{two}/-/requests/{theirs.id}/result", headers={"prefer": "wait=20"}).text == "text"
+
+
+def test_requests_are_submitted_and_repeated_behind_a_middleware(site: Site, behind: httpx.Client) -> None:
+    serve(site, echo)
+    ready(behind)
+    location = behind.post("/ask", json=1, headers=ASYNC).headers["location"]
+    assert behind.get(f"{location}/result", headers={"prefer": "wait=20"}).json() == 1
+    assert behind.get(location).json()["status"] == "succeeded"
+    assert behind.delete(location).status_code == 409
+    for replayed in (None, "true"):
+        response = behind.post("/ask", json=2, headers={"idempotency-key": "k"})
+        assert (response.json(), response.headers.get("idempotency-replayed")) == (2, replayed)
 
 
 # -- cancelling, and what there is not

@@ -79,7 +79,7 @@ class KeptClaims:
         self._is_closed = True
         if self._reporting is not None:
             self._reporting.cancel()
-        for gathered in self._gathered.values():
+        for gathered in list(self._gathered.values()):
             gathered.writer.stop()
 
     async def sweep(self) -> None:
