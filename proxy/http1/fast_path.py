@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import uvicorn
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from ...handles.calls.call import CallOutcome
 from ...handles.calls.incoming_stream import IncomingStream
 from ..app import AWAITED, App, ProxiedRequest
 from ..preferences import may_be_kept
 from ..responses import HTTPResponse
+from .connection_limit import ConnectionLimit
 from .protocol import Protocol
 
 _WHOLE_BYTES = 256 * 1024
@@ -45,9 +49,6 @@ class _NoEvent:
         pass
 
 
-_NO_EVENT = cast("asyncio.Event", _NoEvent())
-
-
 def protocol_for(app: ASGIApp) -> type[Protocol]:
     """Return the class of connections that serves ``app`` fastest."""
     return FastPath if type(app) is App else Protocol
@@ -57,7 +58,7 @@ class FastPath(Protocol):
     """A connection to an `App` without middlewares."""
 
     _app_checks_framing = True
-    _message_event = staticmethod(lambda: _NO_EVENT)
+    _message_event = cast("Callable[[], asyncio.Event]", _NoEvent)
     _undecided: RequestResponseCycle | None = None
     """The request whose head is complete and whose path is not chosen yet: its body may soon be complete."""
     _pieces: list[bytes]
@@ -66,9 +67,17 @@ class FastPath(Protocol):
     _waiting: tuple[RequestResponseCycle, ProxiedRequest] | None = None
     """The request that awaits its outcome."""
 
-    @property
-    def _application(self) -> App:
-        return cast("App", self.app)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        limit: ConnectionLimit,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop, limit=limit)
+        self._application = cast("App", self.app)
 
     # -- uvicorn's protocol
 
