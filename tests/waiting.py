@@ -48,6 +48,6 @@ async def wait_until_async(condition: Callable[[], object | Awaitable[object]], 
 def _complaint(condition: Callable[[], object], answer: object, timeout_s: float) -> str:
     try:
         text = inspect.getsource(condition).strip()
-    except OSError:
+    except (OSError, TypeError):  # it has no source, or it is a `functools.partial`
         text = repr(condition)
     return f"still {answer!r} after {timeout_s:g} s: {text}"

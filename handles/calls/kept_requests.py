@@ -375,9 +375,9 @@ class KeptRequests:
                 if result is None and (result := await self._fetch(waiter.backend, waiter.id)) is None:
                     waiter.begin_again()
                     state = await self._reader.watch(waiter.backend, waiter.id, waiter.raw) or FAILED
+            return self._checked(waiter.backend, result)
         finally:
             self._forget(waiter, unwatch=result is None)
-        return self._checked(waiter.backend, result)
 
     async def _fetch(self, backend: str, id_: str) -> Result | None:
         """Return the result of a request; None if it is not final yet.

@@ -48,4 +48,4 @@ def test_a_child_neither_uses_its_parents_connection_nor_ends_its_instance() -> 
         )
     assert ran.returncode == 0, ran.stderr
     assert "belongs to process" in ran.stdout
-    assert "serve.connect() makes one of its own" in ran.stdout
+    assert "serve.connect() makes one for this process" in ran.stdout

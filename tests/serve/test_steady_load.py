@@ -59,6 +59,8 @@ FIELDS: dict[str, Any] = {
     "health_check_period_s": 5,
     "health_check_timeout_s": 20,
     "allow_pickle": True,
+    "result_ttl_s": 600,
+    "max_result_bytes": 2**28,
 }
 
 

@@ -186,7 +186,8 @@ def test_a_deployment_that_is_interrupted_leaves_nothing(
             deploying.send_signal(signal.SIGINT)
             _, err = deploying.communicate(timeout=60)
             waiting.close()
-    assert (deploying.returncode, err.decode().strip()) == (130, "interrupted")
+    # A line that the backend is still starting may come first on a busy machine.
+    assert (deploying.returncode, err.decode().strip().splitlines()[-1]) == (130, "interrupted")
     (status,) = penstock("status", "--json").lines()
     assert (status["backends"], status["endpoints"]) == ({}, {})
 
