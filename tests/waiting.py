@@ -5,7 +5,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """What has not come about by then never does, also on a machine that is slow and busy."""
 
 _FIRST_PAUSE_S = 0.001
