@@ -206,7 +206,7 @@ class KeptAdmission:
         Args:
             backend: tag of the backend.
             kept: the request. A large body must be stored already.
-            waiter: the caller and the id of its call, to which the result is sent; empty if nobody waits.
+            waiter: the caller and the id of its call, to which the result is sent; empty if no caller waits.
             limit: refuse it if the backend has this many unsettled entries.
             limit_bytes: refuse it if it and the unsettled entries would take more bytes than this.
             limit_space: refuse it if the kept requests of the backend take this many bytes.

@@ -121,8 +121,8 @@ class _Waiter:
         self.again: KeptEntry | None = None
         """The request, if this caller submitted it: Redis may have lost it."""
 
-    def hear(self, outcome: Reply | BaseException) -> None:
-        """Take the reply that the replica sent."""
+    def resolve(self, outcome: Reply | BaseException) -> None:
+        """End the wait with the reply that the replica sent, or with an error."""
         if self.outcome.done():
             return
         if isinstance(outcome, Reply):
@@ -191,9 +191,9 @@ class KeptRequests:
         return self._in_progress > 0
 
     def waiter_of(self, call: str) -> Callable[[Reply | BaseException], None] | None:
-        """Return what takes the reply to a call; None if nobody waits for it."""
+        """Return the function that receives the reply to a call; None if no waiter has that id."""
         waiter = self._waiters.get(call)
-        return None if waiter is None else waiter.hear
+        return None if waiter is None else waiter.resolve
 
     def close(self) -> None:
         """End all waits with `RequestCancelled`. The requests go on."""
@@ -202,7 +202,7 @@ class KeptRequests:
         if self._check is not None:
             self._check.cancel()
         for waiter in self._waiters.values():
-            waiter.hear(RequestCancelled(shown_id("", waiter.id)))
+            waiter.resolve(RequestCancelled(shown_id("", waiter.id)))
 
     # -- submitting
 

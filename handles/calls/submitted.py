@@ -1,4 +1,4 @@
-"""Submitted requests: durable calls whose results stay in Redis, for whoever knows their ids."""
+"""Submitted requests: durable calls whose results stay in Redis, for any holder of their ids."""
 
 from __future__ import annotations
 
