@@ -1,4 +1,4 @@
-"""What sync and asyncio handles share: the address of an endpoint, the options, and the way to the request client."""
+"""Base of sync and asyncio handles: the address of an endpoint, the options, and the way to the request client."""
 
 from __future__ import annotations
 

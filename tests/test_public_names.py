@@ -1,4 +1,4 @@
-"""What users may import, so that a name is added or removed on purpose only."""
+"""The names that users may import, so that one is added or removed on purpose only."""
 
 import subprocess
 import sys

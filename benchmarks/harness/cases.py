@@ -1,4 +1,4 @@
-"""What is asked of the systems that answer HTTP."""
+"""Cases that are measured on systems that answer HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users get by default, taken out again: for the case that shows what it costs.
+"""Defaults taken out again, for the case that measures their cost.
 
 Without it there is nobody who would notice a dead replica, no limit to a queue, no deadline, and all requests have the
 same id. It is taken out here alone: Penstock has no switch for it.

@@ -1,4 +1,4 @@
-"""What every program that calls without HTTP is asked for, and what it answers: a line of JSON for each way of calling.
+"""Protocol of the programs that call without HTTP: a line of JSON for each way of calling.
 
 The work is ``items`` small integers; the function adds one to each, and the program holds all results in order at
 the end. Time runs from the first item published to the last result held; a tenth as many are done before, unmeasured.

@@ -1,4 +1,4 @@
-"""What it costs to keep a result: a no-op through an asyncio handle, plain, with an idempotency key, and submitted.
+"""Cost of a kept result: a no-op through an asyncio handle, plain, with an idempotency key, and submitted.
 
 Runs by itself. The three ways take turns, so that what else the machine does falls on all of them.
 """

@@ -1,4 +1,4 @@
-"""What every server under test is asked for, on its command line: a port, a workload, a number of replicas.
+"""Command line of every server under test: a port, a workload, a number of replicas.
 
 A server program answers ``POST`` (and ``GET`` where its system has a word for it) on 127.0.0.1 alone, runs until
 it is ended, and need not clean up: its reaper ends whatever it started.

@@ -1,4 +1,4 @@
-"""What every program that starts up and tells about it shares: a clock, memory, and lines that the harness reads."""
+"""Shared parts of the programs that measure a start: a clock, memory, and lines that the harness reads."""
 
 from __future__ import annotations
 

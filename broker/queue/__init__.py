@@ -1,1 +1,1 @@
-"""What happens to requests on their streams: publish, claim, reply, settle, redeliver, dead-letter."""
+"""Operations on requests and their streams: publish, claim, reply, settle, redeliver, dead-letter."""

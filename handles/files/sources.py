@@ -1,4 +1,4 @@
-"""Where an input lies: a file, a directory, a glob pattern, a URL or standard input, as a list of files to open.
+"""Sources of an input: a file, a directory, a glob pattern, a URL or standard input, as a list of files to open.
 
 URLs are opened by fsspec, which brings some protocols itself and names the package that it needs for another one.
 ``file://`` is a local path and needs nothing.

@@ -1,4 +1,4 @@
-"""What was seen, one row for each scenario."""
+"""Table of results, one row for each scenario."""
 
 from __future__ import annotations
 

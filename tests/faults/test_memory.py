@@ -1,4 +1,4 @@
-"""Where no memory is left, new work is refused and what was accepted goes on."""
+"""A broker without memory refuses new requests, and accepted ones go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is used is given back."""
+"""Memory, keys and connections are given back after a long load."""
 
 from __future__ import annotations
 

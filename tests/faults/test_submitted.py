@@ -1,4 +1,4 @@
-"""What was submitted, or has an idempotency key, has one result, whatever is killed."""
+"""A request that was submitted, or has an idempotency key, has one result, whatever is killed."""
 
 from __future__ import annotations
 

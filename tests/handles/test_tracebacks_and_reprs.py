@@ -1,4 +1,4 @@
-"""What a developer sees in a REPL: tracebacks that end in their own line, and objects that describe themselves."""
+"""Output in a REPL: tracebacks that end in their own line, and objects that describe themselves."""
 
 import traceback
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What errors, HTTP responses, logs and listings show of a call: its request id, and nothing that answers it."""
+"""Errors, HTTP responses, logs and listings show of a call: its request id, and nothing that answers it."""
 
 from __future__ import annotations
 

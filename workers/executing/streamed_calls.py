@@ -1,4 +1,4 @@
-"""What goes on after a call has returned: generators, and responses that produce their body themselves."""
+"""Calls that go on after the code has returned: generators, and responses that produce their body themselves."""
 
 from __future__ import annotations
 

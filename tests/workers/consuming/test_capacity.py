@@ -1,4 +1,4 @@
-"""How many requests a replica holds whose code takes one at a time."""
+"""Capacity of a replica whose code takes one request at a time."""
 
 from __future__ import annotations
 
