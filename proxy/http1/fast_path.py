@@ -11,20 +11,17 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
-import uvicorn
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
-from uvicorn.server import ServerState
 
 from ...handles.calls.call import CallOutcome
 from ...handles.calls.incoming_stream import IncomingStream
 from ..app import AWAITED, App, ProxiedRequest
 from ..preferences import may_be_kept
 from ..responses import HTTPResponse
-from .connection_limit import ConnectionLimit
 from .protocol import Protocol
 
 _WHOLE_BYTES = 256 * 1024
@@ -67,17 +64,9 @@ class FastPath(Protocol):
     _waiting: tuple[RequestResponseCycle, ProxiedRequest] | None = None
     """The request that awaits its outcome."""
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-        *,
-        limit: ConnectionLimit,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop, limit=limit)
-        self._application = cast("App", self.app)
+    @cached_property
+    def _application(self) -> App:
+        return cast("App", self.app)
 
     # -- uvicorn's protocol
 
