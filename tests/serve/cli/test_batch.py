@@ -290,6 +290,7 @@ def test_an_interrupted_batch_that_is_no_job_leaves_nothing_queued(site: Site, t
 
 REPLICA = """
 import asyncio, os, sys
+from penstock.broker.registry.records import BackendSpec
 from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
@@ -300,7 +301,7 @@ async def slowly(request):
 
 async def main(url):
     replica = f"model#{os.getpid()}"
-    config = {"max_deliveries": 100, "max_concurrent_queries": 8}
+    config = BackendSpec(max_deliveries=100, max_concurrent_queries=8)
     runner = await Runner.start("model", replica, user_code.dump(slowly), config)
     await Replica(url, "default", "model", replica, runner).start()
     print("ready", flush=True)
@@ -318,7 +319,7 @@ def _dying_replicas(url: str) -> Generator[list[int]]:
     def start() -> subprocess.Popen[bytes]:
         replica = subprocess.Popen([sys.executable, "-c", REPLICA, url], stdout=subprocess.PIPE)
         assert replica.stdout is not None
-        replica.stdout.readline()  # until it serves
+        assert replica.stdout.readline() == b"ready\n", "the replica ended before it served"
         return replica
 
     def kill_some(replicas: list[subprocess.Popen[bytes]]) -> None:
