@@ -18,14 +18,11 @@ from .calls.request_client import RequestClient
 from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, RequestTimeout
-from .options import CallOptions
+from .options import CallOptions, HandleChanges
 from .response_stream import StreamState
 
 MISSING_OK_S = 30.0
 """Seconds for which a call without a deadline waits for an endpoint that may be missing."""
-
-UNSET: Any = object()
-"""Default of an option that keeps its value."""
 
 
 class EncodedCall:
@@ -102,14 +99,14 @@ class BaseHandle:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._url, self._instance, self._endpoint, self._options, self._missing_ok)
 
-    def _arguments_with(self, changes: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the arguments of a handle with other options. Options that are `UNSET` keep their values.
+    def _arguments_with(self, changes: HandleChanges) -> tuple[Any, ...]:
+        """Return the arguments of a handle with other options.
 
         Raises:
             TypeError, ConfigError: an option has a wrong type or value.
         """
         try:
-            options = self._options.with_({name: value for name, value in changes.items() if value is not UNSET})
+            options = self._options.with_(changes)
         except (TypeError, ValueError) as e:
             raise e.with_traceback(None) from None
         return self._url, self._instance, self._endpoint, options, self._missing_ok

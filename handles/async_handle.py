@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._base_handle import UNSET, BaseHandle, EncodedCall
+from ._base_handle import BaseHandle, EncodedCall
 from .calls.kept_requests import Ticket
 from .calls.request_client import RequestClient
 from .calls.submitted import AsyncSubmitted, value_of_result
 from .errors import ConfigError
 from .futures import new_reply_future
 from .object_refs import object_ref
-from .options import CallOptions
+from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
 from .response_stream import AsyncResponseStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AsyncServeHandle(BaseHandle):
@@ -92,70 +94,26 @@ class AsyncServeHandle(BaseHandle):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> AsyncServeHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[True],
+        self, *, return_type: Literal["future"] = ..., stream: Literal[True], **changes: Unpack[CallChanges]
     ) -> AsyncStreamingHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["object_ref"],
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["object_ref"], stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> AsyncObjectRefHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle to the same endpoint with other options. Options that are not given keep their values.
 
@@ -179,16 +137,6 @@ class AsyncServeHandle(BaseHandle):
             TypeError: an option has the wrong type.
             ConfigError: an option has a value that is not allowed.
         """
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 
@@ -222,68 +170,23 @@ class AsyncStreamingHandle(BaseHandle):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[True] = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[True] = ..., **changes: Unpack[CallChanges]
     ) -> AsyncStreamingHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[False],
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[False], **changes: Unpack[ReplyChanges]
     ) -> AsyncServeHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle with other options; see `AsyncServeHandle.options`."""
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 
@@ -330,69 +233,23 @@ class AsyncObjectRefHandle(ObjectRefCaller):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["object_ref"] = ...,
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["object_ref"] = ..., stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> AsyncObjectRefHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"],
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"], stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> AsyncServeHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle: ...
 
     def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
+        self, **changes: Unpack[HandleChanges]
     ) -> AsyncServeHandle | AsyncStreamingHandle | AsyncObjectRefHandle:
         """Return a handle with other options; see `AsyncServeHandle.options`."""
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import warnings
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..broker.registry.records import EndpointRecord
 from . import background_loop
-from ._base_handle import UNSET, BaseHandle, EncodedCall
+from ._base_handle import BaseHandle, EncodedCall
 from .async_handle import ObjectRefCaller
 from .calls.request_client import RequestClient
 from .calls.submitted import Submitted, value_of_result
 from .futures import ReplyFuture
-from .options import CallOptions
+from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
 from .response_stream import ResponseStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ServeHandle(BaseHandle):
@@ -137,71 +139,23 @@ class ServeHandle(BaseHandle):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> ServeHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[True],
+        self, *, return_type: Literal["future"] = ..., stream: Literal[True], **changes: Unpack[CallChanges]
     ) -> StreamingHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["object_ref"],
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["object_ref"], stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> ObjectRefHandle: ...
 
     @overload
-    def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
-    def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle to the same endpoint with other options. Options that are not given keep their values.
 
         Args:
@@ -224,16 +178,6 @@ class ServeHandle(BaseHandle):
             TypeError: an option has the wrong type.
             ConfigError: an option has a value that is not allowed.
         """
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 
@@ -265,68 +209,19 @@ class StreamingHandle(BaseHandle):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[True] = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[True] = ..., **changes: Unpack[CallChanges]
     ) -> StreamingHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"] = ...,
-        stream: Literal[False],
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"] = ..., stream: Literal[False], **changes: Unpack[ReplyChanges]
     ) -> ServeHandle: ...
 
     @overload
-    def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
-    def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle with other options; see `ServeHandle.options`."""
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 
@@ -353,69 +248,19 @@ class ObjectRefHandle(ObjectRefCaller):
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["object_ref"] = ...,
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["object_ref"] = ..., stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> ObjectRefHandle: ...
 
     @overload
     def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: Literal["future"],
-        stream: Literal[False] = ...,
-        idempotency_key: str | None = ...,
+        self, *, return_type: Literal["future"], stream: Literal[False] = ..., **changes: Unpack[ReplyChanges]
     ) -> ServeHandle: ...
 
     @overload
-    def options(
-        self,
-        *,
-        method_name: str = ...,
-        shard_key: str | None = ...,
-        http_method: str = ...,
-        http_headers: Mapping[str, str] = ...,
-        timeout_s: float | None = ...,
-        return_type: str = ...,
-        stream: bool = ...,
-        idempotency_key: str | None = ...,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle: ...
 
-    def options(
-        self,
-        *,
-        method_name: str = UNSET,
-        shard_key: str | None = UNSET,
-        http_method: str = UNSET,
-        http_headers: Mapping[str, str] = UNSET,
-        timeout_s: float | None = UNSET,
-        return_type: str = UNSET,
-        stream: bool = UNSET,
-        idempotency_key: str | None = UNSET,
-    ) -> ServeHandle | StreamingHandle | ObjectRefHandle:
+    def options(self, **changes: Unpack[HandleChanges]) -> ServeHandle | StreamingHandle | ObjectRefHandle:
         """Return a handle with other options; see `ServeHandle.options`."""
-        changes = {
-            "method_name": method_name,
-            "shard_key": shard_key,
-            "http_method": http_method,
-            "http_headers": http_headers,
-            "timeout_s": timeout_s,
-            "return_type": return_type,
-            "stream": stream,
-            "idempotency_key": idempotency_key,
-        }
         arguments = self._arguments_with(changes)
         return _kind_for(arguments)(*arguments)
 

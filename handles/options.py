@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from ..broker.registry.records import EndpointRecord
 from ..broker.wire.kept import MAX_KEY_CHARS
@@ -18,6 +18,29 @@ _NOT_IN_VALUE = re.compile("[^\t\x20-\x7e\x80-\xff]")
 """A character that a field value cannot have (RFC 9110, section 5.5), in ISO 8859-1 as HTTP servers use it."""
 _MAX_TIMEOUT_S = 1e9
 RETURN_TYPES = ("future", "object_ref")
+
+
+class CallChanges(TypedDict, total=False):
+    """Options that leave the class of a handle as it is; see `ServeHandle.options`."""
+
+    method_name: str
+    shard_key: str | None
+    http_method: str
+    http_headers: Mapping[str, str]
+    timeout_s: float | None
+
+
+class ReplyChanges(CallChanges, total=False):
+    """`CallChanges` of a handle whose replies are whole."""
+
+    idempotency_key: str | None
+
+
+class HandleChanges(ReplyChanges, total=False):
+    """All options of a handle."""
+
+    return_type: str
+    stream: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

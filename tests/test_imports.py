@@ -20,11 +20,12 @@ FOLDERS_BELOW = {
     "serve": {"runtime", "broker", "handles", "proxy", "workers"},
 }
 
-# orjson writes and reads JSON wherever there is some, and is part of the thin install.
+# orjson writes and reads JSON wherever there is some, and is part of the thin install. typing_extensions is for type
+# checkers alone: they bring its types, and it is not installed with Penstock.
 OTHERS = {
     "runtime": set[str](),
     "broker": {"redis", "hiredis", "orjson"},
-    "handles": {"orjson"},
+    "handles": {"orjson", "typing_extensions"},
     "proxy": {"orjson", "httptools", "starlette", "uvicorn"},
     "workers": {"orjson", "starlette", "ray"},
     "serve": {

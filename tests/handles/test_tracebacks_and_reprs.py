@@ -16,6 +16,7 @@ _MISTAKES: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
     "an unknown endpoint": (EndpointNotFound, lambda connected: connected.get_handle("aks")),
     "an unknown endpoint of a batch": (EndpointNotFound, lambda connected: connected.batch("aks")),
     "an argument of get_handle": (TypeError, lambda connected: cast(Any, connected).get_handle("ask", sync=1)),
+    "an option's name": (TypeError, lambda connected: cast(Any, ServeHandle("", "i", "ask")).options(timeout=3)),
     "an option": (ConfigError, lambda connected: ServeHandle("", "i", "ask").options(timeout_s=-1)),
     "an option's type": (TypeError, lambda connected: cast(Any, ServeHandle("", "i", "ask")).options(method_name=3)),
     "two bodies": (TypeError, lambda connected: ServeHandle("", "i", "ask").remote(1, 2)),
