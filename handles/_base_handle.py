@@ -13,7 +13,7 @@ from ..broker.wire.kept import MAX_STREAM_BYTES
 from ..broker.wire.keys import check_name
 from ..broker.wire.requests import Header
 from .calls.call import Call, CallOutcome
-from .calls.kept_requests import IdempotencyKey, Ticket
+from .calls.kept.submission import IdempotencyKey, Ticket
 from .calls.request_client import RequestClient
 from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json

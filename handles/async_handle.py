@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._base_handle import BaseHandle, EncodedCall
-from .calls.kept_requests import Ticket
+from .calls.kept.submission import Ticket
 from .calls.request_client import RequestClient
 from .calls.submitted import AsyncSubmitted, value_of_result
 from .errors import ConfigError

@@ -10,7 +10,7 @@ from ..broker.wire import exact_json
 from ..broker.wire.kept import CANCELLED, FINAL, Result
 from ..broker.wire.requests import Header
 from ..handles.calls.incoming_stream import StreamPiece
-from ..handles.calls.kept_requests import IdempotencyKey, Ticket
+from ..handles.calls.kept.submission import IdempotencyKey, Ticket
 from ..handles.calls.request_client import RequestClient
 from ..handles.errors import PenstockError, RequestCancelled, RequestTimeout
 from . import response_streaming, responses

@@ -34,7 +34,7 @@ from ..options import check_call_method
 from . import traffic
 from .call import Call, CallOutcome, CallsInFlight, queue_limits
 from .call_publisher import CallPublisher
-from .kept_requests import KeptRequests
+from .kept.kept_requests import KeptRequests
 from .large_bodies import LargeBodies, check_size
 from .pickle_policy import PicklePolicy
 from .recovery import Recovery
