@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..broker.errors import BrokerRefused, BrokerUnavailable
 from ..broker.queue.flow_control import WINDOW
-from ..broker.queue.stats import BackendStats
 from ..broker.registry.records import EndpointRecord, Snapshot
 from ..broker.wire.path_params import PathParam
 from ..broker.wire.replies import Reply
@@ -25,28 +23,25 @@ from ..broker.wire.requests import Header
 from ..handles.calls.call import Call, CallOutcome
 from ..handles.calls.incoming_stream import IncomingStream
 from ..handles.calls.request_client import RequestClient
-from ..handles.errors import ConfigError, PenstockError
-from . import metrics, request_ids, response_streaming, responses, scopes
+from ..handles.errors import PenstockError
+from . import request_ids, response_streaming, responses, scopes
+from .call_headers import carried_headers, header_text, public_method
 from .http1 import framing
 from .http1.buffers import Buffers, default_bytes
 from .http1.disconnects import ClientDisconnected, DisconnectWatcher
 from .options import DEFAULTS
+from .pages.metrics import Metrics
+from .pages.submitted import KeptCall, SubmittedRequests
+from .pages.system_pages import AWAITED, SystemPages
 from .preferences import may_be_kept
 from .request_body import has_body, read_body
 from .responses import HTTPResponse, RawHeaders
 from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes
-from .submitted import PAGES, KeptCall, SubmittedRequests
 
 logger = logging.getLogger("penstock.proxy")
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in the metrics of a request whose client disconnected before the response. The number is nginx's."""
-
-AWAITED = HTTPResponse(200, [])
-"""Stands for the response of a system page that needs the broker: ``/-/metrics``, and those of submitted requests."""
-
-_SCRAPE_TIMEOUT_S = 2.0
-"""How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
 
 _COUNTED_REQUEST_BYTES = 4 * 1024
 """Bodies up to this size that arrive in one read are not reserved: a connection has one, no larger than its buffers."""
@@ -54,8 +49,6 @@ _COUNTED_REQUEST_BYTES = 4 * 1024
 _COUNTED_REPLY_BYTES = 64 * 1024
 """Replies up to this size are not added to `Buffers.replies_bytes`: usually the kernel takes them at once."""
 
-_HOP_BY_HOP = frozenset(name.encode() for name in responses.HOP_BY_HOP)
-_USUAL_CONNECTION = (None, b"keep-alive", b"close")
 _CLOSE = (b"connection", b"close")
 
 HeaderDict = dict[bytes, bytes]
@@ -113,7 +106,7 @@ class App:
         self._debug = debug
         self._disconnects = DisconnectWatcher()
         self._routes = Routes()
-        self.metrics = metrics.Metrics()
+        self.metrics = Metrics()
         self._submitted = SubmittedRequests(
             caller,
             max_body_bytes=max_body_bytes,
@@ -121,6 +114,7 @@ class App:
             root_path=self._root_path,
             debug=debug,
         )
+        self._pages = SystemPages(caller, self._submitted, self.metrics)
         self.draining = False
         """While true, ``/-/healthz`` is 503 and every response closes its connection: clients move to other proxies."""
         self.apply(caller.snapshot)
@@ -208,7 +202,7 @@ class App:
         if is_unusual and (refusal := framing.refusal(scope["headers"], scope.get("http_version", ""))) is not None:
             return responses.of_status(*refusal)._replace(close=True)
         if path.startswith(RESERVED):
-            return self._system_page(scope["method"], path)
+            return self._pages.page(scope["method"], path, self._routes, draining=self.draining)
         self.metrics.in_flight += 1
         request.is_counted = True
         found = self._routes.match(scope["method"], path)
@@ -216,7 +210,7 @@ class App:
             request.endpoint, request.params = found
             return None
         if isinstance(found, MethodNotAllowed):
-            return _not_allowed(scope["method"], path, found.allowed)
+            return responses.not_allowed(scope["method"], path, found.allowed)
         if found.redirect is not None:
             return responses.redirect(self._root_path + found.redirect, scope["query_string"])
         return responses.of_status(404, f"no endpoint has a route for {path!r}")
@@ -246,7 +240,7 @@ class App:
             self._header(request, endpoint),
             body,
             then,
-            shard_key=None if shard_key is None else _text(shard_key),
+            shard_key=None if shard_key is None else header_text(shard_key),
             timeout_s=timeout_s,
         )
 
@@ -262,8 +256,8 @@ class App:
             path=path,
             path_params=request.params,
             query=scope["query_string"].decode("latin-1"),
-            headers=_request_headers(scope, headers),
-            call="__call__" if method_name is None else _public_method(method_name),
+            headers=carried_headers(scope, headers),
+            call="__call__" if method_name is None else public_method(method_name),
             request_id=request.request_id.decode(),
             client=f"{client[0]}:{client[1]}" if client else "",
             window=WINDOW,
@@ -403,7 +397,7 @@ class App:
                 endpoint,
                 self._header(request, endpoint),
                 body,
-                shard_key=None if shard_key is None else _text(shard_key),
+                shard_key=None if shard_key is None else header_text(shard_key),
                 timeout_s=timeout_s,
             )
             return await self._until_disconnect(responding, receive)
@@ -436,45 +430,11 @@ class App:
         raise ClientDisconnected
 
     async def _awaited_page(self, request: ProxiedRequest, receive: Receive) -> HTTPResponse:
-        path = self._route_path(request.scope["path"])[len(RESERVED) :]
-        if not path.startswith(PAGES):
-            return await self._metrics_page()
-        page = self._submitted.page(request.scope["method"], path[len(PAGES) :], request.scope["headers"])
+        scope = request.scope
+        page = self._pages.awaited_page(scope["method"], self._route_path(scope["path"]), scope["headers"])
         if has_body(request.headers):
             return await page  # what is to be received is the body
         return await self._until_disconnect(page, receive)
-
-    def _system_page(self, method: str, path: str) -> HTTPResponse:
-        name = path[len(RESERVED) :]
-        if name.startswith(PAGES):
-            return AWAITED
-        if name not in ("routes", "healthz", "metrics"):
-            return responses.of_status(404, f"no system page {path!r}")
-        if method not in ("GET", "HEAD"):
-            return _not_allowed(method, path, ("GET", "HEAD"))
-        if name == "routes":
-            return responses.of_json(self._routes.listing())
-        if name == "metrics":
-            return AWAITED
-        if self.draining:
-            return responses.of_text("draining", 503)
-        if not self._caller.connected:
-            return responses.of_text("no broker", 503)
-        if not self._caller.takes_writes:
-            return responses.of_text("the broker refuses writes", 503)
-        return responses.of_text("ok")
-
-    async def _metrics_page(self) -> HTTPResponse:
-        backend_stats: Mapping[str, BackendStats] | None = None
-        try:
-            backend_stats = await asyncio.wait_for(self._caller.backend_stats(), _SCRAPE_TIMEOUT_S)
-        except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
-            # The metrics of this proxy are most useful when the broker is in trouble.
-            reason = str(e) or f"no response from the broker within {_SCRAPE_TIMEOUT_S:g} s"
-            logger.warning("/-/metrics lacks the stats of backends: %s", reason)
-        return responses.of_text(
-            self.metrics.render(self._caller.shadows.stats, backend_stats), content_type=metrics.CONTENT_TYPE
-        )
 
 
 async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
@@ -487,34 +447,3 @@ async def _other_than_http(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1000, "reason": "websockets are not served"})
     else:
         raise ValueError(f"cannot serve the ASGI scope {scope['type']!r}")
-
-
-def _not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> HTTPResponse:
-    listed = ", ".join(allowed)
-    message = f"{path!r} allows {listed}, not {method}"
-    return responses.of_status(405, message, [(b"allow", listed.encode())])
-
-
-def _request_headers(scope: Scope, headers: HeaderDict) -> list[tuple[str, str]]:
-    dropped = _HOP_BY_HOP
-    pairs: list[tuple[bytes, bytes]] = scope["headers"]
-    if headers.get(b"connection") not in _USUAL_CONNECTION or len(headers) != len(pairs):  # it may be repeated
-        for name, value in pairs:
-            if name == b"connection":
-                dropped |= {token.strip().lower() for token in value.split(b",")}
-    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs if name not in dropped]
-
-
-def _public_method(name: bytes) -> str:
-    text = _text(name)
-    if text == "__call__" or (text.isidentifier() and not text.startswith("_")):
-        return text
-    raise ConfigError(f"x-serve-call-method {text!r} is not the name of a public method")
-
-
-def _text(raw: bytes) -> str:
-    """Decode a header value as UTF-8, as Python clients send it, or else as Latin-1, which HTTP/1.1 once prescribed."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")

@@ -141,6 +141,13 @@ def of_json(value: Any) -> HTTPResponse:
     return HTTPResponse(200, _JSON, orjson.dumps(value))
 
 
+def not_allowed(method: str, path: str, allowed: tuple[str, ...]) -> HTTPResponse:
+    """Return the response to a request whose path has routes, and none for its method."""
+    listed = ", ".join(allowed)
+    message = f"{path!r} allows {listed}, not {method}"
+    return of_status(405, message, [(b"allow", listed.encode())])
+
+
 def of_text(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> HTTPResponse:
     """Return ``text`` in UTF-8."""
     return HTTPResponse(status, [(b"content-type", content_type.encode())], text.encode())

@@ -19,7 +19,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 from ...handles.calls.call import CallOutcome
 from ...handles.calls.incoming_stream import IncomingStream
-from ..app import AWAITED, App, ProxiedRequest
+from ..app import App, ProxiedRequest
+from ..pages.system_pages import AWAITED
 from ..preferences import may_be_kept
 from ..responses import HTTPResponse
 from .protocol import Protocol

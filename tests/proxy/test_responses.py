@@ -4,7 +4,7 @@ import pytest
 
 from penstock.broker.wire.replies import Reply
 from penstock.handles.errors import BrokerUnavailable, PenstockError
-from penstock.proxy.metrics import Metrics
+from penstock.proxy.pages.metrics import Metrics
 from penstock.proxy.responses import of_error, of_reply, of_status, response_headers
 
 

@@ -9,8 +9,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 
-from ..broker.queue.stats import BackendStats
-from ..handles.calls.shadowing import ShadowStats
+from ...broker.queue.stats import BackendStats
+from ...handles.calls.shadowing import ShadowStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 
-from ..broker.registry.records import EndpointRecord
-from ..broker.wire import exact_json
-from ..broker.wire.kept import CANCELLED, FINAL, Result
-from ..broker.wire.requests import Header
-from ..handles.calls.incoming_stream import StreamPiece
-from ..handles.calls.kept.submission import IdempotencyKey, Ticket
-from ..handles.calls.request_client import RequestClient
-from ..handles.errors import PenstockError, RequestCancelled, RequestTimeout
-from . import response_streaming, responses
-from .preferences import Preferences, RawHeaders, idempotency_key_of, preferences_of
-from .responses import HTTPResponse
+from ...broker.registry.records import EndpointRecord
+from ...broker.wire import exact_json
+from ...broker.wire.kept import CANCELLED, FINAL, Result
+from ...broker.wire.requests import Header
+from ...handles.calls.incoming_stream import StreamPiece
+from ...handles.calls.kept.submission import IdempotencyKey, Ticket
+from ...handles.calls.request_client import RequestClient
+from ...handles.errors import PenstockError, RequestCancelled, RequestTimeout
+from .. import response_streaming, responses
+from ..preferences import Preferences, RawHeaders, idempotency_key_of, preferences_of
+from ..responses import HTTPResponse
 
 PAGES = "requests/"
 """The pages of submitted requests lie below this, within the proxy's own."""

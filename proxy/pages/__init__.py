@@ -1,0 +1,1 @@
+"""Pages of the proxy itself, below ``/-/``: routes, health, metrics, and submitted requests."""
