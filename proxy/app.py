@@ -97,6 +97,7 @@ class App:
         request_timeout_s: float = DEFAULTS.request_timeout_s,
         root_path: str = "",
         debug: bool = False,
+        unready_after_s: float = DEFAULTS.unready_after_s,
     ) -> None:
         self._caller = caller
         self.max_body_bytes = max_body_bytes
@@ -114,9 +115,9 @@ class App:
             root_path=self._root_path,
             debug=debug,
         )
-        self._pages = SystemPages(caller, self._submitted, self.metrics)
+        self._pages = SystemPages(caller, self._submitted, self.metrics, unready_after_s=unready_after_s)
         self.draining = False
-        """While true, ``/-/healthz`` is 503 and every response closes its connection: clients move to other proxies."""
+        """While true, ``/-/readyz`` is 503 and every response closes its connection: clients move to other proxies."""
         self.apply(caller.snapshot)
 
     def apply(self, snapshot: Snapshot) -> None:

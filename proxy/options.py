@@ -24,6 +24,8 @@ class ProxyOptions:
     max_body_bytes: int = 64 * 1024 * 1024
     max_buffered_bytes: int | None = None
     max_connections: int = MAX_CONNECTIONS
+    drain_delay_s: float = 5.0
+    unready_after_s: float = 10.0
     root_path: str = ""
     debug: bool = False
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,6 +73,8 @@ class Proxy:
         self._cleanup = AsyncExitStack()
         self._starting: asyncio.Task[_Running] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._stop_listening = asyncio.Event()
+        """Ends the delay of a drain."""
 
     async def ready(self) -> dict[str, Any]:
         """Start the proxy and return its ``url``, ``node`` and ``pid`` once it accepts requests.
@@ -101,10 +103,19 @@ class Proxy:
         if running.app.metrics.in_flight == 0:
             self._memory.give_back()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Accept no more connections, finish the requests in progress within ``timeout_s`` seconds, and end."""
+    async def drain(self, timeout_s: float, delay_s: float = 0.0) -> None:
+        """Accept no more connections, finish the requests in progress within ``timeout_s`` seconds, and end.
+
+        A second call waits for the end of the first drain, and without a delay ends that of the first one.
+
+        Args:
+            timeout_s: seconds after the delay.
+            delay_s: seconds for which connections are still accepted, while ``/-/readyz`` is 503.
+        """
+        if delay_s <= 0:
+            self._stop_listening.set()
         if self._draining is None:
-            self._draining = asyncio.ensure_future(self._drain(timeout_s))
+            self._draining = asyncio.ensure_future(self._drain(timeout_s, delay_s))
         await asyncio.shield(self._draining)
 
     # -- starting
@@ -125,6 +136,7 @@ class Proxy:
             request_timeout_s=options.request_timeout_s,
             root_path=options.root_path,
             debug=options.debug,
+            unready_after_s=options.unready_after_s,
         )
         self._cleanup.callback(app.close)
         server = await self._listen(wrap(app, options.middlewares), client.registry)
@@ -204,7 +216,7 @@ class Proxy:
 
     # -- draining
 
-    async def _drain(self, timeout_s: float) -> None:
+    async def _drain(self, timeout_s: float, delay_s: float) -> None:
         running: _Running | None = None
         if self._starting is not None:
             if not self._starting.done():
@@ -215,6 +227,8 @@ class Proxy:
         if running is not None:
             running.app.draining = True
             running.reporter.update(state="draining", url=None)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stop_listening.wait(), delay_s)
             await running.server.stop(timeout_s)
         await self._cleanup.aclose()
 

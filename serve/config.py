@@ -233,6 +233,15 @@ class HTTPOptions(_Config):
     max_connections: Count = PROXY_DEFAULTS.max_connections
     """The largest number of open connections of one proxy; further ones are answered with 503 and closed."""
 
+    drain_delay_s: NotNegative = PROXY_DEFAULTS.drain_delay_s
+    """Seconds for which a proxy that begins to drain, on SIGTERM or because its node leaves, accepts connections.
+
+    ``/-/readyz`` is 503 meanwhile, so that load balancers stop sending to it before it refuses them.
+    """
+
+    unready_after_s: NotNegative = PROXY_DEFAULTS.unready_after_s
+    """Seconds of an outage of the broker after which ``/-/readyz`` is 503; ``/-/healthz`` is so at once."""
+
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
     """The path prefix at which a gateway in front of the proxies mounts them (``root_path`` of ASGI)."""
 

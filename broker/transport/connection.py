@@ -108,6 +108,11 @@ class RedisConnection:
         return bool(self._write_probe.refusal)
 
     @property
+    def outage_s(self) -> float:
+        """Seconds for which the server has been away or has refused writes; 0 if it is connected and accepts them."""
+        return self._waiting.outage_s
+
+    @property
     def has_waiting_commands(self) -> bool:
         """Whether any command waits: refused, lost with the connection, or not sent because there is none."""
         return self._waiting.any

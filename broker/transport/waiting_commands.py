@@ -42,6 +42,11 @@ class WaitingCommands(deque[Command]):
             self._began_s, self._patience_s = loop.time(), patience_s
             self._timer = loop.call_later(patience_s, self._fail_impatient)
 
+    @property
+    def outage_s(self) -> float:
+        """Seconds since the outage began; 0 if there is none."""
+        return 0.0 if self._began_s is None else asyncio.get_running_loop().time() - self._began_s
+
     def end_outage(self) -> None:
         self._began_s = None
         if self._timer is not None:

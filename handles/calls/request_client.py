@@ -153,6 +153,11 @@ class RequestClient:
         return self._connection.connected and not self._connection.refuses_writes
 
     @property
+    def outage_s(self) -> float:
+        """Seconds for which the broker has been away or has refused writes; 0 while new requests can be accepted."""
+        return self._connection.outage_s
+
+    @property
     def longest(self) -> int:
         """The most bytes of a body that the broker takes, as far as is known."""
         return self._connection.max_string_bytes

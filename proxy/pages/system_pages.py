@@ -1,4 +1,4 @@
-"""The proxy's own pages: ``/-/routes``, ``/-/healthz``, ``/-/metrics`` and those of submitted requests."""
+"""The proxy's own pages: routes, metrics, its health as probes see it, and those of submitted requests."""
 
 from __future__ import annotations
 
@@ -25,17 +25,32 @@ _SCRAPE_TIMEOUT_S = 2.0
 
 
 class SystemPages:
-    """The pages of one proxy."""
+    """The pages of one proxy.
 
-    def __init__(self, caller: RequestClient, submitted: SubmittedRequests, its_metrics: metrics.Metrics) -> None:
+    Args:
+        caller: the client by which the proxy publishes.
+        submitted: the pages of submitted requests.
+        its_metrics: the metrics of the proxy.
+        unready_after_s: the length of an outage of the broker from which on the proxy is not ready.
+    """
+
+    def __init__(
+        self,
+        caller: RequestClient,
+        submitted: SubmittedRequests,
+        its_metrics: metrics.Metrics,
+        *,
+        unready_after_s: float,
+    ) -> None:
         self._caller, self._submitted, self._metrics = caller, submitted, its_metrics
+        self._unready_after_s = unready_after_s
 
     def page(self, method: str, path: str, routes: Routes, *, draining: bool) -> HTTPResponse:
         """Return the response to a request below ``/-/``; `AWAITED` if it is that of `awaited_page`."""
         name = path[len(RESERVED) :]
         if name.startswith(PAGES):
             return AWAITED
-        if name not in ("routes", "healthz", "metrics"):
+        if name not in ("routes", "healthz", "livez", "readyz", "metrics"):
             return responses.of_status(404, f"no system page {path!r}")
         if method not in ("GET", "HEAD"):
             return responses.not_allowed(method, path, ("GET", "HEAD"))
@@ -43,8 +58,13 @@ class SystemPages:
             return responses.of_json(routes.listing())
         if name == "metrics":
             return AWAITED
+        if name == "livez":
+            return responses.of_text("ok")
         if draining:
             return responses.of_text("draining", 503)
+        if name == "readyz" and self._caller.outage_s <= self._unready_after_s:
+            # A short outage of the broker is the same for all proxies: a balancer that dropped them would have none.
+            return responses.of_text("ok")
         if not self._caller.connected:
             return responses.of_text("no broker", 503)
         if not self._caller.takes_writes:

@@ -26,8 +26,9 @@ class HTTPProxy(DrainsOnSigterm):
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
         self._proxy = Proxy(redis_url, instance, name, options, node=context.get_node_id(), address=address)
+        limits = ProxyOptions.from_fields(options)
         # After this time every request has its response, or a streamed response that is cut off.
-        self.on_sigterm(partial(self._proxy.drain, ProxyOptions.from_fields(options).request_timeout_s))
+        self.on_sigterm(partial(self._proxy.drain, limits.request_timeout_s, limits.drain_delay_s))
 
     async def ready(self) -> dict[str, Any]:
         """Return the proxy's report once it serves."""
@@ -43,8 +44,8 @@ class HTTPProxy(DrainsOnSigterm):
     async def check(self) -> None:
         await self._proxy.check()
 
-    async def drain(self, timeout_s: float) -> None:
-        await self._proxy.drain(timeout_s)
+    async def drain(self, timeout_s: float, delay_s: float = 0.0) -> None:
+        await self._proxy.drain(timeout_s, delay_s)
 
     async def attend(self, controller: str) -> None:
         """Return never: wait until the actor ``controller`` has ended for good, then end this actor."""

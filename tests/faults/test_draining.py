@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 
 
 def test_a_draining_proxy_finishes_its_requests_and_refuses_new_ones(start: StartClient, journal: Journal) -> None:
-    client = start(http_options={"port": 0})
+    client = start(http_options={"port": 0, "drain_delay_s": 0})
     serve_work(client, journal, Holding)
     (proxy,) = client.status()["proxies"].values()
     with traffic(client, rate=40, for_s=0.25, method="later", ways=("http",)) as load:

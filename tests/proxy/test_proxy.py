@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import httpx
@@ -173,6 +174,42 @@ async def test_draining_finishes_the_requests_in_progress(site: Site, redis_url:
         await asyncio.wait_for(draining, 5)
 
 
+async def test_a_draining_proxy_accepts_connections_until_its_delay_is_over(site: Site, redis_url: str) -> None:
+    await site.endpoint("/", text("hello"))
+    async with proxy(redis_url) as one:
+        url = (await one.ready())["url"]
+        draining = asyncio.ensure_future(one.drain(10, 60))
+        await wait_until_async(lambda: _has(site, "p1", {"state": "draining"}))
+        for path, answer in (("/-/readyz", (503, "draining")), ("/", (200, "hello"))):
+            async with httpx.AsyncClient() as http:  # on a new connection
+                response = await http.get(url + path)
+                assert (response.status_code, response.text) == answer
+                assert response.headers["connection"] == "close"
+        await asyncio.wait_for(one.drain(10), 5)  # ends the delay of the first one
+        await asyncio.wait_for(draining, 5)
+        with pytest.raises(httpx.ConnectError):
+            await httpx.AsyncClient().get(url)
+
+
+async def test_readiness_outlasts_an_outage_of_the_broker_that_is_shorter_than_its_limit() -> None:
+    with EmbeddedServer.start() as broker, Redis.from_url(broker.url) as redis:
+        async with (
+            running(broker.url),
+            proxy(broker.url, "p1", unready_after_s=600) as patient,
+            proxy(broker.url, "p2", unready_after_s=0) as impatient,
+            httpx.AsyncClient() as http,
+        ):
+            urls = [(await one.ready())["url"] for one in (patient, impatient)]
+            redis.config_set("min-replicas-to-write", 1)  # there is none, so that every write is refused
+            for url in urls:
+                await wait_until_async(partial(_answers, http, f"{url}/-/healthz", 503))
+                assert await _answers(http, f"{url}/-/livez", 200)
+            assert await _answers(http, f"{urls[0]}/-/readyz", 200)
+            assert await _answers(http, f"{urls[1]}/-/readyz", 503)
+            redis.config_set("min-replicas-to-write", 0)
+            await wait_until_async(partial(_answers, http, f"{urls[1]}/-/readyz", 200))
+
+
 async def test_a_proxy_can_be_drained_before_it_has_started(redis_url: str) -> None:
     one = Proxy(redis_url, INSTANCE, "p", {"port": 0})
     starting = asyncio.ensure_future(one.ready())
@@ -198,6 +235,10 @@ async def test_a_proxy_survives_a_broker_that_dies_and_returns_empty() -> None:
 async def _has(site: Site, name: str, wanted: dict[str, Any]) -> bool:
     report = (await reports(site)).get(name, ProxyReport())
     return wanted.items() <= asdict(report).items()
+
+
+async def _answers(http: httpx.AsyncClient, url: str, status: int) -> bool:
+    return await _status(http.get(url), status)
 
 
 async def _status(asked: Awaitable[httpx.Response], status: int) -> bool:

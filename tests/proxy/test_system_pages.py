@@ -34,6 +34,14 @@ class TestSystemPages:
         assert (response.status_code, response.text) == (503, "draining")
         assert response.headers["connection"] == "close"
 
+    async def test_a_draining_proxy_is_alive_and_not_ready(self, site: Site) -> None:
+        for draining, ready in ((False, (200, "ok")), (True, (503, "draining"))):
+            site.app.draining = draining
+            response = await site.http.get("/-/readyz")
+            assert (response.status_code, response.text) == ready
+            response = await site.http.get("/-/livez")
+            assert (response.status_code, response.text) == (200, "ok")
+
     async def test_metrics(self, site: Site) -> None:
         await site.endpoint("/a", name="alpha")
         for path in ("/a", "/a", "/none"):

@@ -40,6 +40,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "max_body_bytes": 64 * 1024 * 1024,
         "max_buffered_bytes": None,
         "max_connections": 10_000,
+        "drain_delay_s": 5.0,
+        "unready_after_s": 10.0,
         "root_path": "",
         "debug": False,
     }
