@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
 from tests.faults.table import TABLE, Row
-from tests.groups import check_group, is_slow, scheduler
+from tests.groups import check_group, groups_first, is_slow, scheduler
 from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
@@ -27,11 +27,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         check_group(item)
         if is_slow(item):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # one of several processes
+        groups_first(items)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,13 +12,15 @@ RAY = "cluster"
 """The fixture that starts a Ray."""
 
 _GROUPS = {
-    "several nodes": r"tests/serve/(test_every_node|test_head)\.py",
     "ray, for faults": r"tests/faults/",
-    "ray": r"tests/serve/(test_\w+|cli/test_lifetime|controller/test_(actors|controller))\.py",
+    "ray, for clients": r"tests/serve/test_(changing|object_refs|scaling|serving|status|steady_load|wrong_calls)\.py",
+    "ray, for commands and the controller": r"tests/serve/(cli/test_lifetime|controller/test_(actors|controller))\.py",
+    "ray, for whole lives": r"tests/serve/test_(?!every_node|head)\w+\.py",
+    "several nodes": r"tests/serve/test_(every_node|head)\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
 }
-"""Which tests belong to a group, by their ids. The first that matches counts."""
+"""Which tests belong to a group, by their ids: the first that matches counts. The longest group is the first."""
 
 _SLOW = re.compile(
     r"""tests/(
@@ -49,13 +51,20 @@ def check_group(item: pytest.Item) -> None:
         raise pytest.UsageError(f"{item.nodeid} uses Ray and is in the group {group!r}: add it to tests/groups.py")
 
 
+def groups_first(items: list[pytest.Item]) -> None:
+    """Sort tests so that the longest groups begin first, and what is left fills the other processes."""
+    order = {group: number for number, group in enumerate(_GROUPS)}
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
+
+
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return what hands each group to one process, the largest first.
+    """Return what hands each group to one process, in the order of `groups_first`.
 
     The ``loadgroup`` of pytest-xdist 3.8 does not: it adds the group to an attribute that pytest 9.2 no longer reads.
     """
     scheduling: Any = import_module("xdist.scheduler").LoadScopeScheduling(config, log)
     scheduling._split_scope = group_of
+    config.option.loadscopereorder = False  # that order is by the number of tests, not by their time
     return scheduling
 
 

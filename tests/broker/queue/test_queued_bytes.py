@@ -254,6 +254,11 @@ async def test_a_body_is_stored_only_if_there_is_room(
         await accepted(publish(publishers[0], raw, limit_bytes))
     assert await queued_bytes() == 3 * charge_of(raws[0])
     publishers[0].forget_reservation(TAG, reserved[2])
+
+    async def is_forgotten() -> bool:
+        return await queued_bytes() == 2 * charge_of(raws[0])
+
+    await wait_until_async(is_forgotten)
     assert await reserve(publishers[1], raws[9], limit_bytes) is None
 
 

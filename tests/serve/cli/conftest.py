@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from tests.handles.site import Site
+from tests.serve.cli.command_server import CommandServer
 
 COMMAND = (sys.executable, "-c", "from penstock.serve.cli import main; main()")
 
@@ -80,20 +81,20 @@ def site(redis_url: str) -> Iterator[Site]:
     site.close()
 
 
+@pytest.fixture(scope="session")
+def command_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    server = CommandServer(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def penstock(redis_url: str) -> Penstock:
-    """Runs the command with the broker of the test."""
+def penstock(redis_url: str, command_server: CommandServer) -> Penstock:
+    """Runs the command with the broker of the test, in a fork of a process that has done its imports."""
 
     def penstock(*arguments: object, stdin: str = "", url: str = redis_url) -> Ran:
-        ran = subprocess.run(
-            [*COMMAND, *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-            env=environment(url),
-        )
-        return Ran(ran.returncode, ran.stdout, ran.stderr)
+        strings = [str(argument) for argument in arguments]
+        code, out, err = command_server.run(strings, environment(url), stdin.encode(), timeout_s=100)
+        return Ran(code, out.decode(), err.decode())
 
     return penstock
