@@ -204,7 +204,7 @@ class ObjectRefCaller(BaseHandle):
             ConfigError: this process is not connected to Ray, or Ray is not installed.
         """
         try:
-            self._encode(body, query)  # what cannot be sent raises here, not in the actor
+            self._encode(body, query)  # an argument that cannot be sent raises here, not in the actor
             caller = AsyncServeHandle(*self._arguments_with({"return_type": "future"}))
             return object_ref(caller.remote, body, query)
         except (TypeError, ConfigError) as e:

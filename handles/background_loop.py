@@ -112,7 +112,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return future.result()
     except BaseException:
         if future.cancel():
-            # The caller may close next what the cleanup needs.
+            # The caller may close next a broker that the cleanup needs.
             with suppress(concurrent.futures.TimeoutError):
                 submit(_wait_for_end(coroutine)).result(_CLEANUP_TIMEOUT_S)
         raise

@@ -434,7 +434,7 @@ class App:
         scope = request.scope
         page = self._pages.awaited_page(scope["method"], self._route_path(scope["path"]), scope["headers"])
         if has_body(request.headers):
-            return await page  # what is to be received is the body
+            return await page  # `receive` gives the body here, not the disconnect
         return await self._until_disconnect(page, receive)
 
 

@@ -82,7 +82,7 @@ class _Watched:
 
 
 class _Outermost:
-    """Gives responses of middlewares what `App` gives its own: a request id, and an error for an exception."""
+    """Adds to responses of middlewares what `App` adds to its own: a request id, and an error for an exception."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

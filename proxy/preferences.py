@@ -24,7 +24,7 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class Preferences(NamedTuple):
-    """What a client prefers, as far as this proxy can apply it."""
+    """The preferences of a client that this proxy can apply."""
 
     respond_async: bool = False
     wait_s: int | None = None
@@ -39,7 +39,7 @@ def may_be_kept(headers: Mapping[bytes, bytes]) -> bool:
 def preferences_of(headers: RawHeaders) -> Preferences:
     """Read the ``Prefer`` headers of a request.
 
-    What is malformed or unknown is ignored, and of a preference that is given twice the first counts (RFC 7240,
+    Malformed and unknown preferences are ignored, and of a preference that is given twice the first counts (RFC 7240,
     section 2).
     """
     respond_async, wait_s = False, None

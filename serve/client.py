@@ -60,7 +60,7 @@ class Client(Connection):
         Args:
             core: an open connection to the instance; this client closes it.
             http_url: see the property.
-            started: undoes what ``start`` has started, when this client is closed.
+            started: the resources that ``start`` opened, closed with this client.
             owns: whether closing this client ends the instance.
             keep: whether closing this client keeps the keys of the instance, so that it can be resumed.
         """

@@ -1,4 +1,4 @@
-"""Reports: what the processes of an instance report of themselves, and the controller of its backends.
+"""Reports of the processes of an instance on themselves, and of the controller on the backends.
 
 The latest report of each process or backend is stored in the registry under its name. A report may outlive its process,
 until the controller deletes it.

@@ -43,7 +43,7 @@ _ACCEPTED, _ATTACHED, _CONFLICT, _QUEUE_FULL, _SPACE_FULL = b"accepted", b"attac
 # ARGV: the limit of requests, the limit of bytes, the request's id, its header, the name and the value of its body
 # field (of a large body its length), the most bytes of a streamed result, the limit of the space, milliseconds until
 # the record expires, the fingerprint and the digest of the key (empty without one), the endpoint, the X-Request-Id, the
-# waiter (or empty), the beginning of the keys of records. Returns what happened, then the id and state of the request,
+# waiter (or empty), the beginning of the keys of records. Returns the decision, then the id and state of the request,
 # or the numbers of the refusal.
 _ACCEPT = Script(f"""#!lua
 {IS_FINAL}
@@ -132,7 +132,7 @@ return ARGV[1]
 
 @dataclass(frozen=True, slots=True)
 class KeptEntry:
-    """A request to accept, and what is kept of it."""
+    """A request to accept, and the fields of its record."""
 
     raw: RawEntry
     endpoint: str
@@ -236,14 +236,14 @@ class KeptAdmission:
 
 
 def _read(reply: list[Any]) -> Acceptance:
-    what = reply[0]
-    if what == _QUEUE_FULL:
+    decision = reply[0]
+    if decision == _QUEUE_FULL:
         return refusal(reply[1], retry_after_s(reply[2]))
-    if what == _SPACE_FULL:
+    if decision == _SPACE_FULL:
         return SpaceFull(reply[1])
-    if what == _CONFLICT:
+    if decision == _CONFLICT:
         return KeyConflict()
-    return Accepted(reply[1].decode(), reply[2].decode(), is_replayed=what == _ATTACHED)
+    return Accepted(reply[1].decode(), reply[2].decode(), is_replayed=decision == _ATTACHED)
 
 
 _ignore_result: Callable[[Any], None] = lambda reply: None  # noqa: E731 - the choice expires later, and not at once

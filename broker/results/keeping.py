@@ -1,7 +1,7 @@
 """Results of kept requests, as replicas write them.
 
 One script stores the result, settles the entry and returns the waiters, so that no death can separate these. A request
-that has a result keeps it: what a second run returns is dropped.
+that has a result keeps it: the result of a second run is dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ end
 return 0
 """)
 
-# Writes what the code reports. KEYS: the record. ARGV: the progress.
+# Writes the progress that the code reports. KEYS: the record. ARGV: the progress.
 _PROGRESS = Script(f"""#!lua flags=allow-oom
 if redis.call('HGET', KEYS[1], 'status') == '{RUNNING}' then redis.call('HSET', KEYS[1], 'progress', ARGV[1]) end
 return 0
@@ -107,7 +107,7 @@ return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a kept request."""
+    """The outcome of storing the result of a kept request."""
 
     id: str
     ref: bytes
@@ -146,7 +146,7 @@ class ResultWriter:
         self._post(_log_refusal, _START, keys, [self._replica, PENDING_S * 1000])
 
     def report(self, id_: str, progress: bytes) -> None:
-        """Write what the code of a running request reports, as JSON."""
+        """Write the progress that the code of a running request reports, as JSON."""
         self._connection.post_script(
             _log_refusal, _PROGRESS, [self._keys.kept(self._backend, id_)], [progress], repeat=True
         )

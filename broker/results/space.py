@@ -12,7 +12,7 @@ from __future__ import annotations
 from ..transport.commands import Script
 
 RECORD_BYTES = 1024
-"""What a kept request is charged for its record and its key, besides its result."""
+"""The bytes that a kept request is charged for its record and its key, besides its result."""
 
 PENDING_S = 7 * 24 * 3600
 """How long the record of a kept request stays while it is neither started nor finished."""

@@ -258,7 +258,7 @@ class RedisConnection:
         return future
 
     def join_write(self, fill: Callable[[], None]) -> None:
-        """Call ``fill`` once, just before this tick's write, so that it can post what its owner has gathered."""
+        """Call ``fill`` once, just before this tick's write, so that it can add the commands of its owner."""
         self._write_tick.join(fill)
 
     def flush_if_idle(self) -> None:

@@ -146,7 +146,7 @@ class RequestStatus:
     queue_depth: int | None = None
     """While it is queued: the number of unsettled requests of its backend, itself included."""
     progress: Any = None
-    """What the code reported last by ``request.report_progress``."""
+    """The value that the code reported last by ``request.report_progress``."""
     error: dict[str, str] | None = None
     """Of a failed one: ``{"type", "message"}``."""
 

@@ -1,7 +1,8 @@
 """Input of a batch job: a chain of hashes over its rows, stored as the job proceeds.
 
-A producer that continues a job reads its input from the first row on, and skips what is done. Each block of rows that
-an earlier producer has read must have the hash that it had then. So the results of one input never stand for another.
+A producer that continues a job reads its input from the first row on, and skips the rows that are done. Each block of
+rows that an earlier producer has read must have the hash that it had then. So the results of one input never stand for
+another.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class JobSource:
     an earlier run in their order then, followed by new ones.
     """
     restart_job: bool = False
-    """Delete what the job has, and begin anew."""
+    """Delete the data of the job, and begin anew."""
     on_restart: Callable[[], None] | None = None
-    """Called before the job is deleted, to delete what is stored of it elsewhere."""
+    """Called before the job is deleted, to delete its data elsewhere."""
     retry_errors: bool = False
     """Run the items again that failed when the job ran before."""
 
@@ -100,7 +100,7 @@ async def open_job(
 
 
 class JobProgress:
-    """What is known of a job's items, for the one producer that works on it. Made by `open_job`."""
+    """The state of a job's items, for the one producer that works on it. Made by `open_job`."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class JobProgress:
         skip: Container[int],
         retry_errors: bool,
     ) -> None:
-        """Create it from what `open_job` found.
+        """Create it from the state that `open_job` read.
 
         Args:
             client: the client of the job.
@@ -231,7 +231,7 @@ class JobProgress:
         """Delete the results that have been taken, and are stored elsewhere."""
         results = self._client.results
         if self._places:
-            # The places of the others are in no order: only what lies before all of them can be deleted.
+            # The places of the others are in no order: only entries before all of them can be deleted.
             oldest = min(self._places.values(), key=order_of)
             time_ms, sequence = order_of(oldest)
             if sequence > 0:

@@ -71,7 +71,7 @@ class BatchProducer:
             job: name of a job that outlives this producer; None for a batch that ends with it.
             job_ttl_s: seconds for which the results of a job are kept after its producer is gone. Results of more than
                 256 KiB are kept for two minutes, and computed again after that.
-            restart_job: delete what earlier producers of the job have done, and begin anew.
+            restart_job: delete the results of earlier producers of the job, and begin anew.
             retry_errors: run the items again that failed when the job ran before.
 
         An item can have options of its own: see `BatchItem`.
@@ -108,7 +108,7 @@ class BatchProducer:
             names: names of the files, if the items are the files of a directory. When the batch begins, the list is
                 sorted in place: files of an earlier run in their order then, followed by new ones. The items must be
                 this list.
-            on_restart: called before ``restart_job`` deletes the job, to delete what is stored of it elsewhere.
+            on_restart: called before ``restart_job`` deletes the job, to delete its data elsewhere.
         """
         self._source = replace(self._source, name=name, names=names, on_restart=on_restart)
 

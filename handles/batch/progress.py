@@ -1,4 +1,4 @@
-"""Progress of a batch at one moment: what is in flight, and what it waits for."""
+"""Progress of a batch at one moment: counts, and the cause of a wait."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ class BatchProgress:
     retried: int
     """How often an item was sent again, because the queue was full or the broker away."""
     waits_for: WaitsFor | None
-    """What keeps items from having results: room in the ``queue``, ``replicas`` that start, or the ``broker``."""
+    """Why items have no results yet: room in the ``queue``, ``replicas`` that start, or the ``broker``."""

@@ -88,7 +88,7 @@ class IncomingStream:
         self._wake_reader()
 
     def end(self, outcome: Reply | BaseException) -> None:
-        """End the stream with the outcome of its call. What is in the buffer can still be read."""
+        """End the stream with the outcome of its call. Parts in the buffer can still be read."""
         if self._has_ended:
             return
         self._has_ended = True

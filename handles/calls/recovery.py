@@ -1,4 +1,4 @@
-"""Recovery after a lost connection or lost data: finds out what became of every call, and publishes lost ones again."""
+"""Recovery after a lost connection or lost data: finds the outcome of every call, and publishes lost calls again."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Recovery:
                 await self.recover()
                 return
             except BrokerRefused as e:
-                log.error("cannot find out what became of the calls in flight: %s", e)
+                log.error("cannot find the outcomes of the calls in flight: %s", e)
             except BrokerUnavailable as e:
                 # The server is back and refuses writes. If the connection broke again, the loop ends.
-                log.debug("cannot find out what became of the calls in flight: %s", e)
+                log.debug("cannot find the outcomes of the calls in flight: %s", e)
             await asyncio.sleep(_RETRY_S)
 
     async def recover(self) -> None:
-        """Find out what became of every call that was sent, and publish again what Redis no longer has.
+        """Find the outcome of every call that was sent, and publish again the calls that Redis no longer has.
 
         A Redis user without the permission to read the request streams cannot find out. Its accepted requests are
         withdrawn and published again: a request that was running runs twice, and one that was waiting goes to the end

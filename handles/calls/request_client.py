@@ -2,7 +2,7 @@
 
 The way of a call: `RequestClient.dispatch` selects the backend, `CallPublisher` appends the request to the backend's
 stream, `ReplyReceiver` matches the reply to the call, and `CallsInFlight` ends the call and calls its ``on_outcome``.
-After a broken connection `Recovery` finds out what became of each call, and publishes again what Redis lost.
+After a broken connection `Recovery` finds the outcome of each call, and publishes again the calls that Redis lost.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class NoConversion(Exception):
 
 
 def conversion(kind: Any, pa: Any) -> Convert:
-    """Return what converts arrays of a type; ``pa`` is the module pyarrow.
+    """Return a function that converts arrays of a type; ``pa`` is the module pyarrow.
 
     Raises:
         NoConversion: there is nothing that does.

@@ -93,7 +93,7 @@ class ColumnType:
         return any(one.needs_conversion for one in inner)
 
     def convert(self, value: Any) -> Any:
-        """Return what pyarrow takes for ``value``."""
+        """Return ``value`` as pyarrow takes it."""
         if value is None:
             return None
         if self.is_json:

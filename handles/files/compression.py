@@ -10,7 +10,7 @@ from typing import IO, Any, BinaryIO, cast
 from .optional import import_optional
 
 Buffered = Any
-"""An ``io.BufferedReader``, which type checkers know by what is below it."""
+"""An ``io.BufferedReader``, which type checkers know by its methods."""
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ENDINGS = (".gz", ".zst")
@@ -29,7 +29,7 @@ def without_ending(path: str) -> str:
 
 
 def decompressed(raw: Buffered, shown: str) -> Buffered:
-    """Return what ``raw`` holds, decompressed if it is compressed.
+    """Return a reader of ``raw`` that decompresses it if it is compressed.
 
     Reading from it raises ``OSError``, ``zlib.error`` or ``EOFError`` where that is broken or cut off.
 
@@ -82,7 +82,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def compressed(file: BinaryIO, path: str) -> IO[bytes]:
-    """Return what writes to ``file`` in the way that the ending of ``path`` says; closing it leaves ``file`` open.
+    """Return a writer to ``file`` that compresses as the ending of ``path`` names; closing it leaves ``file`` open.
 
     Raises:
         ConfigError: that is zstd, and the package for it is not installed.

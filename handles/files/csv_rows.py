@@ -1,6 +1,6 @@
 """CSV files as objects: the delimiter, the names of the columns, and one type for each column.
 
-The first rows are read ahead to settle what the file does not say. From then on a column keeps its type, and a value
+The first rows are read ahead to choose the delimiter and the types. From then on a column keeps its type, and a value
 that is not of it is an error of its row.
 """
 

@@ -22,7 +22,7 @@ class Journal(Protocol):
     """How often `sync` is worth calling."""
 
     def lines(self) -> Iterator[bytes]:
-        """Yield all whole lines, and forget what follows them. To be called before the first `write`."""
+        """Yield all whole lines, and drop a partial line at the end. To be called before the first `write`."""
         ...
 
     def write(self, line: bytes) -> None: ...
@@ -85,7 +85,7 @@ class LocalJournal:
 
 
 class RemoteJournal:
-    """Files below a URL, each with some lines: what is stored there is never changed.
+    """Files below a URL, each with some lines. A stored file is never changed.
 
     Raises:
         OSError: it cannot be reached.

@@ -1,4 +1,4 @@
-"""Rows of JSON lines: what each line holds, or why it cannot be read."""
+"""Rows of JSON lines: the value of each line, or the reason why it cannot be read."""
 
 from __future__ import annotations
 

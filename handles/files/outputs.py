@@ -32,7 +32,7 @@ JOURNAL = ".journal"
 
 
 def is_resumable(output: str) -> bool:
-    """Return whether a job can go on with ``output``; devices, pipes and sockets only take what comes."""
+    """Return whether a job can go on with ``output``; devices, pipes and sockets cannot be read again."""
     return is_url(output) or (output not in _STREAMS and (Path(output).is_file() or not os.path.lexists(output)))
 
 
@@ -70,7 +70,7 @@ class FileOutput:
     Args:
         path: of the file.
         retry_errors: rows that are error lines are to be run again.
-        restart: what there is counts for nothing: `clear` deletes it.
+        restart: ignore an existing output; `clear` deletes it.
 
     Raises:
         OSError: it cannot be written.
@@ -131,7 +131,7 @@ class FileOutput:
         self._journal.sync()
 
     def clear(self) -> None:
-        """Delete what there is, for a job that begins anew."""
+        """Delete an existing output, for a job that begins anew."""
         self._journal.clear()
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Rows:
             self.close()
 
     def _content(self, source: Source) -> Any:
-        """Return what a file holds, or why that cannot be had."""
+        """Return the content of a file, or the reason why it cannot be read."""
         if not is_text(source.name):
             return MalformedBody(f"the name of the file is not UTF-8: {os.fsencode(source.name)!r}")
         if source.size is not None and source.size > self._max_bytes:

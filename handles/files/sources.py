@@ -106,7 +106,7 @@ def find(path: str, storage_options: Mapping[str, Any] = {}) -> Input:
 
 def _below(path: str) -> list[Source]:
     """Return the files of a directory and of those in it, but for hidden ones."""
-    os.scandir(path).close()  # raises what is wrong with it
+    os.scandir(path).close()  # raises if it cannot be read
     root = Path(path)
     names = sorted(
         file.relative_to(root).as_posix()
@@ -194,7 +194,7 @@ def _remote(system: Any, path: str, name: str, shown: str, size: int | None) -> 
 
 
 def named(error: Exception, shown: str) -> OSError:
-    """Return what went wrong with a file as an ``OSError`` that names it."""
+    """Return the error of a file as an ``OSError`` that names it."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror or os.strerror(error.errno), shown)
     if isinstance(error, FileNotFoundError):
@@ -204,7 +204,7 @@ def named(error: Exception, shown: str) -> OSError:
 
 
 class Reading(io.RawIOBase):
-    """An open file that counts what was read of it, and whose errors name it."""
+    """An open file that counts the bytes read, and whose errors name it."""
 
     def __init__(self, file: Any, shown: str) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Reading(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         try:
             count = int(self._file.readinto(buffer))
-        except Exception as e:  # what a file system raises is its own affair
+        except Exception as e:  # file systems raise errors of their own
             raise named(e, self.shown) from None
         self.count += count
         return count

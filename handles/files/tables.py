@@ -40,12 +40,12 @@ def format_of(path: str) -> TableFormat:
 
 
 def is_plain(path: str) -> bool:
-    """Return whether an output of that name is what its lines are."""
+    """Return whether an output of that name holds JSON lines, as the journal does."""
     return format_of(path) == "jsonl" and not path.lower().endswith(ENDINGS)
 
 
 def check_packages(path: str) -> None:
-    """Import what writing ``path`` takes. Raises ``ConfigError``: it is not installed."""
+    """Import the libraries that writing ``path`` needs. Raises ``ConfigError``: it is not installed."""
     if format_of(path) == "parquet":
         import_optional("pyarrow.parquet", f"{path}: writing a Parquet file")
     if path.lower().endswith(".zst"):

@@ -45,8 +45,8 @@ class Protocol(HttpToolsProtocol):
     """One connection: feeds the parser, runs the application, refuses invalid requests and enforces `TimeLimits`.
 
     A connection whose client still sends gets a lingering close. To close it at once would reset it, and the client
-    could lose the response before it reads it. So only the sending direction is shut down, and what still arrives is
-    dropped for a while.
+    could lose the response before it reads it. So only the sending direction is shut down, and later bytes are dropped
+    for a while.
     """
 
     _app_checks_framing = False

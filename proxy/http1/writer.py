@@ -82,7 +82,7 @@ class ConnectionWriter:
             self._tcp.write(head)
 
     def end(self) -> None:
-        """Flush, and drop what is written later."""
+        """Flush, and drop later writes."""
         self.flush()
         self._is_closing = True
 

@@ -26,7 +26,7 @@ _RETRY_AFTER_S = 1
 
 
 class KeptCall:
-    """What makes a request a kept one: it is submitted, or has a key."""
+    """The headers that make a request a kept one: it is submitted, or has a key."""
 
     __slots__ = ("key", "preferences")
 

@@ -1,1 +1,1 @@
-"""Deploying from a file: the manifest and what changes it makes."""
+"""Deploying from a file: the manifest, and the changes that it makes."""

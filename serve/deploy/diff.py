@@ -1,4 +1,4 @@
-"""The difference between a manifest and what is deployed, as a list of changes. Pure."""
+"""The difference between a manifest and the deployed state, as a list of changes. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .manifest import DeclaredBackend, Manifest
 
 @dataclass(frozen=True, slots=True)
 class ManifestChange:
-    """One change between what is deployed and a manifest."""
+    """One change between the deployed state and a manifest."""
 
     verb: Literal["create", "update", "configure", "delete"]
     """``update`` replaces the replicas; ``configure`` reconfigures them while they run."""
@@ -32,7 +32,7 @@ class ManifestChange:
 def diff(
     manifest: Manifest, deployed: Snapshot, codes: Mapping[str, bytes], *, prune: bool = False
 ) -> list[ManifestChange]:
-    """Return the changes from what is deployed to ``manifest``; none if they agree.
+    """Return the changes from the deployed state to ``manifest``; none if they agree.
 
     Args:
         manifest: the declared backends and endpoints.

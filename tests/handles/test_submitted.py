@@ -164,7 +164,7 @@ def test_progress_that_json_cannot_hold_or_is_too_long_raises_in_the_code(site: 
 
     site.serve(work)
     handle = connected.get_handle("ask")
-    with pytest.raises(BackendError, match="the progress must be what JSON can hold"):
+    with pytest.raises(BackendError, match="the progress must be a JSON value"):
         handle.submit().result(timeout=10)
     with pytest.raises(BackendError, match=r"the progress has 5002 bytes as JSON; at most 4096 are allowed"):
         handle.submit("x" * 5000).result(timeout=10)

@@ -66,7 +66,7 @@ class KeptClaims:
         self._started: list[str] = []
         """Ids of requests whose start is written at the end of this loop tick."""
         self._progress: dict[str, bytes] = {}
-        """By request ids: what is reported and not written yet."""
+        """By request ids: progress that is reported and not written yet."""
         self._reporting: asyncio.TimerHandle | None = None
         self._is_closed = False
 

@@ -28,7 +28,7 @@ _STUCK_S = 0.025
 
 
 class ReplyHandler(Protocol):
-    """What a scheduler reports to: the consumer."""
+    """The interface of the consumer to its scheduler."""
 
     def on_reply(self, claim: Claim, reply: Reply) -> None:
         """Finish a claim whose slot is free now."""

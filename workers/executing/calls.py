@@ -26,7 +26,7 @@ from .user_code import Method
 log = logging.getLogger(__name__)
 
 _After = Union[ThreadStreamCall, LoopStreamCall, ResponseCall]  # noqa: UP007 - it is evaluated, also on Python 3.10
-"""What goes on after a call."""
+"""A part of a call that goes on after its code has returned: a stream, or a response to send."""
 
 
 class RefusedCall:
@@ -67,7 +67,7 @@ class _Call:
         self._late: list[Claim] = []
         """Claims whose deadlines had passed when the call began. They are not part of it."""
         self._after: list[_After] = []
-        """What goes on after the call."""
+        """The parts that go on after the code has returned."""
 
     def cancel(self, claim: Claim) -> None:
         if not self.recall(claim) and self._started:

@@ -48,7 +48,7 @@ class Executor:
         self.stream_sink: StreamSink | None = None
         """Sends the parts of streamed replies; without it, no reply is streamed."""
         self.report_progress: Callable[[Claim, bytes], None] = _drop_progress
-        """Records what the code of a kept request reports; called on the loop."""
+        """Records the progress that the code of a kept request reports; called on the loop."""
         self.now_ms: Callable[[], float] = _never
         """Unix time in milliseconds by the broker's clock. Any thread may call it."""
         self.abandoned = False
@@ -99,7 +99,7 @@ class Executor:
         return [self._outcome(claim.entry, one, run_ms) for claim, one in zip(claims, results, strict=True)]
 
     def progress_of(self, claim: Claim) -> Callable[[bytes], None]:
-        """Return what takes the progress of a kept request, on any thread."""
+        """Return the function that records the progress of a kept request, from any thread."""
 
         def report(progress: bytes) -> None:
             self.loop.call_soon_threadsafe(self.report_progress, claim, progress)

@@ -136,21 +136,21 @@ class Request(requests.Request):
         return self._json
 
     def report_progress(self, value: object) -> None:
-        """Show ``value`` in the status of the request, in place of what was reported before. Any thread may call it.
+        """Show ``value`` in the status of the request, in place of the value reported before. Any thread may call it.
 
         Only the status of a submitted request is read. For any other request, the value is checked and dropped.
 
         Args:
-            value: what JSON can hold, at most 4 KiB as JSON.
+            value: a JSON value, at most 4 KiB as JSON.
 
         Raises:
-            TypeError: it is not what JSON can hold.
+            TypeError: it is not a JSON value.
             ConfigError: it is longer than that.
         """
         try:
             progress = exact_json.dumps(value)
         except TypeError as e:
-            raise TypeError(f"the progress must be what JSON can hold: {e}") from None
+            raise TypeError(f"the progress must be a JSON value: {e}") from None
         if len(progress) > MAX_PROGRESS_BYTES:
             raise ConfigError(
                 f"the progress has {len(progress)} bytes as JSON; at most {MAX_PROGRESS_BYTES} are allowed"

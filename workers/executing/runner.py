@@ -88,7 +88,7 @@ class Runner:
             stream_sink: sends the parts of streamed replies; without it, no reply is streamed.
             now_ms: Unix time in milliseconds by the broker's clock. From now on, a request whose deadline has passed is
                 not started; its reply is `RequestCancelled`, for a caller that no longer waits. Any thread may call it.
-            report_progress: records what the code of a kept request reports, as JSON; called on the loop.
+            report_progress: records the progress of a kept request, as JSON; called on the loop.
         """
         self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
         if report_progress is not None:

@@ -1,4 +1,4 @@
-"""Fingerprint of a request: what two requests with the same idempotency key must have in common."""
+"""Fingerprint of a request: equal for two requests that may share an idempotency key."""
 
 from __future__ import annotations
 

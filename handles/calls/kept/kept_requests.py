@@ -138,7 +138,7 @@ class KeptRequests:
             self._waiters.forget(ticket.waiter, unwatch=True)
 
     async def watch_again(self) -> None:
-        """Name all waiters again, after the reply stream or the connection was lost, and what Redis has lost too.
+        """Name all waiters again after the reply stream or the connection was lost, and accept lost requests again.
 
         Raises:
             BrokerUnavailable, BrokerRefused: it is to be called again.

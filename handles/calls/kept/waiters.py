@@ -84,7 +84,7 @@ class Waiters:
     Args:
         connection: of the caller.
         caller: its id, as entries have it.
-        admission: accepts again what Redis has lost.
+        admission: accepts a request again that Redis has lost.
         reader: of kept requests.
         new_call: returns the id of another call, which is its secret.
         check_backend: raises `BackendNotFound` for a backend that does not exist.
@@ -225,7 +225,7 @@ class Waiters:
             log.debug("cannot look for results that were not sent: %s", e)
 
     async def watch_again(self) -> None:
-        """Name all waiters again, after the reply stream or the connection was lost, and what Redis has lost too.
+        """Name all waiters again after the reply stream or the connection was lost, and accept lost requests again.
 
         Raises:
             BrokerUnavailable, BrokerRefused: it is to be called again.
