@@ -34,6 +34,12 @@ __all__ = [
 RULES = "docs/security.md has the rules that each role needs"
 """The hint in errors about missing permissions."""
 
+NO_CLUSTER = (
+    "Penstock needs one server that has all keys; give the URL of one without cluster mode, or that of sentinels "
+    "(docs/operations.md)"
+)
+"""The hint in errors about nodes of a cluster."""
+
 
 class PenstockError(Exception):
     """The base class of all errors that Penstock raises deliberately, except ``TypeError``.

@@ -34,8 +34,8 @@ def connect(
     """Connect to an instance. Needs no Ray, and starts nothing of the instance.
 
     Args:
-        redis_url: the Redis URL: ``redis://``, ``rediss://`` or ``unix://``. By default that of the surrounding backend
-            when called inside one, otherwise the value of ``PENSTOCK_REDIS_URL``.
+        redis_url: the Redis URL: ``redis://``, ``rediss://``, ``unix://`` or ``redis+sentinel://``. By default that of
+            the surrounding backend when called inside one, otherwise the value of ``PENSTOCK_REDIS_URL``.
         instance: name of the instance, as given to ``serve.start``. By default that of the surrounding backend when
             called inside one, otherwise the value of ``PENSTOCK_INSTANCE``, or ``"default"``.
         close_timeout_s: the most seconds for which `Connection.close`, and the end of a ``with`` block, wait until all

@@ -61,8 +61,9 @@ def start(
     The instance ends with the script unless it is ``detached``.
 
     Args:
-        redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``. Default: ``PENSTOCK_REDIS_URL``, else an
-            embedded server, which only this machine can reach.
+        redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``, or ``redis+sentinel://`` (see
+            ``docs/operations.md``). Default: ``PENSTOCK_REDIS_URL``, else an embedded server, which only this machine
+            can reach.
         instance: the name of the instance. Default: ``PENSTOCK_INSTANCE``, else ``"default"``. Instances with
             different names can share a Redis and a Ray cluster.
         detached: whether the instance outlives the script. ``serve.connect`` connects to it, and

@@ -15,6 +15,7 @@ time.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 
 import redis
@@ -22,11 +23,15 @@ from redis.backoff import NoBackoff
 from redis.connection import parse_url  # pyright: ignore[reportUnknownVariableType]
 from redis.retry import Retry
 
-from ..errors import BrokerUnavailable
+from ..errors import BrokerUnavailable, ConfigError
 from ..transport import outages
+from ..transport.dial import GREETING, WrongServer, check_greeting
 from ..transport.error_replies import NOT_PRIMARY, TEMPORARY, error_of
 from ..transport.handshake import code_of, reason_of
-from ..transport.url import redis_options, shown_url
+from ..transport.sentinels.finder import BlockingPrimaryFinder
+from ..transport.url import redis_options, sentinel_service, shown_url
+
+log = logging.getLogger(__name__)
 
 TTL_S = 2.0
 RENEW_S = 0.5
@@ -80,10 +85,14 @@ class Lease:
         assert every_s * 2 < ttl_s, "one failed renewal must not lose the lease"
         self._url, self._key, self._ttl_ms, self._every_s = url, key, int(ttl_s * 1000), every_s
         self._shown_url = shown_url(url)
-        options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
-        options.update(protocol=2, client_name="penstock-lease", retry=Retry(NoBackoff(), 0))
-        options.update(socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2)
-        self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+        self._options = redis_options(url, parse_url)  # pyright: ignore[reportUnknownArgumentType]
+        self._options.update(protocol=2, client_name="penstock-lease", retry=Retry(NoBackoff(), 0))
+        self._options.update(socket_timeout=ttl_s / 2, socket_connect_timeout=ttl_s / 2)
+        self._redis = self._client()
+        service = sentinel_service(url)
+        self._finder = BlockingPrimaryFinder(service, ttl_s / 4) if service is not None else None
+        self._primary: tuple[str, int] | None = None
+        """The server that ``_redis`` leads to, where a sentinel named it."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
@@ -93,7 +102,9 @@ class Lease:
         Raises:
             BrokerUnavailable: the broker does not answer, rejects the login, or refuses writes at present.
             BrokerRefused: the broker answered with another error.
+            ConfigError: the server cannot be a broker: it is a node of a cluster, or a sentinel.
         """
+        self._check_server()
         self._renew()
         self._thread.start()
 
@@ -104,8 +115,11 @@ class Lease:
             self._thread.join(self._ttl_ms / 1000)
         outages.report_ended(self._shown_url, self, closing=True)
         with contextlib.suppress(redis.RedisError):
+            self._follow_primary()
             self._redis.delete(self._key)
         self._redis.connection_pool.disconnect()
+        if self._finder is not None:
+            self._finder.close()
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(self._every_s):
@@ -118,14 +132,48 @@ class Lease:
 
     def _renew(self) -> None:
         try:
+            self._follow_primary()
             self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
         except redis.ResponseError as e:
             code = code_of(e)
             if code in NOT_PRIMARY:
                 self._redis.connection_pool.disconnect()  # the address may lead to the primary by now
+                self._doubt_primary()
             if code in NOT_PRIMARY or code in TEMPORARY:
                 raise BrokerUnavailable(self._shown_url, f"it refuses writes: {e}") from None
             message = f"{code} {e}" if code == "NOPERM" else f"ERR {e}"
             raise error_of(message, [b"EVAL", b"", b"1", self._key.encode()], self._url) from None
         except redis.RedisError as e:
+            self._doubt_primary()
             raise BrokerUnavailable(self._shown_url, reason_of(e)) from None
+
+    def _check_server(self) -> None:
+        try:
+            self._follow_primary()
+            check_greeting(self._redis.execute_command(GREETING))  # type: ignore[no-untyped-call]
+        except WrongServer as e:
+            raise ConfigError(f"{self._shown_url} cannot be the broker: {e}") from None
+        except redis.RedisError as e:
+            log.debug("cannot see what kind of server %s is: %s", self._shown_url, e)  # `_renew` raises what matters
+
+    def _follow_primary(self) -> None:
+        """Connect anew if the sentinels, where there are any, name another primary than before."""
+        if self._finder is None:
+            return
+        try:
+            primary = self._finder.find()
+        except redis.RedisError:
+            if self._primary is None:
+                raise
+            return  # silent sentinels prove nothing: the primary may be well
+        if primary != self._primary:
+            self._primary = self._options["host"], self._options["port"] = primary
+            self._redis.connection_pool.disconnect()
+            self._redis = self._client()
+
+    def _doubt_primary(self) -> None:
+        if self._finder is not None:
+            self._finder.doubt()
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis(connection_pool=redis.ConnectionPool(**self._options))

@@ -20,10 +20,11 @@ from typing import Any
 import hiredis
 from redis import exceptions as redis_errors
 
-from ..errors import BrokerUnavailable, StringTooLong
+from ..errors import BrokerUnavailable, ConfigError, StringTooLong
 from . import outages
 from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
+from .dial import WrongServer
 from .error_replies import MEMORY, NOT_PRIMARY, TEMPORARY, ErrorReply, StringLimit, error_of
 from .handshake import Handshake, is_permanent, reason_of, wait_for
 from .reconnect_hooks import Hook, ReconnectHooks
@@ -132,6 +133,7 @@ class RedisConnection:
         Raises:
             BrokerUnavailable: the server did not answer within ``patience_s``, or rejected the login or the TLS
                 handshake; the message has the reason.
+            ConfigError: the server cannot be a broker: it is a node of a cluster, or a sentinel.
         """
         opened: asyncio.Future[None] = self._loop.create_future()
         self._waiting.begin_outage(self.patience_s)
@@ -376,6 +378,9 @@ class RedisConnection:
                 self._reason = f"it does not use the Redis protocol: {e}"
             except (OSError, redis_errors.RedisError, asyncio.TimeoutError, UnicodeError) as e:
                 self._reason = reason_of(e)
+                if isinstance(e, WrongServer) and not opened.done():
+                    opened.set_exception(ConfigError(f"{self._shown_url} cannot be the broker: {e}"))
+                    return
                 if is_permanent(e) and not opened.done():
                     return  # waiting does not correct a password or a certificate
             except Exception as e:
@@ -394,6 +399,7 @@ class RedisConnection:
         transport, refusal = await self._handshake.connect(self._clock)
         self._session = Session(transport, self._on_error_reply, self._on_beat)
         self._write_tick.write_to(self._session.write)
+        self._handshake.watch_primary(self._session.abort)
         if refusal:
             self._begin_refusal(refusal)
             self._send_waiting()

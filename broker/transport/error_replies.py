@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from time import monotonic
 
-from ..errors import BrokerFull, BrokerRefused, NotPermitted, StringTooLong
+from ..errors import NO_CLUSTER, BrokerFull, BrokerRefused, NotPermitted, StringTooLong
 from ..wire._fields import LARGEST
 from ..wire.keys import PREFIX, shown_key
 from .dial import user_of
@@ -27,6 +27,8 @@ MEMORY = "OOM"
 _ERRORS: dict[str, type[BrokerRefused]] = {"NOPERM": NotPermitted, MEMORY: BrokerFull}
 _DENIED_IN_SCRIPT = ("ERR The user executing the script can't", "ERR ACL failure in script")
 """Errors in place of ``NOPERM`` for a command inside a script: up to Redis 7.0, and of later versions."""
+_CLUSTER = frozenset({"ASK", "CROSSSLOT", "MOVED"})
+"""First words of the error replies of a cluster's node that did not show its mode in the handshake."""
 _TOO_LONG = "ERR Protocol error: invalid bulk length"
 _TOO_LONG_TTL_S = 60.0
 """How long the length of a string that the server refused counts as too long."""
@@ -57,6 +59,8 @@ def error_of(message: str, command: Sequence[bytes], url: str) -> BrokerRefused:
     elif message == _TOO_LONG:
         kind = StringTooLong
     shown_message = message if kind is None else rest
+    if code in _CLUSTER:
+        shown_message = f"{message}: it is a node of a cluster. {NO_CLUSTER}"
     return (kind or BrokerRefused)(shown_message, _describe(command), shown_url(url), user_of(url))
 
 

@@ -1,20 +1,23 @@
-"""Handshake with a server: connect and log in, see whether it accepts writes, read its clock."""
+"""Handshake with a server: connect and log in, check what it is and whether it accepts writes, read its clock."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from redis import exceptions as redis_errors
+from redis.asyncio.connection import Connection
 
 from ..errors import RULES
 from .clock import Clock
-from .dial import CONNECT_S, new_connection
+from .dial import CONNECT_S, GREETING, check_greeting, new_connection
 from .error_replies import MEMORY, NOT_PRIMARY, TEMPORARY
+from .sentinels.finder import PrimaryFinder
+from .url import sentinel_service
 from .write_probe import WRITE_PROBE
 
 T = TypeVar("T")
@@ -46,6 +49,11 @@ class Handshake:
 
     def __init__(self, url: str, name: str) -> None:
         self._redis = new_connection(url, name)
+        service = sentinel_service(url)
+        self._finder = PrimaryFinder(service) if service is not None else None
+        self._primary: tuple[str, int] | None = None
+        """The server that a sentinel named last."""
+        self._watch: asyncio.Task[None] | None = None
 
     async def connect(self, clock: Clock) -> Greeted:
         """Connect to the server, and set ``clock`` to its time.
@@ -53,18 +61,44 @@ class Handshake:
         Raises:
             OSError, asyncio.TimeoutError, redis_errors.RedisError, UnicodeError: the server cannot be reached, rejects
                 the login or is not the primary. `is_permanent` and `reason_of` interpret the error.
+            WrongServer: it is a node of a cluster, or a sentinel.
         """
+        if self._finder is None:
+            return await self._greet(clock)
+        assert isinstance(self._redis, Connection)
+        self._primary = self._redis.host, self._redis.port = await self._finder.find()
+        try:
+            return await self._greet(clock)
+        except (OSError, redis_errors.RedisError, asyncio.TimeoutError):
+            self._finder.doubt()
+            raise
+
+    async def _greet(self, clock: Clock) -> Greeted:
         await wait_for(CONNECT_S, cast("Coroutine[Any, Any, None]", self._redis.connect()))  # type: ignore[no-untyped-call]
         # A server that loads its append-only file answers TIME, but not PING.
         await self._execute("PING")
+        with contextlib.suppress(redis_errors.ResponseError):  # a proxy between may not know the command
+            check_greeting(await self._execute(GREETING))
         refusal = await self._refusal_of_writes()
         await clock.read(partial(self._execute, "TIME"))
         writer = self._redis._writer  # pyright: ignore[reportPrivateUsage]
         assert writer is not None
         return Greeted(cast(asyncio.Transport, writer.transport), refusal)
 
+    def watch_primary(self, on_moved: Callable[[str], None]) -> None:
+        """Call ``on_moved`` with the reason when sentinels name another primary; until `disconnect`."""
+        if self._finder is not None and self._primary is not None:
+            watching = self._finder.watch(self._primary, on_moved)
+            self._watch = asyncio.get_running_loop().create_task(watching, name="watch of the primary")
+
     async def disconnect(self, *, wait: bool) -> None:
         """Close the socket; with ``wait``, return when it is closed."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+            self._watch = None
+        if self._finder is not None and wait:
+            await self._finder.close()
         # The socket is closed in any case, so an error here needs no handling.
         with contextlib.suppress(OSError, redis_errors.RedisError, asyncio.TimeoutError):
             await wait_for(1.0, self._redis.disconnect(nowait=not wait))

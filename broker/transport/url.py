@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError
+from .sentinels.url import SentinelService, is_sentinel_url, parse_sentinel_url
 
 REDIS_URL = "PENSTOCK_REDIS_URL"
 """The environment variable with the broker's URL, for calls without ``redis_url``."""
@@ -47,8 +48,15 @@ def shown_url(url: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
+def sentinel_service(url: str) -> SentinelService | None:
+    """Return the service that ``url`` names; None if it is the URL of a server. Raises `ConfigError`."""
+    return parse_sentinel_url(url, shown_url(url)) if is_sentinel_url(url) else None
+
+
 def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
     """Return the arguments of redis-py's connections for ``url``.
+
+    If sentinels name the server, its ``host`` and ``port`` are not meant: a `PrimaryFinder` finds them.
 
     ``parse`` is redis-py's ``parse_url``, the one for asyncio or the other.
 
@@ -59,10 +67,15 @@ def redis_options(url: object, parse: Callable[[str], Mapping[str, Any]]) -> dic
     if not isinstance(url, str):
         raise TypeError(f"a Redis URL must be a str, not {type(url).__name__}")
     shown = shown_url(url)
+    if (service := sentinel_service(url)) is not None:
+        url = service.server_url
     try:
         parts = urlsplit(url)
         if parts.scheme not in _SCHEMES:
-            raise ConfigError(f"{shown!r} is not a Redis URL: it must begin with redis://, rediss:// or unix://")
+            raise ConfigError(
+                f"{shown!r} is not a Redis URL: it must begin with redis://, rediss://, unix://, redis+sentinel:// or "
+                "rediss+sentinel://"
+            )
         options = dict(parse(url))
     except ConfigError:
         raise

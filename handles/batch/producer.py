@@ -60,7 +60,7 @@ class BatchProducer:
         """Create a producer. Nothing is sent before a batch is iterated over.
 
         Args:
-            redis_url: the Redis URL: ``redis://``, ``rediss://`` or ``unix://``.
+            redis_url: the Redis URL: ``redis://``, ``rediss://``, ``unix://`` or ``redis+sentinel://``.
             endpoint: name of the endpoint.
             instance: name of the instance, as given to ``serve.start``; see `handles.connect` for the default.
             window: the most items in flight. By default four times as many as the replicas can run at once, at least

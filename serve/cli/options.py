@@ -42,7 +42,7 @@ def which_instance(command: FunctionT) -> FunctionT:
         envvar=REDIS_URL,
         show_envvar=True,
         metavar="URL",
-        help="The broker of the instance: redis://, rediss:// or unix://.",
+        help="The broker of the instance: redis://, rediss://, unix:// or redis+sentinel://.",
     )(command)
 
 

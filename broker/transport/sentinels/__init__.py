@@ -1,0 +1,1 @@
+"""Redis Sentinel: URLs of a service that sentinels watch, and the search for its primary."""
