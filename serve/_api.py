@@ -21,8 +21,9 @@ from ..handles import (
 from ..workers.executing.accept_batch import accept_batch
 from ..workers.executing.context import get_current_backend_tag, get_current_replica_tag
 from ..workers.executing.request import Request
+from ..workers.retry import Retry
 from .client import Client
-from .config import AutoscalingConfig, BackendConfig, HTTPOptions
+from .config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
 from .controller.controller_actor import ControllerActor
 from .lifecycle import connect, start
 from .status import Status
@@ -47,6 +48,8 @@ __all__ = [
     "ObjectRefHandle",
     "Request",
     "ResponseStream",
+    "Retry",
+    "RetryConfig",
     "ServeHandle",
     "Status",
     "StreamingHandle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -14,7 +15,7 @@ from pydantic_core import ErrorDetails
 from starlette.middleware import Middleware
 
 from ..broker.errors import ConfigError
-from ..broker.registry.records import DEFAULTS, AutoscalingSpec, BackendSpec
+from ..broker.registry.records import DEFAULTS, AutoscalingSpec, BackendSpec, RetrySpec
 from ..proxy.options import DEFAULTS as PROXY_DEFAULTS
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
@@ -103,6 +104,54 @@ class AutoscalingConfig(_Config):
         return self
 
 
+_RETRY = RetrySpec()
+"""The defaults of the fields of `RetryConfig`."""
+
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def _as_tuple(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"RetryConfig.on must be a list of names of exceptions, not {type(value).__name__}")
+    return tuple(cast("list[object]", value))
+
+
+def _error_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ConfigError("RetryConfig.on must name at least one exception; retry=None turns retries off")
+    for name in names:
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(
+                f"RetryConfig.on must hold names of exceptions, such as 'ConnectionError' or 'httpx.TransportError', "
+                f"not {name!r}"
+            )
+    return names
+
+
+class RetryConfig(_Config):
+    """Retries of requests whose code raised. A waiting request occupies no slot and counts as unsettled."""
+
+    max_attempts: Count = _RETRY.max_attempts
+    """How often the code is called for a request at most, the first time included."""
+
+    on: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_error_names)] = _RETRY.on
+    """The exceptions that are retried: names of classes or of their bases, bare or with their module."""
+
+    backoff_s: NotNegative = _RETRY.backoff_s
+    """The next attempt begins after a random time between 0 and this, which doubles with each attempt."""
+
+    max_backoff_s: NotNegative = _RETRY.max_backoff_s
+    """The most that it doubles to."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> RetryConfig:
+        if self.max_backoff_s < self.backoff_s:
+            raise ConfigError(
+                f"RetryConfig.max_backoff_s must be at least backoff_s ({self.backoff_s:g}), not {self.max_backoff_s:g}"
+            )
+        return self
+
+
 def _json(value: Any) -> Any:
     """Return ``value`` as it is read from the registry: a copy, unaffected by later changes of the original."""
     try:
@@ -155,6 +204,9 @@ class BackendConfig(_Config):
     max_dead_letters: Count = DEFAULTS.max_dead_letters
     """The largest number of dead letters, each kept for at most 14 days. The oldest are dropped and counted."""
 
+    retry: RetryConfig | None = None
+    """Retries of requests whose code raised. Without it only what raises `Retry` is run again."""
+
     result_ttl_s: Annotated[float, Field(ge=1, le=366 * 24 * 3600)] = DEFAULTS.result_ttl_s
     """Seconds that the result of a submitted request, or of one with an idempotency key, stays after its end."""
 
@@ -186,6 +238,8 @@ class BackendConfig(_Config):
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         if (scaling := self.autoscaling_config) is not None:
             fields["autoscaling_config"] = AutoscalingSpec(**scaling.model_dump())
+        if (retry := self.retry) is not None:
+            fields["retry"] = RetrySpec(**retry.model_dump())
         return BackendSpec(**fields)
 
 

@@ -323,6 +323,7 @@ class Instance:
             "dead_letters_dropped": backend_stats.dead_letters_dropped,
             "served": backend_stats.served,
             "failed": backend_stats.failed,
+            "retried": backend_stats.retried,
             "mean_run_ms": round(1000 * backend_stats.run_s / answered, 3) if answered else 0.0,
         }
 

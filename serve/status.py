@@ -29,6 +29,7 @@ class Status(dict[str, Any]):
     - ``dead_letters``, and ``dead_letters_dropped``: those dropped because there were too many or they were too old;
     - ``served``, ``failed``: requests since the backend was created, up to a second ago; a failed one was answered
       with an error;
+    - ``retried``: attempts that failed and were followed by another one (``RetryConfig``);
     - ``mean_run_ms``: the mean run time of a request in milliseconds.
 
     Fields of an endpoint are those of `Client.list_endpoints`; of a proxy: ``node``, ``url``, ``state`` and ``pid``.

@@ -22,6 +22,7 @@ from ..broker.wire.keys import check_name
 from ..handles.errors import BackendNotFound
 from ..handles.options import check_method_name
 from ..workers.executing.methods import HOOKS
+from ..workers.retry import check_names
 from ..workers.runtime_env import EXCLUDES, PY_MODULES, WORKING_DIR
 from .config import BackendConfig
 
@@ -214,6 +215,8 @@ def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: boo
     """Check that the code supports the configuration."""
     if isinstance(func_or_class, str):
         return
+    if config.retry is not None:
+        check_names(config.retry.on, may_be_elsewhere=True)
     name = getattr(func_or_class, "__qualname__", repr(func_or_class))
     check_batch_size(config, name, takes_batch=takes_batch)
     if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):

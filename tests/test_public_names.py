@@ -26,6 +26,8 @@ SERVE = [
     "ObjectRefHandle",
     "Request",
     "ResponseStream",
+    "Retry",
+    "RetryConfig",
     "ServeHandle",
     "Status",
     "StreamingHandle",

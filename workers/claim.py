@@ -9,6 +9,7 @@ import asyncio
 from typing import Protocol
 
 from ..broker.wire.requests import Entry
+from .retry import RetryWish
 
 
 class RunningCall(Protocol):
@@ -37,9 +38,12 @@ class Claim:
         "is_recalled",
         "is_released",
         "is_streaming",
+        "is_withdrawn",
         "quarantine_ended",
         "ref",
+        "retry",
         "running",
+        "was_started",
     )
 
     def __init__(self, ref: bytes, entry: Entry, claimed_ms: float = 0.0) -> None:
@@ -55,3 +59,9 @@ class Claim:
         """Whether its reply has begun to stream."""
         self.quarantine_ended: asyncio.Event | None = None
         """Set when a redelivered entry is done; None for an entry that was claimed for the first time."""
+        self.is_withdrawn = False
+        """Whether its caller withdrew it while it ran: it does not run again."""
+        self.was_started = False
+        """Whether the start of a kept request was recorded for it."""
+        self.retry: RetryWish | None = None
+        """Set when the code raised an error that is retried."""

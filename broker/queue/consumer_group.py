@@ -14,6 +14,7 @@ from ..transport.commands import Script
 from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
 from .group.acknowledger import Acknowledger
+from .group.attempts import Attempts
 from .group.claimer import Claimer
 from .group.dead_letter_writer import DeadLetterWriter
 from .group.member import GROUP, Member
@@ -66,6 +67,7 @@ class ConsumerGroup:
         pending: reads pending entries, and claims those of dead replicas.
         replies: sends replies to callers.
         acknowledger: settles entries, or gives them back.
+        attempts: records the attempts of entries whose code raised.
         dead_letters: moves entries to the dead letters.
     """
 
@@ -77,6 +79,7 @@ class ConsumerGroup:
         self.pending = PendingEntries(member)
         self.replies = ReplySender(commands, keys, backend)
         self.acknowledger = Acknowledger(member)
+        self.attempts = Attempts(member)
         self.dead_letters = DeadLetterWriter(member)
 
     async def ensure(self) -> None:

@@ -16,7 +16,7 @@ from ..wire.keys import Keys
 from .dead_letter_limits import DROPPED_FIELD
 from .queue_depth import read_depth
 
-_SERVED, _FAILED, _RUN_US, _BATCHED = b"served", b"failed", b"run_us", b"batched"
+_SERVED, _FAILED, _RETRIED, _RUN_US, _BATCHED = b"served", b"failed", b"retried", b"run_us", b"batched"
 _BATCHES = b"batches:"
 """The beginning of the names of batch counters; the upper bound of the size of their batches follows."""
 
@@ -35,14 +35,16 @@ class RunStats:
     failed: int = 0
     """Requests whose reply is an error."""
     run_ms: float = 0.0
-    """The run time of all requests. Each request of a batch counts the whole time of the batch."""
+    """The run time of all attempts. Each request of a batch counts the whole time of the batch."""
     batched: int = 0
     """Requests that ran in batches."""
     batches: dict[int, int] = field(default_factory=dict[int, int])
     """Numbers of batches, by the smallest power of two that is not less than their size."""
+    retried: int = 0
+    """Attempts that failed and are followed by another one."""
 
     def __bool__(self) -> bool:
-        return bool(self.served or self.failed or self.batched)
+        return bool(self.served or self.failed or self.retried or self.batched)
 
     def count_batch(self, size: int) -> None:
         bound = 1 << (size - 1).bit_length()
@@ -53,6 +55,7 @@ class RunStats:
         """Add the counters of ``other``."""
         self.served += other.served
         self.failed += other.failed
+        self.retried += other.retried
         self.run_ms += other.run_ms
         self.batched += other.batched
         for bound, count in other.batches.items():
@@ -74,6 +77,7 @@ class BackendStats:
     """Dead letters that were dropped because there were too many, or because they were too old."""
     served: int
     failed: int
+    retried: int
     run_s: float
     batched: int
     batches: dict[int, int]
@@ -88,6 +92,8 @@ async def add_stats(connection: RedisConnection, keys: Keys, backend: str, stats
         BrokerUnavailable: the broker has not added them.
     """
     args: list[Arg] = [_SERVED, stats.served, _FAILED, stats.failed, _RUN_US, round(stats.run_ms * 1000)]
+    if stats.retried:
+        args += [_RETRIED, stats.retried]
     if stats.batched:
         args += [_BATCHED, stats.batched]
         for bound, count in stats.batches.items():
@@ -111,6 +117,7 @@ async def read_stats(connection: RedisConnection, keys: Keys, backend: str) -> B
         dead_letters_dropped=done.get(DROPPED_FIELD, 0),
         served=done.get(_SERVED, 0),
         failed=done.get(_FAILED, 0),
+        retried=done.get(_RETRIED, 0),
         run_s=done.get(_RUN_US, 0) / 1e6,
         batched=done.get(_BATCHED, 0),
         batches={int(name[len(_BATCHES) :]): count for name, count in done.items() if name.startswith(_BATCHES)},

@@ -1,7 +1,7 @@
 """The records of the registry: backends, endpoints, and the snapshot of all of them.
 
-The fields of `BackendSpec` and `AutoscalingSpec` have the defaults of ``serve.BackendConfig`` and
-``serve.AutoscalingConfig``. They are written here once; every process reads them from here.
+The fields of `BackendSpec`, `AutoscalingSpec` and `RetrySpec` have the defaults of ``serve.BackendConfig``,
+``serve.AutoscalingConfig`` and ``serve.RetryConfig``. They are written here once; every process reads them from here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ class AutoscalingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetrySpec:
+    """Which errors of a backend's code are retried, how often and when; see ``serve.RetryConfig``."""
+
+    max_attempts: int = 3
+    on: tuple[str, ...] = ("Exception",)
+    backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
     """How a backend runs: the fields of ``serve.BackendConfig``, which describes and validates them."""
 
@@ -37,6 +47,7 @@ class BackendSpec:
     batch_share: float = 0.1
     max_deliveries: int = 3
     max_dead_letters: int = 10_000
+    retry: RetrySpec | None = None
     result_ttl_s: float = 3600.0
     max_result_bytes: int = 1024 * 1024 * 1024
     graceful_shutdown_timeout_s: float = 20.0

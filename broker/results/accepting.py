@@ -25,10 +25,10 @@ from ..wire._fields import (
     VERSION,
     VERSION_FIELD,
 )
-from ..wire.kept import CANCELLED, FAILED, QUEUED, SUCCEEDED
+from ..wire.kept import CANCELLED, FAILED, PENDING_S, QUEUED, SUCCEEDED
 from ..wire.keys import Keys
 from ..wire.requests import RawEntry
-from .space import NOW, PENDING_S, RECORD_BYTES, SWEEP
+from .space import NOW, RECORD_BYTES, SWEEP
 
 WAITER = "w:"
 """The beginning of the fields of a record that name its waiters: a caller, a space, and the id of the waiter's call."""

@@ -17,15 +17,15 @@ from ..queue.queued_bytes import RELEASE
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire.entry_ref import id_of, is_batch
-from ..wire.kept import QUEUED, RUNNING
+from ..wire.kept import PENDING_S, QUEUED, RUNNING
 from ..wire.keys import Keys
 from .accepting import IS_FINAL, WAITER
-from .space import CHARGE, NOW, PENDING_S, RECORD_BYTES, SWEEP_ONCE
+from .space import CHARGE, NOW, RECORD_BYTES, SWEEP_ONCE
 
 log = logging.getLogger(__name__)
 
-# Marks requests as running. KEYS: their records. ARGV: the replica, milliseconds until a record expires, how often the
-# code was called for each of them.
+# Marks requests as running. KEYS: their records. ARGV: the replica, milliseconds until a record expires, and for each
+# request 1 if the replica starts it anew, or 0 for another attempt of the same delivery.
 _START = Script(f"""#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] .. string.sub('000000' .. time[2], -6, -4)
@@ -34,7 +34,7 @@ for i, record in ipairs(KEYS) do
   if state == '{QUEUED}' or state == '{RUNNING}' then
     redis.call('HSET', record, 'status', '{RUNNING}', 'started', now, 'replica', ARGV[1])
     redis.call('HDEL', record, 'progress')
-    redis.call('HINCRBY', record, 'deliveries', 1)
+    redis.call('HINCRBY', record, 'deliveries', ARGV[2 + i])
     redis.call('HINCRBY', record, 'attempts', 1)
     redis.call('PEXPIRE', record, ARGV[2])
   end
@@ -140,10 +140,15 @@ class ResultWriter:
         self._streams = [keys.requests(backend), keys.batch(backend)]
         self._key_prefix = keys.idempotency_key(backend, "")
 
-    def start(self, ids: Sequence[str]) -> None:
-        """Mark requests as running."""
-        keys = [self._keys.kept(self._backend, id_) for id_ in ids]
-        self._post(_log_refusal, _START, keys, [self._replica, PENDING_S * 1000])
+    def start(self, started: Sequence[tuple[str, bool]]) -> None:
+        """Mark requests as running: by their ids, each with whether the replica starts it anew.
+
+        If not, it is another attempt of the same delivery.
+        """
+        keys = [self._keys.kept(self._backend, id_) for id_, _ in started]
+        self._post(
+            _log_refusal, _START, keys, [self._replica, PENDING_S * 1000, *(int(is_new) for _, is_new in started)]
+        )
 
     def report(self, id_: str, progress: bytes) -> None:
         """Write the progress that the code of a running request reports, as JSON."""

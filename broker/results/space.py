@@ -14,9 +14,6 @@ from ..transport.commands import Script
 RECORD_BYTES = 1024
 """The bytes that a kept request is charged for its record and its key, besides its result."""
 
-PENDING_S = 7 * 24 * 3600
-"""How long the record of a kept request stays while it is neither started nor finished."""
-
 _SWEEP_EVERY_MS = 1_000
 """Least time between two sweeps of old buckets."""
 

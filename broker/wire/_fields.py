@@ -27,6 +27,12 @@ SIZE_FIELD = b"size"
 KEEP_FIELD = b"keep"
 """Of a kept request: the most bytes of a streamed result. Its result stays in Redis, and goes to no reply stream."""
 
+RETRY_FIELD = b"retry"
+"""Of an entry whose code has raised before: the number of its attempts and when the next one is due (`load_retry`).
+
+The scripts that claim an entry again add it; it is not on the stream.
+"""
+
 RAW_PATH_SAFE = "!\"$&'()*+,-./:;<=>@[\\]^_`{|}~"
 """Characters besides letters and digits that a path may contain unescaped; other raw paths are in the header."""
 
@@ -54,6 +60,14 @@ def wrong_field(error: KeyError | UnicodeDecodeError) -> WireError:
 def parse_count(text: bytes) -> int:
     """Return the number in decimal digits that ``text`` is; -1 for anything else."""
     return int(text) if text.isdigit() else -1
+
+
+def load_retry(raw: bytes) -> tuple[int, int]:
+    """Read a `RETRY_FIELD`: the number of attempts, and when the next one is due, or 0. Raises `WireError`."""
+    attempts, _, due_ms = raw.partition(b":")
+    if not (attempts.isdigit() and due_ms.isdigit()):
+        raise WireError(f"the attempts of an entry cannot be read: {shortened(raw)}")
+    return int(attempts), int(due_ms)
 
 
 def load_header(raw: bytes) -> dict[str, Any]:

@@ -25,6 +25,9 @@ FINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
 IN_REDIS = "kept"
 """The codec of a reply that tells its waiter to fetch the result from Redis."""
 
+PENDING_S = 7 * 24 * 3600
+"""How long the record of a kept request stays while it is neither started nor finished."""
+
 MAX_PROGRESS_BYTES = 4 * 1024
 """The longest progress that code may report, as JSON."""
 

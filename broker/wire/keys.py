@@ -115,6 +115,10 @@ class Keys:
         """Exists if the reply to an entry (by its ref) has begun to stream, so that it must not run again."""
         return f"{self._root}{{{backend}}}:streamed:{entry}"
 
+    def retry(self, backend: str, entry: str) -> str:
+        """A string: the attempts of an entry (by its ref) whose code raised; see ``broker/queue/group/attempts.py``."""
+        return f"{self._root}{{{backend}}}:retry:{entry}"
+
     def body(self, backend: str, request: str) -> str:
         """The claim check with a request's large body, by the id of its call."""
         return f"{self._root}{{{backend}}}:body:{request}"

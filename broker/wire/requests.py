@@ -16,12 +16,14 @@ from ._fields import (
     ID_FIELD,
     KEEP_FIELD,
     LARGE_FIELD,
+    RETRY_FIELD,
     SIZE_FIELD,
     VERSION,
     VERSION_FIELD,
     Pairs,
     load_header,
     load_pairs,
+    load_retry,
     named_fields,
     parse_count,
     wrong_field,
@@ -148,6 +150,10 @@ class Entry:
     """The size of header and body as its publisher counted it; 0 for a small request, whose size is not recorded."""
     keep_bytes: int | None = None
     """Of a kept request (``broker/wire/kept.py``): the most bytes of a streamed result; None for any other."""
+    attempts: int = field(default=0, compare=False)
+    """How often its code was called and raised an error that is retried."""
+    due_ms: int = field(default=0, compare=False)
+    """When its next attempt is due: Unix time by the broker's clock; 0 if it does not wait for one."""
 
     @property
     def shown_id(self) -> str:
@@ -172,7 +178,7 @@ class Entry:
         """
         named = named_fields(fields)
         try:
-            return cls(
+            entry = cls(
                 named[ID_FIELD].decode(),
                 named[CALLER_FIELD].decode(),
                 _header_of(named[HEADER_FIELD]),
@@ -183,6 +189,9 @@ class Entry:
             )
         except (KeyError, UnicodeDecodeError) as e:
             raise wrong_field(e) from None
+        if RETRY_FIELD in named:
+            entry.attempts, entry.due_ms = load_retry(named[RETRY_FIELD])
+        return entry
 
 
 class RawEntry(NamedTuple):

@@ -111,6 +111,12 @@ _BACKEND_METRICS: tuple[tuple[str, str, str, Callable[[BackendStats], float]], .
     ),
     ("failed_total", "counter", "Requests that ended with an error.", lambda stats: stats.failed),
     (
+        "retried_total",
+        "counter",
+        "Attempts that failed and were followed by another one.",
+        lambda stats: stats.retried,
+    ),
+    (
         "run_seconds_total",
         "counter",
         "Total run time of requests; each request of a batch counts the whole run.",

@@ -267,6 +267,13 @@ class _Reading:
             return {}
         return {key: self.value(value) for key, (_, value) in self.members(node, f"{name} of {what}").items()}
 
+    def _nested(self, node: yaml.Node) -> Any:
+        """Return a mapping with the text of its keys as they are written: YAML 1.1 reads the key ``on`` as true."""
+        members = cast("list[tuple[yaml.Node, yaml.Node]]", node.value if isinstance(node, yaml.MappingNode) else [])
+        if not members or not all(isinstance(key, yaml.ScalarNode) for key, _ in members):
+            return self.value(node)
+        return {str(key.value): self.value(value) for key, value in members}
+
     def _config(self, members: Members, what: str) -> BackendConfig | None:
         if "config" not in members or _is_null(members["config"][1]):
             return BackendConfig()
@@ -275,7 +282,7 @@ class _Reading:
         before = len(self.mistakes)
         for name, (key, value) in self.members(node, f"config of {what}").items():
             # Each field is checked alone, so that its mistake has its own line.
-            fields[name] = self.value(value)
+            fields[name] = self._nested(value) if name == "retry" else self.value(value)
             self.check(key, partial(BackendConfig, **{name: fields[name]}))
         if len(self.mistakes) > before:
             return None

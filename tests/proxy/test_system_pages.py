@@ -69,7 +69,7 @@ class TestSystemPages:
         connection = await RedisConnection(site.caller.url).open()
         try:
             await add_stats(connection, site.keys, "alpha", RunStats(3, 2, 12.5, 7, {1: 1, 4: 2}))
-            await add_stats(connection, site.keys, "alpha", RunStats(1, run_ms=2.5))
+            await add_stats(connection, site.keys, "alpha", RunStats(1, run_ms=2.5, retried=3))
         finally:
             await connection.close()
         lines = (await site.http.get("/-/metrics")).text.splitlines()
@@ -81,6 +81,7 @@ class TestSystemPages:
             'penstock_backend_dead_letters_dropped_total{backend="alpha"} 0',
             'penstock_backend_served_total{backend="alpha"} 4',
             'penstock_backend_failed_total{backend="alpha"} 2',
+            'penstock_backend_retried_total{backend="alpha"} 3',
             'penstock_backend_run_seconds_total{backend="alpha"} 0.015',
             'penstock_backend_batch_size_bucket{backend="alpha",le="1"} 1',
             'penstock_backend_batch_size_bucket{backend="alpha",le="4"} 3',

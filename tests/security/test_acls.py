@@ -23,6 +23,7 @@ from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded, Ov
 from penstock.proxy.proxy import Proxy
 from penstock.workers.actor import Serving
 from penstock.workers.executing.user_code import dump
+from penstock.workers.retry import Retry
 from tests.guarded import Guarded, documented_rules
 from tests.waiting import wait_until, wait_until_async
 
@@ -186,6 +187,39 @@ async def test_submitted_requests_and_keys_need_no_more_than_the_rules(site: Sit
         assert (await http.get(location)).json()["progress"] == {"size": 3}
         assert (await http.post("/f", json="web", headers={"idempotency-key": "k"})).text == "web"
         assert (await http.delete(location)).status_code == 409
+
+
+def failing_once(request: Any) -> Any:
+    key = request.data["n"]
+    CALLS[key] = CALLS.get(key, 0) + 1
+    if CALLS[key] == 1:
+        raise Retry(after_s=request.data["after_s"])
+    return key
+
+
+CALLS: dict[int, int] = {}
+
+
+async def test_retries_need_no_more_than_the_rules_also_when_another_replica_goes_on(
+    site: Site, broker: Guarded
+) -> None:
+    CALLS.clear()
+    first, _ = await site.serve("tests.security.test_acls:failing_once", replicas=2)
+
+    def call() -> list[Any]:
+        with handles.connect(broker.url("alice")) as door, Redis.from_url(broker.url("admin")) as redis:
+            handle = door.get_handle("f")
+            assert handle.remote({"n": 0, "after_s": 0.0}).result(timeout=20) == 0
+            futures = [handle.remote({"n": n, "after_s": 2.0}) for n in range(1, 9)]
+            wait_until(lambda: len(redis.keys(KEYS.retry("f", "*"))) == 8)
+            asyncio.run_coroutine_threadsafe(first.drain(5.0), loop).result(20)
+            values = [future.result(timeout=20) for future in futures]
+            wait_until(lambda: not redis.keys(KEYS.retry("f", "*")))
+            return values
+
+    loop = asyncio.get_running_loop()
+    assert await asyncio.to_thread(call) == list(range(1, 9))
+    assert set(CALLS.values()) == {2}
 
 
 async def test_a_caller_cannot_write_results_and_a_replica_cannot_read_them(site: Site, broker: Guarded) -> None:

@@ -1,13 +1,15 @@
 from dataclasses import fields
 from typing import Any
 
+import orjson
 import pytest
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from penstock.broker.registry.records import AutoscalingSpec, BackendSpec
+from penstock.broker.registry.json_records import read_record
+from penstock.broker.registry.records import AutoscalingSpec, BackendRecord, BackendSpec, RetrySpec
 from penstock.handles.errors import ConfigError
-from penstock.serve.config import AutoscalingConfig, BackendConfig, HTTPOptions
+from penstock.serve.config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -23,6 +25,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "batch_share": 0.1,
         "max_deliveries": 3,
         "max_dead_letters": 10_000,
+        "retry": None,
         "result_ttl_s": 3600.0,
         "max_result_bytes": 1024 * 1024 * 1024,
         "graceful_shutdown_timeout_s": 20.0,
@@ -60,6 +63,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ({"user_config": {1: "one"}}, "BackendConfig.user_config must be a JSON value"),
         ({"autoscaling_config": 3}, "BackendConfig.autoscaling_config must be"),
         ({"autoscaling_config": {"max_replicas": "4"}}, "AutoscalingConfig.max_replicas must be a valid integer"),
+        ({"retry": 3}, "BackendConfig.retry must be"),
+        ({"retry": {"max_attempts": "3"}}, "RetryConfig.max_attempts must be a valid integer, not str"),
+        ({"retry": {"on": "ConnectionError"}}, "RetryConfig.on must be a list of names of exceptions, not str"),
+        ({"retry": {"on": [ConnectionError]}}, "RetryConfig.on must be a valid string, not type"),
     ],
 )
 def test_a_field_of_a_wrong_type_is_a_type_error_that_names_it(fields: dict[str, Any], says: str) -> None:
@@ -84,6 +91,12 @@ def test_a_field_of_a_wrong_type_is_a_type_error_that_names_it(fields: dict[str,
             {"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}},
             "AutoscalingConfig.max_replicas must be at least min_replicas (3), not 2",
         ),
+        ({"retry": {"max_attempts": 0}}, "RetryConfig.max_attempts must be greater than or equal to 1, not 0"),
+        ({"retry": {"backoff_s": -1}}, "RetryConfig.backoff_s must be greater than or equal to 0, not -1"),
+        ({"retry": {"backoff_s": 60}}, "RetryConfig.max_backoff_s must be at least backoff_s (60), not 30"),
+        ({"retry": {"on": []}}, "RetryConfig.on must name at least one exception; retry=None turns retries off"),
+        ({"retry": {"on": ["Key Error"]}}, "RetryConfig.on must hold names of exceptions, such as 'ConnectionError'"),
+        ({"retry": {"attempts": 2}}, "RetryConfig has no field 'attempts'"),
     ],
 )
 def test_a_wrong_value_is_a_config_error_that_names_it_and_what_is_allowed(fields: dict[str, Any], says: str) -> None:
@@ -151,15 +164,30 @@ def test_an_update_is_validated_as_a_whole() -> None:
         config.merged({"num_replicas": "2"})
 
 
+def test_an_update_of_retries_keeps_their_other_fields_and_none_turns_them_off() -> None:
+    config = BackendConfig(retry=RetryConfig(max_attempts=5, on=("KeyError",)))
+    assert config.merged({"retry": {"backoff_s": 2}}).retry == RetryConfig(
+        max_attempts=5, on=("KeyError",), backoff_s=2
+    )
+    assert config.merged({"num_replicas": 2}).retry == config.retry
+    assert config.merged({"retry": None}).retry is None
+    assert BackendConfig().merged({"retry": {"on": ["KeyError"]}}).retry == RetryConfig(on=("KeyError",))
+
+
 def test_a_configuration_is_the_same_after_it_was_a_record() -> None:
     config = BackendConfig(num_replicas=3, user_config={"a": [1]}, autoscaling_config=AutoscalingConfig(max_replicas=4))
     assert BackendConfig.of_spec(config.spec()) == config
+    retrying = BackendConfig.parse({"retry": {"on": ["KeyError", "a.B"], "backoff_s": 1}})
+    assert BackendConfig.of_spec(retrying.spec()) == retrying
+    record = BackendRecord(tag="f", version="1", code="", config=retrying.spec())
+    assert read_record(BackendRecord, "f", orjson.loads(orjson.dumps(record))) == record
 
 
 def test_a_configuration_has_the_fields_and_the_defaults_of_the_record() -> None:
     assert BackendConfig().spec() == BackendSpec()
     scaled = BackendConfig(autoscaling_config=AutoscalingConfig(max_replicas=2)).spec()
     assert scaled.autoscaling_config == AutoscalingSpec(max_replicas=2)
+    assert BackendConfig.parse({"retry": {}}).spec().retry == RetrySpec()
     assert set(BackendConfig.model_fields) == {field.name for field in fields(BackendSpec)}
 
 

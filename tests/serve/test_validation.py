@@ -221,6 +221,15 @@ def test_a_user_config_needs_a_method_reconfigure() -> None:
             check_fits(config, target, takes_batch=False)
 
 
+def test_a_retry_of_an_error_that_does_not_exist_is_refused_where_the_code_is_at_hand() -> None:
+    config = BackendConfig.parse({"retry": {"on": ["KeyError", "ConectionError"]}})
+    with pytest.raises(ConfigError, match=r"RetryConfig.on has .ConectionError., and .* mean .ConnectionError."):
+        check_fits(config, takes_one, takes_batch=False)
+    check_fits(config, "module:Name", takes_batch=False)
+    elsewhere = BackendConfig.parse({"retry": {"on": ["only_in_the_replicas.Error", "OSError"]}})
+    check_fits(elsewhere, takes_one, takes_batch=False)
+
+
 def test_actor_options_are_the_resources_of_ray() -> None:
     options = {"num_cpus": 0.5, "num_gpus": 2, "memory": 1e9, "resources": {"disk": 1.5}, "accelerator_type": "A100"}
     assert check_actor_options(options) == options

@@ -24,9 +24,13 @@ from penstock.handles.calls.request_client import RequestClient
 from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
+from penstock.workers.retry import Retry
 
 TAG = "model"
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
+
+RETRY_AFTER_S = 8.0
+"""When `fail_for_now` wants to be called again: long enough for a test to kill its replica before."""
 
 _numbers = itertools.count(1)
 
@@ -193,6 +197,10 @@ async def tick(request: Any) -> AsyncGenerator[str]:
     for n in itertools.count():
         yield str(n)
         await asyncio.sleep(0.01)
+
+
+def fail_for_now(request: Any) -> None:
+    raise Retry(after_s=RETRY_AFTER_S)
 
 
 async def _main(url: str, name: str) -> None:

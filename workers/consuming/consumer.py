@@ -32,6 +32,7 @@ from .in_progress import InProgress
 from .kept_claims import KeptClaims
 from .policies.fairness import StreamSharing
 from .policies.load_shedding import LoadShedding
+from .retries import Retries
 from .scheduling import Scheduler
 from .settings import ConsumerSettings
 from .settlement import Settlement
@@ -65,6 +66,7 @@ class Consumer:
         self.in_progress = InProgress()
         self.kept = KeptClaims(commands, keys, group.replies, backend, replica, runner.config)
         self.stream_sender = StreamSender(commands, group, self.kept)
+        self.retries = Retries(group.attempts, self.in_progress, runner.config, commands.now_ms)
         sharing = StreamSharing(settings.batch_share)
         self._sharing, self._load_shedding = sharing, LoadShedding()
         self._scheduler = Scheduler(runner, self.in_progress, sharing, settings, commands.now_ms, self, self.kept)
@@ -81,6 +83,7 @@ class Consumer:
             backend,
             replica,
             self.kept,
+            self.retries,
         )
         self._claim_loop = ClaimLoop(group, self._reader, self._scheduler, sharing, settings, backend, scan_soon)
         self._recalled: list[bytes] = []
@@ -115,6 +118,7 @@ class Consumer:
         self.settings = settings = ConsumerSettings.of(self._runner)
         self._sharing.set_batch_share(settings.batch_share)
         self.kept.apply(self._runner.config)
+        self.retries.apply(self._runner.config)
         for part in (self._scheduler, self._reader, self._claim_loop):
             part.apply(settings)
         self.claim()
@@ -126,6 +130,8 @@ class Consumer:
         """
         self.stop_claiming()
         self._scheduler.recall_unstarted()
+        if waiting := self.retries.cancel_all():
+            self.give_back(waiting)
         return await self.in_progress.wait_until_empty(timeout_s)
 
     def stop_claiming(self) -> None:
@@ -136,6 +142,7 @@ class Consumer:
         self._scheduler.close()
         self._reader.close()
         self._claim_loop.close()
+        self.retries.close()
         self.kept.close()
         for writer in self.stream_sender.writers:
             claim = writer.claim
@@ -238,6 +245,10 @@ class Consumer:
             self.in_progress.release(claim)
             self._give_back_together(claim.ref)
             return
+        if claim.retry is not None and reply.error is not None and (due_ms := self.retries.next_due_ms(claim)):
+            self._record_run(claim, reply, now_s, is_retried=True)
+            self._try_again(claim, due_ms)
+            return
         if not was_cancelled:
             self._record_run(claim, reply, now_s)
             if claim.entry.caller:
@@ -246,19 +257,35 @@ class Consumer:
             self._settlement.settle(claim)
         else:
             self.kept.finish(claim, reply)
+        if claim.entry.attempts:
+            self.retries.forget(claim)
         self.in_progress.release(claim)
         if claim.is_streaming:
             self._commands.join_write(partial(self.stream_sender.end, claim))
         if not self.in_progress.claims:
             self._commands.flush_if_idle()
 
-    def _record_run(self, claim: Claim, reply: Reply, now_s: float) -> None:
+    def _try_again(self, claim: Claim, due_ms: int) -> None:
+        """Free the slot of a claim until its next attempt; if this replica drains, let another one make that."""
+        done = claim.quarantine_ended
+        self.retries.begin(claim, due_ms)
+        if self.is_draining:
+            self.in_progress.release(claim)
+            self._give_back_together(claim.ref)
+        else:
+            self.retries.wait(claim, self._reader.start_again)
+        if done is not None:
+            done.set()
+
+    def _record_run(self, claim: Claim, reply: Reply, now_s: float, *, is_retried: bool = False) -> None:
         run_ms, deadline_ms = reply.run_ms, claim.entry.header.deadline_ms
         self._scheduler.record_run(claim, run_ms)
         left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
         self._load_shedding.record_finish(run_ms, left_ms, now_s)
         run_stats = self._scheduler.run_stats
-        if reply.error is None:
+        if is_retried:
+            run_stats.retried += 1
+        elif reply.error is None:
             run_stats.served += 1
         else:
             run_stats.failed += 1
@@ -272,15 +299,22 @@ class Consumer:
         if claim is None:
             self.in_progress.remember_withdrawn(ref)
         elif claim.running is not None:
+            claim.is_withdrawn = True
             claim.running.cancel(claim)
+        elif self.retries.cancel(claim):
+            self._drop_withdrawn(claim)
         elif claim in self.in_progress.waiting:
             self.in_progress.waiting.remove(claim)
-            if claim.entry.keep_bytes is None:
-                self._settlement.settle(claim)
-            else:
-                self.kept.cancel(claim)
-            self.in_progress.release(claim)
+            self._drop_withdrawn(claim)
             self.claim()
+
+    def _drop_withdrawn(self, claim: Claim) -> None:
+        if claim.entry.keep_bytes is None:
+            self._settlement.settle(claim)
+        else:
+            self.kept.cancel(claim)
+        self.retries.forget(claim)
+        self.in_progress.release(claim)
 
     def give_back(self, claims: Sequence[Claim]) -> None:
         """Release claims that have not started, so that any replica may claim their entries."""

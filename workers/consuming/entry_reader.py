@@ -24,6 +24,7 @@ from ..executing.errors import failed_reply
 from .in_progress import InProgress
 from .kept_claims import KeptClaims
 from .policies.load_shedding import LoadShedding
+from .retries import Retries
 from .scheduling import ReplyHandler, Scheduler
 from .settings import ConsumerSettings
 from .settlement import Settlement
@@ -51,10 +52,11 @@ class EntryReader:
         backend: str,
         replica: str,
         kept: KeptClaims,
+        retries: Retries,
     ) -> None:
         self._commands, self._group, self._settlement, self._keys = commands, group, settlement, keys
         self._in_progress, self._scheduler, self._load_shedding = in_progress, scheduler, load_shedding
-        self._replies, self._kept = replies, kept
+        self._replies, self._kept, self._retries = replies, kept, retries
         self._max_dead_letters = settings.max_dead_letters
         self._backend, self._replica = backend, replica
         self._loop = asyncio.get_running_loop()
@@ -82,7 +84,10 @@ class EntryReader:
                 self._fail(ref, e)
 
     def hold(self, ref: bytes, entry: Entry, now_ms: float, now_s: float) -> Claim | None:
-        """Hold an entry. Return None, and settle it, if its caller withdrew it or it would miss its deadline.
+        """Hold an entry, and return its claim; None if it does not start now.
+
+        That is so if its caller withdrew it, or it would miss its deadline: it is settled. Or its code has raised in
+        another replica, and its next attempt is not due yet.
 
         ``now_ms`` is the time by the broker's clock, ``now_s`` by the loop's.
         """
@@ -91,17 +96,37 @@ class EntryReader:
             self._group.acknowledger.hold_sized(ref)
         claim = Claim(ref, entry, now_ms)
         deadline_ms = entry.header.deadline_ms
-        # No reply: a caller with a deadline has a timer of its own.
         if self._in_progress.forget_withdrawn(ref) or (
             deadline_ms and not self._load_shedding.should_start(deadline_ms - now_ms, now_s)
         ):
-            if is_kept:
-                self._kept.drop(claim)
-            else:
-                self._settlement.settle(claim)
+            self._drop(claim)
             return None
         self._in_progress.add(claim)
+        if entry.due_ms > now_ms:
+            self._retries.wait(claim, self.start_again)
+            return None
         return claim
+
+    def start_again(self, claim: Claim) -> None:
+        """Start the next attempt of a claim, or settle it if it would miss its deadline."""
+        entry = claim.entry
+        left_ms = entry.header.deadline_ms - self._commands.now_ms()
+        if entry.header.deadline_ms and not self._load_shedding.should_start(left_ms, self._loop.time()):
+            self._drop(claim)
+            self._in_progress.release(claim)
+        elif entry.large:
+            self._scheduler.batching.loading.add(claim)
+            self._spawn(self._load_claimed(claim))
+        else:
+            self._scheduler.offer_again(claim)
+
+    def _drop(self, claim: Claim) -> None:
+        """Settle a claim that does not start. No reply: a caller with a deadline has a timer of its own."""
+        if claim.entry.keep_bytes is None:
+            self._settlement.settle(claim)
+        else:
+            self._kept.drop(claim)
+        self._retries.forget(claim)
 
     async def load_body(self, claim: Claim) -> None:
         """Fetch the large body of a claim, then offer the claim to the scheduler."""
@@ -120,7 +145,10 @@ class EntryReader:
             return
         entry.body = body
         try:
-            self._scheduler.offer(claim)
+            if entry.attempts:
+                self._scheduler.offer_again(claim)
+            else:
+                self._scheduler.offer(claim)
         except Exception as e:
             self._fail(claim.ref, e)
 

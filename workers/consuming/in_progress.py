@@ -21,6 +21,8 @@ class InProgress:
         """All claims in progress, started or not. Changed only by `add` and `release`."""
         self.waiting: deque[Claim] = deque()
         """Claims that wait to start: for a batch to fill up, for the end of a quarantine, or for a free slot."""
+        self.delayed: set[Claim] = set()
+        """Claims that wait for their next attempt (`Retries`). They occupy no slot."""
         self._withdrawn: dict[bytes, None] = {}
         self._released: set[bytes] | None = None
         self._emptied = asyncio.Event()
@@ -33,8 +35,13 @@ class InProgress:
 
     @property
     def any_started(self) -> bool:
-        """Whether any claim is in progress that does not wait to start."""
-        return len(self.claims) > len(self.waiting)
+        """Whether any claim is in progress that does not wait to start, or for its next attempt."""
+        return self.occupying > len(self.waiting)
+
+    @property
+    def occupying(self) -> int:
+        """The number of claims that occupy a slot, or will as soon as one is free."""
+        return len(self.claims) - len(self.delayed)
 
     def add(self, claim: Claim) -> None:
         """Hold a claim until it is released."""

@@ -63,8 +63,8 @@ class KeptClaims:
         self.apply(config)
         self._gathered: dict[bytes, _GatheredReply] = {}
         """By entry refs."""
-        self._started: list[str] = []
-        """Ids of requests whose start is written at the end of this loop tick."""
+        self._started: list[tuple[str, bool]] = []
+        """Requests whose start is written at the end of this loop tick, and whether this replica starts them anew."""
         self._progress: dict[str, bytes] = {}
         """By request ids: progress that is reported and not written yet."""
         self._reporting: asyncio.TimerHandle | None = None
@@ -92,7 +92,8 @@ class KeptClaims:
             if claim.entry.keep_bytes is not None:
                 if not self._started:
                     self._commands.join_write(self._write_started)
-                self._started.append(claim.entry.id)
+                self._started.append((claim.entry.id, not claim.was_started))
+                claim.was_started = True
 
     def _write_started(self) -> None:
         started, self._started = self._started, []
@@ -163,10 +164,10 @@ class KeptClaims:
         self._finish(claim, Outcome(claim.entry.id, claim.ref, CANCELLED, is_sized=claim.entry.size_bytes > 0))
 
     def expire(self, claim: Claim) -> None:
-        """Settle a request whose deadline passed before it started. Its idempotency key is free again."""
+        """Settle a request whose deadline passed. If it was never started, its idempotency key is free again."""
         waited_ms = claim.entry.header.deadline_ms - int(id_of(claim.ref).partition(b"-")[0])
         error = RequestTimeout(f"backend {self._backend!r}", round(max(0, waited_ms) / 1000, 3))
-        self._store(claim, Result(self._failed(claim, error)), frees_key=True)
+        self._store(claim, Result(self._failed(claim, error)), frees_key=not claim.entry.attempts)
 
     def refuse(self, claim: Claim, error: PenstockError) -> None:
         """Store an error for a request that does not run. It is not settled."""

@@ -162,7 +162,8 @@ class Redelivery:
         read = [(claimed.ref, await self._read(claimed)) for claimed in redelivered]
         await self._consumer.run_redelivered([(ref, entry) for ref, entry in read if entry is not None])
         for claimed in redelivered:
-            self._group.pending.forget_history(claimed.ref)
+            if claimed.ref not in self._in_progress:  # else it waits for its next attempt
+                self._group.pending.forget_history(claimed.ref)
 
     async def _read(self, redelivered: RedeliveredEntry) -> Entry | None:
         """Return the decoded entry. One that cannot be read becomes a dead letter, and the result is None."""
@@ -184,3 +185,5 @@ class Redelivery:
         refuser = self._settlement if entry.keep_bytes is None else self._consumer.kept
         refuse = partial(refuser.refuse, Claim(redelivered.ref, entry), error)
         await self._group.dead_letters.add(redelivered, str(error), refuse, max_dead_letters=settings.max_dead_letters)
+        if entry.attempts:
+            self._group.attempts.forget(redelivered.ref)

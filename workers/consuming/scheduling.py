@@ -95,7 +95,7 @@ class Scheduler:
         """Return how many more claims there is room for; negative if there are more claims than slots."""
         if self.batch_size:
             return self.batching.room(len(self._in_progress.waiting))
-        claims = len(self._in_progress.claims)
+        claims = len(self._in_progress.claims) - len(self._in_progress.delayed)
         # No prefetch while batch items wait: an interactive request that arrives now would wait behind one of them.
         is_busy = claims > 0 and not self._sharing.is_active
         return self.capacity.limit(monotonic(), is_busy=is_busy) - claims
@@ -108,6 +108,13 @@ class Scheduler:
             self._in_progress.waiting.append(claim)
         else:
             self._start([claim])
+
+    def offer_again(self, claim: Claim) -> None:
+        """Offer a claim for its next attempt. Unlike a new one, it was not claimed for a slot that is free."""
+        if not self.batch_size and self.room() < 0:
+            self.is_crowded = True
+        self.offer(claim)
+        self.start_waiting()
 
     def start_redelivered(self, claims: Sequence[Claim]) -> None:
         """Start claims of redelivered entries, in as few calls as possible."""
@@ -150,7 +157,7 @@ class Scheduler:
         claim.running = self._runner.run(claims, self._replies.on_reply)
         capacity = self.capacity
         if capacity.is_blocking:
-            if len(self._in_progress.claims) > capacity.concurrency:
+            if self._in_progress.occupying > capacity.concurrency:
                 self._watch_for_slowness()
             elif capacity.concurrency == 1:
                 self._predict_end()
@@ -200,7 +207,7 @@ class Scheduler:
     def record_run(self, claim: Claim, run_ms: float) -> None:
         """Record how long user code ran for a claim that is still in progress."""
         self.capacity.record_run(run_ms / 1000, is_streaming=claim.is_streaming)
-        if len(self._in_progress.claims) > 1 and self.capacity.is_serial and not self.batch_size:
+        if self._in_progress.occupying > 1 and self.capacity.is_serial and not self.batch_size:
             self._predict_end()  # of the next call, whose request was claimed before
 
     def record_finish(self, now_s: float) -> None:
@@ -233,7 +240,7 @@ class Scheduler:
         if self.batch_size:
             any_wait = self.batching.holds_up(len(self._in_progress.waiting))
         else:
-            any_wait = len(self._in_progress.claims) > self.capacity.concurrency
+            any_wait = self._in_progress.occupying > self.capacity.concurrency
         if not any_wait and not self.is_quarantining:
             return
         if self._patience_s(self._last_finish_s + _STUCK_S - self._loop.time()) > 0:

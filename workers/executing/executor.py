@@ -16,6 +16,7 @@ from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import check_size
 from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
 from ..claim import Claim
+from ..retry import RetryPolicy, shown_error
 from .errors import failed_reply, raised_reply
 from .results import Encoded, encode, is_complete
 from .stream_writer import GENERATORS, StreamSink, StreamWriter, Values
@@ -45,6 +46,8 @@ class Executor:
         self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.allow_pickle = False
+        self.retries = RetryPolicy(None)
+        """Decides which errors of user code are retried."""
         self.stream_sink: StreamSink | None = None
         """Sends the parts of streamed replies; without it, no reply is streamed."""
         self.report_progress: Callable[[Claim, bytes], None] = _drop_progress
@@ -91,12 +94,12 @@ class Executor:
         if not method.accepts_batch:
             if type(result) in GENERATORS and self.streams(claims[0].entry):
                 return [cast("Values", result)]
-            return [self._outcome(claims[0].entry, result, run_ms)]
+            return [self._outcome(claims[0], result, run_ms)]
         try:
             results = _one_each(result, len(claims), self.backend)
         except BaseException as e:  # the result may have an ``__iter__`` of its own
-            return self.failures(claims, e, run_ms)
-        return [self._outcome(claim.entry, one, run_ms) for claim, one in zip(claims, results, strict=True)]
+            return [failed_reply(claim.entry, e, self.replica, run_ms) for claim in claims]
+        return [self._outcome(claim, one, run_ms) for claim, one in zip(claims, results, strict=True)]
 
     def progress_of(self, claim: Claim) -> Callable[[bytes], None]:
         """Return the function that records the progress of a kept request, from any thread."""
@@ -128,11 +131,18 @@ class Executor:
             return self.refusal(entry, StreamBroken(self.backend, entry.shown_id, writer.stopped_because))
         if writer.is_stopped:
             return self.cancelled(entry)
-        reply = failed_reply if writer.parts else raised_reply
-        return reply(entry, error, self.replica, run_ms)
+        if writer.parts:  # its first values have arrived, and would arrive twice
+            return failed_reply(entry, error, self.replica, run_ms)
+        return self.failure(writer.claim, error, run_ms)
 
     def failures(self, claims: Sequence[Claim], error: BaseException, run_ms: float) -> list[Reply]:
-        return [raised_reply(claim.entry, error, self.replica, run_ms) for claim in claims]
+        """Return the replies to claims for which user code raised ``error``, and note whether it is retried."""
+        return [self.failure(claim, error, run_ms) for claim in claims]
+
+    def failure(self, claim: Claim, error: BaseException, run_ms: float) -> Reply:
+        """Return the reply to a claim for which user code raised ``error``, and note whether it is retried."""
+        claim.retry = self.retries.wish_of(error)
+        return raised_reply(claim.entry, shown_error(error), self.replica, run_ms)
 
     def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
         status, codec, headers, body = encoded
@@ -149,16 +159,16 @@ class Executor:
     def cancelled(self, entry: Entry) -> Reply:
         return self.refusal(entry, RequestCancelled(entry.shown_id))
 
-    def _outcome(self, entry: Entry, result: object, run_ms: float) -> CallResult:
+    def _outcome(self, claim: Claim, result: object, run_ms: float) -> CallResult:
         try:
             if type(result) not in _PLAIN:
                 if isinstance(result, BaseException):
-                    return raised_reply(entry, result, self.replica, run_ms)
+                    return self.failure(claim, result, run_ms)
                 if isinstance(result, Response) and not is_complete(result):
                     return result
-            return self.reply(entry, encode(result, self.backend, self.allow_pickle), run_ms)
+            return self.reply(claim.entry, encode(result, self.backend, self.allow_pickle), run_ms)
         except BaseException as e:  # from `encode`, or from a method of the result
-            return failed_reply(entry, e, self.replica, run_ms)
+            return failed_reply(claim.entry, e, self.replica, run_ms)
 
 
 def ms_since(began_at: float) -> float:

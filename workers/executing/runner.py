@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ...broker.registry.records import BackendSpec
 from ...handles.errors import BackendError, ConfigError
 from ..claim import Claim, RunningCall
+from ..retry import RetryPolicy, check_names
 from .calls import CallGroup, LoopCall, RefusedCall, ThreadCall
 from .context import context_of
 from .errors import backend_error, failure
@@ -48,13 +49,13 @@ class Runner:
             replica: the replica's tag.
             blob: what `user_code.dump` returned.
             config: the backend's configuration, of which the runner uses ``allow_pickle``, ``health_check_timeout_s``,
-                ``max_batch_size``, ``max_concurrent_queries`` (for blocking code, the number of threads: 1 by default)
-                and ``user_config``.
+                ``max_batch_size``, ``max_concurrent_queries`` (for blocking code, the number of threads: 1 by default),
+                ``retry`` and ``user_config``.
 
         Raises:
             BackendError: user code raised; the error has its traceback.
             ConfigError: there is a ``max_batch_size``, and no method takes batches; or there is a ``user_config``, and
-                no ``reconfigure``.
+                no ``reconfigure``; or ``retry`` names an error that does not exist.
         """
         context = context_of(backend, replica)
         threads = Threads(replica, _thread_limit(config), context)
@@ -69,6 +70,8 @@ class Runner:
             executor.allow_pickle = config.allow_pickle
             runner = cls(code, executor, config)
             runner._check_batch_size(config)
+            await runner._check_retries(config)
+            executor.retries = RetryPolicy(config.retry)
             if (user_config := config.user_config) is not None:
                 await runner._configure(user_config)
         except BaseException:
@@ -102,8 +105,11 @@ class Runner:
             ConfigError: as for `start`.
         """
         self._check_batch_size(config)
+        if config.retry != self.config.retry:
+            await self._check_retries(config)
         if (user_config := config.user_config) != self.config.user_config:
             await self._configure(user_config)
+        self._executor.retries = RetryPolicy(config.retry)
         self.config = config
         self._executor.allow_pickle = config.allow_pickle
         self._threads.limit = _thread_limit(config)
@@ -204,6 +210,11 @@ class Runner:
             raise ConfigError(
                 f"max_batch_size is {size}, but {self._code} takes one request: mark it with @serve.accept_batch"
             )
+
+    async def _check_retries(self, config: BackendSpec) -> None:
+        if (retry := config.retry) is not None:
+            # On a thread, as it may import modules; not on one of the code, which may be busy.
+            await asyncio.to_thread(check_names, retry.on, may_be_elsewhere=False)
 
     async def _configure(self, user_config: Any) -> None:
         if (hook := self._code.hook(RECONFIGURE)) is None:

@@ -15,7 +15,6 @@ from starlette.types import Message
 from ...broker.wire.replies import Reply
 from ...handles.log_context import work_on
 from ..claim import Claim
-from .errors import raised_reply
 from .executor import Executor, OnReply, ms_since
 from .request import Request
 from .results import Collector
@@ -161,7 +160,7 @@ class ResponseCall:
             elif self._is_cancelled and isinstance(e, asyncio.CancelledError):
                 self._done(claim, executor.cancelled(entry))
             else:
-                self._done(claim, raised_reply(entry, e, executor.replica, ms_since(self._began_at)))
+                self._done(claim, executor.failure(claim, e, ms_since(self._began_at)))
         finally:
             # Starlette leaves it to the garbage collector to close an iterator that a response did not read to its end.
             values: Any = getattr(self._response, "body_iterator", None)

@@ -9,7 +9,7 @@ from ...transport.commands import Arg, Script
 from ...transport.connection import RedisConnection
 from ...transport.session import BLOCK_MS
 from ...wire.entry_ref import ref_of
-from .member import GROUP, RETURNED, Member
+from .member import GROUP, RETRY, RETURNED, Member
 
 ClaimedEntry = tuple[bytes, list[bytes]]
 """Entry ref and fields."""
@@ -36,15 +36,18 @@ end
 return {interactive, batch}
 """)
 
-# Claims entries that were given back. KEYS: the streams. ARGV: group, replica, RETURNED, the most entries to claim.
-# Returns the entries of each stream. An entry that its caller withdrew is acknowledged.
-_CLAIM_RETURNED = Script("""#!lua flags=allow-oom
-local out, left = {}, tonumber(ARGV[4])
+# Claims entries that were given back. KEYS: the streams. ARGV: group, replica, RETURNED, the most entries to claim, the
+# beginning of the keys of attempts for each stream. Returns the entries of each stream. An entry that its caller
+# withdrew is acknowledged.
+_CLAIM_RETURNED = Script(f"""#!lua flags=allow-oom
+{RETRY}
+local out, left = {{}}, tonumber(ARGV[4])
 for s, stream in ipairs(KEYS) do
-  out[s] = {}
-  for _, p in ipairs(left > 0 and redis.call('XPENDING', stream, ARGV[1], '-', '+', left, ARGV[3]) or {}) do
+  out[s] = {{}}
+  for _, p in ipairs(left > 0 and redis.call('XPENDING', stream, ARGV[1], '-', '+', left, ARGV[3]) or {{}}) do
     local claimed = redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, p[1])
     if claimed[1] then
+      add_retry(claimed[1][2], retry_of(ARGV[4 + s], p[1]))
       out[s][#out[s] + 1] = claimed[1]
       left = left - 1
     else
@@ -111,7 +114,7 @@ class Claimer:
     async def claim_returned(self, up_to: int) -> list[ClaimedEntry]:
         """Claim the oldest entries that were given back."""
         member = self._member
-        args: list[Arg] = [GROUP, member.replica, RETURNED, up_to]
+        args: list[Arg] = [GROUP, member.replica, RETURNED, up_to, *member.retry_prefixes]
         interactive, batch = await member.commands.run_script(_CLAIM_RETURNED, member.streams, args)
         return cast("list[ClaimedEntry]", interactive) + _on_batch(batch)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from ...transport.commands import Arg, Script
 from ...transport.connection import RedisConnection
+from ...wire._fields import RETRY_FIELD
+from ...wire.entry_ref import ref_of
 from ...wire.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,25 @@ GROUP = "replicas"
 
 RETURNED = "-returned-"
 """The consumer of entries that were given back. It never has a lease, so every replica may claim them."""
+
+
+HISTORY_S = 7 * 24 * 3600
+"""Expiry of the history of an entry, of its attempts, and of the mark of a reply that has begun to stream."""
+
+# Lua: the attempts of an entry, and when the next one is due. ``add_retry`` adds them to the fields of an entry.
+RETRY = f"""
+local function retry_of(prefix, id)
+  local retry = redis.call('GET', prefix .. id)
+  return retry, tonumber(retry and string.match(retry, ':(%d+)$') or 0)
+end
+local function add_retry(fields, retry)
+  if retry then
+    fields[#fields + 1] = '{RETRY_FIELD.decode()}'
+    fields[#fields + 1] = retry
+  end
+  return fields
+end
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,12 @@ class Member:
     def streams(self) -> list[str]:
         """The request streams of the backend: the interactive one, and that of batch producers."""
         return [self.keys.requests(self.backend), self.keys.batch(self.backend)]
+
+    @cached_property
+    def retry_prefixes(self) -> list[str]:
+        """The beginnings of the keys with the attempts of entries, by the stream of these."""
+        prefix = self.keys.retry(self.backend, "")
+        return [prefix, prefix + ref_of(b"", batch=True).decode()]
 
     @cached_property
     def lease_prefix(self) -> str:

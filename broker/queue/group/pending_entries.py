@@ -13,10 +13,7 @@ from typing import NamedTuple
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import ref_of, split_by_stream
 from ..leases import IS_EXPIRED
-from .member import GROUP, RETURNED, Member, log_refusal
-
-HISTORY_S = 7 * 24 * 3600
-"""Expiry of the history of an entry, and of the mark of a reply that has begun to stream."""
+from .member import GROUP, HISTORY_S, RETRY, RETURNED, Member, log_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +96,19 @@ return out
 """)
 
 # Reads entries that are pending in the name of a replica. KEYS: a stream. ARGV: group, replica, the beginning of the
-# marks of streamed replies, then ids. Returns for each entry that is still the replica's its id, the count of its
-# deliveries, its fields (false if it was withdrawn), and whether its reply has begun to stream.
-_RECLAIM = Script("""#!lua flags=allow-oom
-local out = {}
-for i = 4, #ARGV do
+# marks of streamed replies, that of the keys of attempts, then ids. Returns for each entry that is still the replica's
+# its id, the count of its deliveries, its fields (false if it was withdrawn), and whether its reply has begun to
+# stream.
+_RECLAIM = Script(f"""#!lua flags=allow-oom
+{RETRY}
+local out = {{}}
+for i = 5, #ARGV do
   local id = ARGV[i]
   local p = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])[1]
   if p then
     local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id, 'RETRYCOUNT', p[4])[1]
-    out[#out + 1] = {id, p[4], claimed and claimed[2] or false, redis.call('EXISTS', ARGV[3] .. id)}
+    local fields = claimed and add_retry(claimed[2], retry_of(ARGV[4], id)) or false
+    out[#out + 1] = {{id, p[4], fields, redis.call('EXISTS', ARGV[3] .. id)}}
   end
 end
 return out
@@ -117,11 +117,14 @@ return out
 # Claims the oldest entry of a consumer whose lease expired, and records the death in the entry's history. There is no
 # lock that a dying replica could leave behind: all of it is this script. KEYS: the streams. ARGV: group, replica, the
 # beginning of the keys of leases, RETURNED, the expiry of histories in seconds, the beginning of the keys of histories
-# on the first stream and on the second, the beginning of the marks of streamed replies, and 1 to claim only entries
-# with such a mark. Returns the entry's id, the count of its deliveries, its fields, the number of its stream and
-# whether it has the mark; or nothing. An entry that its caller withdrew is acknowledged.
+# on the first stream and on the second, the beginning of the marks of streamed replies, 1 to claim only entries with
+# such a mark, and the beginnings of the keys of attempts. Returns the entry's id, the count of its deliveries, its
+# fields, the number of its stream and whether it has the mark; or nothing. An entry that its caller withdrew is
+# acknowledged. The death of a replica is not counted for an entry that waited for its next attempt; once that is due,
+# the next death is.
 _CLAIM_EXPIRED = Script(f"""#!lua flags=allow-oom
 {IS_EXPIRED}
+{RETRY}
 local group, me = ARGV[1], ARGV[2]
 local is_expired = expiry_checker(ARGV[3], me)
 for s, stream in ipairs(KEYS) do
@@ -131,15 +134,25 @@ for s, stream in ipairs(KEYS) do
       for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
         local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
         local wanted = streamed == 1 or ARGV[9] == '0'
-        local claimed = wanted and redis.call('XCLAIM', stream, group, me, 0, p[1])
+        local retry, due = retry_of(ARGV[9 + s], p[1])
+        local same_count = due > 0 and {{'RETRYCOUNT', p[4]}} or {{}}
+        local claimed = wanted and redis.call('XCLAIM', stream, group, me, 0, p[1], unpack(same_count))
         if not wanted then
           -- It is claimed by the call for all entries.
         elseif claimed[1] then
-          local now = redis.call('TIME')
+          local time = redis.call('TIME')
+          local now = time[1] .. string.sub('000000' .. time[2], -6, -4)
+          local fields = add_retry(claimed[1][2], retry)
+          if due > 0 then
+            if due <= tonumber(now) then
+              redis.call('SET', ARGV[9 + s] .. p[1], string.match(retry, '^%d+') .. ':0', 'EX', ARGV[5])
+            end
+            return {{p[1], p[4] - 1, fields, s, streamed}}
+          end
           local history = ARGV[5 + s] .. p[1]
-          redis.call('RPUSH', history, name, now[1] .. string.sub('000000' .. now[2], -6, -4))
+          redis.call('RPUSH', history, name, now)
           redis.call('EXPIRE', history, ARGV[5])
-          return {{p[1], p[4], claimed[1][2], s, streamed}}
+          return {{p[1], p[4], fields, s, streamed}}
         else
           redis.call('XACK', stream, group, p[1])
         end
@@ -187,7 +200,7 @@ class PendingEntries:
         for batch, (stream, entries) in enumerate(zip(member.streams, split_by_stream(refs), strict=True)):
             if not entries:
                 continue
-            args: list[Arg] = [GROUP, member.replica, self._streamed_prefix, *entries]
+            args: list[Arg] = [GROUP, member.replica, self._streamed_prefix, member.retry_prefixes[batch], *entries]
             reply = await member.commands.run_script(_RECLAIM, [stream], args, repeat=True, patient=True)
             for entry, deliveries, fields, streamed in reply:
                 ref = ref_of(entry, batch=True) if batch else entry
@@ -202,7 +215,7 @@ class PendingEntries:
         member = self._member
         histories = (self._history_prefix, self._history_prefix + ref_of(b"", batch=True).decode())
         args: list[Arg] = [GROUP, member.replica, member.lease_prefix, RETURNED, HISTORY_S, *histories]
-        args += [self._streamed_prefix, int(streamed)]
+        args += [self._streamed_prefix, int(streamed), *member.retry_prefixes]
         # Prompt: sent again after an outage, it would come before other replicas could renew their leases.
         reply = await member.commands.run_script(_CLAIM_EXPIRED, member.streams, args, prompt=True)
         if not reply:

@@ -16,8 +16,7 @@ from ...errors import BrokerFull, StringTooLong
 from ...transport.commands import COPIED_BYTES, Arg, Script
 from ...transport.connection import RedisConnection
 from ...wire.keys import Keys
-from .member import log_refusal
-from .pending_entries import HISTORY_S
+from .member import HISTORY_S, log_refusal
 
 log = logging.getLogger(__name__)
 

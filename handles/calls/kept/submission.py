@@ -14,10 +14,9 @@ from ....broker.queue.queued_bytes import SMALL, most_bytes
 from ....broker.registry.records import BackendRecord, EndpointRecord
 from ....broker.registry.watcher import Watcher
 from ....broker.results.accepting import Accepted, KeptAdmission, KeptEntry, KeyConflict, SpaceFull
-from ....broker.results.space import PENDING_S
 from ....broker.transport.connection import RedisConnection
 from ....broker.wire._fields import LARGE
-from ....broker.wire.kept import key_digest, new_id
+from ....broker.wire.kept import PENDING_S, key_digest, new_id
 from ....broker.wire.requests import Header, RawEntry
 from ...errors import BackendNotFound, BrokerFull, IdempotencyConflict, Overloaded, PayloadTooLarge, ResultsFull
 from ...options import check_call_method

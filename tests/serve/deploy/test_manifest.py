@@ -99,6 +99,22 @@ def test_invalid_yaml_has_its_line() -> None:
     assert mistakes("backends: 3\n") == ["line 1: backends must be a mapping, not '3'"]
 
 
+def test_retries_are_read_and_their_mistakes_have_their_line() -> None:
+    text = """\
+        backends:
+          f:
+            import: a:b
+            config:
+              retry: {max_attempts: 5, on: [ConnectionError, httpx.TransportError], backoff_s: 0.5}
+        """
+    retry = manifest(text).backends["f"].config.retry
+    assert retry is not None
+    assert (retry.max_attempts, retry.on) == (5, ("ConnectionError", "httpx.TransportError"))
+    assert mistakes(text.replace("max_attempts: 5", "attempts: 5")) == [
+        "line 5: RetryConfig has no field 'attempts'; did you mean 'max_attempts'?"
+    ]
+
+
 def test_routes_must_not_clash_with_each_other_or_with_deployed_ones() -> None:
     deployed = Snapshot(
         1, {"b": backend_record("b")}, {"old": EndpointRecord(name="old", route="/x", traffic={"b": 1.0})}

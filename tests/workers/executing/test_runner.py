@@ -9,10 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from penstock import serve
-from penstock.broker.registry.records import BackendSpec
+from penstock.broker.registry.records import BackendSpec, RetrySpec
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
-from penstock.handles.errors import MalformedBody
+from penstock.handles.errors import ConfigError, MalformedBody
 from penstock.workers import Request
 from tests.waiting import wait_until_async
 from tests.workers.requests import backend_error_of, error_of, from_handle, from_http
@@ -248,3 +248,28 @@ async def test_system_exit_in_a_body_iterator_does_not_end_the_replica(start: St
     replica = await start(respond_and_leave)
     assert (await replica.call(from_handle("leave"))).error is not None
     assert await replica.ask("ok") == "ok"
+
+
+class Backend:
+    """A backend whose configuration can change."""
+
+    def __init__(self) -> None:
+        self.user_config: Any = None
+
+    def __call__(self, request: Request) -> Any:
+        return self.user_config
+
+    def reconfigure(self, user_config: Any) -> None:
+        self.user_config = user_config
+
+
+async def test_a_retry_of_an_error_that_does_not_exist_is_refused_by_the_replica(start: Start) -> None:
+    with pytest.raises(ConfigError, match=r"RetryConfig.on has 'no_such_module.Error', and its module cannot be"):
+        await start(double, config={"retry": RetrySpec(on=("no_such_module.Error",))})
+    replica = await start(Backend, config={"user_config": 1})
+    with pytest.raises(ConfigError, match=r"RetryConfig.on has 'Eror'"):
+        await replica.runner.reconfigure(BackendSpec(user_config=2, retry=RetrySpec(on=("Eror",))))
+    assert await replica.ask() == 1
+    assert replica.runner.config.retry is None
+    await replica.runner.reconfigure(BackendSpec(user_config=2, retry=RetrySpec(on=("OSError",))))
+    assert await replica.ask() == 2
