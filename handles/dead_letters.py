@@ -79,7 +79,8 @@ class DeadLetters:
         """Queue the request of a dead letter again, and delete the dead letter.
 
         The request goes to the batch stream, behind interactive ones, and has no deadline. Its caller has received an
-        error, so the reply goes nowhere, unless the request is an item of a batch job.
+        error, so the reply goes nowhere, unless the request is an item of a batch job. A submitted request, or one with
+        an idempotency key, is queued again under its id, and gets the result of this run.
 
         Raises:
             TypeError, ConfigError: ``id_`` is not the id of a dead letter.

@@ -15,7 +15,8 @@ import orjson
 from ..errors import PenstockError, WireError
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
-from ..wire._fields import SIZE_FIELD
+from ..wire._fields import KEEP_FIELD, SIZE_FIELD
+from ..wire.kept import PENDING_S, QUEUED
 from ..wire.keys import Keys
 from ..wire.requests import Entry
 from .group.dead_letter_writer import HISTORY
@@ -25,9 +26,12 @@ from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
 _PAGE = 100
 
 # Moves a dead letter to the batch stream, if the queue has room. KEYS: the dead letters, the interactive stream, the
-# batch stream, the records of sizes. ARGV: the letter's id, the limit of requests, the limit of bytes, the request's
-# bytes, then its fields. Returns the id of the new entry; or for a refused request the number that _PUBLISH of
-# broker/queue/publisher.py returns; or nothing if the letter is gone.
+# batch stream, the records of sizes, and of a kept request its record, its result and the body of that. ARGV: the
+# letter's id, the limit of requests, the limit of bytes, the request's bytes; 1 for a kept request, its endpoint, its
+# X-Request-Id, milliseconds until its record expires, the beginning of idempotency keys; then the fields of the entry.
+# Returns the id of the new entry, and the digest of the idempotency key or nothing; or for a refused request the number
+# that _PUBLISH of broker/queue/publisher.py returns; or nothing if the letter is gone. The error that is the result of
+# a kept request is deleted: the run of the replay will have another one.
 _REPLAY = Script(f"""#!lua
 {RECOUNT}
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return false end
@@ -40,13 +44,25 @@ if used + bytes > tonumber(ARGV[3]) then
   if total then used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total end
   if used + bytes > tonumber(ARGV[3]) then return -1 - used end
 end
-local id = redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+local id = redis.call('XADD', KEYS[3], '*', unpack(ARGV, 10))
 if bytes > {SMALL} then
   redis.call('HSET', KEYS[4], 'b' .. id, bytes - {SMALL})
   redis.call('HINCRBY', KEYS[4], 'total', bytes - {SMALL})
 end
 redis.call('XDEL', KEYS[1], ARGV[1])
-return id
+if ARGV[5] == '0' then return {{id}} end
+local time = redis.call('TIME')
+redis.call('DEL', KEYS[6], KEYS[7])
+redis.call('HDEL', KEYS[5], 'finished', 'error', 'progress')
+redis.call('HSET', KEYS[5], 'status', '{QUEUED}', 'endpoint', ARGV[6], 'request_id', ARGV[7], 'entry', 'b' .. id)
+if redis.call('HEXISTS', KEYS[5], 'created') == 0 then
+  redis.call('HSET', KEYS[5], 'created', time[1] .. string.sub('000000' .. time[2], -6, -4))
+end
+redis.call('PEXPIRE', KEYS[5], ARGV[8])
+local key = redis.call('HGET', KEYS[5], 'key')
+if not key or key == '' then return {{id}} end
+redis.call('PEXPIRE', ARGV[9] .. key, ARGV[8])
+return {{id, key}}
 """)
 
 
@@ -117,7 +133,7 @@ class DeadLetterStream:
         return bool(await self._connection.send("XDEL", self._key, id_, repeat=True))
 
     async def replay(self, letter: DeadLetter, limit: int, limit_bytes: int = NO_LIMIT) -> str | QueueFull | None:
-        """Move the request back onto the batch stream, without its deadline.
+        """Move the request back onto the batch stream, without its deadline. A kept one will have another result.
 
         Returns the id of the new entry; the refusal if the queue has reached one of the limits, which are those of
         `Publisher.publish`; or None if the letter is gone.
@@ -134,12 +150,27 @@ class DeadLetterStream:
         entry = replace(letter.entry, header=replace(letter.entry.header, deadline_ms=0))
         raw = entry.raw()._replace(large_bytes=len(large))
         fields = raw.fields()
+        is_kept = entry.keep_bytes is not None
+        if is_kept:
+            fields += (KEEP_FIELD, b"%d" % (entry.keep_bytes or 0))
         if raw.size_bytes > SMALL:
             fields += (SIZE_FIELD, b"%d" % raw.size_bytes)
-        keys = [self._keys.requests(self._backend), self._keys.batch(self._backend), self._keys.sizes(self._backend)]
-        args: list[Arg] = [letter.id, limit, limit_bytes, raw.size_bytes, *fields]
-        result = await self._connection.run_script(_REPLAY, [self._key, *keys], args)
-        return refusal(result) if isinstance(result, int) else None if result is None else result.decode()
+        keys, backend = self._keys, self._backend
+        names = [self._key, keys.requests(backend), keys.batch(backend), keys.sizes(backend)]
+        names += [keys.kept(backend, entry.id), keys.result(backend, entry.id), keys.result_body(backend, entry.id)]
+        args: list[Arg] = [letter.id, limit, limit_bytes, raw.size_bytes]
+        args += [int(is_kept), entry.header.endpoint, entry.header.request_id, PENDING_S * 1000]
+        args += [keys.idempotency_key(backend, ""), *fields]
+        result = await self._connection.run_script(_REPLAY, names, args)
+        if result is None:
+            return None
+        if isinstance(result, int):
+            return refusal(result)
+        id_, *key = result
+        if key:  # in another slot of a cluster
+            choice = keys.key_backend(key[0].decode())
+            await self._connection.send("PEXPIRE", choice, PENDING_S * 1000, repeat=True)
+        return str(id_.decode())
 
 
 def _read(id_: bytes, fields: list[bytes]) -> DeadLetter:

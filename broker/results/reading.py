@@ -39,9 +39,9 @@ for i, record in ipairs(KEYS) do out[i] = redis.call('HGET', record, 'status') o
 return out
 """)
 
-# Cancels a request: takes its entry off its stream. KEYS: the record, the stream, the records of sizes, the space.
-# ARGV: milliseconds until a result expires, the beginning of idempotency keys. Returns the state before, and the ref of
-# the entry; or nothing.
+# Cancels a request: takes its entry off its stream. KEYS: the record, the interactive stream, the batch stream (where
+# the replay of a dead letter lies), the records of sizes, the space. ARGV: milliseconds until a result expires, the
+# beginning of idempotency keys. Returns the state before, and the ref of the entry; or nothing.
 _CANCEL = Script(f"""#!lua flags=allow-oom
 {NOW}
 {CHARGE}
@@ -51,11 +51,12 @@ local record = redis.call('HMGET', KEYS[1], 'status', 'entry', 'key')
 if not record[1] then return {{}} end
 if is_final[record[1]] then return {{record[1], record[2]}} end
 local ttl = tonumber(ARGV[1])
-release(KEYS[3], {{record[2]}})
-redis.call('XDEL', KEYS[2], record[2])
+local on_batch, entry = string.match(record[2], '^(b?)(.*)$')
+release(KEYS[4], {{record[2]}})
+redis.call('XDEL', on_batch == 'b' and KEYS[3] or KEYS[2], entry)
 redis.call('HSET', KEYS[1], 'status', '{CANCELLED}', 'finished', now)
 redis.call('PEXPIRE', KEYS[1], 2 * ttl)
-charge(KEYS[4], now, ttl, {RECORD_BYTES})
+charge(KEYS[5], now, ttl, {RECORD_BYTES})
 if record[3] and record[3] ~= '' then redis.call('PEXPIRE', ARGV[2] .. record[3], ttl) end
 return {{record[1], record[2]}}
 """)
@@ -126,6 +127,7 @@ class KeptReader:
             [
                 keys.kept(backend, id_),
                 keys.requests(backend),
+                keys.batch(backend),
                 keys.sizes(backend),
                 keys.results_space(backend),
             ],

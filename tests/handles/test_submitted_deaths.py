@@ -13,8 +13,9 @@ from redis import Redis
 from penstock import handles
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.wire.keys import Keys
+from penstock.handles import Submitted
 from penstock.handles.connection import Connection
-from penstock.handles.errors import DeliveryLimitExceeded
+from penstock.handles.errors import DeliveryLimitExceeded, RequestNotFound
 from tests.handles.site import INSTANCE, Site, echo
 from tests.waiting import wait_until
 from tests.workers.serving import Killable, start_killable
@@ -87,6 +88,63 @@ def test_a_request_that_kills_its_replicas_fails_with_the_limit_of_deliveries(
     assert status.error["type"] == "DeliveryLimitExceeded"
     assert len(connected.dead_letters("model")) == 1
     wait_until(lambda: site.depth() == 0)
+
+
+def dead_letter(site: Site, connected: Connection, **config: Any) -> Submitted:
+    """Submit a request with the key ``k`` that kills its replica, and return it once it is a dead letter."""
+    site.declare(max_deliveries=1, **config)
+    dying = killable(site, "who")
+    submitted = connected.get_handle("ask").options(idempotency_key="k").submit(b"die")
+    site.run(dying.ended())
+    first = site.serve(echo, max_deliveries=1, **config)
+    with pytest.raises(DeliveryLimitExceeded):
+        submitted.result(timeout=30)
+    site.run(first.drain(5.0))
+    return submitted
+
+
+def replay(connected: Connection) -> None:
+    letters = connected.dead_letters("model")
+    (letter,) = letters
+    letters.replay(letter.id)
+    assert len(letters) == 0
+
+
+def test_the_replay_of_a_dead_letter_replaces_its_error(site: Site, connected: Connection) -> None:
+    submitted = dead_letter(site, connected)
+    replay(connected)
+    queued = submitted.status()
+    assert (queued.status, queued.endpoint, queued.error, queued.finished) == ("queued", "ask", None, None)
+    site.serve(echo, max_deliveries=1)
+    assert submitted.result(timeout=30) == b"die"
+    assert submitted.status().status == "succeeded"
+    repeated = connected.get_handle("ask").options(idempotency_key="k").submit(b"die")
+    assert repeated.id == submitted.id
+    assert repeated.result(timeout=30) == b"die"
+    wait_until(lambda: site.batch_depth() == 0)
+
+
+def test_the_replay_of_a_dead_letter_is_cancelled_like_any_request(site: Site, connected: Connection) -> None:
+    submitted = dead_letter(site, connected)
+    replay(connected)
+    assert site.batch_depth() == 1
+    assert submitted.cancel()
+    assert site.batch_depth() == 0
+    assert submitted.status().status == "cancelled"
+
+
+def test_the_replay_of_a_dead_letter_has_a_result_although_its_record_has_expired(
+    site: Site, connected: Connection
+) -> None:
+    submitted = dead_letter(site, connected)
+    with Redis.from_url(site.url) as redis:
+        redis.delete(KEYS.kept("model", submitted.id), KEYS.result("model", submitted.id))
+    with pytest.raises(RequestNotFound):
+        submitted.status()
+    replay(connected)
+    site.serve(echo, max_deliveries=1)
+    assert submitted.result(timeout=30) == b"die"
+    assert submitted.status().created > 0
 
 
 def test_results_survive_a_kill_of_an_append_only_broker(durable: EmbeddedServer) -> None:
