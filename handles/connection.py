@@ -7,6 +7,7 @@ import logging
 from typing import Any, Literal, overload
 
 from ..broker.defaults import default_instance, needed_url
+from ..broker.registry.records import Snapshot
 from ..broker.transport.url import shown_url
 from ..broker.wire.kept import RequestStatus
 from ..broker.wire.keys import check_name
@@ -228,17 +229,7 @@ class Connection:
     async def _list_endpoints(self) -> dict[str, dict[str, Any]]:
         async with SharedClient.using(self.redis_url, self.instance) as client:
             # From Redis: the client's snapshot follows the registry with a short delay.
-            endpoints = (await client.registry.snapshot()).endpoints
-        return {
-            name: {
-                "route": endpoint.route,
-                "methods": list(endpoint.methods),
-                "traffic": dict(endpoint.traffic),
-                "shadows": dict(endpoint.shadows),
-                **({} if endpoint.call_methods is None else {"call_methods": list(endpoint.call_methods)}),
-            }
-            for name, endpoint in endpoints.items()
-        }
+            return describe_endpoints(await client.registry.snapshot())
 
     def close(self) -> None:
         """Wait until all calls of sync handles to this instance are durably queued, then close the connection.
@@ -277,6 +268,20 @@ class Connection:
             if error is None:
                 raise
             log.warning("%s", e)  # the error that ended the block is raised
+
+
+def describe_endpoints(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """Return the endpoints as `Connection.list_endpoints` shows them."""
+    return {
+        name: {
+            "route": endpoint.route,
+            "methods": list(endpoint.methods),
+            "traffic": dict(endpoint.traffic),
+            "shadows": dict(endpoint.shadows),
+            **({} if endpoint.call_methods is None else {"call_methods": list(endpoint.call_methods)}),
+        }
+        for name, endpoint in snapshot.endpoints.items()
+    }
 
 
 def wait_until_queued(url: str, instance: str, timeout_s: float) -> None:

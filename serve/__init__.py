@@ -7,6 +7,8 @@ of `penstock.serve.cli` do not need Ray.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..runtime.extras import explain
+
 if TYPE_CHECKING:
     from ._api import (
         AsyncObjectRefHandle,
@@ -46,7 +48,13 @@ else:
         if name not in __all__ and name != "ControllerActor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         # All names come from one module, so that threads that import them at the same time wait for one import lock.
-        return getattr(import_module("._api", __name__), name)
+        try:
+            api = import_module("._api", __name__)
+        except ModuleNotFoundError as e:
+            if (message := explain(e, __name__)) is None:
+                raise
+            raise ModuleNotFoundError(message, name=e.name, path=e.path) from None
+        return getattr(api, name)
 
 
 __all__ = [

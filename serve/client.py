@@ -334,9 +334,7 @@ class Client(Connection):
 
     def status(self) -> Status:
         """Return the state of backends, endpoints, proxies and the controller: see `Status`."""
-        status = self._run(self._core.status())
-        status["endpoints"] = self.list_endpoints()
-        return status
+        return self._run(self._core.status())
 
     def wait(self) -> None:
         """Block until the process is interrupted (Ctrl-C) or the instance is shut down. For the end of a script.

@@ -9,14 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ..broker.errors import ConfigError, PenstockError
 from ..broker.queue.queue_depth import read_depth
-from ..broker.queue.stats import read_stats
 from ..broker.registry.records import BackendRecord, Change, Snapshot
-from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
+from ..broker.registry.reports import BackendStatus, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry
 from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
@@ -25,7 +24,8 @@ from ..handles.calls.shared_client import SharedClient
 from ..handles.errors import BackendError, from_wire
 from . import registry_changes
 from .settings import Settings
-from .status import Status, describe_error, describe_refusal
+from .status import Status
+from .status_reader import StatusReader
 
 _POLL_S = 0.02
 _CHECK_OWNER_EVERY_S = 1.0
@@ -56,6 +56,7 @@ class Instance:
         self._keys = Keys(name)
         self._connection = RedisConnection(redis_url, name="penstock-client")
         self.registry = Registry(self._connection, self._keys)
+        self._status = StatusReader(self._connection, self._keys)
 
     async def open(self) -> Instance:
         """Connect and return self. Raises `BrokerUnavailable`."""
@@ -94,7 +95,7 @@ class Instance:
             await asyncio.sleep(_POLL_S)
 
     async def has_owner(self) -> bool:
-        return bool(await self._connection.send("EXISTS", self._keys.owner, repeat=True))
+        return await self._status.has_owner()
 
     async def end(self, *, erase: bool) -> None:
         """End every process of the instance by its controller; then erase its keys, or keep those to resume from.
@@ -294,38 +295,7 @@ class Instance:
         return (await read_depth(self._connection, self._keys, tag)).unsettled
 
     async def status(self) -> Status:
-        return Status(
-            backends={
-                tag: await self._describe(tag, status)
-                for tag, status in (await self.registry.get_reports(BackendStatus)).items()
-            },
-            proxies={name: asdict(report) for name, report in (await self.registry.get_reports(ProxyReport)).items()},
-            controller=await self._controller(),
-        )
-
-    async def _controller(self) -> str:
-        if not await self.has_owner():
-            return "away"
-        report = (await self.registry.get_reports(ControllerReport)).get("controller")
-        return "alive" if report is None else f"waiting for {report.waits_for}"
-
-    async def _describe(self, tag: str, status: BackendStatus) -> dict[str, Any]:
-        backend_stats = await read_stats(self._connection, self._keys, tag)
-        answered = backend_stats.served + backend_stats.failed
-        return {
-            **asdict(status),
-            "failing": describe_error(status.failing),
-            "refused": describe_refusal(status.refused),
-            "queued": backend_stats.queued,
-            "in_progress": backend_stats.in_progress,
-            "queued_bytes": backend_stats.queued_bytes,
-            "dead_letters": backend_stats.dead_letters,
-            "dead_letters_dropped": backend_stats.dead_letters_dropped,
-            "served": backend_stats.served,
-            "failed": backend_stats.failed,
-            "retried": backend_stats.retried,
-            "mean_run_ms": round(1000 * backend_stats.run_s / answered, 3) if answered else 0.0,
-        }
+        return await self._status.read()
 
     # -- endpoints
 

@@ -33,6 +33,7 @@ from .instance import Instance
 from .ray_cluster import is_remote, join_ray
 from .settings import Settings
 from .start_arguments import StartArguments, broker_url, instance_name
+from .status_reader import no_instance
 
 _CONTROLLER_CONCURRENCY = 10_000
 """Every replica and every proxy has a call pending on the controller."""
@@ -171,10 +172,7 @@ def connect(redis_url: str | None = None, instance: str | None = None) -> Client
 
 async def _find(core: Instance) -> str | None:
     if await Settings.read(core.registry) is None:
-        raise ConfigError(
-            f"there is no instance {core.name!r} on {shown_url(core.redis_url)}; serve.start() or `penstock start` "
-            "starts one"
-        )
+        raise no_instance(core.redis_url, core.name)
     return await core.http_url()
 
 

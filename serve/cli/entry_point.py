@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from .exits import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE, raise_if_interrupted
+from .exits import FAILED, INTERRUPTED, TERMINATED, UNAVAILABLE, end_if_extra_is_missing, raise_if_interrupted
 from .groups import SuggestingGroup
 
 _REPEAT_S = 1.0
@@ -96,6 +96,9 @@ def run() -> None:
         # The reader of the output has closed it. Flushing it at the end of the process must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+    except ModuleNotFoundError as e:
+        end_if_extra_is_missing(e)
+        raise
     except Exception as e:
         from ...broker.errors import BrokerUnavailable, PenstockError  # Imported already, if one was raised.
 

@@ -1,14 +1,24 @@
-"""Exit codes, and the handling of an interruption (SIGINT)."""
+"""Exit codes, the handling of an interruption (SIGINT), and the message for a package that is not installed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+from ...runtime.extras import explain
+
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
+
+def end_if_extra_is_missing(error: ModuleNotFoundError) -> None:
+    """End the process with a message if the missing package is one of an extra, such as ``penstock[cli]``."""
+    if (message := explain(error, "this command")) is not None:
+        sys.stderr.write(f"Error: {message}\n")
+        sys.exit(USAGE)
 
 
 def end_if_interrupted() -> None:

@@ -83,10 +83,14 @@ def usage_errors() -> Generator[None]:
 
 def thin_connection(redis_url: str | None, instance: str) -> Connection:
     """Return a connection that needs only Redis."""
+    with usage_errors():
+        return connect_thin(known_url(redis_url), instance)
+
+
+def known_url(redis_url: str | None) -> str:
     if redis_url is None:
         wrong(f"the broker is not known: give --redis-url, or set {REDIS_URL}")
-    with usage_errors():
-        return connect_thin(redis_url, instance)
+    return redis_url
 
 
 def client_of(redis_url: str | None, instance: str) -> Client:

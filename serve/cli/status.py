@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -14,10 +14,8 @@ from rich.text import Text
 
 from ...broker.errors import BrokerUnavailable
 from ..status import Status, plural
-from .options import as_json, client_of, error_of, which_instance, write_json
-
-if TYPE_CHECKING:
-    from ..client import Client
+from ..status_reader import reading_status
+from .options import as_json, error_of, known_url, usage_errors, which_instance, write_json
 
 
 @click.command()
@@ -34,38 +32,40 @@ def status(redis_url: str | None, instance: str, watch: bool, every: float, json
     outage of the broker is shown, and the command waits for its end.
     """
     console = Console()
-    with client_of(redis_url, instance) as client:
+    with ExitStack() as connected:
+        with usage_errors():
+            read = connected.enter_context(reading_status(known_url(redis_url), instance))
         if not watch:
-            look = client.status()
+            look = read()
             if json:
                 write_json(look)
             else:
                 console.print(_colored(look), soft_wrap=True)
         elif json:
-            for seen in _looks(client, every):
+            for seen in _looks(read, every):
                 write_json(seen if isinstance(seen, Status) else {"error": error_of(seen)})
         elif console.is_terminal:
             with Live(console=console, auto_refresh=False, screen=True) as live:
-                for shown in _shown(client, every):
+                for shown in _shown(read, every):
                     live.update(_fitted(shown, console), refresh=True)
         else:
-            for shown in _shown(client, every):
+            for shown in _shown(read, every):
                 console.print(shown, soft_wrap=True)
 
 
-def _looks(client: Client, every_s: float) -> Iterator[Status | BrokerUnavailable]:
+def _looks(read: Callable[[], Status], every_s: float) -> Iterator[Status | BrokerUnavailable]:
     while True:
         try:
-            yield client.status()
+            yield read()
         except BrokerUnavailable as e:
             yield e
         time.sleep(every_s)
 
 
-def _shown(client: Client, every_s: float) -> Iterator[RenderableType]:
+def _shown(read: Callable[[], Status], every_s: float) -> Iterator[RenderableType]:
     """Yield what was seen last, and when; and, while the broker does not answer, that it does not."""
     last: RenderableType = ""
-    for look in _looks(client, every_s):
+    for look in _looks(read, every_s):
         now = time.strftime("%H:%M:%S")
         if isinstance(look, BrokerUnavailable):
             yield Group(Text(f"{now} {look}", style="red"), last)
