@@ -15,6 +15,7 @@ from ...broker.wire.exact_json import name_of
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
 from ...handles.errors import BackendError, MalformedBody, PenstockError, to_wire
+from .forms import undecoded_hint
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def _described(error: BaseException, message: str, status: int) -> BackendError:
 def failed_reply(entry: Entry, error: BaseException, replica: str, run_ms: float = 0.0) -> Reply:
     """Return the reply to a request during which user code raised ``error``. Never raises."""
     shown = failure(error)
+    if isinstance(shown, BackendError) and (hint := undecoded_hint(entry, error)):
+        shown = BackendError(shown.type_name, shown.message + hint, shown.traceback, shown.status)
     return Reply(entry.id, shown.status, "none", _headers(error), to_wire(shown), replica, 0.0, run_ms)
 
 

@@ -16,6 +16,7 @@ from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import check_size
 from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
 from ..claim import Claim
+from ..loop_watch import LoopWatch
 from ..retry import RetryPolicy, shown_error
 from .errors import failed_reply, raised_reply
 from .results import Encoded, encode, is_complete
@@ -61,6 +62,7 @@ class Executor:
         self.tasks: set[asyncio.Task[Any]] = set()
         """The tasks that have not ended."""
         self._context = context
+        self._loop_watch = LoopWatch(backend, self._has_tasks)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a coroutine as a task in this replica's context, and keep a reference to the task until it ends."""
@@ -70,12 +72,15 @@ class Executor:
 
     def spawn_brief(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Like `spawn`, for a coroutine that removes its task from ``tasks``: a callback costs another loop tick."""
+        if self._loop_watch.is_asleep:
+            self._loop_watch.wake()
         task = self._context.run(self.loop.create_task, coroutine)
         self.tasks.add(task)
         return task
 
     async def close(self, timeout_s: float) -> bool:
         """Wait for all tasks. Returns False if some were cancelled after ``timeout_s`` seconds; they get no replies."""
+        self._loop_watch.close()
         if self.tasks and timeout_s > 0:
             await asyncio.wait(self.tasks, timeout=timeout_s)
         self.abandoned = True
@@ -158,6 +163,9 @@ class Executor:
 
     def cancelled(self, entry: Entry) -> Reply:
         return self.refusal(entry, RequestCancelled(entry.shown_id))
+
+    def _has_tasks(self) -> bool:
+        return bool(self.tasks)
 
     def _outcome(self, claim: Claim, result: object, run_ms: float) -> CallResult:
         try:

@@ -22,7 +22,7 @@ from ...broker.wire.requests import HTTP_CODEC, Entry
 from ...handles.codec import decode, load_json
 from ...handles.errors import ConfigError, MalformedBody
 from ...handles.json_bounds import read_bounded
-from .forms import check_fields, parse_form
+from .forms import check_fields, content_type_of, is_json, parse_form
 
 _NOT_READ: Any = object()
 
@@ -132,7 +132,14 @@ class Request(requests.Request):
             MalformedBody: the body is not JSON.
         """
         if not hasattr(self, "_json"):
-            self._json = read_bounded(load_json, self._body) if self._body else None
+            try:
+                self._json = read_bounded(load_json, self._body) if self._body else None
+            except MalformedBody as e:
+                content_type = self._content_type()
+                if is_json(content_type) or self._entry.header.codec != HTTP_CODEC:
+                    raise
+                said = repr(content_type) if content_type else "not declared"
+                raise MalformedBody(f"{e}; its content type is {said}") from None
         return self._json
 
     def report_progress(self, value: object) -> None:
@@ -184,16 +191,12 @@ class Request(requests.Request):
     def _read(self) -> Any:
         if (codec := self._entry.header.codec) != HTTP_CODEC:
             return decode(codec, self._body, allow_pickle=self._allow_pickle)
-        if not self._is_json():
+        if not is_json(self._content_type()):
             return self._body
         return read_bounded(load_json, self._body) if self._body else None
 
-    def _is_json(self) -> bool:
-        for name, value in self._entry.header.headers:
-            if name == "content-type":
-                kind = value.partition(";")[0].strip().lower()
-                return kind == "application/json" or kind.endswith("+json")
-        return False
+    def _content_type(self) -> str:
+        return content_type_of(self._entry.header.headers)
 
     def _build_scope(self) -> Scope:
         header = self._entry.header

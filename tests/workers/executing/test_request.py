@@ -240,3 +240,18 @@ def test_every_valid_entry_makes_a_request(
     assert len(request.headers.raw) == len(headers)
     str(request.query_params)
     _ = request.client, request.cookies
+
+
+@pytest.mark.parametrize(
+    ("content_type", "said"),
+    [("application/x-www-form-urlencoded", "'application/x-www-form-urlencoded'"), ("", "not declared")],
+)
+async def test_a_body_that_is_not_json_is_refused_with_its_content_type(content_type: str, said: str) -> None:
+    with pytest.raises(MalformedBody, match=f"its content type is {said}$"):
+        await Request(from_http(b"a=1", content_type=content_type)).json()
+
+
+async def test_a_body_that_is_declared_as_json_is_refused_without_it() -> None:
+    with pytest.raises(MalformedBody) as refused:
+        await Request(from_http(b"a=1", content_type="application/json")).json()
+    assert "content type" not in str(refused.value)

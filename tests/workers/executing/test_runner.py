@@ -273,3 +273,32 @@ async def test_a_retry_of_an_error_that_does_not_exist_is_refused_by_the_replica
     assert replica.runner.config.retry is None
     await replica.runner.reconfigure(BackendSpec(user_config=2, retry=RetrySpec(on=("OSError",))))
     assert await replica.ask() == 2
+
+
+@pytest.mark.parametrize(
+    ("content_type", "said"),
+    [
+        ("application/x-www-form-urlencoded", "the content type is 'application/x-www-form-urlencoded'"),
+        ("", "there is no content type"),
+    ],
+)
+async def test_code_that_takes_the_bytes_of_a_json_body_for_its_value_is_told_the_content_type(
+    start: Start, content_type: str, said: str
+) -> None:
+    """As `curl -d '{}'` declares a form."""
+
+    def greet(request: Request) -> Any:
+        return request.data["name"]
+
+    error = backend_error_of(await (await start(greet)).call(from_http(b'{"name": "Ada"}', content_type=content_type)))
+    assert error.type_name == "TypeError"
+    assert f"(the request's data is bytes, because {said}: send the header" in error.message
+
+
+async def test_other_errors_say_nothing_of_the_content_type(start: Start) -> None:
+    def greet(request: Request) -> Any:
+        return None + request.data
+
+    replica = await start(greet)
+    for entry in (from_http(b"[1]", content_type="application/json"), from_http(b"abc"), from_handle(b"[1]")):
+        assert "content" not in backend_error_of(await replica.call(entry)).message
