@@ -20,7 +20,6 @@ from ..broker.wire.keys import check_name
 from ..handles import background_loop
 from ..handles.connection import CLOSE_TIMEOUT_S, Connection, wait_until_queued
 from ..proxy.routing import check_route
-from ..workers.executing.accept_batch import accepts_batch
 from ..workers.executing.user_code import dump
 from ..workers.runtime_env import pack
 from . import registry_changes, validation
@@ -135,7 +134,7 @@ class Client(Connection):
             config=checked.spec(),
             actor_options=validation.check_actor_options(ray_actor_options),
             runtime_env=validation.check_runtime_env(runtime_env),
-            accepts_batch=_may_take_batches(func_or_class),
+            accepts_batch=validation.may_take_batches(func_or_class),
         )
         code = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
         files = pack(record.runtime_env or {}, record.version)
@@ -173,7 +172,7 @@ class Client(Connection):
         version = token_hex(4)
         options = validation.check_actor_options(ray_actor_options)
         environment = validation.check_runtime_env(runtime_env)
-        takes_batch = _may_take_batches(func_or_class)
+        takes_batch = validation.may_take_batches(func_or_class)
         BackendConfig().merged(config)  # Invalid fields are reported first, also for a backend that does not exist.
 
         def update(old: BackendRecord) -> BackendRecord:
@@ -418,16 +417,11 @@ class Client(Connection):
             raise PenstockError(f"this client of the instance {self.instance!r} is closed")
 
 
-def _may_take_batches(func_or_class: object) -> bool:
-    # An import path is checked by the replicas, which can import it.
-    return isinstance(func_or_class, str) or accepts_batch(func_or_class)
-
-
 def _checked_code(
     func_or_class: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: BackendConfig, version: str
 ) -> bytes:
     """Return the pickled code with its arguments, after checks that it can serve."""
-    takes_batch = _may_take_batches(func_or_class)
+    takes_batch = validation.may_take_batches(func_or_class)
     validation.check_callable(func_or_class, args, kwargs, takes_batch=takes_batch)
     validation.check_fits(config, func_or_class, takes_batch=takes_batch)
     try:

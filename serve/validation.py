@@ -21,6 +21,7 @@ from ..broker.transport.url import MAX_MEMORY, shown_url
 from ..broker.wire.keys import check_name
 from ..handles.errors import BackendNotFound
 from ..handles.options import check_method_name
+from ..workers.executing.accept_batch import accepts_batch
 from ..workers.executing.methods import HOOKS
 from ..workers.retry import check_names
 from ..workers.runtime_env import EXCLUDES, PY_MODULES, WORKING_DIR
@@ -209,6 +210,12 @@ def check_callable(
     if init_args or init_kwargs:
         raise TypeError(f"only a class is constructed with arguments; {name} is a function, which has none")
     _check_takes_one(function, name, takes)
+
+
+def may_take_batches(func_or_class: object) -> bool:
+    """Return whether the code may accept batches."""
+    # An import path is checked by the replicas, which can import it.
+    return isinstance(func_or_class, str) or accepts_batch(func_or_class)
 
 
 def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: bool) -> None:

@@ -18,6 +18,7 @@ FOLDERS_BELOW = {
     "proxy": {"runtime", "broker", "handles"},
     "workers": {"runtime", "broker", "handles"},
     "serve": {"runtime", "broker", "handles", "proxy", "workers"},
+    "testing": {"runtime", "broker", "handles", "proxy", "workers", "serve"},
 }
 
 # orjson writes and reads JSON wherever there is some, and is part of the thin install. typing_extensions is for type
@@ -28,6 +29,7 @@ OTHERS = {
     "handles": {"orjson", "typing_extensions"},
     "proxy": {"orjson", "httptools", "starlette", "uvicorn"},
     "workers": {"orjson", "starlette", "ray"},
+    "testing": {"starlette"},
     "serve": {
         *("redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic", "pydantic_core"),
         *("click", "rich", "yaml"),

@@ -40,7 +40,7 @@ def test_the_package_is_typed_once() -> None:
     assert [file.relative_to(ROOT) for file in _tracked() if file.name == "py.typed"] == [Path("py.typed")]
 
 
-@pytest.mark.parametrize("folder", ["broker", "handles", "proxy", "runtime", "serve", "workers"])
+@pytest.mark.parametrize("folder", ["broker", "handles", "proxy", "runtime", "serve", "testing", "workers"])
 def test_type_checkers_see_each_folder_as_a_subpackage(folder: str) -> None:
     link = ROOT / ".imports" / "penstock" / folder
     assert link.readlink() == Path("..", "..", folder)

@@ -11,7 +11,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ...broker.queue.dead_letters import DeadLetterStream
 from ...broker.queue.flow_control import grant_credit
@@ -56,6 +56,17 @@ class OpenReplyStream(Protocol):
     ) -> ReplyStream: ...
 
 
+class Links(NamedTuple):
+    """What connects a request client with a broker. ``penstock.testing`` replaces all of it."""
+
+    connection: RedisConnection
+    watcher: Watcher
+    publisher: Publisher
+    reply_stream: OpenReplyStream
+    send_credit: Callable[[str, int], None]
+    """Reports how many bytes of the streamed reply to a call have been read, by the id of the call."""
+
+
 class RequestClient:
     """Publishes requests to the backends of one instance and receives their replies.
 
@@ -72,6 +83,7 @@ class RequestClient:
         reply_stream: OpenReplyStream = ReplyStream,
         find_receiver: FindReceiver | None = None,
         keep_calls: bool = False,
+        links: Links | None = None,
     ) -> None:
         """Create a client that is not connected yet.
 
@@ -83,6 +95,7 @@ class RequestClient:
             find_receiver: finds the receiver of a reply to a call that is not in flight; by default that of a kept
                 request (`kept`).
             keep_calls: requests and replies outlive the client, because another client of the same name continues.
+            links: what connects it instead of Redis; then ``reply_stream`` is theirs.
         """
         self.url, self.keys = url, Keys(instance)
         self.loop = asyncio.get_running_loop()
@@ -91,15 +104,19 @@ class RequestClient:
         self.wire_id = self.id.encode()
         """The id as entries hold it."""
         self._keep_calls = keep_calls
-        self._connection = RedisConnection(url, name=f"penstock-caller-{secrets.token_hex(4)}")
+        self._links = links
+        if links is None:
+            self._connection = RedisConnection(url, name=f"penstock-caller-{secrets.token_hex(4)}")
+        else:
+            self._connection, reply_stream = links.connection, links.reply_stream
         self.registry = Registry(self._connection, self.keys)
-        self.watcher = Watcher(url, self.registry, self.keys)
+        self.watcher = Watcher(url, self.registry, self.keys) if links is None else links.watcher
         self.next_id = new_ids().__next__
         """Returns the id of the next request."""
         # An own generator: processes that seed Python's global one alike would all select the same backends.
         self._random = random.Random().random
         self.pickles = PicklePolicy(self.watcher)
-        self._publisher = Publisher(self._connection, self.keys)
+        self._publisher = Publisher(self._connection, self.keys) if links is None else links.publisher
         self._bodies = LargeBodies(self._connection, self.keys, self.id)
         self.shadows = ShadowTraffic(self.watcher, self._publisher, self._bodies, self.next_id)
         self.in_flight = CallsInFlight(self.loop, self._publisher, self._bodies)
@@ -385,6 +402,9 @@ class RequestClient:
         return DeadLetterStream(self._connection, self.keys, backend)
 
     def _send_credit(self, call: Call, read_bytes: int) -> None:
+        if self._links is not None:
+            self._links.send_credit(call.id, read_bytes)
+            return
         grant_credit(self._connection, self.keys, call.backend, call.id, read_bytes)
         self._replies.trim()  # the reply stream trims itself 5 times a second, too seldom for a fast stream
 

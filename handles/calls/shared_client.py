@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 
-from .request_client import RequestClient
+from .request_client import Links, RequestClient
 
 
 class SharedClient(RequestClient):
     """A request client that the handles, connections and batches of one event loop share. Get one by `get`."""
 
-    def __init__(self, url: str, instance: str) -> None:
-        super().__init__(url, instance)
+    def __init__(self, url: str, instance: str, links: Links | None = None) -> None:
+        super().__init__(url, instance, links=links)
         self._users = 0
         self._was_left = False
         self._closing: asyncio.Task[None] | None = None
@@ -35,7 +35,9 @@ class SharedClient(RequestClient):
         while True:
             client = cls.find(url, instance)
             if client is None:
-                client = _clients.setdefault(asyncio.get_running_loop(), {})[url, instance] = cls(url, instance)
+                make_links = _links.get((url, instance))
+                client = cls(url, instance, None if make_links is None else make_links())
+                _clients.setdefault(asyncio.get_running_loop(), {})[url, instance] = client
             if not client.is_open:
                 await client.open()
             if not client.closed:  # closed here: its last user left while this call waited
@@ -100,6 +102,22 @@ class SharedClient(RequestClient):
 _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], SharedClient]] = (
     weakref.WeakKeyDictionary()
 )
+
+_links: dict[tuple[str, str], Callable[[], Links]] = {}
+
+
+def provide_links(url: str, instance: str, make_links: Callable[[], Links]) -> None:
+    """Connect the clients of this process to an instance by ``make_links``, and not by Redis.
+
+    It is called on the loop of each new client, and may raise. For ``penstock.testing``.
+    """
+    _links[url, instance] = make_links
+
+
+def open_clients(url: str, instance: str) -> list[SharedClient]:
+    """Return the clients of this process to an instance, on any loop."""
+    return [client for clients in list(_clients.values()) if (client := clients.get((url, instance))) is not None]
+
 
 _starting: dict[tuple[str, str], set[asyncio.Task[object]]] = {}
 

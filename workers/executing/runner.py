@@ -41,13 +41,13 @@ class Runner:
         self._backend = executor.backend
 
     @classmethod
-    async def start(cls, backend: str, replica: str, blob: bytes, config: BackendSpec) -> Runner:
+    async def start(cls, backend: str, replica: str, blob: bytes | LoadedCode, config: BackendSpec) -> Runner:
         """Load and construct user code, and configure it if there is a ``user_config``.
 
         Args:
             backend: the backend's tag.
             replica: the replica's tag.
-            blob: what `user_code.dump` returned.
+            blob: what `user_code.dump` returned; or the code itself, which then is not imported.
             config: the backend's configuration, of which the runner uses ``allow_pickle``, ``health_check_timeout_s``,
                 ``max_batch_size``, ``max_concurrent_queries`` (for blocking code, the number of threads: 1 by default),
                 ``retry`` and ``user_config``.
@@ -60,7 +60,11 @@ class Runner:
         context = context_of(backend, replica)
         threads = Threads(replica, _thread_limit(config), context)
         try:
-            loaded: LoadedCode = await threads.call(_guarded, LoadedCode.load, blob)
+            loaded: LoadedCode
+            if isinstance(blob, LoadedCode):
+                loaded = blob
+            else:
+                loaded = await threads.call(_guarded, LoadedCode.load, blob)
             code: UserCode
             if loaded.is_async:
                 code = context.run(_guarded, loaded.construct)
