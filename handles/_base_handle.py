@@ -18,7 +18,7 @@ from .calls.request_client import RequestClient
 from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, RequestTimeout
-from .options import CallOptions, HandleChanges
+from .options import MODEL_ID_HEADER, CallOptions, HandleChanges
 from .response_stream import StreamState
 
 MISSING_OK_S = 30.0
@@ -147,6 +147,9 @@ class BaseHandle:
             except TypeError as e:
                 raise TypeError(f"the keyword arguments must be JSON values: {e}") from None
         headers = [(name.lower(), value) for name, value in options.http_headers.items()]
+        if options.model_id is not None:
+            headers = [header for header in headers if header[0] != MODEL_ID_HEADER]
+            headers.append((MODEL_ID_HEADER, options.model_id))
         return Header(
             endpoint=self._endpoint,
             method=options.http_method.upper(),

@@ -173,6 +173,8 @@ class ServeHandle(BaseHandle):
             idempotency_key: within ``result_ttl_s`` of the backend, requests to this endpoint with the same key are
                 accepted once, and all get the one result; None, the default, for none. Cancelling the future of such a
                 request ends the wait alone.
+            model_id: the model that the request names, for code with loaders (``serve.multiplexed``); None, the
+                default, for none.
 
         Raises:
             TypeError: an option has the wrong type.

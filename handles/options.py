@@ -20,6 +20,10 @@ _MAX_TIMEOUT_S = 1e9
 RETURN_TYPES = ("future", "object_ref")
 
 
+MODEL_ID_HEADER = "x-serve-model-id"
+"""The header by which a request names a model, for code with loaders (``serve.multiplexed``)."""
+
+
 class CallChanges(TypedDict, total=False):
     """Options that leave the class of a handle as it is; see `ServeHandle.options`."""
 
@@ -28,6 +32,7 @@ class CallChanges(TypedDict, total=False):
     http_method: str
     http_headers: Mapping[str, str]
     timeout_s: float | None
+    model_id: str | None
 
 
 class ReplyChanges(CallChanges, total=False):
@@ -60,6 +65,7 @@ class CallOptions:
     return_type: str = "future"
     stream: bool = False
     idempotency_key: str | None = None
+    model_id: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
@@ -79,6 +85,8 @@ class CallOptions:
                 raise ConfigError(
                     "stream=True does not go with an idempotency_key: a repeated request gets a whole reply"
                 )
+        if self.model_id is not None:
+            check_model_id(self.model_id)
         # A copy: the caller may change the mapping.
         object.__setattr__(self, "http_headers", dict(self.http_headers))
 
@@ -133,6 +141,23 @@ def check_idempotency_key(key: object) -> str:
         shown = repr(key) if len(key) <= MAX_KEY_CHARS else f"one of {len(key)} characters"
         raise ConfigError(f"an idempotency key must be 1 to {MAX_KEY_CHARS} printable ASCII characters, not {shown}")
     return key
+
+
+def check_model_id(model_id: object) -> str:
+    """Return ``model_id`` if it can name a model.
+
+    Raises:
+        TypeError: it is not a string.
+        ConfigError: it is empty, or has a character that a header cannot have.
+    """
+    if not isinstance(model_id, str):
+        raise TypeError(f"model_id must be a str or None, not {type(model_id).__name__}")
+    if not model_id or model_id != model_id.strip() or _NOT_IN_VALUE.search(model_id) is not None:
+        raise ConfigError(
+            "model_id must be text that a header can have: not empty, characters of ISO 8859-1 without control "
+            f"characters, no space around it; not {model_id!r}"
+        )
+    return model_id
 
 
 def check_method_name(method_name: object) -> None:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         errors,
         get_current_backend_tag,
         get_current_replica_tag,
+        get_multiplexed_model_id,
+        multiplexed,
         start,
     )
 else:
@@ -86,6 +88,8 @@ __all__ = [
     "errors",
     "get_current_backend_tag",
     "get_current_replica_tag",
+    "get_multiplexed_model_id",
+    "multiplexed",
     "start",
 ]
 

@@ -21,6 +21,7 @@ from ..handles import (
 from ..workers.executing.accept_batch import accept_batch
 from ..workers.executing.context import get_current_backend_tag, get_current_replica_tag
 from ..workers.executing.request import Request
+from ..workers.multiplexed import get_multiplexed_model_id, multiplexed
 from ..workers.retry import Retry
 from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
@@ -58,5 +59,7 @@ __all__ = [
     "errors",
     "get_current_backend_tag",
     "get_current_replica_tag",
+    "get_multiplexed_model_id",
+    "multiplexed",
     "start",
 ]

@@ -36,6 +36,8 @@ SERVE = [
     "errors",
     "get_current_backend_tag",
     "get_current_replica_tag",
+    "get_multiplexed_model_id",
+    "multiplexed",
     "start",
 ]
 

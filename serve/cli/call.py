@@ -35,6 +35,7 @@ from .options import (
 )
 @click.option("--method", default="__call__", metavar="NAME", help="The method of the backend's class.")
 @click.option("--shard-key", metavar="KEY", help="Calls with the same key go to the same backend.")
+@click.option("--model-id", metavar="ID", help="The model that the request names, for code that loads several.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this long.")
 @click.option("--submit", is_flag=True, help="Submit the call, and write the id of its result instead of waiting.")
 @click.option(
@@ -50,6 +51,7 @@ def call(
     query: tuple[str, ...],
     method: str,
     shard_key: str | None,
+    model_id: str | None,
     timeout: float | None,
     submit: bool,
     idempotency_key: str | None,
@@ -67,6 +69,7 @@ def call(
       penstock result --wait $(penstock call digit --submit - < image.json)
     """  # noqa: D301
     check_text(endpoint=endpoint, data=data, method=method, shard_key=shard_key, idempotency_key=idempotency_key)
+    check_text(model_id=model_id)
     for one in query:
         check_text(query=one)
     body = _body(data, text)
@@ -74,7 +77,11 @@ def call(
     with thin_connection(redis_url, instance) as connection:
         with usage_errors():
             handle = connection.get_handle(endpoint).options(
-                method_name=method, shard_key=shard_key, timeout_s=timeout, idempotency_key=idempotency_key
+                method_name=method,
+                shard_key=shard_key,
+                timeout_s=timeout,
+                idempotency_key=idempotency_key,
+                model_id=model_id,
             )
         arguments = () if data is None else (body,)
         try:

@@ -17,7 +17,7 @@ from ...handles.log_context import work_on
 from ..claim import Claim, RunningCall
 from .errors import failed_reply
 from .executor import CallResult, Executor, OnReply, ms_since
-from .request import Request
+from .request import Request, current_requests
 from .stream_writer import Values
 from .streamed_calls import GeneratorOnThread, LoopStreamCall, ResponseCall, ThreadStreamCall
 from .threads import ThreadJob
@@ -104,6 +104,7 @@ class _Call:
             on_progress = None if entry.keep_bytes is None else executor.progress_of(self._claims[0])
             request = Request(entry, executor.allow_pickle, on_progress)
             self._requests = (request,)
+            current_requests.set(self._requests)
             work_on(((entry.header.request_id, entry.id),))
             return request
         entries = [claim.entry for claim in self._claims]
@@ -116,6 +117,7 @@ class _Call:
             )
             for claim in self._claims
         ]
+        current_requests.set(self._requests)
         return self._requests if entries else None
 
     def _deliver(self, outcomes: Sequence[CallResult]) -> None:
@@ -181,6 +183,7 @@ class ThreadCall(_Call, ThreadJob):
             if isinstance(values := self._outcomes[0], GeneratorType):
                 self._stream_here(values, began_at)
         work_on(())  # a health check may be next on this thread
+        current_requests.set(())
 
     def _stream_here(self, values: Generator[Any, Any, Any], began_at: float) -> None:
         """Run a generator to its end, so that no other request of one that is alone on its thread comes between."""

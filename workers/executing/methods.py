@@ -11,7 +11,7 @@ called:
   default of a dataclass field.
 - The class that has it was written by the author: it is not a builtin and does not come from the standard library or an
   installed library, unless the backend's own class is in the same top-level package.
-- Its name is public, and is not one of the hooks that Penstock itself calls.
+- Its name is public, and is not one of the hooks that Penstock itself calls. It is no loader of models.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ HOOKS = (RECONFIGURE, CHECK_HEALTH)
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Folders into which package managers put libraries."""
 
+LOADER_MARK = "_penstock_loads_models"
+"""Attribute of a loader of models (``workers/multiplexed.py``), which callers may not call."""
+
 _EXPLICIT = (staticmethod, classmethod, functools.partialmethod, functools.singledispatchmethod)
 """Types of class attributes that always make a method."""
 
@@ -49,7 +52,9 @@ def has_method(cls: type, name: str) -> bool:
 def is_callable_from_outside(cls: type, name: str) -> bool:
     """Return whether ``name`` is public and a method that the author of ``cls`` wrote. Runs no code of the class."""
     base = _owner(cls, name) if is_public(name) else None
-    return base is not None and _is_method(base.__dict__[name]) and _is_written_in(base, name, cls)
+    if base is None or not _is_method(found := base.__dict__[name]) or not _is_written_in(base, name, cls):
+        return False
+    return not (type(found) is FunctionType and LOADER_MARK in found.__dict__)
 
 
 def methods_callable_from_outside(cls: type) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
 
@@ -22,7 +23,11 @@ from ...broker.wire.requests import HTTP_CODEC, Entry
 from ...handles.codec import decode, load_json
 from ...handles.errors import ConfigError, MalformedBody
 from ...handles.json_bounds import read_bounded
+from ...handles.options import MODEL_ID_HEADER
 from .forms import check_fields, content_type_of, is_json, parse_form
+
+current_requests: ContextVar[Sequence[Request]] = ContextVar("penstock_current_requests", default=())
+"""The requests that the current context processes."""
 
 _NOT_READ: Any = object()
 
@@ -106,6 +111,11 @@ class Request(requests.Request):
     def request_id(self) -> str:
         """The ``X-Request-Id``: sent by the caller or made for it, returned to it, and part of every log line."""
         return self._entry.header.request_id
+
+    @property
+    def model_id(self) -> str:
+        """The model that the request names (``X-Serve-Model-Id``); an empty string if it names none."""
+        return next((value for name, value in self._entry.header.headers if name == MODEL_ID_HEADER), "")
 
     @property
     def data(self) -> Any:
