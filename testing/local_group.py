@@ -8,6 +8,7 @@ from typing import Any
 
 from ..broker.queue.consumer_group import ConsumerGroup
 from ..broker.queue.group.acknowledger import Acknowledger
+from ..broker.queue.group.attempts import Attempts
 from ..broker.queue.group.claimer import ClaimedEntry, Claimer
 from ..broker.queue.group.member import Member
 from ..broker.queue.group.reply_sender import ReplySender
@@ -29,6 +30,7 @@ class LocalGroup(ConsumerGroup):
         self.claimer = self.local_claimer
         self.replies = LocalReplySender(commands, keys, backend, queue)
         self.acknowledger = LocalAcknowledger(member, queue)
+        self.attempts = LocalAttempts(member)
 
     async def ensure(self) -> None:
         pass
@@ -114,3 +116,13 @@ class LocalReplySender(ReplySender):
         for reply in Reply.all_of(list(fields)):
             reply.body, reply.large = body, False
             self._queue.reply(caller, reply.fields())
+
+
+class LocalAttempts(Attempts):
+    """Records nothing: the one replica counts the attempts of its claims."""
+
+    def record(self, ref: bytes, attempts: int, due_ms: int) -> None:
+        pass
+
+    def forget(self, ref: bytes) -> None:
+        pass

@@ -256,6 +256,29 @@ async def test_cancelling_a_running_call_cancels_async_code() -> None:
         await wait_until_async(lambda: "ended" in states)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_code_that_raises_is_retried_as_its_configuration_says(is_async: bool) -> None:
+    attempts: list[Any] = []
+
+    def fail_twice(request: serve.Request) -> int:
+        attempts.append(request.data)
+        if len(attempts) < 3:
+            raise ConnectionError("not yet")
+        return len(attempts)
+
+    async def fail_twice_soon(request: serve.Request) -> int:
+        return fail_twice(request)
+
+    config = {"retry": {"max_attempts": 3, "on": ["ConnectionError"], "backoff_s": 0.01}}
+    with local(fail_twice_soon if is_async else fail_twice, config=config) as backend:
+        assert backend.handle.remote("x").result(timeout=30) == 3
+        attempts.clear()
+        backend.reconfigure({"retry": {"max_attempts": 2, "on": ["ConnectionError"], "backoff_s": 0.01}})
+        with pytest.raises(errors.BackendError, match="not yet"):
+            backend.handle.remote("y").result(timeout=30)
+    assert attempts == ["y", "y"]
+
+
 # -- HTTP
 
 
