@@ -7,6 +7,7 @@ the environment, which the processes that user code starts would inherit.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from .errors import ConfigError
@@ -27,6 +28,12 @@ class _Own(NamedTuple):
 
 
 _own: _Own | None = None
+
+
+def adopt_environment(environment: Mapping[str, str]) -> None:
+    """Set variables of the process that called ``serve.start``. Those of this node, or of a runtime_env, go first."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
 
 
 def belong_to(url: str, instance: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from ..broker.wire.call_ids import shown_id
-
-FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+from ..runtime import logs
 
 _working_on: ContextVar[Sequence[tuple[str, str]]] = ContextVar("penstock_requests", default=())
 
@@ -36,10 +36,23 @@ def request_ids() -> str:
     return ids if ids.isascii() and ids.isprintable() else ascii(ids)[1:-1]
 
 
-def name_requests() -> None:
-    """Give every log record of this process a ``request_id``, for formats with ``%(request_id)s``.
+@contextmanager
+def working_on(requests: Sequence[tuple[str, str]]) -> Generator[None]:
+    """`work_on` these requests within a block."""
+    token = _working_on.set(requests)
+    try:
+        yield
+    finally:
+        _working_on.reset(token)
 
-    If logging is not configured, it is configured with `FORMAT`. For processes that run no program of the user's.
+
+def set_up_logs(**fields: str) -> None:
+    """Configure the logging of this process, and give every log record a ``request_id``.
+
+    For processes that run no program of the user's; `runtime.logs` has the formats.
+
+    Args:
+        **fields: what every line in JSON contains, such as ``replica``.
     """
     make = logging.getLogRecordFactory()
 
@@ -49,8 +62,4 @@ def name_requests() -> None:
         return record
 
     logging.setLogRecordFactory(make_with_id)
-    root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(FORMAT))
-        root.addHandler(handler)
+    logs.set_up_logs(fields)

@@ -25,6 +25,7 @@ from ..handles.calls.incoming_stream import IncomingStream
 from ..handles.calls.request_client import RequestClient
 from ..handles.errors import PenstockError
 from . import request_ids, response_streaming, responses, scopes
+from .access_log import AccessLog
 from .call_headers import carried_headers, header_text, public_method
 from .http1 import framing
 from .http1.buffers import Buffers, default_bytes
@@ -98,6 +99,7 @@ class App:
         root_path: str = "",
         debug: bool = False,
         unready_after_s: float = DEFAULTS.unready_after_s,
+        access_log: bool = DEFAULTS.access_log,
     ) -> None:
         self._caller = caller
         self.max_body_bytes = max_body_bytes
@@ -105,6 +107,7 @@ class App:
         self.request_timeout_s = request_timeout_s
         self._root_path = root_path.rstrip("/")
         self._debug = debug
+        self._access_log = AccessLog() if access_log else None
         self._disconnects = DisconnectWatcher()
         self._routes = Routes()
         self.metrics = Metrics()
@@ -316,15 +319,30 @@ class App:
         return response.status, headers
 
     def finish(self, request: ProxiedRequest) -> None:
-        """Record the end of a request: its metrics and its budget. To be called once for each routed request."""
+        """Record the end of a request: its metrics, its budget and its line of the access log.
+
+        To be called once for each routed request.
+        """
         if request.reserved_bytes:
             self.buffers.release(request.reserved_bytes)
             request.reserved_bytes = 0
+        call = request.call
         request.call = None  # the call may refer to the request, and a cycle would wait for the garbage collector
         if request.is_counted:
             self.metrics.in_flight -= 1
             endpoint = "" if request.endpoint is None else request.endpoint.name
-            self.metrics.of(endpoint).count(request.status, time.perf_counter() - request.started)
+            took_s = time.perf_counter() - request.started
+            self.metrics.of(endpoint).count(request.status, took_s)
+            if self._access_log is not None:
+                self._access_log.write(
+                    request.scope["method"],
+                    request.scope["path"],
+                    request.status,
+                    took_s,
+                    request_id=request.request_id,
+                    endpoint=request.endpoint,
+                    backend="" if call is None else call.backend,
+                )
 
     def _route_path(self, path: str) -> str:
         # A proxy in front may strip the prefix or leave it.

@@ -28,6 +28,7 @@ class ProxyOptions:
     unready_after_s: float = 10.0
     root_path: str = ""
     debug: bool = False
+    access_log: bool = False
 
     @classmethod
     def from_fields(cls, options: Mapping[str, Any]) -> ProxyOptions:

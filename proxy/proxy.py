@@ -137,6 +137,7 @@ class Proxy:
             root_path=options.root_path,
             debug=options.debug,
             unready_after_s=options.unready_after_s,
+            access_log=options.access_log,
         )
         self._cleanup.callback(app.close)
         server = await self._listen(wrap(app, options.middlewares), client.registry)

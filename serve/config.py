@@ -302,6 +302,9 @@ class HTTPOptions(_Config):
     debug: bool = False
     """Whether HTTP responses to errors contain tracebacks."""
 
+    access_log: bool = PROXY_DEFAULTS.access_log
+    """Whether proxies log a line for each request: method, path, status, milliseconds, request id and backend."""
+
     @model_validator(mode="after")
     def _a_body_fits(self) -> HTTPOptions:
         if self.max_buffered_bytes is not None and self.max_buffered_bytes < self.max_body_bytes:

@@ -117,7 +117,9 @@ def start(
                 detached=detached,
             )
             background_loop.run(_write_settings(core, settings, arguments.middlewares))
-            controller = _start_controller(core, settings, replica_redis_url or url, proxy_redis_url or url)
+            controller = _start_controller(
+                core, settings, replica_redis_url or url, proxy_redis_url or url, arguments.environment
+            )
         except BaseException:
             background_loop.run(_release(core, owner, resumed))
             raise
@@ -232,7 +234,13 @@ async def _wait_until_ready(core: Instance, controller: Any) -> str | None:
     return http_url
 
 
-def _start_controller(core: Instance, settings: Settings, replica_redis_url: str, proxy_redis_url: str) -> Any:
+def _start_controller(
+    core: Instance,
+    settings: Settings,
+    replica_redis_url: str,
+    proxy_redis_url: str,
+    environment: Mapping[str, str],
+) -> Any:
     options: dict[str, Any] = {
         "name": actor_name(core.name, "controller"),
         "namespace": NAMESPACE,
@@ -246,7 +254,9 @@ def _start_controller(core: Instance, settings: Settings, replica_redis_url: str
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=settings.node, soft=True),
     }
     try:
-        return Actor.options(**options).remote(core.redis_url, core.name, replica_redis_url, proxy_redis_url)
+        return Actor.options(**options).remote(
+            core.redis_url, core.name, replica_redis_url, proxy_redis_url, environment
+        )
     except ValueError:  # Ray's error for a name that is in use.
         raise ConfigError(
             f"the instance {core.name!r} is already running in this Ray cluster, on another Redis: another name "

@@ -12,10 +12,14 @@ from ..broker.errors import ConfigError
 from ..broker.transport.dial import user_of
 from ..broker.transport.url import REDIS_URL, shown_url
 from ..broker.wire.keys import Keys
+from ..handles.json_bounds import MAX_ITEMS_VARIABLE
 from ..proxy.server import PortInUse, bind
+from ..runtime.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, LogOptions
 from .config import HTTPOptions
 from .settings import dump_http
 from .validation import check_memory
+
+_ADOPTED = (LEVEL_VARIABLE, FORMAT_VARIABLE, MAX_ITEMS_VARIABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,8 @@ class StartArguments:
     max_memory_bytes: int | None
     replica_redis_url: str | None
     proxy_redis_url: str | None
+    environment: dict[str, str]
+    """The variables that replicas, proxies and the controller adopt."""
 
     @classmethod
     def checked(
@@ -69,6 +75,7 @@ class StartArguments:
             max_memory_bytes=memory_bytes,
             replica_redis_url=replica_redis_url,
             proxy_redis_url=proxy_redis_url,
+            environment=_adopted_environment(),
         )
 
     def check_http_address(self) -> None:
@@ -98,6 +105,14 @@ def broker_url(given: object) -> str | None:
     if not isinstance(given, str | None):
         raise TypeError(f"redis_url must be a str, not {type(given).__name__}")
     return given or default_url()
+
+
+def _adopted_environment() -> dict[str, str]:
+    try:
+        LogOptions.from_environment()
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    return {name: value for name in _ADOPTED if (value := os.environ.get(name))}
 
 
 def _check_broker(url: str | None, detached: bool, data_dir: object) -> None:

@@ -9,14 +9,14 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from ..broker.defaults import belong_to
+from ..broker.defaults import adopt_environment, belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue import stats
 from ..broker.registry.records import DEFAULTS, BackendRecord, Snapshot
@@ -28,7 +28,7 @@ from ..broker.transport.connection import FateUnknown, RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.errors import BackendNotFound, to_wire
-from ..handles.log_context import name_requests
+from ..handles.log_context import set_up_logs
 from ..runtime.memory import Memory
 from ..runtime.sigterm import DrainsOnSigterm
 from .executing.runner import Runner
@@ -142,7 +142,11 @@ class Serving:
         await asyncio.wait([checking], timeout=_HEALTH_WAIT_S)
         if checking.done():
             self._checking = None
-            await checking
+            try:
+                await checking
+            except PenstockError as e:
+                log.error("replica %s failed its health check: %s", self._replica, e)
+                raise
         if not self._worker.in_progress:
             self._memory.give_back()
 
@@ -297,8 +301,11 @@ class Serving:
 class ReplicaActor(DrainsOnSigterm):
     """A replica as a Ray actor. Its methods may run concurrently."""
 
-    def __init__(self, redis_url: str, instance: str, backend: str, replica: str) -> None:
-        name_requests()
+    def __init__(
+        self, redis_url: str, instance: str, backend: str, replica: str, environment: Mapping[str, str]
+    ) -> None:
+        adopt_environment(environment)
+        set_up_logs(backend=backend, replica=replica)
         belong_to(redis_url, instance)  # for `serve.connect()` in the user's code
         node = ray.get_runtime_context().get_node_id()
         self._serving = Serving(redis_url, instance, backend, replica, node)

@@ -29,6 +29,7 @@ from .options import as_json, client_of, usage_errors, which_instance, write_jso
     show_default=True,
     help="Which nodes of the Ray cluster serve HTTP.",
 )
+@click.option("--access-log", is_flag=True, help="Let the proxies log a line for each request.")
 @click.option(
     "--replica-redis-url",
     envvar=REPLICA_REDIS_URL,
@@ -50,6 +51,7 @@ def start(
     http_host: str,
     http_port: int,
     location: str,
+    access_log: bool,
     replica_redis_url: str | None,
     proxy_redis_url: str | None,
     json: bool,
@@ -75,7 +77,12 @@ def start(
         "redis_url": redis_url,
         "instance": instance,
         "detached": True,
-        "http_options": {"host": http_host, "port": http_port, "location": location},
+        "http_options": {
+            "host": http_host,
+            "port": http_port,
+            "location": location,
+            "access_log": access_log,
+        },
         "replica_redis_url": replica_redis_url,
         "proxy_redis_url": proxy_redis_url,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -63,8 +64,17 @@ class Controller:
         connection.on_reconnect(self._on_reconnect)
 
     @classmethod
-    async def connect(cls, redis_url: str, instance: str, replica_redis_url: str, proxy_redis_url: str) -> Controller:
+    async def connect(
+        cls,
+        redis_url: str,
+        instance: str,
+        replica_redis_url: str,
+        proxy_redis_url: str,
+        environment: Mapping[str, str],
+    ) -> Controller:
         """Return the controller of ``instance``; wait for the broker while it cannot be reached.
+
+        ``environment`` has the variables that replicas and proxies adopt from the process that called ``start``.
 
         Raises:
             PenstockError: there is no such instance.
@@ -89,6 +99,7 @@ class Controller:
                     http_options=await settings.http_options(registry),
                     replica_url=replica_redis_url,
                     proxy_url=proxy_redis_url,
+                    environment=environment,
                 )
                 await reconciler.restore()
             except BrokerUnavailable as e:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Awaitable, Mapping
 from typing import Any, cast
 
 import ray
 
+from ...broker.defaults import adopt_environment
+from ...handles.log_context import set_up_logs
 from .controller import Controller
 
 log = logging.getLogger(__name__)
@@ -17,11 +20,20 @@ log = logging.getLogger(__name__)
 class ControllerActor:
     """The controller as an asyncio actor. Ray runs the constructor in the event loop, also after a restart."""
 
-    def __init__(self, redis_url: str, instance: str, replica_redis_url: str, proxy_redis_url: str) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        instance: str,
+        replica_redis_url: str,
+        proxy_redis_url: str,
+        environment: Mapping[str, str],
+    ) -> None:
+        adopt_environment(environment)
+        set_up_logs()
         loop = asyncio.get_running_loop()
         self._connected: asyncio.Future[Controller] = loop.create_future()
-        urls = (redis_url, instance, replica_redis_url, proxy_redis_url)
-        self._run = loop.create_task(self._connect_and_run(*urls), name="controller")
+        connecting = Controller.connect(redis_url, instance, replica_redis_url, proxy_redis_url, environment)
+        self._run = loop.create_task(self._connect_and_run(connecting), name="controller")
         self._run.add_done_callback(_end_actor)
 
     async def ready(self) -> None:
@@ -42,8 +54,8 @@ class ControllerActor:
         """Never return. The call fails when the controller has ended for good; a restart does not end it."""
         await asyncio.Event().wait()
 
-    async def _connect_and_run(self, *urls: str) -> None:
-        controller = await Controller.connect(*urls)
+    async def _connect_and_run(self, connecting: Awaitable[Controller]) -> None:
+        controller = await connecting
         self._connected.set_result(controller)
         await controller.run()
 
@@ -65,4 +77,4 @@ def _end_actor(run: asyncio.Task[None]) -> None:
 # would break that deadlock by handing out a half-initialised module.
 ControllerActor.__module__ = "penstock.serve"
 Actor: Any = ray.remote(ControllerActor)
-"""Takes the broker's URL, the instance's name, and the broker's URLs for replicas and for proxies."""
+"""The actor class. Its arguments are those of `ControllerActor`."""

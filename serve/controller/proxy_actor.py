@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import ray
 
-from ...broker.defaults import belong_to
-from ...handles.log_context import name_requests
+from ...broker.defaults import adopt_environment, belong_to
+from ...handles.log_context import set_up_logs
 from ...proxy.options import ProxyOptions
 from ...proxy.proxy import Proxy
 from ...runtime.sigterm import DrainsOnSigterm
@@ -20,8 +20,11 @@ from ...workers.actor import outlast
 class HTTPProxy(DrainsOnSigterm):
     """A proxy as an asyncio actor: calls of its methods may overlap."""
 
-    def __init__(self, redis_url: str, instance: str, name: str, options: Mapping[str, Any]) -> None:
-        name_requests()
+    def __init__(
+        self, redis_url: str, instance: str, name: str, options: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> None:
+        adopt_environment(environment)
+        set_up_logs(proxy=name)
         belong_to(redis_url, instance)  # The defaults of `serve.connect()` in middlewares.
         context = ray.get_runtime_context()
         address = cast(Any, ray.util).get_node_ip_address()
@@ -54,4 +57,4 @@ class HTTPProxy(DrainsOnSigterm):
 
 
 ProxyActor: Any = ray.remote(HTTPProxy)
-"""Takes the broker's URL, the instance's name, the proxy's own and the fields of `HTTPOptions`."""
+"""The actor class. Its arguments are those of `HTTPProxy`."""

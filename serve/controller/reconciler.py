@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -48,6 +49,7 @@ class Reconciler:
         http_options: of all proxies.
         replica_url: the broker's URL for replicas.
         proxy_url: the broker's URL for proxies.
+        environment: variables for replicas and proxies.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Reconciler:
         http_options: HTTPOptions,
         replica_url: str,
         proxy_url: str,
+        environment: Mapping[str, str],
     ) -> None:
         self._connection, self._registry, self._keys = connection, registry, keys
         self._replicas, self._proxies = replicas, proxies
         self._http_options = http_options
         self._replica_url, self._proxy_url = replica_url, proxy_url
+        self._environment = dict(environment)
         self._observer = StateObserver(registry, replicas, proxies)
         self._scaler = Scaler(connection, keys)
         self._http_ready = asyncio.Event()
@@ -152,7 +156,7 @@ class Reconciler:
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD", **record.actor_options}
         if record.runtime_env is not None:
             options["runtime_env"] = for_ray(record.runtime_env)
-        args = (self._replica_url, self._keys.instance, record.tag, name)
+        args = (self._replica_url, self._keys.instance, record.tag, name, self._environment)
         self._replicas.start(name, RemoteReplica, args, options)
 
     async def _forget_replica(self, name: str) -> None:
@@ -181,7 +185,7 @@ class Reconciler:
         self._observer.note_proxy(name, report)
         options = {field: getattr(self._http_options, field) for field in HTTPOptions.model_fields} | {"port": port}
         on_node = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        args = (self._proxy_url, self._keys.instance, name, options)
+        args = (self._proxy_url, self._keys.instance, name, options, self._environment)
         self._proxies.start(name, ProxyActor, args, {"num_cpus": 0, "scheduling_strategy": on_node})
 
     async def _forget_proxy(self, name: str) -> None:

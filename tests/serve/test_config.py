@@ -47,6 +47,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "unready_after_s": 10.0,
         "root_path": "",
         "debug": False,
+        "access_log": False,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from penstock import serve
-from penstock.handles.log_context import FORMAT
+from penstock.runtime.logs import TEXT_FORMAT
 from tests.serve.backends import SMALL
 
 
@@ -24,12 +24,16 @@ class Logs:
         logger.warning("hello")
         logger.removeHandler(listener)
         formatters = [handler.formatter for handler in logging.getLogger().handlers]
-        return heard, [formatter._fmt for formatter in formatters if formatter]
+        is_shown = logging.getLogger("user's").isEnabledFor(logging.INFO)
+        return heard, [formatter._fmt for formatter in formatters if formatter], is_shown
 
 
 def test_a_log_line_of_a_backend_has_the_id_of_its_request(web: serve.Client) -> None:
     web.create_backend("logs", Logs, ray_actor_options=SMALL)
     web.create_endpoint("logs", backend="logs", route="/logs")
-    heard, formats = httpx.get(f"{web.http_url}/logs", headers={"x-request-id": "from the client"}).json()
+    heard, formats, info_is_shown = httpx.get(
+        f"{web.http_url}/logs", headers={"x-request-id": "from the client"}
+    ).json()
     assert heard == ["from the client"]
-    assert FORMAT in formats
+    assert TEXT_FORMAT in formats
+    assert info_is_shown

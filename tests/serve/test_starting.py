@@ -14,6 +14,7 @@ import pytest
 
 from penstock import serve
 from penstock.handles.errors import ConfigError
+from penstock.serve.start_arguments import StartArguments
 
 START = """
 import json, sys
@@ -42,6 +43,28 @@ def started(arguments: dict[str, Any], **environ: str) -> subprocess.CompletedPr
         timeout=300,
         env={**clean, **environ},
     )
+
+
+def test_a_log_level_that_does_not_exist_is_an_error_before_ray_starts() -> None:
+    ran = started({}, PENSTOCK_LOG_LEVEL="LOUD")
+    assert "ConfigError: PENSTOCK_LOG_LEVEL must be one of DEBUG, INFO," in ran.stdout
+    assert "starting Ray" not in ran.stderr
+
+
+def test_replicas_and_proxies_get_the_log_settings_of_the_process_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_LOG_FORMAT", "json")
+    monkeypatch.delenv("PENSTOCK_LOG_LEVEL", raising=False)
+    arguments = StartArguments.checked(
+        redis_url=None,
+        instance=None,
+        detached=False,
+        http_options=None,
+        data_dir=None,
+        max_memory_bytes=None,
+        replica_redis_url=None,
+        proxy_redis_url=None,
+    )
+    assert arguments.environment == {"PENSTOCK_LOG_FORMAT": "json"}
 
 
 def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_starts(tmp_path: Path) -> None:

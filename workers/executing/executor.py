@@ -14,8 +14,9 @@ from starlette.responses import Response
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import check_size
-from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, to_wire
+from ...handles.errors import PayloadTooLarge, PenstockError, RequestCancelled, StreamBroken, from_wire, to_wire
 from ..claim import Claim
+from ..error_log import ErrorLog
 from ..loop_watch import LoopWatch
 from ..retry import RetryPolicy, shown_error
 from .errors import failed_reply, raised_reply
@@ -46,6 +47,7 @@ class Executor:
         self.backend, self.replica = backend, replica
         self.threads = threads
         self.loop = asyncio.get_running_loop()
+        self.error_log = ErrorLog(backend, replica, self.loop)
         self.allow_pickle = False
         self.retries = RetryPolicy(None)
         """Decides which errors of user code are retried."""
@@ -84,6 +86,7 @@ class Executor:
         if self.tasks and timeout_s > 0:
             await asyncio.wait(self.tasks, timeout=timeout_s)
         self.abandoned = True
+        self.error_log.flush()
         if not self.tasks:
             return True
         for task in self.tasks:
@@ -103,7 +106,9 @@ class Executor:
         try:
             results = _one_each(result, len(claims), self.backend)
         except BaseException as e:  # the result may have an ``__iter__`` of its own
-            return [failed_reply(claim.entry, e, self.replica, run_ms) for claim in claims]
+            replies = [failed_reply(claim.entry, e, self.replica, run_ms) for claim in claims]
+            self._log_error([claim.entry for claim in claims], replies[0])
+            return replies
         return [self._outcome(claim, one, run_ms) for claim, one in zip(claims, results, strict=True)]
 
     def progress_of(self, claim: Claim) -> Callable[[bytes], None]:
@@ -137,24 +142,31 @@ class Executor:
         if writer.is_stopped:
             return self.cancelled(entry)
         if writer.parts:  # its first values have arrived, and would arrive twice
-            return failed_reply(entry, error, self.replica, run_ms)
+            return self.unretried(entry, error, run_ms)
         return self.failure(writer.claim, error, run_ms)
 
     def failures(self, claims: Sequence[Claim], error: BaseException, run_ms: float) -> list[Reply]:
-        """Return the replies to claims for which user code raised ``error``, and note whether it is retried."""
-        return [self.failure(claim, error, run_ms) for claim in claims]
+        """Log the error that user code raised for ``claims``; return their replies, and note whether it is retried."""
+        replies = [self._noted(claim, error, run_ms) for claim in claims]
+        self._log_error([claim.entry for claim in claims], replies[0])
+        return replies
 
     def failure(self, claim: Claim, error: BaseException, run_ms: float) -> Reply:
-        """Return the reply to a claim for which user code raised ``error``, and note whether it is retried."""
-        claim.retry = self.retries.wish_of(error)
-        return raised_reply(claim.entry, shown_error(error), self.replica, run_ms)
+        """`failures` of one claim."""
+        return self.failures((claim,), error, run_ms)[0]
+
+    def unretried(self, entry: Entry, error: BaseException, run_ms: float) -> Reply:
+        """Log an error that is never retried, such as that of a result, and return the reply that carries it."""
+        reply = failed_reply(entry, error, self.replica, run_ms)
+        self._log_error((entry,), reply)
+        return reply
 
     def reply(self, entry: Entry, encoded: Encoded, run_ms: float) -> Reply:
         status, codec, headers, body = encoded
         try:
             check_size(body)
         except PayloadTooLarge as e:
-            return failed_reply(entry, e, self.replica, run_ms)
+            return self.unretried(entry, e, run_ms)
         return Reply(entry.id, status, codec, headers, None, self.replica, 0.0, run_ms, body)
 
     def refusal(self, entry: Entry, error: PenstockError) -> Reply:
@@ -167,6 +179,14 @@ class Executor:
     def _has_tasks(self) -> bool:
         return bool(self.tasks)
 
+    def _noted(self, claim: Claim, error: BaseException, run_ms: float) -> Reply:
+        claim.retry = self.retries.wish_of(error)
+        return raised_reply(claim.entry, shown_error(error), self.replica, run_ms)
+
+    def _log_error(self, entries: Sequence[Entry], reply: Reply) -> None:
+        if reply.error is not None:
+            self.error_log.record(entries, from_wire(reply.error))
+
     def _outcome(self, claim: Claim, result: object, run_ms: float) -> CallResult:
         try:
             if type(result) not in _PLAIN:
@@ -176,7 +196,7 @@ class Executor:
                     return result
             return self.reply(claim.entry, encode(result, self.backend, self.allow_pickle), run_ms)
         except BaseException as e:  # from `encode`, or from a method of the result
-            return failed_reply(claim.entry, e, self.replica, run_ms)
+            return self.unretried(claim.entry, e, run_ms)
 
 
 def ms_since(began_at: float) -> float:

@@ -193,6 +193,7 @@ class Runner:
         except NotCallable as e:
             return RefusedCall(self._executor, claims, BackendError("AttributeError", str(e), status=e.status), done)
         except BaseException as e:  # a descriptor is user code, and may raise anything
+            self._executor.error_log.record([claim.entry for claim in claims], failure(e))
             return self._fail(claims, e, done)
         if len(claims) > 1 and not method.accepts_batch:
             return CallGroup([self._start(method, [claim], done) for claim in claims])
