@@ -24,6 +24,7 @@ from ..workers.executing.user_code import dump
 from ..workers.runtime_env import pack
 from . import registry_changes, validation
 from .config import BackendConfig
+from .deploy.sources import source_digest
 from .instance import CONTROLLER_LOST_S, Instance
 from .status import Status
 
@@ -127,14 +128,16 @@ class Client(Connection):
         """
         validation.check_tag(tag)
         checked = BackendConfig.parse(config)
+        environment = validation.check_runtime_env(runtime_env)
         record = BackendRecord(
             tag=tag,
             version=token_hex(4),
             code="",
             config=checked.spec(),
             actor_options=validation.check_actor_options(ray_actor_options),
-            runtime_env=validation.check_runtime_env(runtime_env),
+            runtime_env=environment,
             accepts_batch=validation.may_take_batches(func_or_class),
+            source=source_digest(func_or_class, environment),
         )
         code = _checked_code(func_or_class, init_args, init_kwargs, checked, record.version)
         files = pack(record.runtime_env or {}, record.version)
@@ -185,6 +188,7 @@ class Client(Connection):
                 actor_options=old.actor_options if ray_actor_options is None else options,
                 runtime_env=old.runtime_env if runtime_env is None else environment,
                 accepts_batch=takes_batch,
+                source=source_digest(func_or_class, old.runtime_env if runtime_env is None else environment),
             )
 
         code = _checked_code(func_or_class, init_args, init_kwargs, BackendConfig(), version)

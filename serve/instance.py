@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.calls.shared_client import SharedClient
 from ..handles.errors import BackendError, from_wire
+from ..workers.runtime_env import WORKING_DIR
 from . import registry_changes
 from .settings import Settings
 from .status import Status
@@ -230,7 +231,7 @@ class Instance:
                 if status.rolled_out:
                     return True
                 if status.failing:
-                    raise _with_hint(from_wire(status.failing))
+                    raise _with_hint(from_wire(status.failing), record.runtime_env or {})
                 if status.lacking:
                     raise ConfigError(f"backend {record.tag!r}: {status.lacking}")
             elif (await self.snapshot()).backends.get(record.tag) != record:
@@ -365,9 +366,14 @@ class Instance:
             await asyncio.sleep(_POLL_S)
 
 
-def _with_hint(error: PenstockError) -> PenstockError:
+def _with_hint(error: PenstockError, runtime_env: Mapping[str, Any]) -> PenstockError:
     """Return the error of a replica's start; that of a missing module with the way to provide it."""
     if not isinstance(error, BackendError) or error.type_name != "ModuleNotFoundError":
         return error
     hint = "name the directory of a module of yours as working_dir, or the module in py_modules, of runtime_env"
+    if (working_dir := runtime_env.get(WORKING_DIR)) is not None:
+        hint = (
+            f"the working_dir of runtime_env, {working_dir!r}, does not contain it: name the directory that does; a "
+            "relative one begins at the current directory of the process that deploys"
+        )
     return BackendError(error.type_name, f"{error.message}; {hint}", error.traceback, error.status)

@@ -84,6 +84,8 @@ class BackendRecord:
     files: str = ""
     """The digest of the local directories that ``runtime_env`` names, stored as code is; empty if there are none."""
     accepts_batch: bool = False
+    source: str = ""
+    """The digest of the source of an import path where it was deployed; empty if it was not found there."""
 
     @property
     def stored(self) -> frozenset[str]:

@@ -16,11 +16,23 @@ from .options import as_json, client_of, which_instance, wrong
 @which_instance
 @click.option("--check", is_flag=True, help="Show what would change, and change nothing.")
 @click.option("--prune", is_flag=True, help="Delete the backends and endpoints that FILE does not declare.")
+@click.option(
+    "--restart", multiple=True, metavar="BACKEND", help="Replace the replicas of BACKEND, also if nothing has changed."
+)
 @as_json
-def deploy(file: str, redis_url: str | None, instance: str, check: bool, prune: bool, json: bool) -> None:
+def deploy(
+    file: str,
+    redis_url: str | None,
+    instance: str,
+    check: bool,
+    prune: bool,
+    restart: tuple[str, ...],
+    json: bool,
+) -> None:
     """Deploy the backends and endpoints that FILE declares; "-" reads standard input.
 
-    The changes are shown, and the command returns when they are live. Deploying a file twice changes nothing. A file
+    The changes are shown, and the command returns when they are live. Deploying a file twice changes nothing, unless
+    the source of an import path or a local directory of a runtime_env has changed since. A file
     with mistakes is refused with all of them, by line, and nothing is changed. Backends are changed first, one after
     the other. If one cannot be changed, those before it stay changed, and the endpoints stay as they were.
 
@@ -45,4 +57,4 @@ def deploy(file: str, redis_url: str | None, instance: str, check: bool, prune: 
         with slow_imports():
             from .deployment import deploy_text
 
-        sys.exit(deploy_text(text, "standard input" if file == "-" else file, client, check, prune, json))
+        sys.exit(deploy_text(text, "standard input" if file == "-" else file, client, check, prune, restart, json))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,15 +15,18 @@ from ...handles import background_loop
 from ..client import Client
 from ..deploy.diff import ManifestChange, diff
 from ..deploy.manifest import Manifest, Mistake, read
+from ..deploy.sources import LocalCode, local_code
 from ..instance import Instance
 from ..status import plural
 from .exits import FAILED, USAGE
-from .options import error_of, write_json
+from .options import error_of, usage_errors, write_json, wrong
 
 _SIGNS = {"create": "+", "update": "~", "configure": "~", "delete": "-"}
 
 
-def deploy_text(text: str, name: str, client: Client, check: bool, prune: bool, json: bool) -> int:
+def deploy_text(
+    text: str, name: str, client: Client, check: bool, prune: bool, restart: Collection[str], json: bool
+) -> int:
     """Deploy the manifest in ``text``; return the exit code.
 
     Args:
@@ -31,6 +35,7 @@ def deploy_text(text: str, name: str, client: Client, check: bool, prune: bool, 
         client: of the instance.
         check: only show the changes.
         prune: also delete what the manifest does not declare.
+        restart: the tags of backends whose replicas are replaced in any case.
         json: write JSON instead of text.
     """
     core = background_loop.run(Instance(client.redis_url, client.instance).open())
@@ -40,8 +45,13 @@ def deploy_text(text: str, name: str, client: Client, check: bool, prune: bool, 
         if mistakes:
             _show_mistakes(mistakes, name, json)
             return USAGE
-        changes = diff(manifest, deployed, codes, prune=prune)
-        progress = _Progress(json)
+        for tag in restart:
+            if tag not in manifest.backends:
+                wrong(f"--restart {tag}: {name} declares {', '.join(manifest.backends) or 'no backends'}")
+        local = _local_codes(manifest, deployed)
+        compared = {tag: code.compared(deployed.backends[tag]) for tag, code in local.items()}
+        changes = diff(manifest, deployed, codes, local=local, restart=restart, prune=prune)
+        progress = _Progress(json, compared)
         progress.show(changes)
         error = None if check or not changes else _apply(manifest, changes, client, core, progress)
     finally:
@@ -71,22 +81,38 @@ async def _deployed(core: Instance) -> tuple[Snapshot, dict[str, bytes]]:
     return snapshot, codes
 
 
+def _local_codes(manifest: Manifest, deployed: Snapshot) -> dict[str, LocalCode]:
+    """Return the code that this machine has of the backends that are declared and deployed."""
+    with usage_errors():
+        return {
+            tag: local_code(backend.target, backend.runtime_env, deployed.backends[tag])
+            for tag, backend in manifest.backends.items()
+            if tag in deployed.backends
+        }
+
+
 class _Progress:
     """Shows the changes and their outcome, as text or as JSON."""
 
-    def __init__(self, json: bool) -> None:
-        self._json = json
+    def __init__(self, json: bool, compared: dict[str, str]) -> None:
+        """``compared`` describes for each deployed backend what was compared with the file."""
+        self._json, self._compared = json, compared
         self._console = Console(stderr=True)
         self.done: list[ManifestChange] = []
 
     def show(self, changes: list[ManifestChange]) -> None:
         if not self._json:
+            for tag, what in self._compared.items():
+                click.echo(f"compared backend {tag}: {what}", err=True)
             for change in changes:
                 click.echo(f"{_SIGNS[change.verb]} {change}")
 
     def end(self, changes: list[ManifestChange], check: bool, error: PenstockError | TypeError | None) -> None:
         if self._json:
-            report: dict[str, Any] = {"changes": [_as_json(change) for change in changes]}
+            report: dict[str, Any] = {
+                "changes": [_as_json(change) for change in changes],
+                "compared": self._compared,
+            }
             if not check:
                 report["applied"] = len(self.done)
                 report["error"] = None if error is None else error_of(error)

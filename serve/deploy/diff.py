@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 from ...broker.registry.records import BackendRecord, Snapshot
 from ..config import BackendConfig
 from ..status import plural
 from .manifest import DeclaredBackend, Manifest
+from .sources import LocalCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,13 @@ class ManifestChange:
 
 
 def diff(
-    manifest: Manifest, deployed: Snapshot, codes: Mapping[str, bytes], *, prune: bool = False
+    manifest: Manifest,
+    deployed: Snapshot,
+    codes: Mapping[str, bytes],
+    *,
+    local: Mapping[str, LocalCode] = MappingProxyType({}),
+    restart: Collection[str] = (),
+    prune: bool = False,
 ) -> list[ManifestChange]:
     """Return the changes from the deployed state to ``manifest``; none if they agree.
 
@@ -38,6 +46,8 @@ def diff(
         manifest: the declared backends and endpoints.
         deployed: the deployed records.
         codes: the pickled code of the deployed backends, by tag.
+        local: the code that this machine has of deployed backends, by tag.
+        restart: the tags of backends whose replicas are replaced in any case.
         prune: also delete the backends and endpoints that the manifest does not declare.
     """
     changes: list[ManifestChange] = []
@@ -48,6 +58,10 @@ def diff(
             changes.append(ManifestChange("create", "backend", tag, details))
             continue
         rolled = _rolled(backend, record, codes.get(tag))
+        if tag in local:
+            rolled += tuple(local[tag].changes(record))
+        if tag in restart and not rolled:
+            rolled = ("restart",)
         configured = _configured(backend.config, record)
         if rolled:
             changes.append(ManifestChange("update", "backend", tag, (*rolled, *configured)))

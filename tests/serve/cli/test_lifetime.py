@@ -68,7 +68,13 @@ def test_an_instance_from_start_to_shutdown(running: Ran, app: Path, penstock: P
     assert deployed.code == 0, deployed.err
     assert deployed.out.splitlines()[-1] == "2 changes made"
     assert httpx.post(f"{url}/ask").text == "POST"
-    assert penstock("deploy", app).out == "nothing to change\n"
+    again = penstock("deploy", app)
+    assert again.out == "nothing to change\n"
+    assert "compared backend method: the declaration, the source of operator" in again.err
+    restart = penstock("deploy", app, "--restart", "method", "--check")
+    assert restart.out.splitlines()[0] == "~ update backend method: restart"
+    refused = penstock("deploy", app, "--restart", "methods")
+    assert (refused.code, "--restart methods: " in refused.err) == (2, True)
 
     assert penstock("call", "ask").out == "GET\n"
     assert penstock("call", "ask", "--json").lines() == [{"result": "GET"}]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from penstock.broker.registry.records import BackendRecord, Snapshot
 from penstock.serve.deploy.diff import ManifestChange, diff
 from penstock.serve.deploy.manifest import Manifest
+from penstock.serve.deploy.sources import LocalCode, Source
 from penstock.workers.executing.user_code import dump
 from tests.serve.deploy.manifests import NOTHING, WHOLE, manifest
 
@@ -53,6 +57,21 @@ def test_code_that_is_not_a_plain_value_is_replaced_and_not_run() -> None:
     codes["next"] = dump(print, (), {})
     (change,) = diff(manifest(WHOLE, deployed), deployed, codes)
     assert (change.verb, change.name) == ("update", "next")
+
+
+def test_changed_code_of_this_machine_replaces_the_replicas() -> None:
+    deployed, codes = deploy(manifest(WHOLE))
+    edited = {"next": LocalCode("models.digits", Source(Path("models"), "new"), (), "")}
+    known = replace(deployed, backends={**deployed.backends, "next": replace(deployed.backends["next"], source="old")})
+    assert [str(change) for change in diff(manifest(WHOLE), known, codes, local=edited)] == [
+        "update backend next: source of models.digits"
+    ]
+
+
+def test_a_restart_replaces_the_replicas_although_nothing_has_changed() -> None:
+    deployed, codes = deploy(manifest(WHOLE))
+    changes = diff(manifest(WHOLE), deployed, codes, restart=["next"])
+    assert [str(change) for change in changes] == ["update backend next: restart"]
 
 
 def test_only_pruning_deletes_and_endpoints_first() -> None:
