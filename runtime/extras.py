@@ -5,7 +5,17 @@ from __future__ import annotations
 _PACKAGES = {
     "cli": ("click", "rich"),
     "serve": (
-        *("httptools", "multipart", "pydantic", "pydantic_core", "python_multipart", "ray", "starlette", "uvicorn"),
+        *(
+            "httptools",
+            "multipart",
+            "pathspec",
+            "pydantic",
+            "pydantic_core",
+            "python_multipart",
+            "ray",
+            "starlette",
+            "uvicorn",
+        ),
         *("uvloop", "virtualenv", "yaml"),
     ),
 }

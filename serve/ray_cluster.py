@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray._private.utils import read_ray_address
 
 from ..broker.errors import ConfigError, PenstockError
 
@@ -69,13 +68,22 @@ def join_lasting_ray(**options: Any) -> bool:
 
     Ray's own search could also find the local cluster of a script, which ends with that script.
     """
-    if not read_ray_address():
+    if not _may_have_lasting_ray():
         return False
     try:
         cast(Any, ray.init)(address="auto", **options)
     except ConnectionError:
         return False
     return True
+
+
+def _may_have_lasting_ray() -> bool:
+    """Return whether ``ray start`` has noted a cluster on this machine; True if this Ray does not tell."""
+    try:
+        from ray._private.utils import read_ray_address
+    except ImportError:
+        return True
+    return bool(read_ray_address())
 
 
 def join_or_start_lasting_ray() -> bool:

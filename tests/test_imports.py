@@ -28,7 +28,7 @@ OTHERS = {
     "broker": {"redis", "hiredis", "orjson"},
     "handles": {"orjson", "typing_extensions"},
     "proxy": {"orjson", "httptools", "starlette", "uvicorn"},
-    "workers": {"orjson", "starlette", "ray"},
+    "workers": {"orjson", "pathspec", "starlette", "ray"},
     "testing": {"starlette"},
     "serve": {
         *("redis", "hiredis", "orjson", "starlette", "uvicorn", "ray", "pydantic", "pydantic_core"),
@@ -118,3 +118,21 @@ def test_the_root_imports_nothing() -> None:
 
 def test_no_module_is_loaded_under_its_bare_name() -> None:
     assert not set(FOLDERS_BELOW) & set(sys.modules)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_private_modules_of_ray_are_imported_only_where_their_absence_is_handled(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    guarded = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.Try) and any(ast.unparse(h.type or block) == "ImportError" for h in block.handlers)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    bare = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray._private") and node not in guarded
+    ]
+    assert bare == []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-from ray._private.thirdparty import pathspec
+from pathspec import GitIgnoreSpec
 
 from ..broker.errors import ConfigError, PenstockError
 
@@ -157,11 +157,11 @@ def _walk(folder: Path, excluded: Sequence[Excluded], above: tuple[Path, ...]) -
 
 
 def _matcher(folder: Path, patterns: Sequence[str]) -> Excluded:
-    spec = cast("Any", pathspec).PathSpec.from_lines("gitwildmatch", patterns)
+    spec = GitIgnoreSpec.from_lines(patterns)
 
     def is_excluded(path: Path) -> bool:
         relative = path.relative_to(folder).as_posix()
-        return bool(spec.match_file(f"{relative}/" if path.is_dir() else relative))
+        return spec.match_file(f"{relative}/" if path.is_dir() else relative)
 
     return is_excluded
 
