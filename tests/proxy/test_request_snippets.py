@@ -27,7 +27,7 @@ def url(redis_url: str) -> Iterator[str]:
     """A proxy with the backend of the page."""
     code: dict[str, Any] = {}
     (backend,) = [snippet for snippet in snippets("python") if "report_progress" in snippet]
-    exec(backend, code)
+    exec(f"from penstock import serve\n{backend}", code)
     site = Site(redis_url)
     try:
         site.serve(code["transcribe"], "transcribe")

@@ -48,3 +48,20 @@ def test_a_slow_job_is_submitted_and_fetched_though_its_proxy_is_killed(cluster:
     assert printed.startswith("202: submitted\n")
     assert printed.count("the proxy is killed") == 1
     assert printed.endswith("200: water comes under pressure to the turbines and leaves them as light\n")
+
+
+def test_the_first_example_of_the_readme_prints_what_stands_below_it(cluster: str, tmp_path: Path) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^```python\n(.*?)^```\n\n```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    script = tmp_path / "readme.py"
+    script.write_text(found[1].replace("serve.start()", 'serve.start(http_options={"port": 0})'))
+    ran = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "RAY_ADDRESS": cluster},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ran.stdout == found[2], ran.stderr
