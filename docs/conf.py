@@ -53,7 +53,7 @@ napoleon_numpy_docstring = False
 # -- contents
 
 _SECTIONS = {
-    "Using it": ["batches", "streaming", "deploying"],
+    "Using it": ["quickstart", "batches", "streaming", "deploying"],
     "Operating it": ["operations", "security", "tuning", "performance", "scaling"],
     "Reference": ["reference/serve", "reference/handles", "reference/errors"],
     "Working on it": ["architecture", "glossary", "decisions"],

@@ -33,7 +33,7 @@ def test_the_tests_of_the_page_about_testing_pass(tmp_path: Path) -> None:
     env = {
         **os.environ,
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }  # the other plugins take longer to load than these tests
+    }  # other plugins load for longer than these tests run
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stdout
     assert "3 passed" in ran.stdout
