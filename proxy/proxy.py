@@ -67,7 +67,7 @@ class Proxy:
     ) -> None:
         self._url, self._instance, self._name = redis_url, instance, name
         self._options = ProxyOptions.from_fields(options)
-        self._report = ProxyReport(node=node, address=address, pid=os.getpid())
+        self._report = ProxyReport(node=node, address=address, pid=os.getpid(), niceness=os.nice(0))
         self._lease = Lease(redis_url, Keys(instance).proxy_alive(name))
         self._memory = Memory()
         self._cleanup = AsyncExitStack()

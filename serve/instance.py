@@ -49,6 +49,10 @@ _STILL_STARTING = (
 log = logging.getLogger(__name__)
 
 
+class AlreadyRunning(ConfigError):
+    """The instance has an owner that is alive, so it cannot be started again."""
+
+
 class Instance:
     """One instance, used on the event loop that opened it."""
 
@@ -76,7 +80,7 @@ class Instance:
         """Acquire the ownership of the instance for ``ttl_s`` seconds; also if the previous owner has died.
 
         Raises:
-            ConfigError: the instance has an owner that is alive.
+            AlreadyRunning: the instance has an owner that is alive.
         """
         renewed_since_s, lowest_ms = None, None
         while not await self.registry.own(owner, ttl_s):
@@ -88,7 +92,7 @@ class Instance:
                 now_s = time.monotonic()
                 renewed_since_s = renewed_since_s or now_s
                 if now_s - renewed_since_s > _SCRIPT_END_S:
-                    raise ConfigError(
+                    raise AlreadyRunning(
                         f"the instance {self.name!r} is already running on {shown_url(self.redis_url)}: "
                         "serve.connect() connects to it; client.shutdown() or `penstock shutdown` ends it; another "
                         "name (instance=..., --instance) starts one beside it"

@@ -26,10 +26,10 @@ from ..handles import background_loop
 from ..workers.actor import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
-from .controller.actors import actor_name, alive_nodes, error_of
+from .controller.actors import actor_name, address_of, alive_nodes, error_of
 from .controller.controller import LEASE_S
 from .controller.controller_actor import Actor
-from .instance import Instance
+from .instance import AlreadyRunning, Instance
 from .ray_cluster import is_remote, join_ray
 from .settings import Settings
 from .start_arguments import StartArguments, broker_url, instance_name
@@ -110,9 +110,11 @@ def start(
                 undo.callback(cast(Any, ray.shutdown))
             if arguments.redis_url is None:
                 _check_single_node()
+            node = ray.get_runtime_context().get_node_id()
             settings = Settings(
                 owner=owner,
-                node=ray.get_runtime_context().get_node_id(),
+                node=node,
+                address=address_of(node),
                 http=arguments.plain_http,
                 detached=detached,
             )
@@ -258,7 +260,7 @@ def _start_controller(
             core.redis_url, core.name, replica_redis_url, proxy_redis_url, environment
         )
     except ValueError:  # Ray's error for a name that is in use.
-        raise ConfigError(
+        raise AlreadyRunning(
             f"the instance {core.name!r} is already running in this Ray cluster, on another Redis: another name "
             "(instance=...) starts one beside it"
         ) from None

@@ -21,6 +21,8 @@ class Settings:
     """The token with which the controller renews its ownership, also after a restart."""
     node: str
     """The Ray node that called ``start``."""
+    address: str = ""
+    """The address of that node."""
     http: dict[str, Any] = field(default_factory=dict[str, Any])
     """The fields of `HTTPOptions` without its middlewares. ``port`` is 0 only until the first proxy has picked one."""
     middlewares: str = ""

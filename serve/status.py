@@ -13,7 +13,7 @@ _TRACEBACK_LINES = 5
 
 
 class Status(dict[str, Any]):
-    """``{"backends": {tag: …}, "endpoints": {name: …}, "proxies": {name: …}, "controller": "alive"}``.
+    """``{"backends": {tag: …}, "endpoints": {…}, "proxies": {…}, "controller": "alive", "warnings": […]}``.
 
     Printed, or shown by an interactive interpreter, it is a table, which ``penstock status`` shows as well.
 
@@ -36,6 +36,9 @@ class Status(dict[str, Any]):
 
     ``controller`` is ``"alive"``, ``"away"`` or ``"waiting for Ray's head"``. Unless it is alive, running replicas and
     proxies serve, and changes are not carried out.
+
+    ``warnings`` are sentences: HTTP is served on another node than the one of ``start``, because that one is gone; or
+    Ray has given replicas or proxies a raised niceness.
     """
 
     def __repr__(self) -> str:
@@ -66,6 +69,7 @@ class Status(dict[str, Any]):
             parts.append(table(("node", "proxy", "url", "state"), sorted(rows)))
         if self["controller"] != "alive":
             parts.append(f"the controller is {self['controller']}: running replicas serve, and changes wait")
+        parts += [f"warning: {warning}" for warning in self.get("warnings", ())]
         return "\n\n".join(parts) or "nothing is deployed"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..broker.errors import ConfigError
 from ..broker.queue.stats import read_stats
-from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport
+from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry
 from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
@@ -18,6 +18,7 @@ from ..broker.wire.keys import Keys
 from ..handles import background_loop
 from ..handles.connection import describe_endpoints
 from .status import Status, describe_error, describe_refusal
+from .status_warnings import warnings
 
 
 class StatusReader:
@@ -30,13 +31,16 @@ class StatusReader:
     async def read(self) -> Status:
         """Return the status. Raises `BrokerUnavailable`."""
         registry = self._registry
+        proxies = await registry.get_reports(ProxyReport)
+        replicas = await registry.get_reports(ReplicaReport)
         return Status(
             backends={
                 tag: await self._describe(tag, status)
                 for tag, status in (await registry.get_reports(BackendStatus)).items()
             },
-            proxies={name: asdict(report) for name, report in (await registry.get_reports(ProxyReport)).items()},
+            proxies={name: asdict(report) for name, report in proxies.items()},
             controller=await self._controller(),
+            warnings=warnings(await registry.get_settings(), proxies.values(), replicas.values()),
             endpoints=describe_endpoints(await registry.snapshot()),
         )
 

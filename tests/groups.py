@@ -15,8 +15,9 @@ _GROUPS = {
     "ray, for faults": r"tests/faults/",
     "ray, for clients": r"tests/serve/test_(changing|object_refs|scaling|serving|status|steady_load|wrong_calls)\.py",
     "ray, for commands and the controller": r"tests/serve/(cli/test_lifetime|controller/test_(actors|controller))\.py",
-    "ray, for whole lives": r"tests/serve/test_(?!every_node|head)\w+\.py",
+    "ray, for whole lives": r"tests/serve/test_(?!every_node|head|leaving_nodes)\w+\.py",
     "several nodes": r"tests/serve/test_(every_node|head)\.py",
+    "nodes that leave": r"tests/serve/test_leaving_nodes\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
 }
@@ -30,7 +31,7 @@ _SLOW = re.compile(
     | proxy/test_server
     | security/\w+
     | serve/cli/\w+
-    | serve/test_(every_node|examples|forks|head|lifetimes)
+    | serve/test_(every_node|examples|forks|head|leaving_nodes|lifetimes)
     | test_benchmarks
     | workers/consuming/test_(claim_watch|stray_claims)
     | workers/test_(actor|replica|streams)

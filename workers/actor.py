@@ -98,7 +98,7 @@ class Serving:
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str, node: str = "") -> None:
         self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
         self._keys = Keys(instance)
-        self._report = ReplicaReport(backend=backend, node=node, pid=os.getpid())
+        self._report = ReplicaReport(backend=backend, node=node, pid=os.getpid(), niceness=os.nice(0))
         self._registry: _OpenRegistry | None = None
         self._runtime_env: UnpackedRuntimeEnv | None = None
         self._runner: Runner | None = None

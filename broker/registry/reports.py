@@ -37,6 +37,8 @@ class ReplicaReport:
     node: str = ""
     """The id of its Ray node; "" until it has started."""
     pid: int = 0
+    niceness: int = 0
+    """The niceness of its process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class ProxyReport:
     address: str = ""
     """The address of its machine; "" until it has started."""
     pid: int = 0
+    niceness: int = 0
+    """The niceness of its process."""
     url: str | None = None
     """Where it accepts requests; None while it does not."""
     version: int = 0

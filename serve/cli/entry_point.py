@@ -33,9 +33,10 @@ _COMMANDS = {
     "requests": ("requests", "List the submitted calls of an endpoint."),
     "batch": ("batch", "Send every row of a file through an endpoint."),
     "dead": ("dead", "List, replay and drop dead letters."),
+    "node": (".node.command", "Run a node of a Ray cluster that drains before it ends."),
     "shutdown": ("lifetime", "End an instance, and delete all its data in the broker."),
 }
-"""The module of each command, and its summary."""
+"""The module of each command, from here, and its summary."""
 
 
 class _Commands(SuggestingGroup):

@@ -44,6 +44,9 @@ from .options import as_json, client_of, usage_errors, which_instance, write_jso
     metavar="URL",
     help="The broker's URL for proxies.",
 )
+@click.option(
+    "--if-needed", is_flag=True, help="Succeed if the instance is already running; its options stay as they are."
+)
 @as_json
 def start(
     redis_url: str | None,
@@ -54,6 +57,7 @@ def start(
     access_log: bool,
     replica_redis_url: str | None,
     proxy_redis_url: str | None,
+    if_needed: bool,
     json: bool,
 ) -> None:
     """Start an instance that outlives this command.
@@ -65,11 +69,13 @@ def start(
     Examples:
       penstock start --redis-url redis://localhost:6379
       penstock start --http-host 0.0.0.0 --http-port 80 --location EveryNode
+      penstock start --if-needed && penstock deploy app.yaml
     """  # noqa: D301
     if redis_url is None:
         wrong(f"the instance needs a broker that outlives this command: give --redis-url, or set {REDIS_URL}")
     with slow_imports():  # Ray takes a second: not for --help.
-        from ..lifecycle import check_start, start as start_instance
+        from ..instance import AlreadyRunning
+        from ..lifecycle import check_start, connect, start as start_instance
         from ..ray_cluster import join_or_start_lasting_ray
         from ..start_arguments import StartArguments
 
@@ -86,14 +92,21 @@ def start(
         "replica_redis_url": replica_redis_url,
         "proxy_redis_url": proxy_redis_url,
     }
+    started_ray, started = False, True
     with usage_errors():
-        check_start(StartArguments.checked(**options, data_dir=None, max_memory_bytes=None))
-        started_ray = join_or_start_lasting_ray()
-        client = start_instance(**options)
+        try:
+            check_start(StartArguments.checked(**options, data_dir=None, max_memory_bytes=None))
+            started_ray = join_or_start_lasting_ray()
+            client = start_instance(**options)
+        except AlreadyRunning:
+            if not if_needed:
+                raise
+            client, started = connect(redis_url, instance), False
     if json:
-        write_json({"instance": instance, "http_url": client.http_url, "started_ray": started_ray})
+        write_json({"instance": instance, "http_url": client.http_url, "started_ray": started_ray, "started": started})
         return
-    click.echo(f"instance {instance!r} serves" + (f" on {client.http_url}" if client.http_url else ", without HTTP"))
+    serves = "serves" if started else "is already running, and serves"
+    click.echo(f"instance {instance!r} {serves}" + (f" on {client.http_url}" if client.http_url else ", without HTTP"))
 
 
 @click.command()

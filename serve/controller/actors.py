@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, cast
@@ -22,6 +23,8 @@ from .placement import Node
 log = logging.getLogger(__name__)
 
 _CONCURRENCY = 1000
+_HEAD = "node:__internal_head__"
+"""A resource of Ray's head."""
 _RETRY_S = 0.5
 _DRAIN_MARGIN_S = 5.0
 """An actor that has not drained this long after its time is killed."""
@@ -35,7 +38,39 @@ def actor_name(instance: str, kind: str, name: str = "") -> str:
 def alive_nodes() -> list[Node]:
     """Return the nodes of the cluster that are alive. Blocks for long while Ray's head is away."""
     found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())
-    return [Node(node["NodeID"], node["Resources"]) for node in found if node["Alive"]]
+    draining = _draining_nodes()
+    return [_node(node, draining.get(node["NodeID"])) for node in found if node["Alive"]]
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Return the nodes that drain, with their deadlines (Unix time in ms, or 0); none if this Ray does not tell."""
+    try:
+        from ray._private.state import state
+    except ImportError:
+        return {}
+    return cast("dict[str, int]", cast(Any, state).get_draining_nodes())
+
+
+def address_of(node_id: str) -> str:
+    """Return the address of a node; empty if there is none of that id."""
+    found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())
+    return next((str(node["NodeManagerAddress"]) for node in found if node["NodeID"] == node_id), "")
+
+
+def _node(fields: Mapping[str, Any], deadline_ms: int | None) -> Node:
+    """Return a node of Ray, which is drained until ``deadline_ms``; 0 means that there is no deadline."""
+    resources = fields["Resources"]
+    drained_by_s = None
+    if deadline_ms is not None:
+        left_s = deadline_ms / 1000 - time.time() if deadline_ms else math.inf
+        drained_by_s = time.monotonic() + left_s
+    return Node(
+        fields["NodeID"],
+        resources,
+        address=fields["NodeManagerAddress"],
+        is_head=_HEAD in resources,
+        drained_by_s=drained_by_s,
+    )
 
 
 class ManagedActor:
@@ -119,11 +154,14 @@ class ActorPool:
             return
         self._watch(name, handle)
 
-    def drain(self, name: str, timeout_s: float) -> None:
-        """Let an actor finish what it has begun, for at most ``timeout_s`` seconds, then end it; in the background."""
+    def drain(self, name: str, timeout_s: float, delay_s: float = 0.0) -> None:
+        """Let an actor finish what it has begun, for at most ``timeout_s`` seconds, then end it; in the background.
+
+        ``delay_s`` is for proxies: the seconds before, in which they accept connections but are not ready.
+        """
         member = self.members[name]
         member.ending = True
-        self._spawn(self._drain(member, timeout_s))
+        self._spawn(self._drain(member, timeout_s, delay_s))
 
     def kill(self, name: str) -> None:
         self.members[name].kill()
@@ -167,12 +205,14 @@ class ActorPool:
         member.set_gone(error_of(error) if error is not None else None)
         self._on_change()
 
-    async def _drain(self, member: ManagedActor, timeout_s: float) -> None:
+    async def _drain(self, member: ManagedActor, timeout_s: float, delay_s: float = 0.0) -> None:
         if member.ready:
+            arguments = (timeout_s, delay_s) if delay_s else (timeout_s,)
+            longest_s = delay_s + timeout_s + _DRAIN_MARGIN_S
             try:
-                await asyncio.wait_for(_outcome(member.handle.drain.remote(timeout_s)), timeout_s + _DRAIN_MARGIN_S)
+                await asyncio.wait_for(_outcome(member.handle.drain.remote(*arguments)), longest_s)
             except asyncio.TimeoutError:
-                log.warning("a %s did not drain within %g s and is killed", self._kind, timeout_s + _DRAIN_MARGIN_S)
+                log.warning("a %s did not drain within %g s and is killed", self._kind, longest_s)
         member.kill()
         await member.wait_gone()
 

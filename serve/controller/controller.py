@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -51,7 +51,10 @@ class Controller:
         watcher: Watcher,
         reconciler: Reconciler,
         wake: asyncio.Event,
+        node: str,
+        leave: Callable[[], None],
     ) -> None:
+        self._node, self._leave = node, leave
         self._shown_url = shown_url
         self._connection, self._registry, self._keys = connection, registry, keys
         self._reconciler = reconciler
@@ -71,10 +74,20 @@ class Controller:
         replica_redis_url: str,
         proxy_redis_url: str,
         environment: Mapping[str, str],
+        *,
+        node: str,
+        leave: Callable[[], None],
     ) -> Controller:
         """Return the controller of ``instance``; wait for the broker while it cannot be reached.
 
-        ``environment`` has the variables that replicas and proxies adopt from the process that called ``start``.
+        Args:
+            redis_url: the broker's URL.
+            instance: the name of the instance.
+            replica_redis_url: the broker's URL for replicas.
+            proxy_redis_url: the broker's URL for proxies.
+            environment: the variables that replicas and proxies adopt from the process that called ``start``.
+            node: the id of the Ray node on which it runs.
+            leave: restarts the controller, on another node, when its own one drains.
 
         Raises:
             PenstockError: there is no such instance.
@@ -109,7 +122,7 @@ class Controller:
                 await asyncio.sleep(_PASS_S)
             else:
                 outages.report_ended(shown_url(redis_url), wake)
-                return cls(shown_url(redis_url), connection, registry, keys, watcher, reconciler, wake)
+                return cls(shown_url(redis_url), connection, registry, keys, watcher, reconciler, wake, node, leave)
 
     async def run(self) -> None:
         """Reconcile until the instance is shut down or has another owner."""
@@ -129,6 +142,9 @@ class Controller:
                     await self._reconciler.end_actors()
                     return
                 await self._reconciler.run_pass(settings, snapshot)
+                if self._reconciler.can_leave(self._node):
+                    log.info("the controller leaves node %s, which drains", self._node)
+                    self._leave()
                 outages.report_ended(self._shown_url, self)
             except BrokerUnavailable as e:
                 outages.report_began(self._shown_url, self, f"the controller waits for its broker: {e}")

@@ -32,7 +32,15 @@ class ControllerActor:
         set_up_logs()
         loop = asyncio.get_running_loop()
         self._connected: asyncio.Future[Controller] = loop.create_future()
-        connecting = Controller.connect(redis_url, instance, replica_redis_url, proxy_redis_url, environment)
+        connecting = Controller.connect(
+            redis_url,
+            instance,
+            replica_redis_url,
+            proxy_redis_url,
+            environment,
+            node=ray.get_runtime_context().get_node_id(),
+            leave=_restart_actor,
+        )
         self._run = loop.create_task(self._connect_and_run(connecting), name="controller")
         self._run.add_done_callback(_end_actor)
 
@@ -62,6 +70,11 @@ class ControllerActor:
     async def _http_ready(self) -> None:
         controller = await asyncio.shield(self._connected)
         await controller.http_ready()
+
+
+def _restart_actor() -> None:
+    """Let Ray restart this actor, as after a crash, on a node that does not drain."""
+    ray.kill(cast(Any, ray.get_runtime_context()).current_actor, no_restart=False)
 
 
 def _end_actor(run: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -18,11 +19,12 @@ from ...broker.registry.records import Snapshot
 from ...broker.registry.reports import BackendStatus, ProxyReport, ReplicaReport
 from ...broker.registry.store import Registry
 from ...handles.errors import to_wire
+from ...proxy.options import ProxyOptions
 from ..settings import Settings
 from .actors import ActorPool, ManagedActor, alive_nodes
 from .backend_status import describe, refused_change
 from .backoff import NO_FAILURES, Failures
-from .placement import Amounts, Node, resources_of
+from .placement import Amounts, Node, head_only_node, resources_of
 from .state import (
     ActorState,
     DesiredBackend,
@@ -38,6 +40,10 @@ from .state import (
 log = logging.getLogger(__name__)
 
 _NODES_EVERY_S = 1.0
+_DRAIN_S = 60.0
+"""Seconds that a node takes to drain which Ray drains without a deadline."""
+_LEAST_DRAIN_S = 10.0
+"""Seconds that a proxy has for its requests, after its delay, on a node that leaves before another proxy is ready."""
 _HEAD_TIMEOUT_S = 1.0
 """Ray's head counts as away when it has not answered within this time."""
 
@@ -64,6 +70,10 @@ class StateObserver:
         self._proven: set[Version] = set()
         self._nodes_at_s = -_NODES_EVERY_S
         self._nodes_query: asyncio.Future[list[Node]] | None = None
+        self._drained_by_s: dict[str, float] = {}
+        """When each node that leaves must be empty."""
+        self._start_node_seen_s = time.monotonic()
+        """When the node that called ``start`` was seen last, or when this observer began to look."""
         self._replica_reports: dict[str, ReplicaReport] = {}
         self._proxy_reports: dict[str, ProxyReport] = {}
         self._resources: dict[Version, Amounts] = {}
@@ -116,7 +126,7 @@ class StateObserver:
         if self._nodes_query.done():
             query, self._nodes_query = self._nodes_query, None
             if answers := query.exception() is None:
-                self.nodes, self._nodes_at_s = query.result(), time.monotonic()
+                self.nodes, self._nodes_at_s = self._with_drain_times(query.result()), time.monotonic()
         if answers != self.head_answers:
             self.head_answers = answers
             if answers:
@@ -124,8 +134,20 @@ class StateObserver:
             else:
                 log.warning("Ray's head does not answer: running replicas and proxies continue unchanged")
 
+    def _with_drain_times(self, nodes: list[Node]) -> list[Node]:
+        """Return ``nodes``; one that drains without a deadline has as much time since this was first known."""
+        now_s = time.monotonic()
+        leaving = {node.id: node.drained_by_s for node in nodes if node.drained_by_s is not None}
+        for node_id in leaving.keys() - self._drained_by_s.keys():
+            log.info("node %s drains: its replicas and proxies move to other nodes", node_id)
+        for node_id, by_s in leaving.items():
+            if by_s == math.inf:
+                leaving[node_id] = self._drained_by_s.get(node_id, now_s + _DRAIN_S)
+        self._drained_by_s = leaving
+        return [replace(node, drained_by_s=leaving.get(node.id)) for node in nodes]
+
     def desired(self, snapshot: Snapshot, settings: Settings) -> DesiredState:
-        """Return the desired state: the records of the registry, on the nodes that are alive."""
+        """Return the desired state: the records of the registry, on the nodes that are alive and stay."""
         backends: dict[str, DesiredBackend] = {}
         for tag, record in snapshot.backends.items():
             config = record.config
@@ -138,12 +160,36 @@ class StateObserver:
                 resources=self._resources.setdefault((tag, record.version), resources_of(record.actor_options)),
             )
         self._forget_versions({backend.key for backend in backends.values()})
-        alive = [node.id for node in self.nodes]
-        nodes_of = {"HeadOnly": [node for node in alive if node == settings.node], "EveryNode": alive, "NoServer": []}
-        options = settings.http
-        nodes = tuple(nodes_of[options["location"]])
-        http = DesiredProxies(nodes=nodes, per_node=options["proxies_per_node"], port=options["port"])
-        return DesiredState(backends=backends, http=http)
+        return DesiredState(backends=backends, http=self._desired_proxies(settings))
+
+    def _desired_proxies(self, settings: Settings) -> DesiredProxies:
+        options, now_s = settings.http, time.monotonic()
+        if any(node.id == settings.node for node in self.nodes):
+            self._start_node_seen_s = now_s
+        nodes: list[str] = []
+        if options["location"] == "EveryNode":
+            nodes = [node.id for node in self.nodes if node.stays]
+        elif options["location"] == "HeadOnly":
+            gone_s = now_s - self._start_node_seen_s
+            chosen = head_only_node(self.nodes, settings.node, settings.address, gone_s)
+            nodes = [] if chosen is None else [chosen]
+        # Settings of an older version lack the options that are newer.
+        limits = ProxyOptions.from_fields(options)
+        return DesiredProxies(
+            nodes=tuple(nodes),
+            per_node=options["proxies_per_node"],
+            port=options["port"],
+            drain_s=limits.drain_delay_s + min(limits.request_timeout_s, _LEAST_DRAIN_S),
+        )
+
+    def can_leave(self, node_id: str) -> bool:
+        """Return whether a node leaves, has neither replicas nor proxies of the instance, and another node stays."""
+        by_id = {node.id: node for node in self.nodes}
+        if node_id not in by_id or by_id[node_id].stays or not any(node.stays for node in self.nodes):
+            return False
+        seen = self.observed()
+        occupied = {replica.node for replica in seen.replicas} | {proxy.node for proxy in seen.proxies}
+        return node_id not in occupied
 
     @property
     def rolled_out(self) -> frozenset[Rollout]:

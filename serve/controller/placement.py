@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Amounts = Mapping[str, float]
@@ -23,6 +23,41 @@ class Node:
     id: str
     resources: Amounts
     """All resources of the node, in use or not."""
+    address: str = ""
+    is_head: bool = False
+    drained_by_s: float | None = None
+    """When a node that leaves must be empty, on the clock of ``ObservedState.now_s``; None if it stays."""
+
+    @property
+    def stays(self) -> bool:
+        return self.drained_by_s is None
+
+
+HEAD_ONLY_GRACE_S = 10.0
+"""How long the proxy of ``"HeadOnly"`` waits for its node to return, before it moves to another one."""
+
+
+def head_only_node(nodes: Iterable[Node], node_id: str, address: str, gone_s: float) -> str | None:
+    """Return the node of the proxy of ``"HeadOnly"``; None while the node of ``start`` may still return.
+
+    It is the node that called ``start``, else one at the same address, such as that node after a restart of Ray. If
+    there is neither, it is Ray's head, or any node if the head leaves.
+
+    Args:
+        nodes: the nodes that are alive.
+        node_id: the id of the node that called ``start``.
+        address: its address.
+        gone_s: seconds since it was last seen.
+    """
+    nodes = sorted(nodes, key=lambda node: (node.id != node_id, not node.is_head, node.id))
+    staying = [node for node in nodes if node.stays]
+    for node in staying:
+        if node.id == node_id or (address and node.address == address):
+            return node.id
+    leaves = any(node.id == node_id for node in nodes)
+    if staying and (leaves or gone_s >= HEAD_ONLY_GRACE_S):
+        return staying[0].id
+    return None
 
 
 def resources_of(actor_options: Mapping[str, Any]) -> dict[str, float]:
@@ -48,13 +83,14 @@ def unused(nodes: Iterable[Node], reserved: Iterable[tuple[str, Amounts]]) -> li
     Each reservation names its node. One without a node is counted on the first node that has room for it, as Ray will
     find one.
     """
+    nodes = list(nodes)
     left = {node.id: dict(node.resources) for node in nodes}
     for node_id, amounts in reserved:
         chosen = node_id or next((name for name, amount in left.items() if _fits_on(amounts, amount) >= 1), "")
         if chosen in left:
             for name, amount in amounts.items():
                 left[chosen][name] = left[chosen].get(name, 0) - amount
-    return [Node(name, resources) for name, resources in left.items()]
+    return [replace(node, resources=left[node.id]) for node in nodes]
 
 
 def count_fits(needed: Amounts, nodes: Iterable[Node]) -> float:

@@ -5,18 +5,22 @@
 - it converges: when the observed state is the desired state, there are no steps;
 - it never starts more replicas of a version than are desired;
 - it never stops the last ready replica of a backend before one of the desired version is ready, unless the backend was
-  deleted or should have no replicas;
+  deleted or should have no replicas, or the replica's node leaves and its time is over;
 - during a rollout, the ready replicas of both versions together never become fewer than are desired.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .backoff import NO_FAILURES
 from .placement import Node, count_fits, describe_shortage, unused
 from .state import ActorState, DesiredBackend, DesiredProxies, DesiredState, ObservedReplica, ObservedState
+
+_DRAIN_MARGIN_S = 2.0
+"""Seconds by which a replica ends before its node does, for the steps around its drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class StartProxy:
 @dataclass(frozen=True, slots=True)
 class DrainProxy:
     id: str
+    within_s: float = math.inf
+    """Seconds until its node must be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def plan(desired: DesiredState, observed: ObservedState) -> list[Step]:
         if backend is not None:
             steps += _clean_up(replicas, backend.grace_s)
             steps += _start(backend, replicas, observed)
-            steps += _stop(backend, replicas)
+            steps += _stop(backend, replicas, observed)
         elif replicas:
             # The call that deleted the backend has waited for its queue, unless it was forced.
             steps += _clean_up(replicas, grace_s=0.0)
@@ -108,7 +114,7 @@ def lacking(backend: DesiredBackend, observed: ObservedState) -> str | None:
 
     During a rollout the old version gives up its resources one replica at a time, so room for one is enough.
     """
-    replicas = observed.replicas_by_backend().get(backend.tag, [])
+    replicas = _staying(observed.replicas_by_backend().get(backend.tag, []), observed)
     placed = backend.current(replicas, ActorState.STARTING, ActorState.READY)
     count = backend.replicas
     if backend.outdated(replicas, ActorState.READY, ActorState.DRAINING):
@@ -116,26 +122,35 @@ def lacking(backend: DesiredBackend, observed: ObservedState) -> str | None:
     left = _unused(observed, without=placed)
     if count <= count_fits(backend.resources, left):
         return None
-    return describe_shortage(count, backend.resources, observed.nodes, left)
+    return describe_shortage(count, backend.resources, observed.staying_nodes, left)
 
 
 def plan_proxies(http: DesiredProxies, observed: ObservedState) -> list[ProxyStep]:
-    """Return the steps of `plan` that concern proxies."""
+    """Return the steps of `plan` that concern proxies.
+
+    A proxy that is not desired drains once a desired one is ready, so that HTTP moves to another node without a gap; or
+    when its node leaves soon.
+    """
     steps: list[ProxyStep] = []
     desired = {f"{node[:12]}.{i}": node for node in http.nodes for i in range(http.per_node)}
     running: set[str] = set()
+    is_served = not desired or any(
+        proxy.id in desired and proxy.state is ActorState.READY for proxy in observed.proxies
+    )
     for proxy in observed.proxies:
         if proxy.state is ActorState.GONE:
             steps.append(ForgetProxy(proxy.id))
             continue
         running.add(proxy.id)
         is_surplus = proxy.id not in desired
+        left_s = observed.time_left_s(proxy.node)
+        left_s = math.inf if left_s is None else left_s
         if proxy.state is ActorState.FAILED or (is_surplus and proxy.state is ActorState.STARTING):
             steps.append(KillProxy(proxy.id))
-        elif (is_surplus and proxy.state is ActorState.READY) or (
+        elif (is_surplus and proxy.state is ActorState.READY and (is_served or left_s < http.drain_s)) or (
             proxy.state is ActorState.DRAINING and not proxy.is_drain_awaited
         ):
-            steps.append(DrainProxy(proxy.id))
+            steps.append(DrainProxy(proxy.id, left_s))
     ports = [proxy.port for proxy in observed.proxies if proxy.state is ActorState.READY and proxy.port]
     port = http.port or (ports[0] if ports else 0)
     for slot, node in desired.items():
@@ -162,7 +177,8 @@ def _clean_up(replicas: Iterable[ObservedReplica], grace_s: float) -> list[Repli
 
 
 def _start(backend: DesiredBackend, replicas: Iterable[ObservedReplica], observed: ObservedState) -> list[ReplicaStep]:
-    missing = backend.replicas - len(backend.current(replicas, ActorState.STARTING, ActorState.READY))
+    staying = _staying(replicas, observed)
+    missing = backend.replicas - len(backend.current(staying, ActorState.STARTING, ActorState.READY))
     failures = observed.failures.get(backend.key, NO_FAILURES)
     if missing <= 0 or not failures.allows_start(observed.now_s, proven=backend.key in observed.proven):
         return []
@@ -173,16 +189,49 @@ def _start(backend: DesiredBackend, replicas: Iterable[ObservedReplica], observe
     return [StartReplica(backend.tag, backend.version)] * int(fitting)
 
 
-def _stop(backend: DesiredBackend, replicas: Sequence[ObservedReplica]) -> list[ReplicaStep]:
-    ready = backend.current(replicas, ActorState.READY)
-    starting = backend.current(replicas, ActorState.STARTING)
+def _stop(backend: DesiredBackend, replicas: Sequence[ObservedReplica], observed: ObservedState) -> list[ReplicaStep]:
+    staying = _staying(replicas, observed)
+    ready = backend.current(staying, ActorState.READY)
+    starting = backend.current(staying, ActorState.STARTING)
     # Replicas that are not ready go first, then the youngest.
     surplus = max(0, len(starting) + len(ready) - backend.replicas)
     unneeded = (starting[::-1] + ready[::-1])[:surplus]
     # Of another version, starting replicas end at once, and one ready replica for each new one that is ready.
-    unneeded += backend.outdated(replicas, ActorState.STARTING)
-    unneeded += backend.outdated(replicas, ActorState.READY)[max(0, backend.replicas - len(ready)) :]
-    return [_end(replica, backend.grace_s) for replica in unneeded]
+    unneeded += backend.outdated(staying, ActorState.STARTING)
+    # Those on nodes that leave end in the same way, and the first.
+    leaving = [replica for replica in replicas if replica not in staying]
+    unneeded += [replica for replica in leaving if replica.state is ActorState.STARTING]
+    replaced = backend.outdated(staying, ActorState.READY)
+    replaced += [replica for replica in leaving if replica.state is ActorState.READY]
+    kept = max(0, backend.replicas - len(ready))
+    unneeded += replaced[kept:]
+    unneeded += [replica for replica in replaced[:kept] if replica in leaving and _must_go(replica, backend, observed)]
+    return [_end(replica, _grace_s(replica, backend, observed)) for replica in unneeded]
+
+
+def _staying(replicas: Iterable[ObservedReplica], observed: ObservedState) -> list[ObservedReplica]:
+    """Return the replicas on nodes that do not leave, or on no known node."""
+    leaving = {node.id for node in observed.nodes if not node.stays}
+    return [replica for replica in replicas if replica.node not in leaving]
+
+
+def _must_go(replica: ObservedReplica, backend: DesiredBackend, observed: ObservedState) -> bool:
+    """Return whether a replica on a node that leaves drains although no other one is ready in its place."""
+    left_s = observed.time_left_s(replica.node)
+    if left_s is not None and left_s < backend.grace_s + _DRAIN_MARGIN_S:
+        return True
+    if count_fits(backend.resources, observed.staying_nodes) > 0:
+        return False  # another one may become ready
+    # The cluster is about to end. The requests that leaving proxies have accepted can still be answered.
+    return not any(
+        proxy.state in (ActorState.READY, ActorState.DRAINING) and observed.time_left_s(proxy.node) is not None
+        for proxy in observed.proxies
+    )
+
+
+def _grace_s(replica: ObservedReplica, backend: DesiredBackend, observed: ObservedState) -> float:
+    left_s = observed.time_left_s(replica.node)
+    return backend.grace_s if left_s is None else min(backend.grace_s, max(left_s - _DRAIN_MARGIN_S, 0.0))
 
 
 def _end(replica: ObservedReplica, grace_s: float) -> ReplicaStep:
@@ -192,7 +241,12 @@ def _end(replica: ObservedReplica, grace_s: float) -> ReplicaStep:
 def _unused(observed: ObservedState, without: Sequence[ObservedReplica] = ()) -> list[Node]:
     """Return what the replicas leave of the nodes.
 
-    A draining replica counts as gone: Ray lets the actors that need its resources wait for it.
+    A draining replica counts as gone: Ray lets the actors that need its resources wait for it. Nodes that leave are not
+    counted.
     """
-    staying = (r for r in observed.replicas if r.state in (ActorState.STARTING, ActorState.READY) and r not in without)
-    return unused(observed.nodes, [(replica.node, replica.resources) for replica in staying])
+    staying = (
+        replica
+        for replica in _staying(observed.replicas, observed)
+        if replica.state in (ActorState.STARTING, ActorState.READY) and replica not in without
+    )
+    return unused(observed.staying_nodes, [(replica.node, replica.resources) for replica in staying])

@@ -33,6 +33,7 @@ from .state import DesiredProxies
 _CHECK_PROXIES_EVERY_S = 5.0
 _PROXY_CHECK_TIMEOUT_S = 5.0
 _PROXY_DRAIN_S = 2.0
+"""Seconds that a proxy may take to drain when the instance ends."""
 _LATE_PUBLISH_S = 2.0
 """Publishers follow the registry within a second, so none publishes to a deleted backend after this time."""
 
@@ -139,8 +140,10 @@ class Reconciler:
                 await self._purge_backend(tag)
             case planner.StartProxy(name, node, port):
                 await self._start_proxy(name, node, port)
-            case planner.DrainProxy(name):
-                self._proxies.drain(name, _PROXY_DRAIN_S)
+            case planner.DrainProxy(name, within_s):
+                delay_s = min(self._http_options.drain_delay_s, max(within_s, 0.0) / 4)
+                timeout_s = min(self._http_options.request_timeout_s, max(within_s - delay_s, 0.0))
+                self._proxies.drain(name, timeout_s, delay_s)
             case planner.KillProxy(name):
                 self._proxies.kill(name)
             case planner.ForgetProxy(name):
@@ -214,6 +217,10 @@ class Reconciler:
             self._http_ready.set()
 
     # -- the end
+
+    def can_leave(self, node_id: str) -> bool:
+        """Return whether the controller should move: its node leaves, nothing else is on it, and another stays."""
+        return self._observer.can_leave(node_id)
 
     async def end_actors(self) -> None:
         """Drain and end every proxy, then every replica: what the proxies accepted can still be answered."""

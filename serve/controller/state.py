@@ -68,6 +68,8 @@ class DesiredProxies:
     per_node: int = 1
     port: int = 8000
     """The port of all proxies. With 0 the first proxy picks a free one and the others use the same."""
+    drain_s: float = 0.0
+    """Seconds that a proxy may take to drain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,18 @@ class ObservedState:
     """Rollouts that were complete at some time."""
     reported: frozenset[str] = frozenset()
     """Backends with a status in the registry. The queue of one that was deleted may still hold requests."""
+
+    @property
+    def staying_nodes(self) -> list[Node]:
+        """The nodes on which new processes may run."""
+        return [node for node in self.nodes if node.stays]
+
+    def time_left_s(self, node_id: str) -> float | None:
+        """Return the seconds until a node that leaves must be empty; None if it stays."""
+        for node in self.nodes:
+            if node.id == node_id and node.drained_by_s is not None:
+                return node.drained_by_s - self.now_s
+        return None
 
     def replicas_by_backend(self) -> dict[str, list[ObservedReplica]]:
         by_backend: defaultdict[str, list[ObservedReplica]] = defaultdict(list)

@@ -127,6 +127,17 @@ class Node:
                 log.seek(0)
                 pytest.fail(f"ray start {' '.join(arguments)} failed:\n{log.read()}")
 
+    def penstock_node(self, *arguments: str, cpus: int = _CPUS) -> subprocess.Popen[str]:
+        """Start ``penstock node``, which joins the cluster."""
+        return self.run(
+            *(sys.executable, "-c", "from penstock.serve.cli import main; main()", "node", *arguments),
+            *(f"--address={_NETWORK}.{_HEAD}:{_RAY_PORT}", f"--node-ip-address={self.address}", f"--num-cpus={cpus}"),
+            *(f"--object-store-memory={100 << 20}", "--disable-usage-stats", "--include-log-monitor=false"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
     def kill(self) -> None:
         """Kill the node like a loss of power, except that each of its connections is reset."""
         self.namespace.kill_all()
@@ -193,10 +204,14 @@ class Cluster:
 
     def add_node(self) -> Node:
         """Add a node, and return it when it has joined."""
-        self._added += 1
-        node = self._plugged_in(self._ending, _HEAD + self._added)
+        node = self.plug_in()
         node.start_ray(f"--address={self.head.address}:{_RAY_PORT}")
         return node
+
+    def plug_in(self) -> Node:
+        """Add a node on which nothing runs yet."""
+        self._added += 1
+        return self._plugged_in(self._ending, _HEAD + self._added)
 
     def _plugged_in(self, undo: ExitStack, number: int) -> Node:
         namespace = Namespace(f"{self._hub.name}-{number}")

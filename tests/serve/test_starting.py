@@ -26,9 +26,9 @@ try:
 except Exception as e:
     print(type(e).__name__, e, sep=": ")
 
-from penstock.serve import ray_cluster
+from penstock.runtime.processes import descendants
 
-print("left:", list(ray_cluster._descendants().values()))
+print("left:", list(descendants().values()))
 """
 
 

@@ -58,6 +58,9 @@ def test_an_instance_from_start_to_shutdown(running: Ran, app: Path, penstock: P
     refused = penstock("start", "--http-port", "0")
     assert (refused.code, "already running" in refused.err) == (2, True)
 
+    needless = penstock("start", "--http-port", "0", "--if-needed")
+    assert (needless.code, needless.out) == (0, f"instance 'default' is already running, and serves on {url}\n")
+
     checked = penstock("deploy", app, "--check")
     assert checked.code == 0, checked.err
     assert "+ create backend method: operator:attrgetter, 1 replica" in checked.out

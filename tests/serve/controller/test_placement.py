@@ -1,9 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
 
-from penstock.serve.controller.placement import Node, count_fits, describe_shortage, resources_of, unused
+from penstock.serve.controller.placement import (
+    HEAD_ONLY_GRACE_S,
+    Node,
+    count_fits,
+    describe_shortage,
+    head_only_node,
+    resources_of,
+    unused,
+)
 
 
 def test_a_replica_reserves_one_cpu_by_default() -> None:
@@ -55,3 +64,33 @@ def test_a_shortage_names_what_was_requested_and_what_there_is(
 
 def test_a_shortage_on_a_cluster_without_nodes_says_so() -> None:
     assert "the cluster has no node" in describe_shortage(1, {"CPU": 1}, [], [])
+
+
+HEAD = Node("head", {}, address="10.0.0.1", is_head=True)
+START = Node("start", {}, address="10.0.0.2")
+OTHER = Node("another", {}, address="10.0.0.3")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gone_s", "chosen"),
+    [
+        ([OTHER, HEAD, START], 0.0, "start"),
+        ([OTHER, HEAD], HEAD_ONLY_GRACE_S - 1, None),
+        ([OTHER, HEAD], HEAD_ONLY_GRACE_S, "head"),
+        ([OTHER], HEAD_ONLY_GRACE_S, "another"),
+        ([OTHER, HEAD, Node("returned", {}, address="10.0.0.2")], 0.0, "returned"),
+        ([OTHER, HEAD, Node("returned", {}, address="10.0.0.2")], 1000.0, "returned"),
+        ([OTHER, HEAD, replace(START, drained_by_s=9.0)], 0.0, "head"),
+        ([OTHER, replace(HEAD, drained_by_s=9.0)], HEAD_ONLY_GRACE_S, "another"),
+        ([replace(START, drained_by_s=9.0)], 0.0, None),
+        ([], 1000.0, None),
+    ],
+)
+def test_the_one_proxy_follows_the_node_of_start_its_address_and_then_the_head(
+    nodes: list[Node], gone_s: float, chosen: str | None
+) -> None:
+    assert head_only_node(nodes, "start", "10.0.0.2", gone_s) == chosen
+
+
+def test_without_a_known_address_only_the_id_counts() -> None:
+    assert head_only_node([Node("a", {}), HEAD], "start", "", 0.0) is None

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from penstock.broker.registry.reports import RefusedChange
 from penstock.serve.controller.backend_status import describe, refused_change
 from penstock.serve.controller.backoff import STEADY_AFTER_S, Failures
-from penstock.serve.controller.placement import Node
+from penstock.serve.controller.placement import Node, count_fits
 from penstock.serve.controller.planner import (
     DrainProxy,
     DrainReplica,
@@ -37,6 +37,9 @@ from penstock.serve.controller.state import (
     ObservedReplica,
     ObservedState,
 )
+
+_drain_times = st.sampled_from([None, None, 90.0, 115.0, 150.0, 10_000.0])
+"""When nodes must be empty; it is 100 now, and most of them stay."""
 
 TAGS, VERSIONS, NODES = ("f", "g"), ("v1", "v2"), ("node-a", "node-b", "node-c")
 ROOMY = (Node("node-a", {"CPU": 100.0}),)
@@ -118,7 +121,7 @@ def seen_states(draw: st.DrawFn) -> ObservedState:
         now_s=100.0,
         replicas=replicas,
         proxies=proxies,
-        nodes=[Node(node, {"CPU": float(draw(st.integers(0, 8)))}) for node in NODES],
+        nodes=[Node(node, {"CPU": float(draw(st.integers(0, 8)))}, drained_by_s=draw(_drain_times)) for node in NODES],
         failures=draw(st.dictionaries(keys, st.builds(Failures, st.integers(0, 50), st.floats(0, 100)))),
         proven=frozenset(draw(st.sets(keys))),
         rolled_out=frozenset((*key, 1) for key in draw(st.sets(keys))),
@@ -172,7 +175,7 @@ def let_time_pass(seen: ObservedState, seconds: float = 100.0) -> ObservedState:
             state={ActorState.STARTING: ActorState.READY, ActorState.DRAINING: ActorState.GONE}.get(
                 replica.state, replica.state
             ),
-            node=replica.node or "node-a",
+            node=replica.node or next((node.id for node in seen.nodes if node.stays), ""),
         )
         for replica in seen.replicas
     ]
@@ -189,6 +192,10 @@ def let_time_pass(seen: ObservedState, seconds: float = 100.0) -> ObservedState:
     return replace(seen, replicas=replicas, proxies=proxies, now_s=seen.now_s + seconds)
 
 
+def stays(seen: ObservedState, replica: ObservedReplica) -> bool:
+    return seen.time_left_s(replica.node) is None
+
+
 def select(seen: ObservedState, tag: str, version: str, *states: ActorState) -> list[ObservedReplica]:
     return [r for r in seen.replicas if r.backend == tag and r.version == version and r.state in states]
 
@@ -198,9 +205,13 @@ def select(seen: ObservedState, tag: str, version: str, *states: ActorState) -> 
 
 @given(desired_states(), seen_states())
 def test_the_plan_converges(desired: DesiredState, seen: ObservedState) -> None:
-    for _ in range(20):
+    # The observer desires proxies only on nodes that stay.
+    staying = tuple(node for node in desired.http.nodes if seen.time_left_s(node) is None)
+    desired = replace(desired, http=replace(desired.http, nodes=staying))
+    for _ in range(120):  # until each leaving node's time is over
         seen = let_time_pass(apply(plan(desired, seen), seen, desired))
     assert plan(desired, seen) == []
+    assert all(stays(seen, replica) for replica in seen.replicas)
     for proxy in seen.proxies:
         assert proxy.node in desired.http.nodes
     assert len(seen.proxies) == len(desired.http.nodes) * desired.http.per_node
@@ -223,9 +234,11 @@ def test_it_never_starts_more_replicas_than_desired(desired: DesiredState, seen:
     before = seen
     after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
-        was = len(select(before, tag, wanted.version, ActorState.STARTING, ActorState.READY))
-        now = len(select(after, tag, wanted.version, ActorState.STARTING, ActorState.READY))
-        assert now <= max(wanted.replicas, was)
+        counts = [
+            sum(stays(seen, r) for r in select(state, tag, wanted.version, ActorState.STARTING, ActorState.READY))
+            for state in (before, after)
+        ]
+        assert counts[1] <= max(wanted.replicas, counts[0])
     for step in plan(desired, seen):
         if isinstance(step, StartReplica):
             assert step.version == desired.backends[step.backend].version
@@ -237,7 +250,14 @@ def test_it_never_stops_the_last_ready_replicas_before_new_ones_are_ready(
 ) -> None:
     after = apply(plan(desired, seen), seen, desired)
     for tag, wanted in desired.backends.items():
-        was = sum(r.backend == tag and r.state is ActorState.READY for r in seen.replicas)
+        # A node that leaves takes its replicas along when its time is over, or if the cluster ends with it.
+        can_wait = {
+            r.id
+            for r in seen.replicas
+            if (left_s := seen.time_left_s(r.node)) is None
+            or (left_s > wanted.grace_s + 2 and any(count_fits(wanted.resources, [n]) for n in seen.nodes if n.stays))
+        }
+        was = sum(r.backend == tag and r.state is ActorState.READY and r.id in can_wait for r in seen.replicas)
         now = sum(r.backend == tag and r.state is ActorState.READY for r in after.replicas)
         assert now >= min(was, wanted.replicas)
 
@@ -248,7 +268,9 @@ def test_it_starts_no_more_replicas_than_fit_onto_the_nodes(desired: DesiredStat
         alone = replace(seen, replicas=[])
         started = [s for s in plan(want(wanted), alone) if isinstance(s, StartReplica)]
         held = (
-            sum(int(node.resources["CPU"] / wanted.resources["CPU"]) for node in seen.nodes) if wanted.resources else 99
+            sum(int(node.resources["CPU"] / wanted.resources["CPU"]) for node in seen.nodes if node.stays)
+            if wanted.resources
+            else 99
         )
         assert len(started) <= held, tag
 
@@ -434,10 +456,63 @@ def test_with_port_0_all_proxies_use_the_port_that_the_first_one_picked() -> Non
 def test_proxies_follow_the_nodes() -> None:
     http = DesiredProxies(nodes=("node-b",))
     leaving = ObservedProxy(id="node-a.0", node="node-a", state=ActorState.READY, port=8000)
-    assert plan(want(http=http), see(proxies=[leaving])) == [
-        DrainProxy("node-a.0"),
-        StartProxy("node-b.0", "node-b", 8000),
+    assert plan(want(http=http), see(proxies=[leaving])) == [StartProxy("node-b.0", "node-b", 8000)]
+    new = ObservedProxy(id="node-b.0", node="node-b", state=ActorState.STARTING)
+    assert plan(want(http=http), see(proxies=[leaving, new])) == []
+    assert plan(want(http=http), see(proxies=[leaving, replace(new, state=ActorState.READY)])) == [
+        DrainProxy("node-a.0")
     ]
+    assert plan(want(http=DesiredProxies()), see(proxies=[leaving])) == [DrainProxy("node-a.0")]
+
+
+LEAVING, STAYING = Node("node-a", {"CPU": 4.0}, drained_by_s=160.0), Node("node-b", {"CPU": 4.0})
+
+
+def test_replicas_of_a_node_that_drains_are_replaced_before_they_drain() -> None:
+    leaving = [replica(ActorState.READY) for _ in range(2)]
+    seen = see(*leaving, nodes=[LEAVING, STAYING], now_s=100.0)
+    desired = want(backend(replicas=2))
+    assert plan(desired, seen) == [StartReplica("f", "v1")] * 2
+    new = [replica(ActorState.STARTING, node="node-b") for _ in range(2)]
+    assert plan(desired, replace(seen, replicas=[*leaving, *new])) == []
+    new[0] = replace(new[0], state=ActorState.READY)
+    assert plan(desired, replace(seen, replicas=[*leaving, *new])) == [DrainReplica(leaving[1].id, 20.0)]
+
+
+def test_a_replica_that_cannot_be_replaced_serves_until_its_grace_period_must_begin() -> None:
+    leaving, other = replica(ActorState.READY), replica(ActorState.READY, tag="g", node="node-b", cpus=4)
+    desired = want(backend(), backend("g", cpus=4))
+    for now_s, steps in ((100.0, []), (137.0, []), (139.0, [DrainReplica(leaving.id, 19.0)])):
+        assert plan(desired, see(leaving, other, nodes=[LEAVING, STAYING], now_s=now_s)) == steps
+    assert "node node-b has CPU 4 (0 unused)" in (
+        lacking(desired.backends["f"], see(leaving, other, nodes=[LEAVING, STAYING], now_s=100.0)) or ""
+    )
+
+
+def test_where_no_node_stays_replicas_drain_once_the_proxies_have() -> None:
+    leaving = replica(ActorState.READY)
+    proxy = ObservedProxy(id="node-a.0", node="node-a", state=ActorState.READY, port=8000)
+    desired = want(backend())
+    assert plan(desired, see(leaving, nodes=[LEAVING], now_s=100.0, proxies=[proxy])) == [DrainProxy("node-a.0", 60.0)]
+    draining = replace(proxy, state=ActorState.DRAINING)
+    assert plan(desired, see(leaving, nodes=[LEAVING], now_s=100.0, proxies=[draining])) == []
+    assert plan(desired, see(leaving, nodes=[LEAVING], now_s=100.0)) == [DrainReplica(leaving.id, 20.0)]
+
+
+def test_a_replica_that_starts_on_a_node_that_drains_is_ended() -> None:
+    starting = replica(ActorState.STARTING)
+    seen = see(starting, nodes=[LEAVING, STAYING], now_s=100.0)
+    assert plan(want(backend()), seen) == [StartReplica("f", "v1"), KillReplica(starting.id)]
+
+
+def test_the_proxy_of_a_node_that_leaves_soon_drains_although_no_other_is_ready() -> None:
+    http = DesiredProxies(nodes=("node-b",), drain_s=15.0)
+    proxies = [
+        ObservedProxy(id="node-a.0", node="node-a", state=ActorState.READY, port=8000),
+        ObservedProxy(id="node-b.0", node="node-b", state=ActorState.STARTING),
+    ]
+    for now_s, steps in ((144.0, []), (146.0, [DrainProxy("node-a.0", 14.0)])):
+        assert plan(want(http=http), see(nodes=[LEAVING, STAYING], now_s=now_s, proxies=proxies)) == steps
 
 
 @pytest.mark.parametrize(("state", "step"), [(ActorState.GONE, ForgetProxy), (ActorState.FAILED, KillProxy)])
