@@ -47,7 +47,7 @@ else
 endif
 
 .PHONY: check
-check: $(STAMP) ## Check format, rules and types, and run the quick tests: no Ray, no containers, about a minute
+check: $(STAMP) ## Check format, rules and types, and run the tests that need no broker: within a minute
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-code check-units
 
 .PHONY: check-code
@@ -58,7 +58,7 @@ check-code:
 
 .PHONY: check-units
 check-units:
-	@$(BIN)/python -m pytest --quiet -r fE $(SIDE_BY_SIDE) -m "not slow" --hypothesis-profile=quick \
+	@$(BIN)/python -m pytest --quiet -r fE --numprocesses=2 -m "not slow" --hypothesis-profile=quick \
 		--ignore=tests/faults --ignore=tests/security
 
 .PHONY: faults

@@ -11,6 +11,9 @@ import pytest
 RAY = "cluster"
 """The fixture that starts a Ray."""
 
+BROKERS = "brokers"
+"""The fixture that starts brokers, on which those that give a broker to a test depend."""
+
 _GROUPS = {
     "ray, for faults": r"tests/faults/",
     "ray, for clients": r"tests/serve/test_(changing|object_refs|scaling|serving|status|steady_load|wrong_calls)\.py",
@@ -25,20 +28,17 @@ _GROUPS = {
 
 _SLOW = re.compile(
     r"""tests/(
-      broker/embedded/test_server
-    | faults/\w+
-    | handles/files/test_s3
+      handles/files/test_(memory|s3)
     | proxy/test_server
     | security/\w+
     | serve/cli/\w+
-    | serve/test_(every_node|examples|forks|head|leaving_nodes|lifetimes)
+    | serve/test_(every_node|examples|forks|head|leaving_nodes|lifetimes|starting)
     | test_benchmarks
-    | workers/consuming/test_(claim_watch|stray_claims)
-    | workers/test_(actor|replica|streams)
+    | workers/test_(actor|streams)
     )\.py""",
     re.VERBOSE,
 )
-"""Modules whose tests wait for deadlines and leases to pass, or start many processes. `make check` leaves them out."""
+"""Modules whose tests start many processes, or read large files. `make check` leaves them out."""
 
 
 def group_of(test: str) -> str:
@@ -70,7 +70,6 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def is_slow(item: pytest.Item) -> bool:
-    """Return whether a test needs a Ray or a container, or is one of a module whose tests take seconds."""
-    callspec = getattr(item, "callspec", None)  # only a parametrized test has one
-    in_container = callspec is not None and str(callspec.params.get("broker_url")).endswith("container")
-    return RAY in getattr(item, "fixturenames", ()) or in_container or re.match(_SLOW, item.nodeid) is not None
+    """Return whether a test needs a broker, a Ray or a container, or is one of a module whose tests take seconds."""
+    needs = set(getattr(item, "fixturenames", ()))
+    return bool(needs & {RAY, BROKERS}) or re.match(_SLOW, item.nodeid) is not None
