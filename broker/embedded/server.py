@@ -257,7 +257,8 @@ class EmbeddedServer:
 
     def _wait_until_it_answers(self, timeout_s: float) -> None:
         ends_at = time.monotonic() + timeout_s
-        while not self._answers():
+        # It may answer before this process has read the watchdog's event with its process id.
+        while self._pid is None or not self._answers():
             if self._deaths:
                 raise EmbeddedServerError(f"the embedded server ended while it was starting{self._log_tail()}")
             if time.monotonic() > ends_at:
