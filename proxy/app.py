@@ -32,6 +32,7 @@ from .http1.buffers import Buffers, default_bytes
 from .http1.disconnects import ClientDisconnected, DisconnectWatcher
 from .options import DEFAULTS
 from .pages.metrics import Metrics
+from .pages.metrics_page import MetricsPage, ProxyIdentity
 from .pages.submitted import KeptCall, SubmittedRequests
 from .pages.system_pages import AWAITED, SystemPages
 from .preferences import may_be_kept
@@ -100,6 +101,9 @@ class App:
         debug: bool = False,
         unready_after_s: float = DEFAULTS.unready_after_s,
         access_log: bool = DEFAULTS.access_log,
+        identity: ProxyIdentity | None = None,
+        has_admin_port: bool = False,
+        ray_serve_metrics: bool = False,
     ) -> None:
         self._caller = caller
         self.max_body_bytes = max_body_bytes
@@ -118,7 +122,19 @@ class App:
             root_path=self._root_path,
             debug=debug,
         )
-        self._pages = SystemPages(caller, self._submitted, self.metrics, unready_after_s=unready_after_s)
+        self._pages = SystemPages(
+            caller,
+            self._submitted,
+            MetricsPage(
+                caller,
+                self.metrics,
+                lambda: self.buffers.requests_bytes + self.buffers.measure(),
+                identity or ProxyIdentity(),
+                with_ray_serve=ray_serve_metrics,
+            ),
+            has_admin_port=has_admin_port,
+            unready_after_s=unready_after_s,
+        )
         self.draining = False
         """While true, ``/-/readyz`` is 503 and every response closes its connection: clients move to other proxies."""
         self.apply(caller.snapshot)
@@ -447,6 +463,19 @@ class App:
             return responding.result()
         responding.cancel()
         raise ClientDisconnected
+
+    async def admin_page(self, scope: Scope) -> HTTPResponse:
+        """Return the response to a request to the admin port."""
+        method, path = scope["method"], scope["path"]
+        page = self._pages.page(method, path, self._routes, draining=self.draining, is_admin=True)
+        if page is AWAITED:
+            return await self._pages.awaited_page(method, path, scope["headers"])
+        return page
+
+    @property
+    def metrics_page(self) -> MetricsPage:
+        """The page of the metrics, which also reports them to other proxies."""
+        return self._pages.metrics_page
 
     async def _awaited_page(self, request: ProxiedRequest, receive: Receive) -> HTTPResponse:
         scope = request.scope

@@ -27,6 +27,9 @@ class ProxyOptions:
     drain_delay_s: float = 5.0
     unready_after_s: float = 10.0
     root_path: str = ""
+    admin_port: int | None = None
+    admin_host: str = "127.0.0.1"
+    ray_serve_metrics: bool = False
     debug: bool = False
     access_log: bool = False
 

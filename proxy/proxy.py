@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp
 
-from ..broker.errors import BrokerUnavailable, ConfigError
+from ..broker.errors import BrokerRefused, BrokerUnavailable, ConfigError
 from ..broker.queue.leases import Lease
 from ..broker.registry.records import Snapshot
 from ..broker.registry.reports import ProxyReport
@@ -31,6 +31,8 @@ from .app import App
 from .http1.connection_limit import allowed_connections
 from .middleware import wrap
 from .options import ProxyOptions
+from .pages.admin import AdminApp, AdminPort
+from .pages.metrics_page import ProxyIdentity
 from .server import PortInUse, Server, is_wildcard
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Proxy:
         """Ends the delay of a drain."""
 
     async def ready(self) -> dict[str, Any]:
-        """Start the proxy and return its ``url``, ``node`` and ``pid`` once it accepts requests.
+        """Start the proxy and return its ``url``, ``admin_url``, ``node`` and ``pid`` once it accepts requests.
 
         Further calls return the same.
 
@@ -87,7 +89,7 @@ class Proxy:
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
         report = (await asyncio.shield(self._starting)).reporter.report
-        return {"url": report.url, "node": report.node, "pid": report.pid}
+        return {"url": report.url, "admin_url": report.admin_url, "node": report.node, "pid": report.pid}
 
     async def check(self) -> None:
         """Check the health of the proxy, and while it is idle return unused memory to the operating system.
@@ -138,6 +140,9 @@ class Proxy:
             debug=options.debug,
             unready_after_s=options.unready_after_s,
             access_log=options.access_log,
+            identity=self._identity,
+            has_admin_port=options.admin_port is not None,
+            ray_serve_metrics=options.ray_serve_metrics,
         )
         self._cleanup.callback(app.close)
         server = await self._listen(wrap(app, options.middlewares), client.registry)
@@ -150,10 +155,36 @@ class Proxy:
             reporter.update(version=snapshot.version)
 
         client.watcher.add_listener(follow)
+        if self._identity.shares_port:
+            sharing = asyncio.get_running_loop().create_task(app.metrics_page.share_until_cancelled(), name="metrics")
+            self._cleanup.push_async_callback(self._end_sharing, sharing, app)
+        if options.admin_port is not None:
+            admin = AdminPort(
+                AdminApp(app.admin_page),
+                options.admin_host,
+                options.admin_port,
+                lambda url: reporter.update(admin_url=url),
+            )
+            self._cleanup.push_async_callback(admin.stop)
+            await admin.start()
         reporter.update(state="ready", url=url)
         follow(client.snapshot)
         log.info("proxy %s serves on %s", self._name, url)
         return _Running(app, server, reporter)
+
+    @property
+    def _identity(self) -> ProxyIdentity:
+        options = self._options
+        port = options.port if options.admin_port is None else options.admin_port
+        group = f"{self._report.node or self._report.address}:{port or self._name}"
+        return ProxyIdentity(name=self._name, group=group, shares_port=options.proxies_per_node > 1)
+
+    @staticmethod
+    async def _end_sharing(sharing: asyncio.Task[None], app: App) -> None:
+        sharing.cancel()
+        await asyncio.wait([sharing])
+        with suppress(BrokerUnavailable, BrokerRefused):
+            await app.metrics_page.forget()
 
     async def _connect(self) -> RequestClient:
         while True:

@@ -299,11 +299,30 @@ class HTTPOptions(_Config):
     root_path: Annotated[str, AfterValidator(_path_prefix)] = ""
     """The path prefix at which a gateway in front of the proxies mounts them (``root_path`` of ASGI)."""
 
+    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = PROXY_DEFAULTS.admin_port
+    """The port of metrics, routes and the dashboard, which are then not at ``port``; None for the same port.
+
+    Of several proxies of a node one has it, and answers for all of them. 0 picks a free one, which ``client.status()``
+    shows.
+    """
+
+    admin_host: Annotated[str, Field(min_length=1)] = PROXY_DEFAULTS.admin_host
+    """The address on which ``admin_port`` listens: by default this machine alone."""
+
+    ray_serve_metrics: bool = PROXY_DEFAULTS.ray_serve_metrics
+    """Whether ``/-/metrics`` also has metrics under the names of Ray Serve."""
+
     debug: bool = False
     """Whether HTTP responses to errors contain tracebacks."""
 
     access_log: bool = PROXY_DEFAULTS.access_log
     """Whether proxies log a line for each request: method, path, status, milliseconds, request id and backend."""
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> HTTPOptions:
+        if self.admin_port and self.admin_port == self.port:
+            raise ConfigError(f"HTTPOptions.admin_port must differ from port ({self.port}), or be None to share it")
+        return self
 
     @model_validator(mode="after")
     def _a_body_fits(self) -> HTTPOptions:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..broker.errors import ConfigError, PenstockError
-from ..broker.queue.queue_depth import read_depth
+from ..broker.queue.counts.queue_depth import read_depth
 from ..broker.registry.records import BackendRecord, Change, Snapshot
 from ..broker.registry.reports import BackendStatus, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry

@@ -89,6 +89,9 @@ class StartArguments:
         try:
             for sock in bind(self.http.host, self.http.port, shared=False):
                 sock.close()
+            if self.http.admin_port is not None:
+                for sock in bind(self.http.admin_host, self.http.admin_port, shared=False):
+                    sock.close()
         except PortInUse as e:
             raise ConfigError(str(e)) from None
 

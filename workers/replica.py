@@ -45,6 +45,7 @@ class Replica:
         self._strays = StrayClaims(consumer, group)
         self._redelivery = Redelivery(consumer, group, settlement, self._strays, backend, self._scan_soon)
         self._lease = Lease(url, keys.alive(backend, replica))
+        self._counted_losses = 0
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._scan: asyncio.Task[None] | None = None
         self._claim_watch = ClaimWatch()
@@ -67,7 +68,11 @@ class Replica:
 
     def take_run_stats(self) -> RunStats:
         """Return the counters, and start new ones."""
-        return self._consumer.take_run_stats()
+        run_stats = self._consumer.take_run_stats()
+        losses = self._lease.losses
+        run_stats.lease_losses += losses - self._counted_losses
+        self._counted_losses = losses
+        return run_stats
 
     async def start(self) -> None:
         """Connect, acquire the lease and start claiming.

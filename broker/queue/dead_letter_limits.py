@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..transport.commands import Script
 
 MAX_AGE_S = 14 * 24 * 3600
@@ -9,6 +11,12 @@ MAX_AGE_S = 14 * 24 * 3600
 
 DROPPED_FIELD = b"dead_dropped"
 """The field of the backend's sums that counts dropped dead letters; see ``broker/queue/stats.py``."""
+
+DEAD_FIELD = b"dead:"
+"""The beginning of the fields that count all dead letters by reason; a `DeadLetterReason` follows."""
+
+DeadLetterReason = Literal["poison", "unreadable"]
+"""The reason of a dead letter: every replica that ran it died, or it cannot be read."""
 
 # A Lua function that drops the oldest of ``letters`` until there are at most ``most`` and none exceeds the age limit.
 # Large bodies, whose keys begin with ``bodies``, are dropped with their letters. Returns how many were dropped.

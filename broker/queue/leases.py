@@ -42,14 +42,16 @@ assert 2 * _GAP_MS <= TTL_S * 1000, "no lease may expire without a death between
 DROPPED = "dropped"
 """The value of the lease of a replica that is known to be dead."""
 
-# Renews a lease. KEYS: the lease. ARGV: milliseconds until it expires. A script with the flag allow-oom, as a broker
-# that is out of memory refuses SET: a replica that serves must not count as dead for that.
+# Renews a lease. KEYS: the lease. ARGV: milliseconds until it expires. Returns 1 if there was none. A script with the
+# flag allow-oom, as a broker that is out of memory refuses SET: a replica that serves must not count as dead for that.
 _RENEW = f"""#!lua flags=allow-oom
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local since, last = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (%d+)$')
+local was_lost = not since
 if not since or now - last > {_GAP_MS} then since = now end
-return redis.call('SET', KEYS[1], string.format('%.0f %.0f', since, now), 'PX', ARGV[1])
+redis.call('SET', KEYS[1], string.format('%.0f %.0f', since, now), 'PX', ARGV[1])
+return was_lost and 1 or 0
 """
 
 IS_EXPIRED = f"""
@@ -93,6 +95,8 @@ class Lease:
         self._finder = BlockingPrimaryFinder(service, ttl_s / 4) if service is not None else None
         self._primary: tuple[str, int] | None = None
         """The server that ``_redis`` leads to, where a sentinel named it."""
+        self.losses = 0
+        """How often it had expired when it was renewed."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
@@ -133,7 +137,8 @@ class Lease:
     def _renew(self) -> None:
         try:
             self._follow_primary()
-            self._redis.eval(_RENEW, 1, self._key, self._ttl_ms)
+            if self._redis.eval(_RENEW, 1, self._key, self._ttl_ms) == 1 and self._thread.ident is not None:
+                self.losses += 1
         except redis.ResponseError as e:
             code = code_of(e)
             if code in NOT_PRIMARY:

@@ -18,6 +18,7 @@ from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, LARGE_FIELD, SI
 from ..wire.entry_ref import ref_of
 from ..wire.keys import Keys
 from ..wire.requests import RawEntry
+from .counts.caller_counts import CallerCounts
 from .queued_bytes import FORGET, NO_LIMIT, OLDEST, RECOUNT, RESERVE, SET_ASIDE, SMALL, WITHDRAW, reservation_of
 from .signals import signal
 
@@ -224,6 +225,8 @@ class Publisher:
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
+        self.counts = CallerCounts(connection, keys)
+        """The requests that ended without a reply."""
         self._tick: dict[tuple[str, int, int, bool], list[tuple[RawEntry, Callable[[Published], None]]]] = {}
 
     def publish(

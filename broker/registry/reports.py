@@ -57,6 +57,8 @@ class ProxyReport:
     """The niceness of its process."""
     url: str | None = None
     """Where it accepts requests; None while it does not."""
+    admin_url: str | None = None
+    """Where it serves the pages of ``admin_port``; None while it does not."""
     version: int = 0
     """The version of the registry that it routes by."""
 
@@ -90,6 +92,8 @@ class BackendStatus:
     """The error of the last replica that could not start, as ``to_wire`` writes it."""
     lacking: str | None = None
     """The resources that are missing in the cluster."""
+    restarts: int = 0
+    """How many replicas have failed after they were ready, and were replaced."""
     refused: RefusedChange | None = None
     """The last change that was undone because it could not be rolled out; None once a later one is rolled out."""
 

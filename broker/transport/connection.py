@@ -89,6 +89,8 @@ class RedisConnection:
         self._string_limit = StringLimit()
         self._session: Session | None = None
         """The current socket; None while there is no connection."""
+        self.reconnects = 0
+        """How often it has connected again."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._reason = "it does not answer"
@@ -369,6 +371,7 @@ class RedisConnection:
                 session = await self._connect()
                 backoff_s = _BACKOFF_S[0]
                 if opened.done():
+                    self.reconnects += 1
                     self._hooks.run()
                 else:
                     opened.set_result(None)

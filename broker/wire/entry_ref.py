@@ -27,6 +27,11 @@ def id_of(ref: bytes) -> bytes:
     return ref[1:] if ref.startswith(_BATCH) else ref
 
 
+def published_ms(ref: bytes) -> int:
+    """Return when the entry was published: Unix time in milliseconds by the broker's clock."""
+    return int(ref.partition(b"-")[0].removeprefix(_BATCH))
+
+
 def order_of(entry: bytes) -> tuple[int, int]:
     """Return the sort key of an entry's id within its stream: its time in milliseconds, and its number at that time."""
     time_ms, _, sequence = entry.partition(b"-")

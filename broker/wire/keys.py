@@ -64,6 +64,8 @@ class Keys:
         self.feed = registry + "feed"
         self.owner = registry + "owner"
         self.settings = registry + "settings"
+        self.metrics_owner = registry + "metrics-owner"
+        self.proxy_metrics = registry + "proxy-metrics"
         self.pattern = self._root + "*"
         """A pattern for ``SCAN MATCH`` with all keys of this instance, and of no other."""
 
@@ -98,6 +100,10 @@ class Keys:
     def done(self, backend: str) -> str:
         """A hash: how many requests a backend's replicas answered, and their times (``broker/queue/stats.py``)."""
         return f"{self._root}{{{backend}}}:done"
+
+    def calls(self, backend: str) -> str:
+        """A hash: how many requests had no reply, as callers saw it (``broker/queue/counts/caller_counts.py``)."""
+        return f"{self._root}{{{backend}}}:calls"
 
     def alive(self, backend: str, replica: str) -> str:
         """The lease of a replica; ``alive(backend, "")`` is the common prefix of a backend's."""

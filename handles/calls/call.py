@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import NamedTuple, Union
 
+from ...broker.queue.caller_counts import CallerCount
 from ...broker.queue.publisher import Publisher
 from ...broker.registry.records import BackendRecord
 from ...broker.wire.call_ids import shown_id
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header, RawEntry
-from ..errors import PenstockError
+from ..errors import PenstockError, RequestTimeout
 from .incoming_stream import IncomingStream
 from .large_bodies import LargeBodies
 
@@ -148,8 +149,10 @@ class Call:
         Returns whether the call was in flight. If it was, ``on_outcome`` is never called; otherwise it has been called.
         """
         was_in_flight = self._in_flight.withdraw(self)
-        if was_in_flight and self.acceptance is not None:
-            self.acceptance.cancel()
+        if was_in_flight:
+            self._in_flight.count(self, "cancelled")
+            if self.acceptance is not None:
+                self.acceptance.cancel()
         return was_in_flight
 
     def accept(self, entry: bytes) -> None:
@@ -219,6 +222,15 @@ class CallsInFlight:
         else:
             self._delete_request(call, call.entry)
         return True
+
+    def count(self, call: Call, as_: CallerCount) -> None:
+        """Count a call among those of its backend that end without a reply."""
+        self._publisher.counts.add(call.backend, as_)
+
+    def expire(self, call: Call) -> None:
+        """Withdraw a call whose deadline has passed, and end it with `RequestTimeout`."""
+        self.count(call, "expired")
+        self.abort(call, RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
 
     def abort(self, call: Call, error: PenstockError) -> None:
         """Withdraw a call, and end it with ``error``."""

@@ -103,6 +103,8 @@ class CallPublisher:
 
     def _refusal(self, call: Call, result: object) -> PenstockError:
         """Return the caller's error for a request that was not published."""
+        if isinstance(result, QueueFull | BrokerFull) and not call.batch:  # batch producers wait for room
+            self._in_flight.count(call, "refused")
         if isinstance(result, QueueFull):
             if result.in_bytes:
                 size = call.raw.size_bytes

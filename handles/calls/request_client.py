@@ -157,6 +157,11 @@ class RequestClient:
         return self.watcher.snapshot
 
     @property
+    def connection(self) -> RedisConnection:
+        """The connection for commands, for what is no call."""
+        return self._connection
+
+    @property
     def connected(self) -> bool:
         return self._connection.connected
 
@@ -237,6 +242,7 @@ class RequestClient:
 
     async def _disconnect(self) -> None:
         self._mark_closed()
+        self._publisher.counts.send()
         if self._life is not None:
             self._life.cancel()
         await self.watcher.close()
@@ -247,6 +253,7 @@ class RequestClient:
         """Stop everything that can be stopped without waiting."""
         self.in_flight.is_closed = True
         self._sweep.stop()
+        self._publisher.counts.close()
         self._receiver.close()
         self.kept.close()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ...broker.queue.flow_control import REPEAT_S
 from ...broker.transport.connection import RedisConnection
 from ...broker.transport.url import shown_url
-from ..errors import BrokerUnavailable, RequestTimeout
+from ..errors import BrokerUnavailable
 from .call import CallsInFlight
 
 _PERIOD_S = 0.05
@@ -44,7 +44,7 @@ class Sweep:
         self._timer = None
         now_s = self._in_flight.loop.time()
         for call in [call for call in self._in_flight.timed.values() if call.deadline_s <= now_s]:
-            self._in_flight.abort(call, RequestTimeout(f"backend {call.backend!r}", call.timeout_s))
+            self._in_flight.expire(call)
         for incoming in self._in_flight.streaming.values():
             if now_s - incoming.granted_at_s > REPEAT_S:
                 incoming.grant()

@@ -1,18 +1,14 @@
-"""Metrics of a proxy, in the text format of Prometheus.
-
-https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
-"""
+"""Metrics of HTTP: what one proxy counts, and what the proxies that share its port count together."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate, chain
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ...broker.queue.stats import BackendStats
 from ...handles.calls.shadowing import ShadowStats
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+from .exposition import Buckets, Exposition, Labels
 
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the latency histogram's buckets."""
@@ -48,105 +44,93 @@ class Metrics:
             series = self._series[endpoint] = Series()
         return series
 
-    def render(
-        self, copies: Mapping[str, ShadowStats] | None = None, backend_stats: Mapping[str, BackendStats] | None = None
-    ) -> str:
-        """Return all metrics as text, with the shadow ``copies`` of each backend and its ``backend_stats``."""
-        lines = chain(self._lines(), _lines_of_copies(copies or {}), _lines_of_backends(backend_stats or {}))
-        return "".join(f"{line}\n" for line in lines)
+    def render(self) -> str:
+        """Return them as text, without those that other objects keep."""
+        page = Exposition()
+        add_http(page, {"": self.snapshot({}, {})})
+        return page.text()
 
-    def _lines(self) -> Iterator[str]:
-        series = [(f'endpoint="{escape(name)}"', one) for name, one in sorted(self._series.items())]
-
-        yield "# HELP penstock_http_requests_total HTTP requests that ended; 499: the client disconnected first."
-        yield "# TYPE penstock_http_requests_total counter"
-        for label, one in series:
-            for status, count in sorted(one.by_status.items()):
-                yield f'penstock_http_requests_total{{{label},status="{status}"}} {count}'
-
-        yield "# HELP penstock_http_request_duration_seconds From the request's head to the end of the response."
-        yield "# TYPE penstock_http_request_duration_seconds histogram"
-        for label, one in series:
-            counts = list(accumulate(one.in_buckets))
-            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts, strict=True):
-                yield f'penstock_http_request_duration_seconds_bucket{{{label},le="{bound}"}} {count}'
-            yield f"penstock_http_request_duration_seconds_sum{{{label}}} {one.sum_s:.6f}"
-            yield f"penstock_http_request_duration_seconds_count{{{label}}} {counts[-1]}"
-
-        yield "# HELP penstock_http_requests_in_flight HTTP requests in progress."
-        yield "# TYPE penstock_http_requests_in_flight gauge"
-        yield f"penstock_http_requests_in_flight {self.in_flight}"
+    def snapshot(self, copies: Mapping[str, ShadowStats], gauges: dict[str, float]) -> HttpSnapshot:
+        """Return the present values, with the shadow ``copies`` of each backend and other ``gauges`` of the process."""
+        return HttpSnapshot(
+            in_flight=self.in_flight,
+            endpoints={
+                name: [{str(status): count for status, count in one.by_status.items()}, list(one.in_buckets), one.sum_s]
+                for name, one in sorted(self._series.items())
+            },
+            copies={tag: [counted.queued, counted.refused] for tag, counted in sorted(copies.items())},
+            gauges=gauges,
+        )
 
 
-def _lines_of_copies(copies: Mapping[str, ShadowStats]) -> Iterator[str]:
-    yield "# HELP penstock_shadow_copies_total Copies of requests for shadow backends; refused: their queue was full."
-    yield "# TYPE penstock_shadow_copies_total counter"
-    for backend, counted in sorted(copies.items()):
-        label = f'backend="{escape(backend)}"'
-        yield f'penstock_shadow_copies_total{{{label},outcome="queued"}} {counted.queued}'
-        yield f'penstock_shadow_copies_total{{{label},outcome="refused"}} {counted.refused}'
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSnapshot:
+    """The metrics of one proxy at one moment, in JSON's types."""
+
+    in_flight: int = 0
+    endpoints: dict[str, list[Any]] = field(default_factory=dict[str, "list[Any]"])
+    """Endpoint → requests by status, numbers of requests by bucket, seconds in all."""
+    copies: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
+    """Backend → shadow copies that were queued, and that were refused."""
+    gauges: dict[str, float] = field(default_factory=dict[str, float])
+    """Other values of the process, by the name of their metric."""
 
 
-_BACKEND_METRICS: tuple[tuple[str, str, str, Callable[[BackendStats], float]], ...] = (
-    ("requests_queued", "gauge", "Requests that no replica has claimed.", lambda stats: stats.queued),
-    (
-        "requests_in_progress",
+_PROCESS = {
+    "penstock_proxy_buffered_bytes": ("gauge", "Bytes of request and response bodies that the proxy holds."),
+    "penstock_broker_connected": ("gauge", "Whether the proxy is connected to the broker."),
+    "penstock_broker_takes_writes": ("gauge", "Whether the broker accepts writes of the proxy."),
+    "penstock_broker_reconnects_total": ("counter", "How often the proxy has connected to the broker again."),
+}
+
+
+def add_http(page: Exposition, snapshots: Mapping[str, HttpSnapshot]) -> None:
+    """Add the metrics of proxies by their names, or of one proxy under the empty name: then there is no such label."""
+    rows: list[tuple[Labels, HttpSnapshot]] = [
+        ({"proxy": name} if name else {}, snapshot) for name, snapshot in sorted(snapshots.items())
+    ]
+    series = [
+        ({"endpoint": endpoint, **labels}, values)
+        for labels, snapshot in rows
+        for endpoint, values in snapshot.endpoints.items()
+    ]
+    page.add(
+        "counter",
+        "penstock_http_requests_total",
+        "HTTP requests that ended; 499: the client disconnected first.",
+        (
+            ({**labels, "status": status}, count)
+            for labels, (by_status, *_) in series
+            for status, count in sorted(by_status.items())
+        ),
+    )
+    page.add_histogram(
+        "penstock_http_request_duration_seconds",
+        "From the request's head to the end of the response.",
+        BOUNDS_S,
+        ((labels, Buckets(counts, total)) for labels, (_, counts, total) in series),
+    )
+    page.add(
         "gauge",
-        "Requests that replicas have claimed and not settled.",
-        lambda stats: stats.in_progress,
-    ),
-    ("queued_bytes", "gauge", "Bytes of both, as max_queued_bytes counts them.", lambda stats: stats.queued_bytes),
-    ("dead_letters", "gauge", "Dead letters.", lambda stats: stats.dead_letters),
-    (
-        "dead_letters_dropped_total",
+        "penstock_http_requests_in_flight",
+        "HTTP requests in progress.",
+        ((labels, snapshot.in_flight) for labels, snapshot in rows),
+    )
+    page.add(
         "counter",
-        "Dead letters dropped: too many or too old.",
-        lambda stats: stats.dead_letters_dropped,
-    ),
-    (
-        "served_total",
-        "counter",
-        "Requests that ended without an error, shadow copies included.",
-        lambda stats: stats.served,
-    ),
-    ("failed_total", "counter", "Requests that ended with an error.", lambda stats: stats.failed),
-    (
-        "retried_total",
-        "counter",
-        "Attempts that failed and were followed by another one.",
-        lambda stats: stats.retried,
-    ),
-    (
-        "run_seconds_total",
-        "counter",
-        "Total run time of requests; each request of a batch counts the whole run.",
-        lambda stats: stats.run_s,
-    ),
-)
-
-
-def _lines_of_backends(backend_stats: Mapping[str, BackendStats]) -> Iterator[str]:
-    """Yield the metrics of backends. The broker keeps them, so every proxy reports the same values."""
-    if not backend_stats:
-        return
-    labelled = [(f'backend="{escape(name)}"', stats) for name, stats in sorted(backend_stats.items())]
-    for name, kind, help_text, value in _BACKEND_METRICS:
-        yield f"# HELP penstock_backend_{name} {help_text} The same at every proxy."
-        yield f"# TYPE penstock_backend_{name} {kind}"
-        for label, stats in labelled:
-            yield f"penstock_backend_{name}{{{label}}} {value(stats):.16g}"
-    yield "# HELP penstock_backend_batch_size Requests in a batch. The same at every proxy."
-    yield "# TYPE penstock_backend_batch_size histogram"
-    for label, stats in labelled:
-        if stats.batches:
-            bounds = sorted(stats.batches)
-            counts = list(accumulate(stats.batches[bound] for bound in bounds))
-            for bound, count in zip((*bounds, "+Inf"), (*counts, counts[-1]), strict=True):
-                yield f'penstock_backend_batch_size_bucket{{{label},le="{bound}"}} {count}'
-            yield f"penstock_backend_batch_size_sum{{{label}}} {stats.batched}"
-            yield f"penstock_backend_batch_size_count{{{label}}} {counts[-1]}"
-
-
-def escape(value: str) -> str:
-    """Return ``value`` escaped for the quotes of a label."""
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        "penstock_shadow_copies_total",
+        "Copies of requests for shadow backends; refused: their queue was full.",
+        (
+            ({"backend": tag, "outcome": outcome, **labels}, count)
+            for labels, snapshot in rows
+            for tag, counts in snapshot.copies.items()
+            for outcome, count in zip(("queued", "refused"), counts, strict=True)
+        ),
+    )
+    for name, (kind, help_text) in _PROCESS.items():
+        page.add(
+            "counter" if kind == "counter" else "gauge",
+            name,
+            help_text,
+            ((labels, snapshot.gauges[name]) for labels, snapshot in rows if name in snapshot.gauges),
+        )

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Mapping
-
-from ...broker.errors import BrokerRefused, BrokerUnavailable
-from ...broker.queue.stats import BackendStats
 from ...handles.calls.request_client import RequestClient
 from .. import responses
 from ..responses import HTTPResponse, RawHeaders
 from ..routing import RESERVED, Routes
-from . import metrics
+from .exposition import CONTENT_TYPE
+from .metrics_page import MetricsPage
 from .submitted import PAGES, SubmittedRequests
-
-logger = logging.getLogger("penstock.proxy")
 
 AWAITED = HTTPResponse(200, [])
 """Stands for the response of a page that needs the broker: ``/-/metrics``, and those of submitted requests."""
 
-_SCRAPE_TIMEOUT_S = 2.0
-"""How long ``/-/metrics`` waits for the backends' stats from the broker. Without them it shows this proxy's alone."""
+_PAGES = frozenset({"routes", "healthz", "livez", "readyz", "metrics"})
+_ADMIN = frozenset({"routes", "metrics"})
+"""The pages that ``admin_port`` moves to a port of their own. Probes need the others at the port of requests."""
 
 
 class SystemPages:
@@ -30,7 +24,8 @@ class SystemPages:
     Args:
         caller: the client by which the proxy publishes.
         submitted: the pages of submitted requests.
-        its_metrics: the metrics of the proxy.
+        metrics_page: gathers the metrics.
+        has_admin_port: whether some pages are served on another port alone.
         unready_after_s: the length of an outage of the broker from which on the proxy is not ready.
     """
 
@@ -38,19 +33,24 @@ class SystemPages:
         self,
         caller: RequestClient,
         submitted: SubmittedRequests,
-        its_metrics: metrics.Metrics,
+        metrics_page: MetricsPage,
         *,
+        has_admin_port: bool,
         unready_after_s: float,
     ) -> None:
-        self._caller, self._submitted, self._metrics = caller, submitted, its_metrics
+        self._caller, self._submitted, self.metrics_page = caller, submitted, metrics_page
+        self._public = _PAGES - _ADMIN if has_admin_port else _PAGES
         self._unready_after_s = unready_after_s
 
-    def page(self, method: str, path: str, routes: Routes, *, draining: bool) -> HTTPResponse:
-        """Return the response to a request below ``/-/``; `AWAITED` if it is that of `awaited_page`."""
-        name = path[len(RESERVED) :]
-        if name.startswith(PAGES):
+    def page(self, method: str, path: str, routes: Routes, *, draining: bool, is_admin: bool = False) -> HTTPResponse:
+        """Return the response to a request below ``/-/``; `AWAITED` if it is that of `awaited_page`.
+
+        ``is_admin`` is true for a request to the admin port.
+        """
+        name = path.removeprefix(RESERVED)
+        if name.startswith(PAGES) and not is_admin:
             return AWAITED
-        if name not in ("routes", "healthz", "livez", "readyz", "metrics"):
+        if name not in (_PAGES if is_admin else self._public):
             return responses.of_status(404, f"no system page {path!r}")
         if method not in ("GET", "HEAD"):
             return responses.not_allowed(method, path, ("GET", "HEAD"))
@@ -76,15 +76,4 @@ class SystemPages:
         name = path[len(RESERVED) :]
         if name.startswith(PAGES):
             return await self._submitted.page(method, name[len(PAGES) :], headers)
-        return await self._metrics_page()
-
-    async def _metrics_page(self) -> HTTPResponse:
-        backend_stats: Mapping[str, BackendStats] | None = None
-        try:
-            backend_stats = await asyncio.wait_for(self._caller.backend_stats(), _SCRAPE_TIMEOUT_S)
-        except (BrokerUnavailable, BrokerRefused, asyncio.TimeoutError) as e:
-            # The metrics of this proxy are most useful when the broker is in trouble.
-            reason = str(e) or f"no response from the broker within {_SCRAPE_TIMEOUT_S:g} s"
-            logger.warning("/-/metrics lacks the stats of backends: %s", reason)
-        page = self._metrics.render(self._caller.shadows.stats, backend_stats)
-        return responses.of_text(page, content_type=metrics.CONTENT_TYPE)
+        return responses.of_text(await self.metrics_page.text(), content_type=CONTENT_TYPE)

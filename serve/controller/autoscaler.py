@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ...broker.queue.queue_depth import QueueDepth
+from ...broker.queue.counts.queue_depth import QueueDepth
 from ...broker.registry.records import AutoscalingSpec
 
 _MAX_UTILISATION = 0.8

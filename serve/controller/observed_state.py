@@ -81,6 +81,8 @@ class StateObserver:
         self._start_errors: dict[Version, tuple[int, dict[str, Any]]] = {}
         """The last error of a start, with the version of the configuration that the replica started with."""
         self._failures: dict[Version, Failures] = {}
+        self._restarts: dict[str, int] = {}
+        """Backend → how many replicas have failed after they were ready."""
         self._proxy_failures: dict[str, Failures] = {}
         self._ready_since_s: dict[ManagedActor, float] = {}
         self._counted: set[ManagedActor] = set()
@@ -89,6 +91,7 @@ class StateObserver:
         """Read the statuses that an earlier controller reported. Raises `BrokerUnavailable`."""
         self.statuses = await self._registry.get_reports(BackendStatus)
         for tag, status in self.statuses.items():
+            self._restarts[tag] = status.restarts
             if status.failing:
                 self._start_errors[tag, status.version] = status.config_version, status.failing
             if status.rolled_out:
@@ -221,7 +224,8 @@ class StateObserver:
             status = describe(backend, observed, self._start_error(backend) or self._reconfigure_error(backend))
             if status.rolled_out:
                 self._rolled_out[tag] = backend.rollout
-            status = replace(status, refused=refused_change(self.statuses.get(tag), status))
+            refused = refused_change(self.statuses.get(tag), status)
+            status = replace(status, refused=refused, restarts=self._restarts.get(tag, 0))
             if status != self.statuses.get(tag):
                 await self._registry.put_report(tag, status)
                 self.statuses[tag] = status
@@ -230,6 +234,7 @@ class StateObserver:
         """Delete the status of a backend that was deleted. Raises `BrokerUnavailable`."""
         await self._registry.delete_report(BackendStatus, tag)
         self.statuses.pop(tag, None)
+        self._restarts.pop(tag, None)
 
     def backend_of(self, replica: str) -> str:
         return self._report_of(replica).backend
@@ -309,7 +314,9 @@ class StateObserver:
                 failures = self._failures.get(version, NO_FAILURES)
                 self._failures[version] = failures.plus_one(now_s, ready_s=ready_s)
                 log.error("replica %s failed: %s", name, _first_line(error))
-                if not member.was_ready:
+                if member.was_ready:
+                    self._restarts[version[0]] = self._restarts.get(version[0], 0) + 1
+                else:
                     # The initial version that is known here may be older than the one that the replica read, never
                     # newer, so the error is not charged to a configuration that no replica has tried.
                     self._start_errors[version] = self._report_of(name).initial_config_version, to_wire(error)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
-from ...broker.queue.queue_depth import read_depth
+from ...broker.queue.counts.queue_depth import read_depth
 from ...broker.registry.records import Snapshot
 from ...broker.registry.reports import BackendStatus, ReplicaReport
 from ...broker.transport.connection import RedisConnection

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from penstock import serve
-from penstock.broker.queue.queue_depth import read_depth
+from penstock.broker.queue.counts.queue_depth import read_depth
 from penstock.broker.registry.reports import BackendStatus
 from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection

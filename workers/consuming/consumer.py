@@ -20,6 +20,7 @@ from functools import partial
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.stats import RunStats
 from ...broker.transport.connection import RedisConnection
+from ...broker.wire.entry_ref import published_ms
 from ...broker.wire.keys import Keys
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
@@ -280,7 +281,8 @@ class Consumer:
     def _record_run(self, claim: Claim, reply: Reply, now_s: float, *, is_retried: bool = False) -> None:
         run_ms, deadline_ms = reply.run_ms, claim.entry.header.deadline_ms
         self._scheduler.record_run(claim, run_ms)
-        left_ms = deadline_ms - self._commands.now_ms() if deadline_ms else math.inf
+        now_ms = self._commands.now_ms()
+        left_ms = deadline_ms - now_ms if deadline_ms else math.inf
         self._load_shedding.record_finish(run_ms, left_ms, now_s)
         run_stats = self._scheduler.run_stats
         if is_retried:
@@ -289,7 +291,7 @@ class Consumer:
             run_stats.served += 1
         else:
             run_stats.failed += 1
-        run_stats.run_ms += run_ms
+        run_stats.count_times(now_ms - run_ms - published_ms(claim.ref), run_ms)
 
     # -- withdrawing and giving back
 

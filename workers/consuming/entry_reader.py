@@ -122,6 +122,7 @@ class EntryReader:
 
     def _drop(self, claim: Claim) -> None:
         """Settle a claim that does not start. No reply: a caller with a deadline has a timer of its own."""
+        self._scheduler.run_stats.skipped += 1
         if claim.entry.keep_bytes is None:
             self._settlement.settle(claim)
         else:

@@ -159,6 +159,7 @@ class Redelivery:
 
     async def _run(self, redelivered: Sequence[RedeliveredEntry]) -> None:
         """Run the entries concurrently, and return when all are settled."""
+        self._consumer.run_stats.redelivered += len(redelivered)
         read = [(claimed.ref, await self._read(claimed)) for claimed in redelivered]
         await self._consumer.run_redelivered([(ref, entry) for ref, entry in read if entry is not None])
         for claimed in redelivered:
@@ -184,6 +185,8 @@ class Redelivery:
         log.error("%s", error)
         refuser = self._settlement if entry.keep_bytes is None else self._consumer.kept
         refuse = partial(refuser.refuse, Claim(redelivered.ref, entry), error)
-        await self._group.dead_letters.add(redelivered, str(error), refuse, max_dead_letters=settings.max_dead_letters)
+        await self._group.dead_letters.add(
+            redelivered, str(error), refuse, reason="poison", max_dead_letters=settings.max_dead_letters
+        )
         if entry.attempts:
             self._group.attempts.forget(redelivered.ref)

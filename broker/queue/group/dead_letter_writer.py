@@ -9,7 +9,7 @@ import orjson
 
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import id_of, is_batch
-from ..dead_letter_limits import DROP, DROP_OLDEST
+from ..dead_letter_limits import DEAD_FIELD, DROP, DROP_OLDEST, DeadLetterReason
 from ..queued_bytes import RELEASE
 from .member import GROUP, Member
 from .pending_entries import RedeliveredEntry
@@ -24,14 +24,15 @@ _MOST_BYTES = 1024 * 1024
 
 # Settles an entry and appends it to the dead letters. KEYS: the stream, the dead letters, the entry's history, the
 # records of sizes, the backend's sums. ARGV: group, the entry's id, its ref, the most dead letters to keep, the
-# beginning of the keys of bodies, the name of the field for the history, then the history and the fields. Does nothing
-# if the entry is settled already.
+# beginning of the keys of bodies, the name of the field for the history, the name of the sum to count it in, then the
+# history and the fields. Does nothing if the entry is settled already.
 _ADD = Script(f"""#!lua flags=allow-oom
 {RELEASE}
 {DROP_OLDEST}
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[2], '*', ARGV[6], ARGV[7], unpack(ARGV, 8))
+redis.call('XADD', KEYS[2], '*', ARGV[6], unpack(ARGV, 8))
+redis.call('HINCRBY', KEYS[5], ARGV[7], 1)
 drop_oldest(KEYS[2], KEYS[5], tonumber(ARGV[4]), ARGV[5])
 redis.call('DEL', KEYS[3])
 release(KEYS[4], {{ARGV[3]}})
@@ -54,6 +55,7 @@ class DeadLetterWriter:
         error: str,
         refuse: Callable[[], None] | None = None,
         *,
+        reason: DeadLetterReason = "unreadable",
         max_dead_letters: int,
     ) -> None:
         """Move an entry to the dead letters, with the history of its deliveries.
@@ -63,6 +65,7 @@ class DeadLetterWriter:
             error: why the entry was given up.
             refuse: posts the reply to the caller. It is called so that both are in one write, the reply first: a caller
                 that has the reply finds the dead letter.
+            reason: the kind of that, for the stats of the backend.
             max_dead_letters: of more than these the oldest are dropped, and counted.
         """
         commands, ref = self._member.commands, entry.ref
@@ -78,7 +81,10 @@ class DeadLetterWriter:
         await commands.run_script(
             _ADD,
             [self._member.streams[is_batch(ref)], self._dead, history_key, self._sizes, self._sums],
-            [GROUP, id_of(ref), ref, max_dead_letters, self._body_prefix, HISTORY, history, *_cut(entry.fields)],
+            [
+                *(GROUP, id_of(ref), ref, max_dead_letters, self._body_prefix),
+                *(HISTORY, DEAD_FIELD + reason.encode(), history, *_cut(entry.fields)),
+            ],
             repeat=True,
             patient=True,
         )

@@ -148,6 +148,7 @@ class Submission:
             self._bodies.drop_request_body(backend.tag, raw.id.decode())
             self._publisher.forget_reservation(backend.tag, raw)
         if isinstance(accepted, QueueFull):
+            self._publisher.counts.add(backend.tag, "refused")
             raise _overloaded(backend.tag, accepted, limit, limit_bytes, raw.size_bytes)
         if isinstance(accepted, SpaceFull):
             raise ResultsFull(backend.tag, accepted.used_bytes, limit_space)
@@ -170,6 +171,7 @@ class Submission:
         self._publisher.reserve(backend.tag, raw, limit, partial(_resolve, reserved), limit_bytes=limit_bytes)
         refused = await reserved
         if isinstance(refused, QueueFull):
+            self._publisher.counts.add(backend.tag, "refused")
             raise _overloaded(backend.tag, refused, limit, limit_bytes, raw.size_bytes)
         if isinstance(refused, BrokerFull):
             raise Overloaded(backend.tag, 0, limit)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from penstock.broker.queue.consumer_group import ConsumerGroup
+from penstock.broker.queue.counts.queue_depth import read_depth
 from penstock.broker.queue.dead_letters import DeadLetterStream
 from penstock.broker.queue.group.pending_entries import RedeliveredEntry
 from penstock.broker.queue.publisher import Published, Publisher, QueueFull
 from penstock.broker.queue.purge import purge_backend
-from penstock.broker.queue.queue_depth import read_depth
 from penstock.broker.queue.queued_bytes import SET_ASIDE, SMALL, reservation_of
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire._fields import LARGE

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from penstock.broker.queue.queue_depth import QueueDepth
+from penstock.broker.queue.counts.queue_depth import QueueDepth
 from penstock.broker.registry.records import AutoscalingSpec
 from penstock.serve.controller.autoscaler import ScalingState, decide
 from tests.serve.record_load import BURST, SCALING, SERVICE_S
