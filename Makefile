@@ -98,7 +98,7 @@ bench: $(STAMP) ## Measure, side by side with others (needs wrk)
 constraints: $(STAMP) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet uv
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 \
-		--no-header --no-annotate --extra serve --extra files --extra dev --extra docs pyproject.toml; } > constraints.new
+		--no-header --no-annotate --extra serve --extra files --extra traces --extra dev --extra docs pyproject.toml; } > constraints.new
 	@mv constraints.new constraints.txt
 
 .PHONY: clean

@@ -12,6 +12,7 @@ from ..broker.wire import exact_json
 from ..broker.wire.kept import MAX_STREAM_BYTES
 from ..broker.wire.keys import check_name
 from ..broker.wire.requests import Header
+from .calls import tracing
 from .calls.call import Call, CallOutcome
 from .calls.kept.submission import IdempotencyKey, Ticket
 from .calls.request_client import RequestClient
@@ -131,7 +132,7 @@ class BaseHandle:
             kept = self._new_header(codec, keywords)
             kept.window = WINDOW  # what the code yields is kept whole
             return kept
-        if keywords or self._options.timeout_s is not None:
+        if keywords or self._options.timeout_s is not None or tracing.current_traceparent() is not None:
             return self._new_header(codec, keywords)
         header = self._headers.get(codec)
         if header is None:
@@ -150,6 +151,8 @@ class BaseHandle:
         if options.model_id is not None:
             headers = [header for header in headers if header[0] != MODEL_ID_HEADER]
             headers.append((MODEL_ID_HEADER, options.model_id))
+        if (traceparent := tracing.current_traceparent()) is not None and tracing.traceparent_of(headers) is None:
+            headers.append((tracing.TRACEPARENT, traceparent))
         return Header(
             endpoint=self._endpoint,
             method=options.http_method.upper(),

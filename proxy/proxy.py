@@ -25,6 +25,7 @@ from ..broker.registry.store import Registry
 from ..broker.transport import outages
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
+from ..handles.calls import tracing
 from ..handles.calls.request_client import RequestClient
 from ..runtime.memory import Memory
 from .app import App
@@ -67,6 +68,7 @@ class Proxy:
         node: str = "",
         address: str = "127.0.0.1",
     ) -> None:
+        tracing.configure("penstock-proxy")
         self._url, self._instance, self._name = redis_url, instance, name
         self._options = ProxyOptions.from_fields(options)
         self._report = ProxyReport(node=node, address=address, pid=os.getpid(), niceness=os.nice(0))

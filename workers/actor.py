@@ -27,6 +27,7 @@ from ..broker.transport import outages
 from ..broker.transport.connection import FateUnknown, RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
+from ..handles.calls import tracing
 from ..handles.errors import BackendNotFound, to_wire
 from ..handles.log_context import set_up_logs
 from ..runtime.memory import Memory
@@ -96,6 +97,7 @@ class Serving:
     """
 
     def __init__(self, redis_url: str, instance: str, backend: str, replica: str, node: str = "") -> None:
+        tracing.configure(f"penstock-{backend}")
         self._url, self._instance, self._backend, self._replica = redis_url, instance, backend, replica
         self._keys = Keys(instance)
         self._report = ReplicaReport(backend=backend, node=node, pid=os.getpid(), niceness=os.nice(0))

@@ -9,6 +9,7 @@ import asyncio
 from typing import Protocol
 
 from ..broker.wire.requests import Entry
+from ..handles.calls.tracing import RunSpans
 from .retry import RetryWish
 
 
@@ -43,6 +44,7 @@ class Claim:
         "ref",
         "retry",
         "running",
+        "spans",
         "was_started",
     )
 
@@ -57,6 +59,8 @@ class Claim:
         """Whether it is to be given back when its cancellation is confirmed, as it had not started."""
         self.is_streaming = False
         """Whether its reply has begun to stream."""
+        self.spans: RunSpans | None = None
+        """The spans of its run, if this process records spans."""
         self.quarantine_ended: asyncio.Event | None = None
         """Set when a redelivered entry is done; None for an entry that was claimed for the first time."""
         self.is_withdrawn = False

@@ -15,6 +15,7 @@ from ...broker.defaults import default_instance
 from ...broker.wire.keys import check_name
 from ..calls.request_client import RequestClient
 from ..calls.shared_client import SharedClient
+from ..calls.tracing import trace_headers
 from ..errors import ConfigError
 from ..files.rows import Rows
 from ..options import CallOptions
@@ -83,7 +84,9 @@ class BatchProducer:
         self._url = redis_url
         self._instance = check_name("an instance", default_instance() if instance is None else instance)
         self._endpoint = check_name("an endpoint", endpoint)
-        self._options = CallOptions(method_name=method_name, shard_key=shard_key, timeout_s=timeout_s)
+        self._options = CallOptions(
+            method_name=method_name, shard_key=shard_key, timeout_s=timeout_s, http_headers=trace_headers()
+        )
         self._window = None if window is None else _count("window", window)
         self._job = None if job is None else check_name("a job", job)
         if isinstance(job_ttl_s, bool) or not isinstance(job_ttl_s, int | float):

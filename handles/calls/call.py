@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, Union
 
-from ...broker.queue.caller_counts import CallerCount
+from ...broker.queue.counts.caller_counts import CallerCount
 from ...broker.queue.publisher import Publisher
 from ...broker.registry.records import BackendRecord
 from ...broker.wire.call_ids import shown_id
@@ -17,6 +17,7 @@ from ...broker.wire.requests import Header, RawEntry
 from ..errors import PenstockError, RequestTimeout
 from .incoming_stream import IncomingStream
 from .large_bodies import LargeBodies
+from .tracing import CallSpans
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Call:
         "outcome",
         "raw",
         "record",
+        "spans",
         "started_ms",
         "timeout_s",
     )
@@ -127,13 +129,15 @@ class Call:
         self.timeout_s = 0.0
         """Timeout in seconds; 0 for none."""
         self.acceptance: asyncio.Future[None] | None = None
+        self.spans: CallSpans | None = None
+        """The spans of the call, if this process records spans."""
 
     @property
     def shown_id(self) -> str:
         """Id for logs and error messages."""
         return shown_id(Header.load(self.raw.header).request_id, self.id)
 
-    def accepted(self) -> Awaitable[None]:
+    def accepted(self) -> asyncio.Future[None]:
         """Return a future that is done once the request is durably on its stream. It raises the error if it fails."""
         if self.acceptance is None:
             self.acceptance = self._in_flight.loop.create_future()
@@ -151,6 +155,8 @@ class Call:
         was_in_flight = self._in_flight.withdraw(self)
         if was_in_flight:
             self._in_flight.count(self, "cancelled")
+            if self.spans is not None:
+                self.spans.end(None)
             if self.acceptance is not None:
                 self.acceptance.cancel()
         return was_in_flight

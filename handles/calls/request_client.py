@@ -31,7 +31,7 @@ from ...broker.wire.keys import Keys
 from ...broker.wire.requests import Header, RawEntry
 from ..errors import BackendNotFound, PayloadTooLarge, RequestCancelled
 from ..options import check_call_method
-from . import traffic
+from . import tracing, traffic
 from .call import Call, CallOutcome, CallsInFlight, queue_limits
 from .call_publisher import CallPublisher
 from .kept.kept_requests import KeptRequests
@@ -290,7 +290,14 @@ class RequestClient:
         if endpoint.call_methods is not None:
             check_call_method(endpoint, header.call)
         backend = self.select_backend(endpoint, shard_key)
-        call = self.send(backend, header, body, on_outcome, timeout_s=timeout_s)
+        if tracing.spans is None:
+            call = self.send(backend, header, body, on_outcome, timeout_s=timeout_s)
+        else:
+            traced, spans = tracing.spans.begin_call(endpoint.name, backend.tag, header)
+            with spans.ended_by_error():
+                call = self.send(backend, traced, body, spans.then(on_outcome), timeout_s=timeout_s)
+            call.spans = spans
+            call.accepted().add_done_callback(spans.accepted)
         if endpoint.shadows:
             self.shadows.publish(endpoint, header, body)
         return call

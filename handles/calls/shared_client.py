@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 
 from .request_client import Links, RequestClient
+from .tracing import configure
 
 
 class SharedClient(RequestClient):
@@ -19,6 +20,7 @@ class SharedClient(RequestClient):
 
     def __init__(self, url: str, instance: str, links: Links | None = None) -> None:
         super().__init__(url, instance, links=links)
+        configure("penstock-caller")
         self._users = 0
         self._was_left = False
         self._closing: asyncio.Task[None] | None = None

@@ -342,7 +342,7 @@ def recipe(name: str) -> Any:
     page = (MONITORING.parent / "monitoring.md").read_text(encoding="utf-8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"class {name}" in block]
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code.partition("serve.start(")[0], names)
     return names[name]
 
 

@@ -219,6 +219,9 @@ class Consumer:
         """Reply, settle and release the claim. Never raises."""
         if claim.is_released:
             return
+        spans, claim.spans = claim.spans, None
+        if spans is not None:
+            spans.end_run(reply)
         try:
             self._conclude(claim, reply)
         except Exception as e:
@@ -233,6 +236,8 @@ class Consumer:
                 self._settlement.settle(claim)
             self.in_progress.release(claim)
         finally:
+            if spans is not None:
+                spans.end_reply()
             if claim.quarantine_ended is not None:
                 claim.quarantine_ended.set()
             if self._claim_loop.returned_wait:

@@ -11,7 +11,9 @@ from typing import Any, Union
 
 from starlette.responses import Response
 
+from ...broker.wire.entry_ref import published_ms
 from ...broker.wire.replies import Reply
+from ...handles.calls import tracing
 from ...handles.errors import PenstockError
 from ...handles.log_context import work_on
 from ..claim import Claim, RunningCall
@@ -66,6 +68,8 @@ class _Call:
         self._requests: Sequence[Request] = ()
         self._late: list[Claim] = []
         """Claims whose deadlines had passed when the call began. They are not part of it."""
+        self._span_token: object = None
+        """What leaves the span of the call again, if it is entered in the context of its code."""
         self._after: list[_After] = []
         """The parts that go on after the code has returned."""
 
@@ -106,8 +110,14 @@ class _Call:
             self._requests = (request,)
             current_requests.set(self._requests)
             work_on(((entry.header.request_id, entry.id),))
+            tracing.work_for(entry.header.headers)
+            if tracing.spans is not None:
+                self._begin_spans(tracing.spans)
             return request
         entries = [claim.entry for claim in self._claims]
+        tracing.work_for(None)  # the items of a batch belong to different traces
+        if tracing.spans is not None:
+            self._begin_spans(tracing.spans)
         work_on([(entry.header.request_id, entry.id) for entry in entries])
         self._requests = [
             Request(
@@ -119,6 +129,14 @@ class _Call:
         ]
         current_requests.set(self._requests)
         return self._requests if entries else None
+
+    def _begin_spans(self, spans: tracing.Spans) -> None:
+        now_ms = self._executor.now_ms()
+        for claim in self._claims:
+            queued_ms = now_ms - published_ms(claim.ref)
+            claim.spans = run = spans.begin_run(self._executor.backend, claim.entry.header, queued_ms)
+            if len(self._claims) == 1:
+                self._span_token = spans.enter(run)
 
     def _deliver(self, outcomes: Sequence[CallResult]) -> None:
         claims = self._claims
@@ -183,6 +201,8 @@ class ThreadCall(_Call, ThreadJob):
             if isinstance(values := self._outcomes[0], GeneratorType):
                 self._stream_here(values, began_at)
         work_on(())  # a health check may be next on this thread
+        if tracing.spans is not None and self._span_token is not None:
+            tracing.spans.leave(self._span_token)
         current_requests.set(())
 
     def _stream_here(self, values: Generator[Any, Any, Any], began_at: float) -> None:
