@@ -165,7 +165,8 @@ async def calling(url: str) -> AsyncGenerator[Client]:
             yield Client(caller, redis)
         finally:
             # The streams belong to a backend, and no backend is deleted here.
-            await redis.delete(caller.keys.requests(TAG), caller.keys.batch(TAG), caller.keys.dead(TAG))
+            keys = caller.keys
+            await redis.delete(keys.requests(TAG), keys.batch(TAG), keys.dead(TAG), keys.done(TAG))
             await caller.close()
 
 
