@@ -33,12 +33,15 @@ def local_links(url: str, keys: Keys, snapshot: Snapshot, queue: LocalQueue) -> 
     ) -> ReplyStream:
         return LocalReplyStream(queue, commands, keys, caller, on_reply, on_loss)
 
+    def send_credit(call: str, read_bytes: int) -> None:
+        queue.on_signal(b"%b%b %d" % (CREDIT, call.encode(), read_bytes))
+
     return Links(
         connection,
         LocalWatcher(url, Registry(connection, keys), keys, snapshot),
         LocalPublisher(connection, keys, queue),
         open_reply_stream,
-        lambda call, read_bytes: queue.on_signal(b"%b%b %d" % (CREDIT, call.encode(), read_bytes)),
+        send_credit,
     )
 
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -75,7 +75,7 @@ def cluster_node(directory: Path, *, has_slots: bool = True) -> Generator[RedisS
         if has_slots:
             with server.client() as redis:
                 redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-                wait_until(lambda: "cluster_state:ok" in str(redis.execute_command("CLUSTER", "INFO")))
+                wait_until(lambda: "cluster_state:ok" in str(_execute(redis, "CLUSTER", "INFO")))
         yield server
 
 
@@ -137,7 +137,7 @@ class Watched:
 
     def _knows_all(self, sentinel: RedisServer) -> bool:
         with sentinel.client() as redis:
-            flat: list[bytes] = redis.execute_command("SENTINEL", "MASTER", SERVICE)
+            flat: list[bytes] = _execute(redis, "SENTINEL", "MASTER", SERVICE)
         state = dict(zip(flat[::2], flat[1::2], strict=True))
         others, replicas = (int(state[name]) for name in (b"num-other-sentinels", b"num-slaves"))
         return others == len(self.sentinels) - 1 and replicas == len(self.servers) - 1
@@ -145,7 +145,7 @@ class Watched:
     @staticmethod
     def _primary_port(sentinel: RedisServer) -> int:
         with sentinel.client() as redis:
-            return int(redis.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1])
+            return int(_execute(redis, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1])
 
     @staticmethod
     def _replicas_of(primary: RedisServer) -> int:
@@ -153,8 +153,13 @@ class Watched:
             return sum(1 for _, value in redis.info("replication").items() if _is_online(value))
 
 
-def _is_online(value: object) -> bool:
-    return isinstance(value, dict) and value.get("state") == "online"
+def _execute(redis: Redis, *command: str) -> Any:
+    client: Any = redis
+    return client.execute_command(*command)
+
+
+def _is_online(value: Any) -> bool:
+    return isinstance(value, dict) and cast("dict[str, Any]", value).get("state") == "online"
 
 
 @contextmanager

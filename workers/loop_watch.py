@@ -68,7 +68,8 @@ class LoopWatch:
 
     def _begin(self, thread: threading.Thread) -> None:
         self._loop_thread = threading.get_ident()
-        self._depth = sum(1 for _ in walk_stack(sys._getframe())) - 1
+        current = sys._getframe()  # pyright: ignore[reportPrivateUsage] - it is public
+        self._depth = sum(1 for _ in walk_stack(current)) - 1
         try:
             thread.start()
         except RuntimeError as e:  # the system does not start a thread
@@ -111,7 +112,8 @@ class LoopWatch:
 
     def _frames(self) -> list[FrameType]:
         """Return the frames of what the loop runs now, the outermost first."""
-        innermost = sys._current_frames().get(self._loop_thread)
+        frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - it is public
+        innermost = frames.get(self._loop_thread)
         if innermost is None:
             return []
         return [frame for frame, _ in walk_stack(innermost)][::-1][self._depth :]

@@ -139,13 +139,13 @@ def _cache_of(arguments: tuple[Any, ...], key: str, max_models: int) -> ModelCac
 
 def _caches_of(owner: Any) -> dict[str, ModelCache]:
     try:
-        members = vars(owner)
+        members = cast("dict[str, Any]", vars(owner))
     except TypeError:
         raise TypeError(
             f"the class {type(owner).__qualname__} has __slots__ and no __dict__, where the models of its loader are "
             "kept"
         ) from None
-    caches: dict[str, ModelCache] | None = members.get(_ATTRIBUTE)
+    caches: Any = members.get(_ATTRIBUTE)
     if caches is None:
         with _making:
             caches = members.get(_ATTRIBUTE, {})
@@ -154,7 +154,7 @@ def _caches_of(owner: Any) -> dict[str, ModelCache]:
                 setattr(owner, _ATTRIBUTE, caches)
             else:
                 members[_ATTRIBUTE] = caches
-    return caches
+    return cast("dict[str, ModelCache]", caches)
 
 
 class _Model:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
@@ -155,7 +156,8 @@ class Lease:
     def _check_server(self) -> None:
         try:
             self._follow_primary()
-            check_greeting(self._redis.execute_command(GREETING))  # type: ignore[no-untyped-call]
+            client: Any = self._redis  # its stubs have no types here
+            check_greeting(client.execute_command(GREETING))
         except WrongServer as e:
             raise ConfigError(f"{self._shown_url} cannot be the broker: {e}") from None
         except redis.RedisError as e:

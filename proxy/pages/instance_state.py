@@ -51,14 +51,13 @@ async def read_instance(caller: RequestClient) -> InstanceState:
         BrokerRefused: Redis refused a command.
     """
     registry, connection = caller.registry, caller.connection
-    stats, statuses, replicas, proxies, controllers, has_owner, memory = await asyncio.gather(
+    stats, statuses, replicas, proxies, controllers, (has_owner, memory) = await asyncio.gather(
         caller.backend_stats(),
         registry.get_reports(BackendStatus),
         registry.get_reports(ReplicaReport),
         registry.get_reports(ProxyReport),
         registry.get_reports(ControllerReport),
-        connection.send("EXISTS", caller.keys.owner, repeat=True),
-        _read_memory(caller),
+        asyncio.gather(connection.send("EXISTS", caller.keys.owner, repeat=True), _read_memory(caller)),
     )
     controller: ControllerState = "alive" if has_owner else "away"
     if has_owner and any(report.waits_for for report in controllers.values()):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -130,7 +130,7 @@ def test_a_call_that_is_cancelled_ends_its_spans(site: Site, connected: Connecti
 
 
 @contextmanager
-def otlp_receiver() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+def otlp_receiver() -> Generator[tuple[str, list[tuple[str, bytes]]]]:
     """A receiver of OTLP over HTTP: its URL, and the paths and bodies of what was posted."""
     received: list[tuple[str, bytes]] = []
 
@@ -140,7 +140,7 @@ def otlp_receiver() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)

@@ -307,7 +307,8 @@ def test_starlette_s_test_client_works() -> None:
             return StreamingResponse(iter([b"a", b"b"]), media_type="text/plain")
         return JSONResponse({"cookie": request.cookies}, 201)
 
-    with local(respond) as backend, TestClient(backend.app) as client:
+    with local(respond) as backend:
+        client: Any = TestClient(backend.app)
         assert client.get("/").text == "ab"
         made = client.post("/", headers={"cookie": "a=b"})
         assert (made.status_code, made.json()) == (201, {"cookie": {"a": "b"}})
@@ -323,7 +324,7 @@ def test_http_options_are_applied() -> None:
         "middlewares": [Middleware(TrustedHostMiddleware, allowed_hosts=["testserver"])],
     }
     with local(fail, http_options=options) as backend:
-        client = TestClient(backend.app)
+        client: Any = TestClient(backend.app)
         shown = client.post("/")
         assert shown.status_code == 500
         assert ", in fail" in shown.text
@@ -337,7 +338,7 @@ def test_http_options_are_applied() -> None:
 def test_what_needs_redis_is_refused_by_name(echoing: Local) -> None:
     with pytest.raises(errors.PenstockError, match=r"penstock\.testing\.local does without"):
         echoing.handle.submit(1)
-    client = TestClient(echoing.app)
+    client: Any = TestClient(echoing.app)
     refused = client.post("/", headers={"prefer": "respond-async"})
     assert refused.status_code == 501
     assert "serve.start()" in refused.text

@@ -208,7 +208,8 @@ async def test_a_call_without_a_deadline_fails_when_the_broker_is_away(durable: 
     durable.stop()
     await wait_until_async(lambda: not caller.connected)
     call, future = send(caller)
-    for waiting in (call.accepted(), future):
+    waits: list[asyncio.Future[Any]] = [call.accepted(), future]
+    for waiting in waits:
         with pytest.raises(BrokerUnavailable):
             await asyncio.wait_for(waiting, 20)
     await caller.close()
