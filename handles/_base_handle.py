@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..broker.queue.flow_control import WINDOW
 from ..broker.registry.records import EndpointRecord
@@ -22,8 +22,16 @@ from .errors import BackendNotFound, EndpointNotFound, RequestTimeout
 from .options import MODEL_ID_HEADER, CallOptions, HandleChanges
 from .response_stream import StreamState
 
+HandleT = TypeVar("HandleT", bound="BaseHandle")
+
 MISSING_OK_S = 30.0
 """Seconds for which a call without a deadline waits for an endpoint that may be missing."""
+
+
+_KEY_ALONE = {"idempotency_key"}
+
+_KEPT = "kept:"
+"""The beginning of the names of headers of kept requests, before the codec."""
 
 
 class EncodedCall:
@@ -83,7 +91,7 @@ class BaseHandle:
         self._options = options or CallOptions()
         self._missing_ok = missing_ok
         self._headers: dict[str, Header] = {}
-        """By codec: the sealed header of calls without a query and without a deadline."""
+        """By codec: the sealed header of calls without a query and without a deadline; that of kept requests too."""
 
     @property
     def endpoint(self) -> str:
@@ -112,6 +120,12 @@ class BaseHandle:
             raise e.with_traceback(None) from None
         return self._url, self._instance, self._endpoint, options, self._missing_ok
 
+    def _sharing(self: HandleT, other: BaseHandle, changes: HandleChanges) -> HandleT:
+        """Return this handle after it took over the headers of ``other``, if they differ in their key alone."""
+        if changes.keys() == _KEY_ALONE:
+            self._headers = other._headers
+        return self
+
     def _encode(self, arguments: tuple[Any, ...], keywords: dict[str, Any], *, is_kept: bool = False) -> EncodedCall:
         """Encode a call. This happens in the calling thread, so that an argument that cannot be sent raises there."""
         if len(arguments) > 1:
@@ -128,18 +142,15 @@ class BaseHandle:
         return EncodedCall(self._header(codec, keywords, is_kept), body)
 
     def _header(self, codec: str, keywords: dict[str, Any], is_kept: bool) -> Header:
-        if is_kept:
-            kept = self._new_header(codec, keywords)
-            kept.window = WINDOW  # what the code yields is kept whole
-            return kept
         if keywords or self._options.timeout_s is not None or tracing.current_traceparent() is not None:
-            return self._new_header(codec, keywords)
-        header = self._headers.get(codec)
+            return self._new_header(codec, keywords, is_kept)
+        name = _KEPT + codec if is_kept else codec
+        header = self._headers.get(name)
         if header is None:
-            header = self._headers[codec] = self._new_header(codec, {}).seal()
+            header = self._headers[name] = self._new_header(codec, {}, is_kept).seal()
         return header
 
-    def _new_header(self, codec: str, keywords: dict[str, Any]) -> Header:
+    def _new_header(self, codec: str, keywords: dict[str, Any], is_kept: bool) -> Header:
         options = self._options
         if keywords:
             try:
@@ -160,7 +171,7 @@ class BaseHandle:
             headers=headers,
             codec=codec,
             call=options.method_name,
-            window=WINDOW if options.stream else 0,
+            window=WINDOW if options.stream or is_kept else 0,  # what a kept request yields is kept whole
         )
 
     def _find_connected(self) -> tuple[RequestClient, EndpointRecord] | None:
@@ -214,7 +225,11 @@ class BaseHandle:
 
     async def _submit(self, encoded: EncodedCall, *, waits: bool) -> tuple[RequestClient, Ticket, float | None]:
         """Submit a request. Returns the client, the ticket, and the rest of the timeout."""
-        client, endpoint, timeout_s = await self._connect(self._options.timeout_s)
+        timeout_s = self._options.timeout_s
+        if (found := self._find_connected()) is not None:
+            client, endpoint = found
+        else:
+            client, endpoint, timeout_s = await self._connect(timeout_s)
         body = encoded.body if encoded.error is None else encoded.body_for(client, endpoint)
         key, began_s = self._options.idempotency_key, client.loop.time()
         with starting(self._url, self._instance):

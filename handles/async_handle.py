@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._base_handle import BaseHandle, EncodedCall
-from .calls.kept.submission import Ticket
-from .calls.request_client import RequestClient
-from .calls.submitted import AsyncSubmitted, value_of_result
+from .calls.submitted import AsyncSubmitted
 from .errors import ConfigError
-from .futures import new_reply_future
+from .futures import KeptReplyFuture, new_reply_future
 from .object_refs import object_ref
 from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
 from .response_stream import AsyncResponseStream
@@ -86,11 +85,10 @@ class AsyncServeHandle(BaseHandle):
     async def _submit_and_wait(self, encoded: EncodedCall) -> asyncio.Future[Any]:
         """Submit a request with an idempotency key; return the future of its result."""
         client, ticket, timeout_s = await self._submit(encoded, waits=True)
-        waiting = client.loop.create_task(_value_of(client, ticket, timeout_s))
-        _waiting.add(waiting)
-        waiting.add_done_callback(_waiting.discard)
-        waiting.add_done_callback(lambda _: client.kept.forget(ticket))  # a task that is cancelled at once never began
-        return waiting
+        future = KeptReplyFuture(loop=client.loop)
+        future.on_cancel = partial(client.kept.forget, ticket)
+        client.kept.on_result(ticket, timeout_s, future.settle)
+        return future
 
     @overload
     def options(
@@ -140,7 +138,7 @@ class AsyncServeHandle(BaseHandle):
             ConfigError: an option has a value that is not allowed.
         """
         arguments = self._arguments_with(changes)
-        return _kind_for(arguments)(*arguments)
+        return _kind_for(arguments)(*arguments)._sharing(self, changes)
 
 
 class AsyncStreamingHandle(BaseHandle):
@@ -264,11 +262,3 @@ def _kind_for(
     if options.stream:
         return AsyncStreamingHandle
     return AsyncObjectRefHandle if options.return_type == "object_ref" else AsyncServeHandle
-
-
-_waiting: set[asyncio.Task[Any]] = set()
-"""References to running tasks, of which the event loop has none."""
-
-
-async def _value_of(client: RequestClient, ticket: Ticket, timeout_s: float | None) -> Any:
-    return value_of_result(await client.kept.result(ticket, timeout_s))

@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
+from ..broker.wire.kept import Result
 from . import background_loop
 from .calls.call import Call, CallOutcome
-from .response import result_of
+from .response import result_of, value_of_result
 
 _ALWAYS_CHECKED = 100
 """The first replies of a process, all of which are checked for being read."""
@@ -59,6 +60,30 @@ class AsyncReplyFuture(asyncio.Future[Any]):
         """Declare that nothing will read this future, so that dropping it warns of nothing."""
         if self.done() and not self.cancelled():
             self.exception()
+
+
+class KeptReplyFuture(asyncio.Future[Any]):
+    """The future of the result of a kept request. Cancelling it ends the wait alone."""
+
+    on_cancel: Callable[[], None] | None = None
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled and self.on_cancel is not None:
+            self.on_cancel()
+        return cancelled
+
+    def settle(self, outcome: Result | BaseException) -> None:
+        """Set the result, or the error that is its outcome."""
+        self.on_cancel = None
+        if self.done():
+            return
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            self.set_result(value_of_result(outcome))
+        except BaseException as e:
+            self.set_exception(e)
 
 
 class _CheckedReplyFuture(AsyncReplyFuture):

@@ -13,9 +13,10 @@ from . import background_loop
 from ._base_handle import BaseHandle, EncodedCall
 from .async_handle import ObjectRefCaller
 from .calls.request_client import RequestClient
-from .calls.submitted import Submitted, value_of_result
+from .calls.submitted import Submitted
 from .futures import ReplyFuture
 from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
+from .response import value_of_result
 from .response_stream import ResponseStream
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class ServeHandle(BaseHandle):
             ConfigError: an option has a value that is not allowed.
         """
         arguments = self._arguments_with(changes)
-        return _kind_for(arguments)(*arguments)
+        return _kind_for(arguments)(*arguments)._sharing(self, changes)
 
 
 class StreamingHandle(BaseHandle):

@@ -97,11 +97,22 @@ class CallOptions:
             TypeError: a change has the name of no option, or a wrong type.
             ConfigError: a change has a value that is not allowed.
         """
-        known = [option.name for option in fields(self)]
         for name in changes:
-            if name not in known:
-                raise TypeError(f"options() has no {name!r}; it has {', '.join(known)}")
+            if name not in _NAMES:
+                raise TypeError(f"options() has no {name!r}; it has {', '.join(_NAMES)}")
+        if len(changes) == 1 and "idempotency_key" in changes and not self.stream:
+            return self._with_key(changes["idempotency_key"])
         return replace(self, **changes)
+
+    def _with_key(self, key: str | None) -> CallOptions:
+        """Return these options with another idempotency key. A key is for one request, so this is made for each."""
+        if key is not None:
+            check_idempotency_key(key)
+        changed = object.__new__(CallOptions)
+        for name in _NAMES:
+            object.__setattr__(changed, name, getattr(self, name))
+        object.__setattr__(changed, "idempotency_key", key)
+        return changed
 
     def shown(self) -> dict[str, str]:
         """Return the options that differ from their defaults, as a ``repr`` shows them, by name.
@@ -109,13 +120,15 @@ class CallOptions:
         Of the headers it shows the names alone, and of an idempotency key that there is one: they may be secrets.
         """
         defaults = CallOptions()
-        names = [option.name for option in fields(self)]
-        shown = {name: repr(getattr(self, name)) for name in names if getattr(self, name) != getattr(defaults, name)}
+        shown = {name: repr(getattr(self, name)) for name in _NAMES if getattr(self, name) != getattr(defaults, name)}
         if "http_headers" in shown:
             shown["http_headers"] = f"<{', '.join(self.http_headers)}>"
         if self.idempotency_key is not None:
             shown["idempotency_key"] = "<set>"
         return shown
+
+
+_NAMES = tuple(option.name for option in fields(CallOptions))
 
 
 def check_call_method(endpoint: EndpointRecord, method_name: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.wire._fields import Pairs
+from ..broker.wire.kept import Result
 from ..broker.wire.replies import Reply
 from .calls.call import CallOutcome
 from .calls.incoming_stream import IncomingStream
@@ -59,6 +60,24 @@ def value_of(reply: Reply) -> Any:
         headers = {name.lower(): value for name, value in reply.headers}
         return Response(reply.status, headers, reply.body, reply.headers)
     return decode(reply.codec, reply.body, allow_pickle=True)
+
+
+def value_of_result(result: Result) -> Any:
+    """Return the value of a kept result, or raise the error that it holds.
+
+    Pickled values are loaded: `KeptRequests` lets through only those of backends that allow it.
+    """
+    if result.reply.error is not None or result.reply.codec != "stream":
+        return value_of(result.reply)
+    values: list[Any] = []
+    start, begun = 0, b""
+    for codec, size, more in result.pieces:
+        begun += result.reply.body[start : start + size]
+        start += size
+        if not more:
+            values.append(decode(codec, begun, allow_pickle=True))
+            begun = b""
+    return values
 
 
 def result_of(outcome: CallOutcome) -> Any:

@@ -6,13 +6,14 @@ sent again: it finds the record of the request that it accepted before.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 from ..queue.publisher import QueueFull, refusal, retry_after_s
 from ..queue.queued_bytes import OLDEST, RECOUNT, SET_ASIDE, SMALL
-from ..transport.commands import Arg, Script
+from ..transport.commands import COPIED_BYTES, Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire._fields import (
     BODY_FIELD,
@@ -30,99 +31,123 @@ from ..wire.keys import Keys
 from ..wire.requests import RawEntry
 from .space import NOW, RECORD_BYTES, SWEEP
 
-WAITER = "w:"
-"""The beginning of the fields of a record that name its waiters: a caller, a space, and the id of the waiter's call."""
-
 IS_FINAL = f"local is_final = {{{SUCCEEDED} = true, {FAILED} = true, {CANCELLED} = true}}"
 """Lua: the states in which a kept request stays."""
 
 _ACCEPTED, _ATTACHED, _CONFLICT, _QUEUE_FULL, _SPACE_FULL = b"accepted", b"attached", b"conflict", b"queue", b"space"
 
-# Accepts a kept request, or attaches a waiter to the one that holds its key. KEYS: the stream, the interactive stream,
-# the batch stream, the records of sizes, the request's record, the space, the idempotency key (or the record again).
-# ARGV: the limit of requests, the limit of bytes, the request's id, its header, the name and the value of its body
-# field (of a large body its length), the most bytes of a streamed result, the limit of the space, milliseconds until
-# the record expires, the fingerprint and the digest of the key (empty without one), the endpoint, the X-Request-Id, the
-# waiter (or empty), the beginning of the keys of records. Returns the decision, then the id and state of the request,
-# or the numbers of the refusal.
+# Lua: adds a waiter to a record that has the ``waiters``.
+WATCH = """
+local function watch(record, waiters, waiter)
+  redis.call('HSET', record, 'waiters', waiters and waiters ~= '' and waiters .. '\\n' .. waiter or waiter)
+end
+"""
+
+_PER_ENTRY = 10
+"""The arguments of `_ACCEPT` for each request."""
+
+# Accepts kept requests, or attaches their waiters to the requests that hold their keys. KEYS: the interactive stream,
+# the batch stream, the records of sizes, the space; then for each request its record and its idempotency key (or the
+# record again). ARGV: the limit of requests, the limit of bytes, the limit of the space, milliseconds until a record
+# expires, the beginning of the keys of records; then for each request its id, its header, the name and the value of its
+# body field (of a large body its length), the most bytes of a streamed result, the fingerprint and the digest of the
+# key (empty without one), the endpoint, the X-Request-Id, the waiter (or empty). Returns for each what happened, then
+# the id and state of the request, or the numbers of the refusal.
 _ACCEPT = Script(f"""#!lua
-{IS_FINAL}
-local function watch(record, state)
-  if ARGV[14] ~= '' and not is_final[state] then redis.call('HSET', record, '{WAITER}' .. ARGV[14], '') end
-end
-local state = redis.call('HGET', KEYS[5], 'status')
-if state then
-  watch(KEYS[5], state)
-  return {{'{_ACCEPTED.decode()}', ARGV[3], state}}
-end
-if ARGV[10] ~= '' then
-  local held = redis.call('GET', KEYS[7])
-  local record = held and redis.call('HMGET', ARGV[15] .. held, 'status', 'fingerprint')
-  if record and record[1] then
-    if record[2] ~= ARGV[10] then return {{'{_CONFLICT.decode()}'}} end
-    watch(ARGV[15] .. held, record[1])
-    return {{'{_ATTACHED.decode()}', held, record[1]}}
-  end
-end
-local depth = redis.call('XLEN', KEYS[2]) + redis.call('XLEN', KEYS[3])
-local limit, limit_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
-local total = tonumber(redis.call('HGET', KEYS[4], 'total') or 0)
-local name, value, reserved = ARGV[5], ARGV[6], false
-local bytes = #ARGV[4] + #value
-if name == '{LARGE_FIELD.decode()}' then
-  bytes, value = #ARGV[4] + value, '1'
-  local reservation = 'r:' .. redis.sha1hex(ARGV[3])
-  local held = redis.call('HGET', KEYS[4], reservation)
-  if held then
-    redis.call('HDEL', KEYS[4], reservation)
-    total = redis.call('HINCRBY', KEYS[4], 'total', -string.match(held, '^%d+'))
-    reserved = true
-  end
-end
-bytes = math.max(bytes, {SMALL})
-if depth >= limit then
-  {OLDEST}
-  return {{'{_QUEUE_FULL.decode()}', depth, oldest_ms(KEYS[2], KEYS[3])}}
-end
-local used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
-if not reserved and used + bytes > limit_bytes then
-  {RECOUNT}
-  total = recount(KEYS[4], KEYS[2], KEYS[3]) or total
-  used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
-  if used + bytes > limit_bytes then
-    {OLDEST}
-    return {{'{_QUEUE_FULL.decode()}', -1 - used, oldest_ms(KEYS[2], KEYS[3])}}
-  end
-end
 {NOW}
-if (redis.call('HGET', KEYS[6], 'total') or 0) + {RECORD_BYTES} > tonumber(ARGV[8]) then
-  {SWEEP}
-  sweep(KEYS[6], now)
-  local taken = tonumber(redis.call('HGET', KEYS[6], 'total') or 0)
-  if taken + {RECORD_BYTES} > tonumber(ARGV[8]) then return {{'{_SPACE_FULL.decode()}', taken}} end
+{WATCH}
+{IS_FINAL}
+local limit, limit_bytes, limit_space = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local depth = redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2])
+local total = tonumber(redis.call('HGET', KEYS[3], 'total') or 0)
+local taken = tonumber(redis.call('HGET', KEYS[4], 'total') or 0)
+
+local function accept(record, key, id, header, name, value, keep, fingerprint, digest, endpoint, request_id, waiter)
+  local holder = id
+  if digest ~= '' then holder = redis.call('GET', key) end
+  if holder then
+    local at = holder == id and record or ARGV[5] .. holder
+    local held = redis.call('HMGET', at, 'status', 'fingerprint', 'waiters')
+    if held[1] then
+      if holder ~= id and held[2] ~= fingerprint then return {{'{_CONFLICT.decode()}'}} end
+      local is_listed = waiter == '' or is_final[held[1]] or held[3] and string.find(held[3], waiter, 1, true)
+      if not is_listed then watch(at, held[3], waiter) end
+      return {{holder == id and '{_ACCEPTED.decode()}' or '{_ATTACHED.decode()}', holder, held[1]}}
+    end
+  end
+  local bytes, reserved = #header + #value, false
+  if name == '{LARGE_FIELD.decode()}' then
+    bytes, value = #header + value, '1'
+    local reservation = 'r:' .. redis.sha1hex(id)
+    local set_aside = redis.call('HGET', KEYS[3], reservation)
+    if set_aside then
+      redis.call('HDEL', KEYS[3], reservation)
+      total = redis.call('HINCRBY', KEYS[3], 'total', -string.match(set_aside, '^%d+'))
+      reserved = true
+    end
+  end
+  bytes = math.max(bytes, {SMALL})
+  if depth >= limit then
+    {OLDEST}
+    return {{'{_QUEUE_FULL.decode()}', depth, oldest_ms(KEYS[1], KEYS[2])}}
+  end
+  local used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
+  if not reserved and used + bytes > limit_bytes then
+    {RECOUNT}
+    total = recount(KEYS[3], KEYS[1], KEYS[2]) or total
+    used = {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total
+    if used + bytes > limit_bytes then
+      {OLDEST}
+      return {{'{_QUEUE_FULL.decode()}', -1 - used, oldest_ms(KEYS[1], KEYS[2])}}
+    end
+  end
+  if taken + {RECORD_BYTES} > limit_space then
+    {SWEEP}
+    sweep(KEYS[4], now)
+    taken = tonumber(redis.call('HGET', KEYS[4], 'total') or 0)
+    if taken + {RECORD_BYTES} > limit_space then return {{'{_SPACE_FULL.decode()}', taken}} end
+  end
+  local fields = {{'{VERSION_FIELD.decode()}', '{VERSION.decode()}', '{ID_FIELD.decode()}', id,
+    '{CALLER_FIELD.decode()}', '', '{HEADER_FIELD.decode()}', header, name, value, '{KEEP_FIELD.decode()}', keep}}
+  if bytes > {SMALL} then
+    fields[#fields + 1] = '{SIZE_FIELD.decode()}'
+    fields[#fields + 1] = bytes
+  end
+  local entry = redis.call('XADD', KEYS[1], '*', unpack(fields))
+  depth = depth + 1
+  if bytes > {SMALL} then
+    redis.call('HSET', KEYS[3], entry, bytes - {SMALL})
+    total = redis.call('HINCRBY', KEYS[3], 'total', bytes - {SMALL})
+  end
+  local known = {{'status', '{QUEUED}', 'endpoint', endpoint, 'request_id', request_id, 'created', now, 'entry', entry}}
+  if waiter ~= '' then
+    known[#known + 1] = 'waiters'
+    known[#known + 1] = waiter
+  end
+  if digest ~= '' then
+    for _, one in ipairs({{'fingerprint', fingerprint, 'key', digest}}) do known[#known + 1] = one end
+    redis.call('SET', key, id, 'PX', ARGV[4])
+  end
+  redis.call('HSET', record, unpack(known))
+  redis.call('PEXPIRE', record, ARGV[4])
+  return {{'{_ACCEPTED.decode()}', id, '{QUEUED}'}}
 end
-local fields = {{'{VERSION_FIELD.decode()}', '{VERSION.decode()}', '{ID_FIELD.decode()}', ARGV[3],
-  '{CALLER_FIELD.decode()}', '', '{HEADER_FIELD.decode()}', ARGV[4], name, value, '{KEEP_FIELD.decode()}', ARGV[7]}}
-if bytes > {SMALL} then
-  fields[#fields + 1] = '{SIZE_FIELD.decode()}'
-  fields[#fields + 1] = bytes
+
+local out = {{}}
+for n = 0, (#ARGV - 5) / {_PER_ENTRY} - 1 do
+  local at = 5 + {_PER_ENTRY} * n
+  out[n + 1] = accept(KEYS[5 + 2 * n], KEYS[6 + 2 * n], unpack(ARGV, at + 1, at + {_PER_ENTRY}))
 end
-local entry = redis.call('XADD', KEYS[1], '*', unpack(fields))
-if bytes > {SMALL} then
-  redis.call('HSET', KEYS[4], entry, bytes - {SMALL})
-  redis.call('HINCRBY', KEYS[4], 'total', bytes - {SMALL})
-end
-local waiter = ARGV[14] ~= '' and '{WAITER}' .. ARGV[14] or 'unwatched'
-redis.call('HSET', KEYS[5], 'status', '{QUEUED}', 'endpoint', ARGV[12], 'request_id', ARGV[13], 'created', now,
-  'entry', entry, 'fingerprint', ARGV[10], 'key', ARGV[11], waiter, '')
-redis.call('PEXPIRE', KEYS[5], ARGV[9])
-if ARGV[10] ~= '' then redis.call('SET', KEYS[7], ARGV[3], 'PX', ARGV[9]) end
-return {{'{_ACCEPTED.decode()}', ARGV[3], '{QUEUED}'}}
+return out
 """)
 
-# Names the backend that holds an idempotency key, unless one is named that still exists. KEYS: the name of the backend.
-# ARGV: the backend, milliseconds until that expires, a backend to replace (or empty). Returns the backend.
-_CHOOSE_BACKEND = Script("""#!lua
+_MOST_AT_ONCE = 64
+_MOST_BYTES_AT_ONCE = 512 * 1024
+"""Limits of one call of the script: a larger one would delay the broker's other clients."""
+
+# Replaces the backend that an idempotency key names, if that was deleted. KEYS: the name of the backend. ARGV: the
+# backend, milliseconds until that expires, the deleted backend. Returns the backend.
+_REPLACE_BACKEND = Script("""#!lua
 local held = redis.call('GET', KEYS[1])
 if held and held ~= ARGV[3] then return held end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -171,37 +196,44 @@ Acceptance = Union[Accepted, KeyConflict, QueueFull, SpaceFull]  # noqa: UP007 -
 
 
 class KeptAdmission:
-    """Accepts kept requests for one process and event loop."""
+    """Accepts kept requests for one process and event loop: all of one loop tick together."""
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
+        self._tick: dict[_Limits, list[_Pending]] = {}
 
-    async def choose_backend(self, digest: str, backend: str, ttl_ms: int, *, gone: str = "") -> str:
-        """Return the backend that holds an idempotency key. That is ``backend`` if none holds it.
+    async def choose_backend(self, digest: str, backend: str, *, gone: str = "") -> tuple[str, bool]:
+        """Return the backend that holds an idempotency key, and whether the choice is new: ``backend`` if none held it.
 
         The traffic of an endpoint may change between a request and its repetition. So the key names its backend in a
-        place that does not depend on the traffic.
+        place that does not depend on the traffic. A new choice is kept for as long as a request may wait.
 
         Args:
             digest: of the key.
             backend: by the endpoint's traffic.
-            ttl_ms: expiry of the choice, in milliseconds.
             gone: a backend that was deleted; if it holds the key, ``backend`` takes its place.
         """
-        chosen: bytes = await self._connection.run_script(
-            _CHOOSE_BACKEND, [self._keys.key_backend(digest)], [backend, ttl_ms, gone], repeat=True, prompt=True
-        )
-        return chosen.decode()
+        key, ttl_ms = self._keys.key_backend(digest), PENDING_S * 1000
+        chosen: bytes | None
+        if gone:
+            chosen = await self._connection.run_script(
+                _REPLACE_BACKEND, [key], [backend, ttl_ms, gone], repeat=True, prompt=True
+            )
+        else:
+            chosen = await self._connection.send(
+                "SET", key, backend, "NX", "GET", "PX", ttl_ms, repeat=True, prompt=True
+            )
+        return (backend, True) if chosen is None else (chosen.decode(), False)
 
-    def prolong_choice(self, digest: str) -> None:
-        """Keep the choice of `choose_backend` until the request has a result."""
+    def keep_choice(self, digest: str, ttl_ms: int = PENDING_S * 1000) -> None:
+        """Keep the choice of `choose_backend` for so long from now on."""
         key = self._keys.key_backend(digest)
-        self._connection.post(_ignore_result, "PEXPIRE", key, PENDING_S * 1000, repeat=True)
+        self._connection.post(_ignore_result, "PEXPIRE", key, ttl_ms, repeat=True)
 
     async def accept(
         self, backend: str, kept: KeptEntry, waiter: bytes, limit: int, limit_bytes: int, limit_space: int
     ) -> Acceptance:
-        """Append the entry of a kept request, if its key is free and there is room.
+        """Append the entry of a kept request at the end of this loop tick, if its key is free and there is room.
 
         Args:
             backend: tag of the backend.
@@ -215,35 +247,83 @@ class KeptAdmission:
             BrokerUnavailable: the broker cannot be reached, or refuses writes.
             BrokerRefused: the broker answered with an error.
         """
-        keys, raw = self._keys, kept.raw
-        requests, batches = keys.requests(backend), keys.batch(backend)
-        id_ = raw.id.decode()
-        record = keys.kept(backend, id_)
-        key = keys.idempotency_key(backend, kept.key) if kept.key else record
-        field: tuple[Arg, Arg] = (LARGE_FIELD, raw.large_bytes) if raw.body is None else (BODY_FIELD, raw.body)
-        reply = await self._connection.run_script(
-            _ACCEPT,
-            [requests, requests, batches, keys.sizes(backend), record, keys.results_space(backend), key],
-            [
-                *(limit, limit_bytes, raw.id, raw.header, *field, kept.max_stream_bytes, limit_space),
-                *(PENDING_S * 1000, kept.fingerprint, kept.key, kept.endpoint, kept.request_id, waiter),
-                keys.kept(backend, ""),
-            ],
-            repeat=True,
-            prompt=True,
-        )
-        return _read(reply)
+        future: asyncio.Future[Acceptance] = asyncio.get_running_loop().create_future()
+        if not self._tick:
+            self._connection.join_write(self._flush)
+        limits = _Limits(backend, limit, limit_bytes, limit_space)
+        self._tick.setdefault(limits, []).append(_Pending(kept, waiter, future))
+        return await future
+
+    def _flush(self) -> None:
+        tick, self._tick = self._tick, {}
+        for limits, pending in tick.items():
+            some, size = list[_Pending](), 0
+            for one in pending:
+                some.append(one)
+                size += len(one.kept.raw.header) + len(one.kept.raw.body or b"")
+                if len(some) >= _MOST_AT_ONCE or size >= _MOST_BYTES_AT_ONCE:
+                    self._accept_together(limits, some)
+                    some, size = [], 0
+            if some:
+                self._accept_together(limits, some)
+
+    def _accept_together(self, limits: _Limits, pending: list[_Pending]) -> None:
+        keys, backend = self._keys, limits.backend
+        names = [keys.requests(backend), keys.batch(backend), keys.sizes(backend), keys.results_space(backend)]
+        prefix = keys.kept(backend, "")
+        args: list[Arg] = [limits.requests, limits.bytes, limits.space, PENDING_S * 1000, prefix]
+        is_bulky = False
+        for kept, waiter, _ in pending:
+            raw = kept.raw
+            record = prefix + raw.id.decode()
+            names += (record, keys.idempotency_key(backend, kept.key) if kept.key else record)
+            args += (raw.id, raw.header)
+            if raw.body is None:
+                args += (LARGE_FIELD, raw.large_bytes)
+            else:
+                args += (BODY_FIELD, raw.body)
+                is_bulky = is_bulky or len(raw.body) > COPIED_BYTES
+            args += (kept.max_stream_bytes, kept.fingerprint, kept.key, kept.endpoint, kept.request_id, waiter)
+
+        def hand_out(reply: Any) -> None:
+            is_error = isinstance(reply, Exception)
+            for at, one in enumerate(pending):
+                if one.future.done():
+                    continue  # the caller was cancelled
+                if is_error:
+                    one.future.set_exception(reply)
+                else:
+                    one.future.set_result(_read(reply[at]))
+
+        self._connection.post_script(hand_out, _ACCEPT, names, args, repeat=True, prompt=True, bulky=is_bulky)
+
+
+class _Limits(NamedTuple):
+    """Where requests are accepted, and up to which limits."""
+
+    backend: str
+    requests: int
+    bytes: int
+    space: int
+
+
+class _Pending(NamedTuple):
+    """A request that is accepted at the end of the loop tick."""
+
+    kept: KeptEntry
+    waiter: bytes
+    future: asyncio.Future[Acceptance]
 
 
 def _read(reply: list[Any]) -> Acceptance:
-    decision = reply[0]
-    if decision == _QUEUE_FULL:
+    what = reply[0]
+    if what in (_ACCEPTED, _ATTACHED):
+        return Accepted(reply[1].decode(), reply[2].decode(), is_replayed=what == _ATTACHED)
+    if what == _QUEUE_FULL:
         return refusal(reply[1], retry_after_s(reply[2]))
-    if decision == _SPACE_FULL:
+    if what == _SPACE_FULL:
         return SpaceFull(reply[1])
-    if decision == _CONFLICT:
-        return KeyConflict()
-    return Accepted(reply[1].decode(), reply[2].decode(), is_replayed=decision == _ATTACHED)
+    return KeyConflict()
 
 
 _ignore_result: Callable[[Any], None] = lambda reply: None  # noqa: E731 - the choice expires later, and not at once

@@ -12,7 +12,7 @@ from ..transport.commands import Script
 from ..transport.connection import RedisConnection
 from ..wire.kept import CANCELLED, FINAL, STATUS_FIELDS, RequestStatus, Result, load_status, mark_of
 from ..wire.keys import Keys
-from .accepting import IS_FINAL, WAITER
+from .accepting import IS_FINAL, WATCH
 from .space import CHARGE, NOW, RECORD_BYTES
 
 # Returns the status of a request. KEYS: the record, the result, the request streams. ARGV: the fields. Returns their
@@ -27,9 +27,23 @@ return out
 # Adds a waiter to a request that has no result yet. KEYS: the record. ARGV: the waiter. Returns the state, or nothing.
 _WATCH = Script(f"""#!lua flags=allow-oom
 {IS_FINAL}
-local state = redis.call('HGET', KEYS[1], 'status')
-if state and not is_final[state] then redis.call('HSET', KEYS[1], '{WAITER}' .. ARGV[1], '') end
-return state
+{WATCH}
+local record = redis.call('HMGET', KEYS[1], 'status', 'waiters')
+if record[1] and not is_final[record[1]] and not string.find(record[2] or '', ARGV[1], 1, true) then
+  watch(KEYS[1], record[2], ARGV[1])
+end
+return record[1]
+""")
+
+# Removes a waiter from a record. KEYS: the record. ARGV: the waiter.
+_UNWATCH = Script("""#!lua flags=allow-oom
+local waiters, left = redis.call('HGET', KEYS[1], 'waiters'), {}
+if not waiters then return 0 end
+for waiter in string.gmatch(waiters, '[^\\n]+') do
+  if waiter ~= ARGV[1] then left[#left + 1] = waiter end
+end
+redis.call('HSET', KEYS[1], 'waiters', table.concat(left, '\\n'))
+return 0
 """)
 
 # Returns the states of requests. KEYS: their records.
@@ -82,10 +96,10 @@ class KeptReader:
 
     async def result(self, backend: str, id_: str) -> Result | None:
         """Return the result of a request, with its body; None if there is none."""
-        fields: list[bytes] = await self._connection.send("HGETALL", self._keys.result(backend, id_), repeat=True)
-        if not fields:
+        raw: bytes | None = await self._connection.send("GET", self._keys.result(backend, id_), repeat=True)
+        if raw is None:
             return None
-        result = Result.of(fields)
+        result = Result.load(raw)
         if not result.is_large:
             return result
         key = self._keys.result_body(backend, id_)
@@ -103,8 +117,7 @@ class KeptReader:
 
     def unwatch(self, backend: str, id_: str, waiter: bytes) -> None:
         """Take back `watch`, and a waiter that was given when the request was accepted."""
-        field = WAITER.encode() + waiter
-        self._connection.post(_ignore_result, "HDEL", self._keys.kept(backend, id_), field, repeat=True)
+        self._connection.post_script(_ignore_result, _UNWATCH, [self._keys.kept(backend, id_)], [waiter], repeat=True)
 
     async def finished(self, backend: str, ids: Sequence[str]) -> list[str]:
         """Return those of the requests that have a final state, or that do not exist."""

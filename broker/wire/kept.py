@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import orjson
@@ -38,21 +39,40 @@ MAX_STREAM_BYTES = 64 * 1024 * 1024
 """The longest streamed result that is kept for a handle. A proxy keeps up to its ``max_body_bytes``."""
 
 _RANDOM_BYTES = 20
+_BLOCK = 256
+"""Number of ids per system call."""
 _BACKEND_DIGITS = 8
 _ID = re.compile(r"[0-9a-f]{48}")
 assert 2 * _RANDOM_BYTES + _BACKEND_DIGITS == 48, "an id has 160 random bits, then the mark of its backend"
 
+_NO_CREDENTIALS = hashlib.sha256(b"").digest()
+
 _PIECES_FIELD = b"pieces"
+_LENGTH_DIGITS = 12
+"""More than the length of any string of Redis has."""
 
 Piece = tuple[str, int, bool]
 """A piece of a streamed result: the codec of its value, its bytes, and whether the value continues in the next one."""
 
 
-def new_id(backend: str) -> str:
-    """Return an unguessable id for a kept request of ``backend``: 160 random bits, then the mark of the backend."""
-    return os.urandom(_RANDOM_BYTES).hex() + backend_mark(backend)
+class NewIds:
+    """Unguessable ids for kept requests: 160 random bits, then the mark of the backend.
+
+    For one loop of one process: after a fork, two processes with the same object would make the same ids.
+    """
+
+    def __init__(self) -> None:
+        self._left: list[str] = []
+
+    def next(self, backend: str) -> str:
+        """Return an id for another request of ``backend``."""
+        if not self._left:
+            block = os.urandom(_BLOCK * _RANDOM_BYTES).hex()
+            self._left = [block[start : start + 2 * _RANDOM_BYTES] for start in range(0, len(block), 2 * _RANDOM_BYTES)]
+        return self._left.pop() + backend_mark(backend)
 
 
+@lru_cache(4096)
 def backend_mark(backend: str) -> str:
     """Return the digits by which the ids of a backend's kept requests end. They do not show its tag."""
     return hashlib.sha256(backend.encode()).hexdigest()[:_BACKEND_DIGITS]
@@ -68,7 +88,8 @@ def key_digest(endpoint: str, credentials: bytes, key: str) -> str:
 
     Neither the key nor the credentials can be read from it.
     """
-    return _digest((endpoint.encode(), hashlib.sha256(credentials).digest(), key.encode()))
+    hashed = hashlib.sha256(credentials).digest() if credentials else _NO_CREDENTIALS
+    return _digest((endpoint.encode(), hashed, key.encode()))
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -77,11 +98,7 @@ def fingerprint(*parts: bytes) -> str:
 
 
 def _digest(parts: Sequence[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(b"%d:" % len(part))
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join([b"%d:%b" % (len(part), part) for part in parts])).hexdigest()
 
 
 @dataclass(slots=True)
@@ -92,16 +109,26 @@ class Result:
     pieces: list[Piece] = field(default_factory=list[Piece])
     """Of a streamed reply: how its body divides into values. Empty for a whole reply."""
 
-    def fields(self) -> list[bytes]:
-        """Return names and values in turn, as ``HSET`` takes them."""
+    def dump(self) -> bytes:
+        """Return it as one string: the fields of the reply, each behind its length."""
         fields = self.reply.fields()
         if self.pieces:
             fields += (_PIECES_FIELD, orjson.dumps(self.pieces))
-        return fields
+        return b"".join([b"%d:%b" % (len(field), field) for field in fields])
 
     @classmethod
-    def of(cls, fields: Sequence[bytes]) -> Result:
-        """Read what `fields` wrote. Raises `WireError` for anything else."""
+    def load(cls, raw: bytes) -> Result:
+        """Read what `dump` wrote. Raises `WireError` for anything else."""
+        fields, at = list[bytes](), 0
+        while at < len(raw):
+            colon = raw.find(b":", at, at + _LENGTH_DIGITS)
+            length = raw[at:colon]
+            if colon < 0 or not length.isdigit() or len(raw) <= colon + int(length) - 1:
+                raise WireError("a kept result cannot be read")
+            at = colon + 1 + int(length)
+            fields.append(raw[colon + 1 : at])
+        if len(fields) % 2:
+            raise WireError("a kept result has a field without a value")
         named = dict(zip(fields[::2], fields[1::2], strict=True))
         return cls(Reply.of(named), _load_pieces(named.get(_PIECES_FIELD)))
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...broker.wire.kept import FINAL, RequestStatus, Result
+from ...broker.wire.kept import FINAL, RequestStatus
 from .. import background_loop
-from ..codec import decode
-from ..response import value_of
+from ..response import value_of_result
 from .shared_client import SharedClient
 
 
@@ -98,21 +97,3 @@ class Submitted:
     def cancel(self) -> bool:
         """Cancel the request; return False if it had ended."""
         return background_loop.run(self._request.cancel())
-
-
-def value_of_result(result: Result) -> Any:
-    """Return the value of a kept result, or raise the error that it holds.
-
-    Pickled values are loaded: `KeptRequests` lets through only those of backends that allow it.
-    """
-    if result.reply.error is not None or result.reply.codec != "stream":
-        return value_of(result.reply)
-    values: list[Any] = []
-    start, begun = 0, b""
-    for codec, size, more in result.pieces:
-        begun += result.reply.body[start : start + size]
-        start += size
-        if not more:
-            values.append(decode(codec, begun, allow_pickle=True))
-            begun = b""
-    return values

@@ -23,11 +23,11 @@ def choose(traffic: Mapping[str, float], shard_key: str | None, random: float) -
         shard_key: requests with the same key go to the same backend; None goes by ``random``.
         random: at least 0 and below 1.
     """
-    if shard_key is not None:
-        return rendezvous(traffic, shard_key)
     if len(traffic) == 1:
         ((tag, weight),) = traffic.items()
         return tag if weight > 0 else None
+    if shard_key is not None:
+        return rendezvous(traffic, shard_key)
     left = random * sum(traffic.values())
     chosen = None
     for tag, weight in traffic.items():

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
+from redis import Redis
 
 from penstock import handles
+from penstock.broker.wire.kept import key_digest
 from penstock.broker.wire.keys import Keys
 from penstock.handles.connection import Connection
 from penstock.handles.errors import (
@@ -433,3 +435,51 @@ async def test_a_future_that_is_cancelled_at_once_leaves_no_wait_behind(
         await future
     gate.is_open.set()
     assert (await (await asked.options(idempotency_key="k").remote("y")))["run"] == 1
+
+
+def test_more_requests_than_one_script_takes_are_submitted_and_answered_together(
+    site: Site, connected: Connection
+) -> None:
+    site.serve(echo)
+    sync_handle = connected.get_handle("ask")
+
+    async def call_all() -> list[Any]:
+        handle = in_loop(sync_handle)
+        try:
+            calls = [handle.options(idempotency_key=str(n)).remote([n]) for n in range(300)]
+            calls += [handle.options(idempotency_key="7").remote([7]) for _ in range(20)]
+            return await asyncio.gather(*await asyncio.gather(*calls))
+        finally:
+            await close_here(sync_handle)
+
+    assert asyncio.run(call_all()) == [[n] for n in range(300)] + [[7]] * 20
+    wait_until(lambda: site.depth() == 0)
+
+
+def test_a_key_that_was_refused_once_holds_its_backend_for_as_long_as_any(site: Site, connected: Connection) -> None:
+    """Its choice of a backend is kept for a while only, until the repetition is accepted."""
+    choice = KEYS.key_backend(key_digest("ask", b"", "k"))
+    site.declare(max_queued_requests=1, result_ttl_s=30)
+    handle = connected.get_handle("ask")
+    blocking = handle.submit("first")
+    with Redis.from_url(site.url) as redis:
+        with pytest.raises(Overloaded):
+            handle.options(idempotency_key="k").submit("second")
+        wait_until(lambda: 0 < cast(int, redis.ttl(choice)) <= 90)
+        assert blocking.cancel()
+        handle.options(idempotency_key="k").submit("second")
+        wait_until(lambda: cast(int, redis.ttl(choice)) > 6 * 24 * 3600)
+        site.serve(echo, result_ttl_s=30)
+        wait_until(lambda: 0 < cast(int, redis.ttl(choice)) <= 31)
+
+
+def test_the_status_of_a_quick_request_shows_its_run(site: Site, connected: Connection) -> None:
+    """Its start and its end are written together."""
+    site.serve(echo)
+    submitted = connected.get_handle("ask").submit("text")
+    assert submitted.result(timeout=20) == "text"
+    status = submitted.status()
+    assert (status.status, status.deliveries, status.attempts, status.replica) == ("succeeded", 1, 1, "model#1")
+    assert status.started is not None
+    assert status.finished is not None
+    assert status.created <= status.started <= status.finished

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...broker.queue.group.reply_sender import ReplySender
 from ...broker.registry.records import BackendSpec
-from ...broker.results.keeping import Outcome, ResultWriter
+from ...broker.results.keeping import Outcome, ResultWriter, Start
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire import exact_json
 from ...broker.wire._fields import LARGE
@@ -25,12 +25,16 @@ from ...broker.wire.replies import Part, Reply
 from ...handles.errors import BackendError, PayloadTooLarge, PenstockError, RequestTimeout, from_wire, to_wire
 from ..claim import Claim
 from ..executing.stream_writer import StreamWriter
+from .settlement import AlikeReplies, is_combined, send_combined
 
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.1
 """Progress that is reported more often than this is combined: the last value counts."""
 
+
+_SHOW_START_S = 0.02
+"""How long after its start the record of a request shows it, unless the request has ended by then."""
 
 _STARTED_TOGETHER = 64
 """Most starts that are written by one script call."""
@@ -63,11 +67,14 @@ class KeptClaims:
         self.apply(config)
         self._gathered: dict[bytes, _GatheredReply] = {}
         """By entry refs."""
-        self._started: list[tuple[str, bool]] = []
-        """Requests whose start is written at the end of this loop tick, and whether this replica starts them anew."""
+        self._started: dict[Claim, Start] = {}
+        """Starts that are not written yet."""
+        self._starting: asyncio.TimerHandle | None = None
         self._progress: dict[str, bytes] = {}
         """By request ids: progress that is reported and not written yet."""
         self._reporting: asyncio.TimerHandle | None = None
+        self._alike: AlikeReplies = {}
+        """Small replies of this loop tick."""
         self._is_closed = False
 
     def apply(self, config: BackendSpec) -> None:
@@ -77,8 +84,9 @@ class KeptClaims:
     def close(self) -> None:
         """Store no more results: the requests that run are redelivered."""
         self._is_closed = True
-        if self._reporting is not None:
-            self._reporting.cancel()
+        for timer in (self._reporting, self._starting):
+            if timer is not None:
+                timer.cancel()
         for gathered in list(self._gathered.values()):
             gathered.writer.stop()
 
@@ -87,18 +95,31 @@ class KeptClaims:
         await self._writer.sweep()
 
     def start(self, claims: Sequence[Claim]) -> None:
-        """Record that requests run; of ``claims``, those that are kept."""
+        """Record that requests run; of ``claims``, those that are kept.
+
+        The record shows it a moment later, so that the end of a quick request writes both.
+        """
         for claim in claims:
-            if claim.entry.keep_bytes is not None:
-                if not self._started:
-                    self._commands.join_write(self._write_started)
-                self._started.append((claim.entry.id, not claim.was_started))
-                claim.was_started = True
+            if claim.entry.keep_bytes is None:
+                continue
+            now_ms = int(self._commands.now_ms())
+            if (start := self._started.get(claim)) is not None:
+                start.started_ms = now_ms
+                start.attempts += 1
+            else:
+                self._started[claim] = Start(now_ms, int(not claim.was_started))
+            claim.was_started = True
+            if self._starting is None:
+                self._starting = asyncio.get_running_loop().call_later(_SHOW_START_S, self._write_started)
 
     def _write_started(self) -> None:
-        started, self._started = self._started, []
-        for start in range(0, len(started), _STARTED_TOGETHER):
-            self._writer.start(started[start : start + _STARTED_TOGETHER])
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        started = [(claim.entry.id, start) for claim, start in self._started.items() if not claim.is_released]
+        self._started.clear()
+        for at in range(0, len(started), _STARTED_TOGETHER):
+            self._writer.start(started[at : at + _STARTED_TOGETHER])
 
     def report(self, claim: Claim, progress: bytes) -> None:
         """Record the progress that the code of a running request reports, as JSON."""
@@ -110,6 +131,7 @@ class KeptClaims:
 
     def _write_progress(self) -> None:
         self._reporting = None
+        self._write_started()  # only a running request has progress
         progress, self._progress = self._progress, {}
         for id_, value in progress.items():
             self._writer.report(id_, value)
@@ -132,7 +154,8 @@ class KeptClaims:
         gathered = self._gathered.pop(claim.ref, None)
         if self._is_closed:
             return
-        if (progress := self._progress.pop(claim.entry.id, None)) is not None:
+        if self._progress and (progress := self._progress.pop(claim.entry.id, None)) is not None:
+            self._write_started()  # only a running request has progress
             self._writer.report(claim.entry.id, progress)
         is_too_long = gathered is not None and gathered.is_too_long
         if reply.error is not None and reply.error["kind"] == "RequestCancelled" and not is_too_long:
@@ -161,7 +184,8 @@ class KeptClaims:
 
     def cancel(self, claim: Claim) -> None:
         """Settle a request that was cancelled."""
-        self._finish(claim, Outcome(claim.entry.id, claim.ref, CANCELLED, is_sized=claim.entry.size_bytes > 0))
+        is_sized, start = claim.entry.size_bytes > 0, self._started.pop(claim, None)
+        self._finish(claim, Outcome(claim.entry.id, claim.ref, CANCELLED, is_sized=is_sized, start=start))
 
     def expire(self, claim: Claim) -> None:
         """Settle a request whose deadline passed. If it was never started, its idempotency key is free again."""
@@ -179,18 +203,20 @@ class KeptClaims:
     def _outcome(self, claim: Claim, result: Result, settles: bool, frees_key: bool) -> Outcome:
         reply = result.reply
         is_large = len(reply.body) > LARGE
-        stored = replace(result, reply=replace(reply, id="", body=b"" if is_large else reply.body, large=is_large))
+        kept = Reply("", reply.status, reply.codec, reply.headers, reply.error, reply.replica, 0.0, reply.run_ms)
+        kept.body, kept.large = b"" if is_large else reply.body, is_large
         error = b"" if reply.error is None else _shown_error(from_wire(reply.error))
         return Outcome(
             claim.entry.id,
             claim.ref,
             SUCCEEDED if reply.error is None else FAILED,
-            stored.fields(),
+            Result(kept, result.pieces).dump(),
             error,
             reply.body if is_large else None,
             claim.entry.size_bytes > 0,
             settles,
             frees_key,
+            self._started.pop(claim, None),
         )
 
     def _finish(self, claim: Claim, outcome: Outcome, result: Result | None = None) -> None:
@@ -203,9 +229,11 @@ class KeptClaims:
             for caller, call in waiters:
                 if fits and is_stored:
                     assert result is not None
-                    self._replies.send(caller, replace(result.reply, id=call).fields())
+                    of = result.reply
+                    reply = Reply(call, of.status, of.codec, of.headers, of.error, of.replica, 0.0, of.run_ms, of.body)
                 else:
-                    self._replies.send(caller, Reply(call, codec=IN_REDIS, replica=self._replica).fields())
+                    reply = Reply(call, codec=IN_REDIS, replica=self._replica)
+                self._send(caller, reply)
 
         def too_long() -> Outcome:
             assert outcome.large_body is not None
@@ -213,7 +241,7 @@ class KeptClaims:
             small = self._too_large(
                 claim, size, min(self._commands.max_string_bytes, size - 1), "proto-max-bulk-len of Redis"
             )
-            return self._outcome(claim, small, outcome.settles, outcome.frees_key)
+            return replace(self._outcome(claim, small, outcome.settles, outcome.frees_key), start=outcome.start)
 
         if outcome.large_body is not None and len(outcome.large_body) > self._commands.max_string_bytes:
             outcome = too_long()
@@ -222,6 +250,18 @@ class KeptClaims:
             self._commands.post(
                 _log_failure, "UNLINK", self._keys.body(self._backend, entry.id), repeat=True, patient=True
             )
+
+    def _send(self, caller: str, reply: Reply) -> None:
+        if not is_combined(reply):
+            self._replies.send(caller, reply.fields())
+            return
+        if not self._alike:
+            self._commands.join_write(self._send_alike)
+        self._alike.setdefault((caller, reply.codec, reply.status), []).append(reply)
+
+    def _send_alike(self) -> None:
+        alike, self._alike = self._alike, {}
+        send_combined(self._replies, alike)
 
     def _too_large(self, claim: Claim, size: int, limit: int, limited_by: str) -> Result:
         said = str(PayloadTooLarge(size, limit, limited_by))

@@ -95,7 +95,9 @@ class Scheduler:
         """Return how many more claims there is room for; negative if there are more claims than slots."""
         if self.batch_size:
             return self.batching.room(len(self._in_progress.waiting))
-        claims = len(self._in_progress.claims) - len(self._in_progress.delayed)
+        claims = len(self._in_progress.claims)
+        if self._in_progress.delayed:
+            claims -= len(self._in_progress.delayed)
         # No prefetch while batch items wait: an interactive request that arrives now would wait behind one of them.
         is_busy = claims > 0 and not self._sharing.is_active
         return self.capacity.limit(monotonic(), is_busy=is_busy) - claims

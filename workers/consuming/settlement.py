@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from ...broker.queue.consumer_group import ConsumerGroup
+from ...broker.queue.group.reply_sender import ReplySender
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire._fields import LARGE
 from ...broker.wire.entry_ref import id_of
@@ -26,6 +27,22 @@ share one entry of the reply stream: an entry with many replies costs about as m
 """
 _COMBINED_MAX_REPLIES = 64
 """Most replies in one such entry."""
+
+
+AlikeReplies = dict[tuple[str, str, int], list[Reply]]
+"""Small replies, by their caller, codec and status."""
+
+
+def is_combined(reply: Reply) -> bool:
+    """Return whether a reply is combined with others."""
+    return len(reply.body) <= _COMBINED_MAX_BYTES and reply.error is None and not reply.headers
+
+
+def send_combined(sender: ReplySender, alike: AlikeReplies) -> None:
+    """Send replies to their callers in as few entries as possible."""
+    for (caller, _, _), replies in alike.items():
+        for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
+            sender.send(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
 
 
 class Settlement:
@@ -62,7 +79,7 @@ class Settlement:
             self._group.replies.send(caller, reply.fields())
 
     def _reply_together(self) -> None:
-        alike: dict[tuple[str, str, int], list[Reply]] = {}
+        alike: AlikeReplies = {}
         now_ms = self._commands.now_ms()
         pending, self._replies = self._replies, []
         for claim, reply in pending:
@@ -72,9 +89,7 @@ class Settlement:
                 alike[key] = [reply]
             else:
                 together.append(reply)
-        for (caller, _, _), replies in alike.items():
-            for start in range(0, len(replies), _COMBINED_MAX_REPLIES):
-                self._group.replies.send(caller, Reply.fields_of(replies[start : start + _COMBINED_MAX_REPLIES]))
+        send_combined(self._group.replies, alike)
 
     def settle(self, claim: Claim) -> None:
         """Acknowledge and delete the entry of a claim and its large body, behind its reply in the same write."""

@@ -18,12 +18,15 @@ _HASHED_HERE_BYTES = 256 * 1024
 
 async def fingerprint_of(header: Header, body: bytes) -> str:
     """Return the hash of method, path, query, content type, codec, call method and body."""
-    query = header.query
-    content_type = next((value for name, value in header.headers if name == "content-type"), "")
     if len(body) > _HASHED_HERE_BYTES:
         body_hash = await asyncio.get_running_loop().run_in_executor(None, _sha256, body)
     else:
         body_hash = _sha256(body)
+    query, content_type = header.query, ""
+    for name, value in header.headers:
+        if name == "content-type":
+            content_type = value
+            break
     return fingerprint(
         header.method.encode(),
         header.path.encode("utf-8", "surrogatepass"),

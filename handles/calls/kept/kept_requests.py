@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import lru_cache
 
 from ....broker.queue.publisher import Publisher
 from ....broker.registry.records import DEFAULTS, BackendRecord, EndpointRecord
@@ -20,8 +19,6 @@ from ...errors import BackendNotFound, RequestNotFound, ResultExpired, WireError
 from ..large_bodies import LargeBodies
 from .submission import IdempotencyKey, Submission, Ticket
 from .waiters import Waiters
-
-_backend_mark = lru_cache(4096)(backend_mark)
 
 
 class KeptRequests:
@@ -55,14 +52,16 @@ class KeptRequests:
     ) -> None:
         self._watcher, self._on_idle = watcher, on_idle
         admission, self._reader = KeptAdmission(connection, keys), KeptReader(connection, keys)
-        self._waiters = Waiters(connection, caller, admission, self._reader, new_call, self._check_backend)
+        self._waiters = Waiters(
+            connection, caller, admission, self._reader, new_call, self._check_backend, self._check_idle
+        )
         self._submission = Submission(connection, admission, self._waiters, watcher, publisher, bodies, choose, shadow)
         self._in_progress = 0
 
     @property
     def is_busy(self) -> bool:
         """Whether anything is in progress."""
-        return self._in_progress > 0
+        return self._in_progress > 0 or self._waiters.any
 
     def waiter_of(self, call: str) -> Callable[[Reply | BaseException], None] | None:
         """Return the function that receives the reply to a call; None if no waiter has that id."""
@@ -96,7 +95,8 @@ class KeptRequests:
             PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
             BrokerUnavailable: the broker cannot be reached. The request may have been accepted nevertheless.
         """
-        with self._progress():
+        self._in_progress += 1
+        try:
             return await self._submission.submit(
                 endpoint,
                 header,
@@ -107,6 +107,9 @@ class KeptRequests:
                 max_stream_bytes=max_stream_bytes,
                 waits=waits,
             )
+        finally:
+            self._in_progress -= 1
+            self._check_idle()
 
     async def result(self, ticket: Ticket, timeout_s: float | None) -> Result:
         """Return the result of a request that was submitted with ``waits``.
@@ -120,6 +123,23 @@ class KeptRequests:
         assert waiter is not None, "the request was submitted without waits"
         with self._progress():
             return self._checked(waiter.backend, await self._waiters.result(waiter, ticket.state, timeout_s))
+
+    def on_result(
+        self, ticket: Ticket, timeout_s: float | None, then: Callable[[Result | BaseException], None]
+    ) -> None:
+        """Call ``then`` with what `result` returns or raises, unless `forget` is called before."""
+        waiter = ticket.waiter
+        assert waiter is not None, "the request was submitted without waits"
+
+        def check(outcome: Result | BaseException) -> None:
+            if isinstance(outcome, Result):
+                try:
+                    self._checked(waiter.backend, outcome)
+                except WireError as e:
+                    outcome = e
+            then(outcome)
+
+        self._waiters.on_result(waiter, ticket.state, timeout_s, check)
 
     async def wait(self, backend: str, id_: str, timeout_s: float | None) -> Result:
         """Return the result of any kept request. Raises what `result` does."""
@@ -135,7 +155,7 @@ class KeptRequests:
     def forget(self, ticket: Ticket) -> None:
         """Stop waiting for the result of a request."""
         if ticket.waiter is not None:
-            self._waiters.forget(ticket.waiter, unwatch=True)
+            self._waiters.abandon(ticket.waiter)
 
     async def watch_again(self) -> None:
         """Name all waiters again after the reply stream or the connection was lost, and accept lost requests again.
@@ -153,7 +173,7 @@ class KeptRequests:
         """
         mark = mark_of(id_)
         for tag in self._watcher.snapshot.backends if mark is not None else ():
-            if _backend_mark(tag) == mark:
+            if backend_mark(tag) == mark:
                 return tag
         raise RequestNotFound
 
@@ -227,8 +247,11 @@ class KeptRequests:
             yield
         finally:
             self._in_progress -= 1
-            if not self._in_progress:
-                self._on_idle()
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self.is_busy:
+            self._on_idle()
 
 
 def _ttl_s(backend: BackendRecord | None) -> float:

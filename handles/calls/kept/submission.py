@@ -16,7 +16,7 @@ from ....broker.registry.watcher import Watcher
 from ....broker.results.accepting import Accepted, KeptAdmission, KeptEntry, KeyConflict, SpaceFull
 from ....broker.transport.connection import RedisConnection
 from ....broker.wire._fields import LARGE
-from ....broker.wire.kept import PENDING_S, key_digest, new_id
+from ....broker.wire.kept import PENDING_S, NewIds, key_digest
 from ....broker.wire.requests import Header, RawEntry
 from ...errors import BackendNotFound, BrokerFull, IdempotencyConflict, Overloaded, PayloadTooLarge, ResultsFull
 from ...options import check_call_method
@@ -26,7 +26,7 @@ from .fingerprint import fingerprint_of
 from .waiters import Waiter, Waiters
 
 _CHOICE_SLACK_S = 60.0
-"""How much longer than a result the choice of a key's backend is kept, from before the request is accepted."""
+"""How much longer than a result the choice of a key's backend is kept whose request was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class Submission:
         self._connection, self._admission, self._waiters = connection, admission, waiters
         self._watcher, self._publisher, self._bodies = watcher, publisher, bodies
         self._choose, self._shadow = choose, shadow
+        self._new_ids = NewIds()
 
     async def submit(
         self,
@@ -104,16 +105,16 @@ class Submission:
             BrokerUnavailable: the broker cannot be reached. The request may have been accepted nevertheless.
         """
         check_call_method(endpoint, header.call)
-        digest, print_ = "", ""
+        digest, print_, is_new = "", "", True
         if key is not None:
             digest = key_digest(endpoint.name, key.credentials, key.value)
             print_ = await fingerprint_of(header, body)
-            backend = await self._backend_of_key(endpoint, digest, shard_key)
+            backend, is_new = await self._backend_of_key(endpoint, digest, shard_key)
         else:
             backend = self._choose(endpoint, shard_key)
         if timeout_s is not None:
             header.deadline_ms = int(self._connection.now_ms() + timeout_s * 1000)
-        id_ = new_id(backend.tag)
+        id_ = self._new_ids.next(backend.tag)
         is_large = len(body) > LARGE
         check_size(body, self._connection.max_string_bytes if is_large else None)
         raw = RawEntry(id_.encode(), b"", header.dump(), None if is_large else body, len(body) if is_large else 0)
@@ -127,6 +128,8 @@ class Submission:
             if waiter is not None:
                 self._waiters.forget(waiter, unwatch=True)
             raise
+        if not is_new and not ticket.is_replayed:
+            self._admission.keep_choice(digest)  # that of a request that was refused, or whose result has expired
         if endpoint.shadows and not ticket.is_replayed:
             self._shadow(endpoint, header, body)
         return ticket
@@ -147,6 +150,8 @@ class Submission:
         if large and not (isinstance(accepted, Accepted) and not accepted.is_replayed):
             self._bodies.drop_request_body(backend.tag, raw.id.decode())
             self._publisher.forget_reservation(backend.tag, raw)
+        if kept.key and isinstance(accepted, QueueFull | SpaceFull):
+            self._admission.keep_choice(kept.key, int((backend.config.result_ttl_s + _CHOICE_SLACK_S) * 1000))
         if isinstance(accepted, QueueFull):
             self._publisher.counts.add(backend.tag, "refused")
             raise _overloaded(backend.tag, accepted, limit, limit_bytes, raw.size_bytes)
@@ -159,8 +164,6 @@ class Submission:
             waiter.begin()
             if accepted.is_replayed:
                 waiter.again = None
-        if kept.key and not accepted.is_replayed:
-            self._admission.prolong_choice(kept.key)
         return Ticket(accepted.id, backend.tag, accepted.state, accepted.is_replayed, waiter)
 
     async def _store_body(
@@ -187,20 +190,22 @@ class Submission:
                 raise Overloaded(backend.tag, 0, limit)
             raise too_long(body, len(body) - 1) if isinstance(result, StringTooLong) else result
 
-    async def _backend_of_key(self, endpoint: EndpointRecord, digest: str, shard_key: str | None) -> BackendRecord:
+    async def _backend_of_key(
+        self, endpoint: EndpointRecord, digest: str, shard_key: str | None
+    ) -> tuple[BackendRecord, bool]:
+        """Return the backend that holds a key, and whether that was chosen now."""
         backend = self._choose(endpoint, digest if shard_key is None else shard_key)
-        ttl_ms = int((backend.config.result_ttl_s + _CHOICE_SLACK_S) * 1000)
-        chosen = await self._admission.choose_backend(digest, backend.tag, ttl_ms)
+        chosen, is_new = await self._admission.choose_backend(digest, backend.tag)
         if chosen == backend.tag:
-            return backend
+            return backend, is_new
         if chosen not in self._watcher.snapshot.backends:
             await self._watcher.refresh()
         if (record := self._watcher.snapshot.backends.get(chosen)) is not None:
-            return record
-        chosen = await self._admission.choose_backend(digest, backend.tag, ttl_ms, gone=chosen)
+            return record, False
+        chosen, _ = await self._admission.choose_backend(digest, backend.tag, gone=chosen)
         if (record := self._watcher.snapshot.backends.get(chosen)) is None:
             raise BackendNotFound(chosen, self._watcher.snapshot.backends)
-        return record
+        return record, False
 
 
 def _overloaded(backend: str, full: QueueFull, limit: int, limit_bytes: int, size_bytes: int) -> Overloaded:

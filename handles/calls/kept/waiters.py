@@ -35,47 +35,71 @@ log = logging.getLogger(__name__)
 _CHECK_EVERY_S = 2.0
 """How often to look for results that were stored and never sent."""
 
-_Outcome = Union[Result, BaseException, None]  # noqa: UP007 - it is evaluated, also on Python 3.10
+Outcome = Union[Result, BaseException, None]  # noqa: UP007 - it is evaluated, also on Python 3.10
 """A result, an error, or None: the result lies in Redis."""
 
 
 class Waiter:
     """One wait for the result of a kept request."""
 
-    __slots__ = ("again", "backend", "call", "id", "outcome", "raw", "since_s")
+    __slots__ = ("_future", "again", "backend", "call", "id", "is_done", "outcome", "raw", "since_s", "task", "then")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, caller: bytes, call: str, backend: str, id_: str) -> None:
+    def __init__(self, caller: bytes, call: str, backend: str, id_: str) -> None:
         self.call, self.backend, self.id = call, backend, id_
         self.raw = caller + b" " + call.encode()
         """As the record of the request names it."""
-        self.outcome: asyncio.Future[_Outcome] = loop.create_future()
+        self.is_done = False
+        """Whether there is an outcome."""
+        self.outcome: Outcome = None
+        self.then: Callable[[Outcome], None] | None = None
+        """Called with the outcome."""
+        self.task: asyncio.Task[Result] | None = None
+        """The task that waits instead of ``then``."""
+        self._future: asyncio.Future[None] | None = None
         self.since_s = math.inf
         """Since when the record of the request names it, by the loop's clock; before, there may be no record."""
         self.again: KeptEntry | None = None
         """The request, if this caller submitted it: Redis may have lost it."""
 
-    def resolve(self, outcome: Reply | BaseException) -> None:
+    def resolve(self, reply: Reply | BaseException) -> None:
         """End the wait with the reply that the replica sent, or with an error."""
-        if self.outcome.done():
-            return
-        if isinstance(outcome, Reply):
-            self.outcome.set_result(None if outcome.codec == IN_REDIS else Result(outcome))
+        if isinstance(reply, Reply):
+            self._end(None if reply.codec == IN_REDIS else Result(reply))
         else:
-            self.outcome.set_result(outcome)
+            self._end(reply)
 
-    def begin(self) -> None:
-        """Note that the record of the request names the waiter."""
-        self.since_s = self.outcome.get_loop().time()
-
-    def begin_again(self) -> None:
-        """Wait once more: the outcome came before there was a result."""
-        self.outcome = self.outcome.get_loop().create_future()
-        self.begin()
+    def time_out(self, timeout_s: float | None) -> None:
+        """End the wait after ``timeout_s`` seconds."""
+        self._end(RequestTimeout(f"backend {self.backend!r}", timeout_s or 0.0))
 
     def fetch(self) -> None:
         """End the wait: the result lies in Redis."""
-        if not self.outcome.done():
-            self.outcome.set_result(None)
+        self._end(None)
+
+    def begin(self) -> None:
+        """Note that the record of the request names the waiter."""
+        self.since_s = asyncio.get_running_loop().time()
+
+    def begin_again(self) -> None:
+        """Wait once more: the outcome came before there was a result."""
+        self.is_done, self.outcome = False, None
+        self.begin()
+
+    async def wait(self) -> Outcome:
+        """Return the outcome as soon as there is one."""
+        if not self.is_done:
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+        return self.outcome
+
+    def _end(self, outcome: Outcome) -> None:
+        if self.is_done:
+            return
+        self.is_done, self.outcome = True, outcome
+        if self.then is not None:
+            self.then(outcome)
+        elif self._future is not None and not self._future.done():
+            self._future.set_result(None)
 
 
 class Waiters:
@@ -88,6 +112,7 @@ class Waiters:
         reader: of kept requests.
         new_call: returns the id of another call, which is its secret.
         check_backend: raises `BackendNotFound` for a backend that does not exist.
+        on_none: called when no wait is in progress any more.
     """
 
     def __init__(
@@ -98,14 +123,20 @@ class Waiters:
         reader: KeptReader,
         new_call: Callable[[], str],
         check_backend: Callable[[str], object],
+        on_none: Callable[[], None],
     ) -> None:
         self._connection, self._caller = connection, caller
         self._admission, self._reader = admission, reader
-        self._new_call, self._check_backend = new_call, check_backend
+        self._new_call, self._check_backend, self._on_none = new_call, check_backend, on_none
         self._waiters: dict[str, Waiter] = {}
         """By the ids of their calls."""
         self._checker: asyncio.TimerHandle | None = None
         self._check: asyncio.Task[None] | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether any wait is in progress."""
+        return bool(self._waiters)
 
     def receiver_of(self, call: str) -> Callable[[Reply | BaseException], None] | None:
         """Return the function that receives the reply to a call; None if no waiter has that id."""
@@ -118,22 +149,32 @@ class Waiters:
             self._checker.cancel()
         if self._check is not None:
             self._check.cancel()
-        for waiter in self._waiters.values():
+        for waiter in list(self._waiters.values()):
             waiter.resolve(RequestCancelled(shown_id("", waiter.id)))
 
     def new(self, backend: str, id_: str) -> Waiter:
         """Return a new wait for the result of a request. `forget` ends it."""
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(loop, self._caller, self._new_call(), backend, id_)
+        waiter = Waiter(self._caller, self._new_call(), backend, id_)
         self._waiters[waiter.call] = waiter
         if self._checker is None:
-            self._checker = loop.call_later(_CHECK_EVERY_S, self._begin_check)
+            self._checker = asyncio.get_running_loop().call_later(_CHECK_EVERY_S, self._begin_check)
         return waiter
 
     def forget(self, waiter: Waiter, *, unwatch: bool) -> None:
         """Stop a wait; with ``unwatch``, take it from the record of the request too."""
-        if self._waiters.pop(waiter.call, None) is not None and unwatch and self._connection.connected:
+        if self._waiters.pop(waiter.call, None) is None:
+            return
+        if unwatch and self._connection.connected:
             self._reader.unwatch(waiter.backend, waiter.id, waiter.raw)
+        if not self._waiters:
+            self._on_none()
+
+    def abandon(self, waiter: Waiter) -> None:
+        """Stop a wait whose result nothing takes any more."""
+        waiter.then = None
+        if waiter.task is not None:
+            waiter.task.cancel()
+        self.forget(waiter, unwatch=True)
 
     async def watch(self, waiter: Waiter) -> str:
         """Let the record of the request name a waiter, and return the state of the request.
@@ -165,11 +206,12 @@ class Waiters:
         try:
             while result is None:
                 if state not in FINAL:
-                    left_s = None if ends_s == math.inf else max(0.0, ends_s - loop.time())
-                    await asyncio.wait([waiter.outcome], timeout=left_s)
-                    if not waiter.outcome.done():
-                        raise RequestTimeout(f"backend {waiter.backend!r}", timeout_s or 0.0)
-                    outcome = waiter.outcome.result()
+                    timer = None if ends_s == math.inf else loop.call_at(ends_s, waiter.time_out, timeout_s)
+                    try:
+                        outcome = await waiter.wait()
+                    finally:
+                        if timer is not None:
+                            timer.cancel()
                     if isinstance(outcome, BaseException):
                         raise outcome
                     result = outcome
@@ -179,6 +221,36 @@ class Waiters:
             return result
         finally:
             self.forget(waiter, unwatch=result is None)
+
+    def on_result(
+        self, waiter: Waiter, state: str, timeout_s: float | None, then: Callable[[Result | BaseException], None]
+    ) -> None:
+        """Call ``then`` with what `result` returns or raises, unless `abandon` ends the wait before.
+
+        A result that the replica sends needs no task.
+        """
+
+        def on_outcome(outcome: Outcome) -> None:
+            waiter.then = None
+            if outcome is None:
+                in_task()
+            else:
+                self.forget(waiter, unwatch=not isinstance(outcome, Result))
+                then(outcome)
+
+        def in_task() -> None:
+            waiter.task = task = asyncio.get_running_loop().create_task(self.result(waiter, state, timeout_s))
+            task.add_done_callback(on_end)
+
+        def on_end(task: asyncio.Task[Result]) -> None:
+            waiter.task = None
+            if not task.cancelled():
+                then(task.exception() or task.result())
+
+        if timeout_s is None and state not in FINAL and not waiter.is_done:
+            waiter.then = on_outcome
+        else:
+            in_task()
 
     async def fetch(self, backend: str, id_: str) -> Result | None:
         """Return the result of a request; None if it is not final yet.
