@@ -33,6 +33,7 @@ from .http1.connection_limit import allowed_connections
 from .middleware import wrap
 from .options import ProxyOptions
 from .pages.admin import AdminApp, AdminPort
+from .pages.dashboard import Dashboard
 from .pages.metrics_page import ProxyIdentity
 from .server import PortInUse, Server, is_wildcard
 
@@ -161,13 +162,15 @@ class Proxy:
             sharing = asyncio.get_running_loop().create_task(app.metrics_page.share_until_cancelled(), name="metrics")
             self._cleanup.push_async_callback(self._end_sharing, sharing, app)
         if options.admin_port is not None:
+            dashboard = Dashboard(client)
             admin = AdminPort(
-                AdminApp(app.admin_page),
+                AdminApp(app.admin_page, dashboard),
                 options.admin_host,
                 options.admin_port,
                 lambda url: reporter.update(admin_url=url),
             )
             self._cleanup.push_async_callback(admin.stop)
+            self._cleanup.callback(dashboard.close)  # before that
             await admin.start()
         reporter.update(state="ready", url=url)
         follow(client.snapshot)

@@ -242,7 +242,6 @@ class RequestClient:
 
     async def _disconnect(self) -> None:
         self._mark_closed()
-        self._publisher.counts.send()
         if self._life is not None:
             self._life.cancel()
         await self.watcher.close()

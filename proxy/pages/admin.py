@@ -11,26 +11,49 @@ from collections.abc import Awaitable, Callable
 
 from starlette.types import Receive, Scope, Send
 
+from .. import responses
 from ..responses import HTTPResponse
+from ..routing import RESERVED
 from ..server import PortInUse, Server
+from .dashboard import Dashboard
 
 log = logging.getLogger(__name__)
+
+_DASHBOARD = f"{RESERVED}dashboard"
+_EVENTS = f"{_DASHBOARD}/events"
+
+_STOP_S = 0.5
+"""How long the port's responses in progress may take to end."""
 
 _TRY_S = 1.0
 """Seconds between two attempts to listen on the port."""
 
 
 class AdminApp:
-    """The ASGI application of the admin port of one proxy; ``page`` returns the response to a request."""
+    """The ASGI application of the admin port of one proxy.
 
-    def __init__(self, page: Callable[[Scope], Awaitable[HTTPResponse]]) -> None:
-        self._page = page
+    ``page`` returns the response to a request for any page but the dashboard.
+    """
+
+    def __init__(self, page: Callable[[Scope], Awaitable[HTTPResponse]], dashboard: Dashboard) -> None:
+        self._page, self._dashboard = page, dashboard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        response = await self._page(scope)
-        await send_response(send, response, scope["method"])
+        method, path = scope["method"], scope["path"]
+        if path not in (_DASHBOARD, _EVENTS):
+            response = await self._page(scope)
+        elif method not in ("GET", "HEAD"):
+            response = responses.not_allowed(method, path, ("GET", "HEAD"))
+        elif path == _DASHBOARD:
+            response = self._dashboard.page()
+        elif self._dashboard.is_full:
+            response = responses.of_status(503, "too many dashboards are open")
+        else:
+            await self._dashboard.send_events(receive, send)
+            return
+        await send_response(send, response, method)
 
 
 async def send_response(send: Send, response: HTTPResponse, method: str) -> None:
@@ -66,7 +89,7 @@ class AdminPort:
         if self._trying is not None:
             self._trying.cancel()
             await asyncio.wait([self._trying])
-        await self._server.stop(0.0)
+        await self._server.stop(_STOP_S)
 
     async def _keep_trying(self) -> None:
         while True:
