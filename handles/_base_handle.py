@@ -167,6 +167,7 @@ class BaseHandle:
         return Header(
             endpoint=self._endpoint,
             method=options.http_method.upper(),
+            path=options.http_path,
             query=keywords,
             headers=headers,
             codec=codec,

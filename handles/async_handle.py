@@ -120,6 +120,7 @@ class AsyncServeHandle(BaseHandle):
             shard_key: requests with the same key go to the same backend; None, the default, selects by the weights
                 alone.
             http_method: value of ``request.method``; ``"GET"`` by default.
+            http_path: the path that code gets, ``"/"`` by default: the one to call of an ASGI application.
             http_headers: ``request.headers``; empty by default. Names are ASCII tokens, values ISO 8859-1 without
                 control characters, as in HTTP.
             timeout_s: seconds until a request expires, counted from ``remote``; None, the default, for never.

@@ -30,6 +30,7 @@ class CallChanges(TypedDict, total=False):
     method_name: str
     shard_key: str | None
     http_method: str
+    http_path: str
     http_headers: Mapping[str, str]
     timeout_s: float | None
     model_id: str | None
@@ -60,6 +61,7 @@ class CallOptions:
     method_name: str = "__call__"
     shard_key: str | None = None
     http_method: str = "GET"
+    http_path: str = "/"
     http_headers: Mapping[str, str] = field(default_factory=dict[str, str])
     timeout_s: float | None = None
     return_type: str = "future"
@@ -69,6 +71,7 @@ class CallOptions:
 
     def __post_init__(self) -> None:
         _check(self.method_name, self.shard_key, self.http_method, self.http_headers, self.timeout_s)
+        _check_path(self.http_path)
         if not isinstance(cast(object, self.return_type), str):
             raise TypeError(f"return_type must be a str, not {type(self.return_type).__name__}")
         if self.return_type not in RETURN_TYPES:
@@ -209,6 +212,19 @@ def _check(
             raise TypeError(f"timeout_s must be a number of seconds or None, not {type(timeout_s).__name__}")
         if not 0 < timeout_s <= _MAX_TIMEOUT_S:
             raise ConfigError(f"timeout_s must be above 0 and at most {_MAX_TIMEOUT_S:g} seconds, not {timeout_s}")
+
+
+def _check_path(http_path: object) -> None:
+    if not isinstance(http_path, str):
+        raise TypeError(f"http_path must be a str, not {type(http_path).__name__}")
+    if not http_path.startswith("/"):
+        raise ConfigError(f"http_path {http_path!r} must begin with '/'")
+    for char in "?#":
+        if char in http_path:
+            raise ConfigError(
+                f"http_path {http_path!r} has {char!r}, before which the path of a URL ends: the query is given by the "
+                "keyword arguments of a call"
+            )
 
 
 def _check_header(name: object, value: object) -> None:

@@ -95,6 +95,7 @@ class ItemEncoder:
         header = Header(
             endpoint=self._endpoint,
             method=options.http_method.upper(),
+            path=options.http_path,
             query=query or "",
             headers=[(name.lower(), value) for name, value in options.http_headers.items()],
             codec=codec,
