@@ -38,7 +38,7 @@ from .pages.system_pages import AWAITED, SystemPages
 from .preferences import may_be_kept
 from .request_body import has_body, read_body
 from .responses import HTTPResponse, RawHeaders
-from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes
+from .routing import RESERVED, MethodNotAllowed, RouteMatch, Routes, mount_of
 
 logger = logging.getLogger("penstock.proxy")
 
@@ -269,6 +269,9 @@ class App:
         method_name = headers.get(b"x-serve-call-method")
         client = scope["client"]
         path = self._root_path + self._route_path(scope["path"])
+        members = scopes.carried(scope, headers.get(b"host"), path, self._root_path)
+        if request.params and (mount := mount_of(endpoint.route or "")):
+            members = {**(members or {}), "mount": mount}
         # The codec keeps its default, that of HTTP, so that nothing a client sends is ever unpickled.
         return Header(
             endpoint=endpoint.name,
@@ -281,7 +284,7 @@ class App:
             request_id=request.request_id.decode(),
             client=f"{client[0]}:{client[1]}" if client else "",
             window=WINDOW,
-            scope=scopes.carried(scope, headers.get(b"host"), path, self._root_path),
+            scope=members,
         )
 
     def _reserve(self, request: ProxiedRequest, size: int) -> None:

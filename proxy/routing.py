@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 from starlette.routing import PARAM_REGEX, compile_path
@@ -29,6 +30,8 @@ RESERVED = "/-/"
 # The convertors that are part of Starlette. One that a user registers exists in the user's process and in no proxy.
 _RANKS = {"uuid": 1, "int": 1, "float": 2, "str": 3, "path": 4}
 _LITERAL, _END = (0,), (5,)
+
+_MOUNT = re.compile(r"/\{([a-zA-Z_][a-zA-Z0-9_]*):path\}$")
 
 
 class RouteMatch(NamedTuple):
@@ -170,6 +173,17 @@ def check_route(route: object) -> str:
     if not literal.isprintable():  # lone surrogates are not printable either
         raise ConfigError(f"the route {route!r} contains a character that is not printable")
     return route
+
+
+@lru_cache(maxsize=1024)
+def mount_of(route: str) -> str:
+    """Return the name of the parameter with which ``route`` ends, ``/{name:path}``; empty if it ends otherwise.
+
+    >>> mount_of("/api/{tenant}/{rest:path}")
+    'rest'
+    """
+    match = _MOUNT.search(route)
+    return "" if match is None else match[1]
 
 
 def clash(endpoints: Iterable[EndpointRecord], new: EndpointRecord) -> EndpointRecord | None:

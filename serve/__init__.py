@@ -11,6 +11,7 @@ from ..runtime.extras import explain
 
 if TYPE_CHECKING:
     from ._api import (
+        ALL_METHODS,
         AsyncObjectRefHandle,
         AsyncResponseStream,
         AsyncServeHandle,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         Status,
         StreamingHandle,
         accept_batch,
+        asgi,
         connect,
         errors,
         get_current_backend_tag,
@@ -60,6 +62,7 @@ else:
 
 
 __all__ = [
+    "ALL_METHODS",
     "AsyncObjectRefHandle",
     "AsyncResponseStream",
     "AsyncServeHandle",
@@ -84,6 +87,7 @@ __all__ = [
     "Status",
     "StreamingHandle",
     "accept_batch",
+    "asgi",
     "connect",
     "errors",
     "get_current_backend_tag",

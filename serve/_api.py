@@ -18,6 +18,7 @@ from ..handles import (
     StreamingHandle,
     errors,
 )
+from ..workers.asgi.application import asgi
 from ..workers.executing.accept_batch import accept_batch
 from ..workers.executing.context import get_current_backend_tag, get_current_replica_tag
 from ..workers.executing.request import Request
@@ -28,8 +29,10 @@ from .config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
 from .controller.controller_actor import ControllerActor
 from .lifecycle import connect, start
 from .status import Status
+from .validation import ALL_METHODS
 
 __all__ = [
+    "ALL_METHODS",
     "AsyncObjectRefHandle",
     "AsyncResponseStream",
     "AsyncServeHandle",
@@ -55,6 +58,7 @@ __all__ = [
     "Status",
     "StreamingHandle",
     "accept_batch",
+    "asgi",
     "connect",
     "errors",
     "get_current_backend_tag",

@@ -20,6 +20,7 @@ from ..broker.wire.keys import check_name
 from ..handles import background_loop
 from ..handles.connection import CLOSE_TIMEOUT_S, Connection, wait_until_queued
 from ..proxy.routing import check_route
+from ..workers.asgi.application import AsgiApplication
 from ..workers.executing.user_code import dump
 from ..workers.runtime_env import pack
 from . import registry_changes, validation
@@ -35,8 +36,8 @@ T = TypeVar("T")
 _WAIT_POLL_S = 1.0
 """Seconds between the checks of `Client.wait` whether the instance was shut down by another client."""
 
-Target = Callable[..., Any] | str
-"""Code to deploy: a function, a class, or an import path of either."""
+Target = Callable[..., Any] | AsgiApplication | str
+"""Code to deploy: a function, a class, an ASGI application, or an import path of a function or class."""
 
 
 class Client(Connection):
@@ -107,8 +108,9 @@ class Client(Connection):
         Args:
             tag: the name of the backend: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
             func_or_class: a function of one `Request`, ``async def`` or not; a class whose instances are such
-                functions; or the import path of either in the replicas, ``"package.module:Name"``. With
-                `accept_batch` it receives a list of requests and returns a list of as many results.
+                functions; or the import path of either in the replicas, ``"package.module:Name"``; or an ASGI
+                application, as ``serve.asgi(app)``. With `accept_batch` it receives a list of requests and returns a
+                list of as many results.
             *init_args: arguments of the class's constructor. They are pickled.
             config: a `BackendConfig`, or a dict of its fields.
             ray_actor_options: resources that each replica reserves: ``num_cpus`` (default 1), ``num_gpus``,
@@ -124,7 +126,8 @@ class Client(Connection):
                 accept its arguments, or an object cannot be pickled.
             ConfigError: the backend exists, a value is not allowed, the code with its arguments is larger than Redis
                 accepts (512 MiB), or the cluster lacks resources for all replicas.
-            BackendError: a replica could not start; its ``traceback`` is that of the constructor.
+            BackendError: a replica could not start; its ``traceback`` is that of the constructor, or of the lifespan of
+                an ASGI application.
         """
         validation.check_tag(tag)
         checked = BackendConfig.parse(config)
@@ -263,7 +266,8 @@ class Client(Connection):
             backend: the tag of the backend that receives all requests, until `set_traffic` changes that.
             route: a path with Starlette's parameters, such as ``"/users/{id:int}"`` (``str``, ``int``, ``float``,
                 ``uuid``, ``path``); None for handles only.
-            methods: HTTP methods, in upper or lower case. GET includes HEAD.
+            methods: HTTP methods, in upper or lower case. GET includes HEAD. ``serve.ALL_METHODS`` for an application
+                that chooses among them itself.
             call_methods: the methods of the backend's class that can be called through this endpoint, such as
                 ``["__call__", "predict"]``; others are refused with `CallMethodRefused` (403). None allows every
                 public method.
@@ -431,7 +435,8 @@ def _checked_code(
     try:
         blob = dump(func_or_class, args, kwargs)
     except Exception as e:  # Pickling runs code of the objects.
-        raise TypeError(f"a backend's code and arguments must be picklable: {e}") from e
+        hint = ": an ASGI application can be given by its import path" * isinstance(func_or_class, AsgiApplication)
+        raise TypeError(f"a backend's code and arguments must be picklable: {e}{hint}") from e
     # Bytes behind a pickle are ignored when it is read. They make the digest of each version unique, so that deleting
     # the code of one backend does not delete that of another with the same code.
     return blob + version.encode()

@@ -10,7 +10,6 @@ import functools
 import inspect
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,17 +20,20 @@ from ..broker.transport.url import MAX_MEMORY, shown_url
 from ..broker.wire.keys import check_name
 from ..handles.errors import BackendNotFound
 from ..handles.options import check_method_name
+from ..workers.asgi.application import AsgiApplication, is_application
 from ..workers.executing.accept_batch import accepts_batch
 from ..workers.executing.methods import HOOKS
+from ..workers.import_paths import check_import_path
 from ..workers.retry import check_names
 from ..workers.runtime_env import EXCLUDES, PY_MODULES, WORKING_DIR
 from .config import BackendConfig
 
-METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+ALL_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+"""All methods that an endpoint can have."""
+
 WEIGHT_TOLERANCE = 1e-6
 
 _REGISTRY = "registry"
-_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 # The options by which Ray schedules an actor. The controller sets all others, such as name, lifetime and restarts.
 _RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory")
@@ -54,11 +56,11 @@ def check_methods(methods: object) -> tuple[str, ...]:
     for method in cast("Iterable[object]", methods):
         if not isinstance(method, str):
             raise TypeError(f"methods must be str, not {type(method).__name__}")
-        if method.upper() not in METHODS:
-            raise ConfigError(f"the method {method!r} must be one of {', '.join(METHODS)}")
+        if method.upper() not in ALL_METHODS:
+            raise ConfigError(f"the method {method!r} must be one of {', '.join(ALL_METHODS)}")
         checked[method.upper()] = None
     if not checked:
-        raise ConfigError(f"methods must contain at least one of {', '.join(METHODS)}; it is empty")
+        raise ConfigError(f"methods must contain at least one of {', '.join(ALL_METHODS)}; it is empty")
     return tuple(checked)
 
 
@@ -178,7 +180,8 @@ def check_runtime_env(runtime_env: object) -> dict[str, Any] | None:
 def check_callable(
     func_or_class: object, init_args: tuple[Any, ...], init_kwargs: Mapping[str, Any], *, takes_batch: bool
 ) -> None:
-    """Check that the code is a function of one request, a class whose instances are such, or an import path.
+    """Check that the code is a function of one request, a class whose instances are such, an ASGI application or an
+    import path.
 
     Code behind an import path is checked by the replicas, which can import it.
 
@@ -190,9 +193,14 @@ def check_callable(
     """
     takes = "one list of requests" if takes_batch else "one request"
     if isinstance(func_or_class, str):
-        if _IMPORT_PATH.fullmatch(func_or_class) is None:
-            raise ConfigError(f"the import path {func_or_class!r} must look like 'package.module:Name'")
+        check_import_path(func_or_class)
         return
+    if isinstance(func_or_class, AsgiApplication):
+        if init_args or init_kwargs:
+            raise TypeError("only a class is constructed with arguments; an ASGI application is called as it is")
+        return
+    if is_application(func_or_class):
+        raise TypeError("an ASGI application is deployed as serve.asgi(app)")
     if isinstance(func_or_class, type):
         name = func_or_class.__qualname__
         call = _call_of(func_or_class)
@@ -203,7 +211,8 @@ def check_callable(
         return
     if not (inspect.isroutine(func_or_class) or isinstance(func_or_class, functools.partial)):
         raise TypeError(
-            f"a backend must be a function, a class or an import path 'module:Name', not {type(func_or_class).__name__}"
+            "a backend must be a function, a class, serve.asgi(app) or an import path 'module:Name', not "
+            f"{type(func_or_class).__name__}"
         )
     function = cast("Callable[..., Any]", func_or_class)
     name = getattr(function, "__qualname__", repr(function))
@@ -224,6 +233,11 @@ def check_fits(config: BackendConfig, func_or_class: object, *, takes_batch: boo
         return
     if config.retry is not None:
         check_names(config.retry.on, may_be_elsewhere=True)
+    if isinstance(func_or_class, AsgiApplication):
+        for field in ("max_batch_size", "user_config"):
+            if (value := getattr(config, field)) is not None:
+                raise ConfigError(f"{field} is {value!r}, and an ASGI application has no use for it: leave it out")
+        return
     name = getattr(func_or_class, "__qualname__", repr(func_or_class))
     check_batch_size(config, name, takes_batch=takes_batch)
     if config.user_config is not None and not callable(getattr(func_or_class, "reconfigure", None)):

@@ -24,6 +24,7 @@ from ..proxy.routing import check_route
 from ..serve import validation
 from ..serve.client import Target
 from ..serve.config import BackendConfig, HTTPOptions
+from ..workers.asgi.application import AsgiApplication
 from ..workers.executing.user_code import LoadedCode, dump
 from .local_client import local_links
 from .local_queue import LocalQueue
@@ -49,7 +50,7 @@ def local(
     them and look at them afterwards. Nothing is durable: what needs Redis or Ray is refused or has no effect.
 
     Args:
-        func_or_class: as for ``Client.create_backend``: a function, a class, or an import path of either.
+        func_or_class: as for ``Client.create_backend``: a function, a class, ``serve.asgi(app)``, or an import path.
         *init_args: arguments of the class's constructor.
         config: a `BackendConfig`, or a dict of its fields. The number of replicas and the health checks have no effect.
         route: the route of the endpoint, as for ``Client.create_endpoint``.
@@ -72,7 +73,7 @@ def local(
         methods=validation.check_methods(methods),
         traffic={NAME: 1.0},
     )
-    if isinstance(func_or_class, str):
+    if isinstance(func_or_class, str) or (isinstance(func_or_class, AsgiApplication) and func_or_class.is_path):
         code: bytes | LoadedCode = dump(func_or_class, init_args, init_kwargs)
     else:
         code = LoadedCode(func_or_class, init_args, init_kwargs)

@@ -72,7 +72,7 @@ class LocalReplica:
         settlement = Settlement(commands, group, self._keys, self._backend, REPLICA)
         scan_soon = asyncio.Event()
         consumer = Consumer(runner, commands, group, settlement, self._keys, self._backend, REPLICA, scan_soon)
-        runner.attach(consumer.stream_sender, commands.now_ms, consumer.kept.report)
+        runner.attach(consumer.stream_sender, commands.now_ms, consumer.kept.report, consumer.reply_early)
 
         def on_signal(signal: bytes) -> None:
             if signal.startswith(CREDIT):

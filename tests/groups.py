@@ -21,6 +21,7 @@ _GROUPS = {
     "ray, for whole lives": r"tests/serve/test_(?!every_node|head|leaving_nodes)\w+\.py",
     "several nodes": r"tests/serve/test_(every_node|head)\.py",
     "nodes that leave": r"tests/serve/test_leaving_nodes\.py",
+    "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
 }

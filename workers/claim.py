@@ -38,6 +38,7 @@ class Claim:
         "entry",
         "is_recalled",
         "is_released",
+        "is_replied",
         "is_streaming",
         "is_withdrawn",
         "quarantine_ended",
@@ -57,6 +58,8 @@ class Claim:
         """Whether this replica no longer holds it: it was settled or given back."""
         self.is_recalled = False
         """Whether it is to be given back when its cancellation is confirmed, as it had not started."""
+        self.is_replied = False
+        """Whether its reply was sent although its code goes on; it is settled later."""
         self.is_streaming = False
         """Whether its reply has begun to stream."""
         self.spans: RunSpans | None = None

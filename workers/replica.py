@@ -82,7 +82,7 @@ class Replica:
         """
         loop = asyncio.get_running_loop()
         consumer = self._consumer
-        self._runner.attach(consumer.stream_sender, self._commands.now_ms, consumer.kept.report)
+        self._runner.attach(consumer.stream_sender, self._commands.now_ms, consumer.kept.report, consumer.reply_early)
         await self._commands.open()
         await self._reads.open()
         # The reply to a claim may have been lost with either connection.

@@ -166,7 +166,7 @@ def _change_backend(manifest: Manifest, change: ManifestChange, client: Client) 
     method = client.create_backend if change.verb == "create" else client.update_backend
     method(
         change.name,
-        backend.target,
+        backend.deployable,
         *backend.args,
         config=backend.config.model_dump(),
         ray_actor_options=backend.actor_options,

@@ -96,14 +96,21 @@ def _rolled(backend: DeclaredBackend, record: BackendRecord, code: bytes | None)
     if present is None:
         reasons.append(f"the code becomes {backend.target}")
     elif present != backend.code:
-        field = "import" if present[0] != backend.target else "args"
-        old, new = (present[0], backend.target) if field == "import" else (present[1:], backend.code[1:])
-        reasons.append(f"{field} {_shown(old)} -> {_shown(new)}")
+        reasons.append(_replaced(present, backend.code))
     if backend.actor_options != record.actor_options:
         reasons.append(f"ray_actor_options {_shown(record.actor_options)} -> {_shown(backend.actor_options)}")
     if (backend.runtime_env or None) != (record.runtime_env or None):
         reasons.append("runtime_env")
     return tuple(reasons)
+
+
+def _replaced(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    """Return the difference between two targets with arguments."""
+    if old[0] == new[0]:
+        return f"args {_shown(old[1:])} -> {_shown(new[1:])}"
+    fields = ["import" if isinstance(target, str) else "asgi" for target in (old[0], new[0])]
+    was, becomes = (target if isinstance(target, str) else target[-1] for target in (old[0], new[0]))
+    return f"{fields[0]} {_shown(was)} -> {fields[1] + ' ' if fields[0] != fields[1] else ''}{_shown(becomes)}"
 
 
 def _configured(config: BackendConfig, record: BackendRecord) -> tuple[str, ...]:

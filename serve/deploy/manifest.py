@@ -10,10 +10,12 @@
         config: {num_replicas: 2, max_batch_size: 32}
         ray_actor_options: {num_cpus: 0.5}
         runtime_env: {pip: [scikit-learn]}
+      api:
+        asgi: web.api:app                     # an ASGI application, instead of import
     endpoints:
       digit:
         route: /digit
-        methods: [POST]
+        methods: [POST]                       # or: all
         backend: digits                       # or: traffic: {digits: 0.9, digits-next: 0.1}
         shadows: {digits-next: 0.1}
 
@@ -33,6 +35,9 @@ from ...broker.errors import ConfigError, PenstockError
 from ...broker.registry.records import EndpointRecord, Snapshot
 from ...broker.wire.keys import check_name
 from ...proxy.routing import check_route, clash
+from ...workers.asgi.application import AsgiApplication, asgi
+from ...workers.executing.user_code import plain_target
+from ...workers.import_paths import check_import_path
 from .. import validation
 from ..config import BackendConfig
 
@@ -42,7 +47,9 @@ Members = dict[str, tuple[yaml.Node, yaml.Node]]
 """The members of a mapping by name: the nodes of the key and of the value."""
 
 _TOP = ("backends", "endpoints")
-_BACKEND = ("import", "args", "kwargs", "config", "ray_actor_options", "runtime_env")
+_BACKEND = ("import", "asgi", "args", "kwargs", "config", "ray_actor_options", "runtime_env")
+_ALL = "all"
+"""The methods of an endpoint with all of them."""
 _ENDPOINT = ("route", "methods", "call_methods", "backend", "traffic", "shadows")
 
 
@@ -64,6 +71,8 @@ class DeclaredBackend:
     tag: str
     target: str
     """``"package.module:Name"``."""
+    is_asgi: bool = False
+    """Whether that is an ASGI application."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     config: BackendConfig = field(default_factory=BackendConfig)
@@ -71,8 +80,14 @@ class DeclaredBackend:
     runtime_env: dict[str, Any] | None = None
 
     @property
+    def deployable(self) -> str | AsgiApplication:
+        """The target as `Client.create_backend` takes it."""
+        return asgi(self.target) if self.is_asgi else self.target
+
+    @property
     def code(self) -> tuple[Any, ...]:
-        return self.target, self.args, self.kwargs
+        """The target, the arguments and the keyword arguments, as they are pickled."""
+        return plain_target(self.deployable), self.args, self.kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +178,25 @@ class _Reading:
         self.check(key, lambda: validation.check_tag(tag))
         members = self.members(node, what, _BACKEND)
         target = ""
-        if "import" in members:
-            target = self.value(members["import"][1])
-            self.check(members["import"][1], lambda: _check_target(target))
-        elif isinstance(node, yaml.MappingNode):
-            self.note(key, f"{what} needs an 'import', such as 'package.module:Name'")
+        for name in ("import", "asgi"):
+            if name in members:
+                target = self.value(members[name][1])
+                self.check(members[name][1], partial(_check_target, name, target))
+        is_asgi = "asgi" in members
+        if is_asgi:
+            for name in ("import", "args", "kwargs"):
+                if name in members:
+                    self.note(members[name][0], f"{what} has both 'asgi' and {name!r}; leave out one of them")
+        elif "import" not in members and isinstance(node, yaml.MappingNode):
+            self.note(key, f"{what} needs an 'import' such as 'package.module:Name', or an 'asgi' application")
         args = self._list(members, "args", what)
         kwargs = self._mapping(members, "kwargs", what)
         options: dict[str, Any] | None = self._mapping(members, "ray_actor_options", what)
         environment: dict[str, Any] | None = self._mapping(members, "runtime_env", what)
         config = self._config(members, what)
+        if is_asgi and config is not None and len(self.mistakes) == before:
+            fits = partial(validation.check_fits, config, asgi(target), takes_batch=False)
+            self.check(members["config"][1] if "config" in members else key, fits)
         if "ray_actor_options" in members:
             options = self.check(members["ray_actor_options"][1], partial(validation.check_actor_options, options))
         if "runtime_env" in members:
@@ -182,6 +206,7 @@ class _Reading:
         return DeclaredBackend(
             tag=tag,
             target=target,
+            is_asgi=is_asgi,
             args=tuple(args),
             kwargs=kwargs,
             config=config,
@@ -201,9 +226,9 @@ class _Reading:
         if "route" in members and not _is_null(members["route"][1]):
             route = self.check(members["route"][1], lambda: check_route(self.value(members["route"][1])))
         if "methods" in members:
-            methods = self.check(
-                members["methods"][1], lambda: validation.check_methods(self.value(members["methods"][1]))
-            )
+            given = self.value(members["methods"][1])
+            given = validation.ALL_METHODS if given == _ALL else given
+            methods = self.check(members["methods"][1], lambda: validation.check_methods(given))
         call_methods: tuple[str, ...] | None = None
         if "call_methods" in members:
             names = self.value(members["call_methods"][1])
@@ -289,10 +314,10 @@ class _Reading:
         return self.check(node, lambda: BackendConfig(**fields))
 
 
-def _check_target(target: object) -> None:
+def _check_target(name: str, target: object) -> None:
     if not isinstance(target, str):
-        raise ConfigError(f"import must be an import path such as 'package.module:Name', not {target!r}")
-    validation.check_callable(target, (), {}, takes_batch=True)
+        raise ConfigError(f"{name} must be an import path such as 'package.module:Name', not {target!r}")
+    check_import_path(target)
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...broker.registry.records import BackendRecord
+from ...workers.asgi.application import AsgiApplication
 from ...workers.runtime_env import PY_MODULES, WORKING_DIR, pack
 
 
@@ -71,9 +72,10 @@ def local_code(target: str, runtime_env: Mapping[str, Any] | None, record: Backe
     return LocalCode(target.partition(":")[0], find_source(target, runtime_env), folders, digest)
 
 
-def source_digest(target: Callable[..., Any] | str, runtime_env: Mapping[str, Any] | None) -> str:
+def source_digest(target: Callable[..., Any] | AsgiApplication | str, runtime_env: Mapping[str, Any] | None) -> str:
     """Return the digest of an import path's source; empty if it is not found here, or is an object."""
-    source = find_source(target, runtime_env) if isinstance(target, str) else None
+    path: Any = target.target if isinstance(target, AsgiApplication) else target
+    source = find_source(path, runtime_env) if isinstance(path, str) else None
     return "" if source is None else source.digest
 
 

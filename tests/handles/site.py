@@ -15,10 +15,11 @@ from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.handles import AsyncServeHandle, ServeHandle
 from penstock.handles.calls.shared_client import SharedClient
+from penstock.workers.asgi.application import AsgiApplication
 from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
-from tests.workers.serving import ByReference
+from tests.workers.serving import by_reference
 
 T = TypeVar("T")
 
@@ -83,7 +84,9 @@ class Site:
         endpoint = EndpointRecord(name=name, traffic=traffic, shadows=shadows or {})
         self._run(self._registry.change(lambda seen: Change(endpoints={name: endpoint})))
 
-    def serve(self, function: Callable[..., Any], name: str = "ask", *, tag: str = "model", **config: Any) -> Replica:
+    def serve(
+        self, function: Callable[..., Any] | AsgiApplication, name: str = "ask", *, tag: str = "model", **config: Any
+    ) -> Replica:
         """Create an endpoint, and a replica in this process: ``function`` can share objects with the test."""
         self.declare(name, tag=tag, **config)
         return self._run(self._start(function, tag, {**CONFIG, **config}))
@@ -128,9 +131,9 @@ class Site:
     async def _open(self) -> RedisConnection:
         return await RedisConnection(self.url, name="site").open()
 
-    async def _start(self, function: Callable[..., Any], tag: str, config: dict[str, Any]) -> Replica:
+    async def _start(self, function: Callable[..., Any] | AsgiApplication, tag: str, config: dict[str, Any]) -> Replica:
         replica = f"{tag}#{next(self._numbers)}"
-        runner = await Runner.start(tag, replica, user_code.dump(ByReference(function)), BackendSpec(**config))
+        runner = await Runner.start(tag, replica, user_code.dump(by_reference(function)), BackendSpec(**config))
         worker = Replica(self.url, INSTANCE, tag, replica, runner)
         await worker.start()
         await self._registry.put_report(replica, ReplicaReport(backend=tag, state="ready"))

@@ -15,6 +15,7 @@ from penstock.proxy.routing import (
     check_route,
     clash,
     methods_of,
+    mount_of,
     shape,
     specificity,
 )
@@ -187,6 +188,22 @@ class TestValidRoutes:
     def test_an_invalid_record_harms_no_other_endpoint(self) -> None:
         some = Routes([endpoint("/{x:nosuch}", name="bad"), endpoint("/a", name="good"), endpoint(None, name="none")])
         assert some.listing() == {"/a": {"endpoint": "good", "methods": ["GET", "HEAD"]}}
+
+
+class TestMounts:
+    @pytest.mark.parametrize(
+        ("route", "name"),
+        [
+            ("/{path:path}", "path"),
+            ("/api/{tenant}/{rest:path}", "rest"),
+            ("/api/{rest}", ""),
+            ("/api/x{rest:path}", ""),
+            ("/{rest:path}/x", ""),
+            ("/api", ""),
+        ],
+    )
+    def test_a_route_mounts_by_a_path_parameter_of_its_own_at_the_end(self, route: str, name: str) -> None:
+        assert mount_of(route) == name
 
 
 class TestClashes:

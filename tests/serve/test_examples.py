@@ -65,3 +65,12 @@ def test_the_first_example_of_the_readme_prints_what_stands_below_it(cluster: st
         check=False,
     )
     assert ran.stdout == found[2], ran.stderr
+
+
+def test_an_application_of_fastapi_validates_documents_and_streams(cluster: str, tmp_path: Path) -> None:
+    assert run("api.py", cluster=cluster, folder=tmp_path).splitlines() == [
+        "['water', 'and', 'turbine']",
+        "Input should be a valid list",
+        "['a', 'b']",
+        "['/stem', '/spell/{word}']",
+    ]

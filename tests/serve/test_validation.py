@@ -10,7 +10,7 @@ from penstock.broker.transport.url import MAX_MEMORY
 from penstock.handles.errors import BackendNotFound, ConfigError
 from penstock.serve.config import BackendConfig
 from penstock.serve.validation import (
-    METHODS,
+    ALL_METHODS,
     check_actor_options,
     check_call_methods,
     check_callable,
@@ -82,7 +82,7 @@ def test_methods_of_a_wrong_type_are_refused(methods: Any) -> None:
 
 @pytest.mark.parametrize("methods", [[], ["GTE"], ["GET", ""], ["GET "]])
 def test_unknown_methods_are_refused(methods: list[str]) -> None:
-    with pytest.raises(ConfigError, match=", ".join(METHODS)):
+    with pytest.raises(ConfigError, match=", ".join(ALL_METHODS)):
         check_methods(methods)
 
 
@@ -172,7 +172,10 @@ def test_arguments_must_fit_the_constructor(kind: type) -> None:
         (WithoutCall, "the class WithoutCall must have a method __call__ that takes one request"),
         (OfAMetaclass, "the class OfAMetaclass must have a method __call__ that takes one request"),
         (CallsWithoutRequest, "CallsWithoutRequest.__call__ must take one request; its signature is ()"),
-        (Model("x"), "a backend must be a function, a class or an import path 'module:Name', not Model"),
+        (
+            Model("x"),
+            "a backend must be a function, a class, serve.asgi(app) or an import path 'module:Name', not Model",
+        ),
         (None, "not NoneType"),
         (3, "not int"),
     ],

@@ -21,6 +21,7 @@ from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Header
 from penstock.handles.calls.call import Call, CallOutcome
 from penstock.handles.calls.request_client import RequestClient
+from penstock.workers.asgi.application import AsgiApplication
 from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
@@ -78,6 +79,13 @@ class ByReference:
 
     def __reduce__(self) -> Any:
         return _same, (self._key,)
+
+
+def by_reference(target: Callable[..., Any] | AsgiApplication) -> Callable[..., Any] | AsgiApplication:
+    """Return code of a test that is not copied, be it an application or other code."""
+    if isinstance(target, AsgiApplication):
+        return AsgiApplication(ByReference(target.target))
+    return ByReference(target)
 
 
 def _same(key: int) -> Any:

@@ -243,6 +243,16 @@ class Consumer:
             if self._claim_loop.returned_wait:
                 self._scan_soon.set()
 
+    def reply_early(self, claim: Claim, reply: Reply) -> None:
+        """Send the reply to a request whose code goes on. `on_reply` settles it when the code has ended.
+
+        A kept request is not replied to early: its result is stored and its entry settled in one step.
+        """
+        entry = claim.entry
+        if entry.caller and entry.keep_bytes is None and not (claim.is_released or claim.is_replied):
+            claim.is_replied = True
+            self._settlement.reply_early(claim, reply)
+
     def _conclude(self, claim: Claim, reply: Reply) -> None:
         now_s = self._loop.time()
         self._scheduler.record_finish(now_s)
@@ -251,13 +261,15 @@ class Consumer:
             self.in_progress.release(claim)
             self._give_back_together(claim.ref)
             return
-        if claim.retry is not None and reply.error is not None and (due_ms := self.retries.next_due_ms(claim)):
+        # An application may respond with an error of its own to the exception that is retried.
+        has_failed = claim.retry is not None and (reply.error is not None or reply.status >= 500)
+        if has_failed and (due_ms := self.retries.next_due_ms(claim)):
             self._record_run(claim, reply, now_s, is_retried=True)
             self._try_again(claim, due_ms)
             return
         if not was_cancelled:
             self._record_run(claim, reply, now_s)
-            if claim.entry.caller:
+            if claim.entry.caller and not claim.is_replied:
                 self._settlement.reply(claim, reply)
         if claim.entry.keep_bytes is None:
             self._settlement.settle(claim)

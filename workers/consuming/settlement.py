@@ -78,6 +78,12 @@ class Settlement:
         else:
             self._group.replies.send(caller, reply.fields())
 
+    def reply_early(self, claim: Claim, reply: Reply) -> None:
+        """Send the reply to a claim, which has a caller and is settled later."""
+        if not self._settled:
+            self._commands.join_write(self._flush_settled)
+        self.reply(claim, reply)
+
     def _reply_together(self) -> None:
         alike: AlikeReplies = {}
         now_ms = self._commands.now_ms()
@@ -108,7 +114,8 @@ class Settlement:
         settled, self._settled = self._settled, []
         if self._replies:
             self._reply_together()
-        self._group.acknowledger.settle(settled)
+        if settled:
+            self._group.acknowledger.settle(settled)
 
     def break_off(self, claim: Claim, reason: str) -> None:
         """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _LONGEST_MESSAGE = 8 * 1024
 _LONGEST_TRACEBACK = 32 * 1024
 
-_OWN_FOLDER = os.path.dirname(__file__) + os.sep
+_OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def failure(error: BaseException) -> PenstockError:

@@ -55,6 +55,8 @@ class Executor:
         """Sends the parts of streamed replies; without it, no reply is streamed."""
         self.report_progress: Callable[[Claim, bytes], None] = _drop_progress
         """Records the progress that the code of a kept request reports; called on the loop."""
+        self.reply_early: OnReply = _not_early
+        """Sends the reply to a request whose code goes on, and that is settled later; called on the loop."""
         self.now_ms: Callable[[], float] = _never
         """Unix time in milliseconds by the broker's clock. Any thread may call it."""
         self.abandoned = False
@@ -205,6 +207,10 @@ def ms_since(began_at: float) -> float:
 
 def _drop_progress(claim: Claim, progress: bytes) -> None:
     """Drop progress: no replica is attached that would record it."""
+
+
+def _not_early(claim: Claim, reply: Reply) -> None:
+    """Send nothing: no replica is attached. The reply is sent when the code has ended."""
 
 
 def _never() -> float:

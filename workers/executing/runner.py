@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from ...broker.registry.records import BackendSpec
 from ...handles.errors import BackendError, ConfigError
+from ..asgi.application import AsgiApplication
+from ..asgi.code import AsgiCode
 from ..claim import Claim, RunningCall
 from ..retry import RetryPolicy, check_names
 from .calls import CallGroup, LoopCall, RefusedCall, ThreadCall
@@ -34,11 +36,13 @@ class Runner:
     constructor runs where ``__call__`` will.
     """
 
-    def __init__(self, code: UserCode, executor: Executor, config: BackendSpec) -> None:
+    def __init__(self, code: UserCode | AsgiCode, executor: Executor, config: BackendSpec) -> None:
         self.config = config
         """The backend's present configuration."""
         self._code, self._executor, self._threads = code, executor, executor.threads
         self._backend = executor.backend
+        self._loop_call = code.start if isinstance(code, AsgiCode) else LoopCall
+        """Starts a call on the loop."""
 
     @classmethod
     async def start(cls, backend: str, replica: str, blob: bytes | LoadedCode, config: BackendSpec) -> Runner:
@@ -53,7 +57,8 @@ class Runner:
                 ``retry`` and ``user_config``.
 
         Raises:
-            BackendError: user code raised; the error has its traceback.
+            BackendError: user code raised, or the lifespan of an ASGI application failed to start; the error has the
+                traceback.
             ConfigError: there is a ``max_batch_size``, and no method takes batches; or there is a ``user_config``, and
                 no ``reconfigure``; or ``retry`` names an error that does not exist.
         """
@@ -65,8 +70,11 @@ class Runner:
                 loaded = blob
             else:
                 loaded = await threads.call(_guarded, LoadedCode.load, blob)
-            code: UserCode
-            if loaded.is_async:
+            code: UserCode | AsgiCode
+            if isinstance(loaded.target, AsgiApplication):
+                code = AsgiCode(loaded.target.target, backend)
+                await code.startup(context)
+            elif loaded.is_async:
                 code = context.run(_guarded, loaded.construct)
             else:
                 code = await threads.call(_guarded, loaded.construct)
@@ -88,6 +96,7 @@ class Runner:
         stream_sink: StreamSink | None,
         now_ms: Callable[[], float],
         report_progress: Callable[[Claim, bytes], None] | None = None,
+        reply_early: OnReply | None = None,
     ) -> None:
         """Connect the runner to a replica.
 
@@ -96,10 +105,13 @@ class Runner:
             now_ms: Unix time in milliseconds by the broker's clock. From now on, a request whose deadline has passed is
                 not started; its reply is `RequestCancelled`, for a caller that no longer waits. Any thread may call it.
             report_progress: records the progress of a kept request, as JSON; called on the loop.
+            reply_early: sends the reply to a request whose code goes on; called on the loop.
         """
         self._executor.stream_sink, self._executor.now_ms = stream_sink, now_ms
         if report_progress is not None:
             self._executor.report_progress = report_progress
+        if reply_early is not None:
+            self._executor.reply_early = reply_early
 
     async def reconfigure(self, config: BackendSpec) -> None:
         """Use ``config`` from now on. Calls the user's ``reconfigure`` only if ``user_config`` has changed.
@@ -176,7 +188,7 @@ class Runner:
         return CallGroup([self._run(call, together, done) for call, together in calls.items()])
 
     async def stop(self, timeout_s: float = 0.0) -> bool:
-        """Wait for all running calls and the background tasks of responses, then end the threads.
+        """Wait for all running calls and the background tasks of responses, then end the threads and the lifespan.
 
         Returns False if some were still running after ``timeout_s`` seconds. These get no reply, so that another
         replica can redeliver their requests.
@@ -185,7 +197,10 @@ class Runner:
         ends_at = loop.time() + timeout_s
         threads_ended = await self._threads.stop(timeout_s)
         # A call on a thread may continue in a task, but a task cannot continue on a thread: the threads end first.
-        return await self._executor.close(max(0.0, ends_at - loop.time())) and threads_ended
+        finished = await self._executor.close(max(0.0, ends_at - loop.time())) and threads_ended
+        if isinstance(self._code, AsgiCode):
+            await self._code.shutdown(ends_at - loop.time())
+        return finished
 
     def _run(self, call: str, claims: Sequence[Claim], done: OnReply) -> RunningCall:
         try:
@@ -201,7 +216,7 @@ class Runner:
 
     def _start(self, method: Method, claims: Sequence[Claim], done: OnReply) -> RunningCall:
         try:
-            return (LoopCall if method.is_async else ThreadCall)(self._executor, method, claims, done)
+            return (self._loop_call if method.is_async else ThreadCall)(self._executor, method, claims, done)
         except Exception as e:  # such as a thread that the system does not start
             log.exception("cannot start a call of backend %r", self._backend)
             return self._fail(claims, e, done)

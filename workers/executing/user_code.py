@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from ray import cloudpickle
 
+from ..asgi.application import AsgiApplication, check_application, is_application
+from ..import_paths import import_object
 from .accept_batch import accepts_batch, marks, put_marks
 from .methods import CALL, has_method, is_callable_from_outside, is_public, methods_callable_from_outside
+
+_ASGI = "asgi"
+"""Marks a deployed ASGI application: the target is this and the application, or its import path."""
 
 
 class NotCallable(Exception):
@@ -30,9 +34,9 @@ class Method(NamedTuple):
 
 
 class LoadedCode(NamedTuple):
-    """The deployed function or class with its arguments, not yet constructed."""
+    """The deployed function, or class with its arguments, not yet constructed; or the ASGI application."""
 
-    target: Callable[..., Any]
+    target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
@@ -40,8 +44,15 @@ class LoadedCode(NamedTuple):
     def load(cls, blob: bytes) -> LoadedCode:
         """Load what `dump` returned, and import the modules that it names. Raises any error of theirs."""
         target, args, kwargs, marked = cloudpickle.loads(blob)
+        if isinstance(target, tuple):
+            _, app = target
+            app = import_object(app) if isinstance(app, str) else app
+            check_application(app)
+            return cls(AsgiApplication(app), (), {})
         if isinstance(target, str):
-            target = _imported(target)
+            path, target = target, import_object(target)
+            if is_application(target):
+                raise TypeError(f"{path} is an ASGI application: deploy it as serve.asgi({path!r})")
         if not callable(target):
             raise TypeError(f"a backend is a function or a class, not a {type(target).__name__}")
         if isinstance(target, type):
@@ -65,11 +76,18 @@ class LoadedCode(NamedTuple):
 
 
 def dump(
-    target: Callable[..., Any] | str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    target: Callable[..., Any] | AsgiApplication | str,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Pickle a function, a class with its arguments, or the import path of either (``"module:Name"``)."""
-    members = (target, args, dict(kwargs or {}), marks(target))
+    """Pickle a function, a class with its arguments, an ASGI application, or the import path of any of them."""
+    members = (plain_target(target), args, dict(kwargs or {}), marks(target))
     return cast("bytes", cloudpickle.dumps(members))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+
+
+def plain_target(target: Callable[..., Any] | AsgiApplication | str) -> Any:
+    """Return the target as `dump` pickles it: an import path, also of an application, consists of plain values."""
+    return (_ASGI, target.target) if isinstance(target, AsgiApplication) else target
 
 
 class UserCode:
@@ -149,16 +167,6 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def _is_any(function: Callable[..., Any], kind: Callable[[Any], bool]) -> bool:
     # The second is for an object, or a class, with `async def __call__`.
     return kind(function) or kind(getattr(function, CALL))
-
-
-def _imported(path: str) -> Any:
-    module, colon, names = path.partition(":")
-    if not (module and colon and names):
-        raise ValueError(f"an import path is written 'module:Name', not {path!r}")
-    found: Any = importlib.import_module(module)
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def _name(target: object) -> str:

@@ -27,7 +27,7 @@ def deploy(declared: Manifest) -> tuple[Snapshot, dict[str, bytes]]:
         for tag, backend in declared.backends.items()
     }
     codes = {
-        tag: dump(backend.target, backend.args, backend.kwargs) + b"1" for tag, backend in declared.backends.items()
+        tag: dump(backend.deployable, backend.args, backend.kwargs) + b"1" for tag, backend in declared.backends.items()
     }
     return Snapshot(1, backends, declared.endpoints), codes
 
@@ -72,6 +72,22 @@ def test_a_restart_replaces_the_replicas_although_nothing_has_changed() -> None:
     deployed, codes = deploy(manifest(WHOLE))
     changes = diff(manifest(WHOLE), deployed, codes, restart=["next"])
     assert [str(change) for change in changes] == ["update backend next: restart"]
+
+
+def test_an_application_is_deployed_once_and_its_changes_are_described() -> None:
+    text = "backends:\n  api:\n    asgi: web.api:app\n"
+    deployed, codes = deploy(manifest(text))
+    assert diff(manifest(text, deployed), deployed, codes) == []
+
+    def changes(new: str) -> list[str]:
+        changed = manifest(text.replace("asgi: web.api:app", new), deployed)
+        return [str(change) for change in diff(changed, deployed, codes)]
+
+    assert changes("asgi: web.api:other") == ["update backend api: asgi 'web.api:app' -> 'web.api:other'"]
+    assert changes("import: web.api:f") == ["update backend api: asgi 'web.api:app' -> import 'web.api:f'"]
+    assert [str(change) for change in diff(manifest(text), NOTHING, {})] == [
+        "create backend api: web.api:app, 1 replica"
+    ]
 
 
 def test_only_pruning_deletes_and_endpoints_first() -> None:

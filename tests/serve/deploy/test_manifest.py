@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from penstock.broker.registry.records import EndpointRecord, Snapshot
+from penstock.serve import ALL_METHODS
 from penstock.serve.config import BackendConfig
 from penstock.serve.deploy.manifest import Manifest, read
 from tests.serve.deploy.manifests import NOTHING, WHOLE, backend_record, manifest, mistakes
@@ -70,7 +71,7 @@ def test_every_mistake_has_its_line() -> None:
         2: "'no name'",
         6: "args of backend 'digits' must be a list, not a mapping",
         8: "num_replicas",
-        12: "it may have import, args",
+        12: "it may have import, asgi, args",
         13: "needs an 'import'",
         14: "'bare' twice",
         19: "nobody",
@@ -79,6 +80,60 @@ def test_every_mistake_has_its_line() -> None:
         28: "'extras'",
     }.items():
         assert any(mistake.startswith(f"line {line}:") and part in mistake for mistake in found), (line, found)
+
+
+APPLICATION = """\
+    backends:
+      api:
+        asgi: web.api:app
+    endpoints:
+      api:
+        route: /api/{path:path}
+        methods: all
+        backend: api
+"""
+
+
+def test_an_application_is_declared_with_all_methods() -> None:
+    declared = manifest(APPLICATION)
+    assert repr(declared.backends["api"].deployable) == "asgi('web.api:app')"
+    assert declared.endpoints["api"].methods == ALL_METHODS
+
+
+def test_the_mistakes_of_an_application_have_their_lines() -> None:
+    text = """\
+        backends:
+          both:
+            asgi: web.api:app
+            import: web.api:f
+          arguments:
+            asgi: web.api:app
+            args: [1]
+            kwargs: {a: 1}
+          path:
+            asgi: web.api
+          number:
+            asgi: 3
+          batches:
+            asgi: web.api:app
+            config: {max_batch_size: 8}
+          misspelled:
+            asgy: web.api:app
+        endpoints:
+          api: {route: /api, methods: any, backend: both}
+    """
+    assert mistakes(text) == [
+        "line 4: backend 'both' has both 'asgi' and 'import'; leave out one of them",
+        "line 7: backend 'arguments' has both 'asgi' and 'args'; leave out one of them",
+        "line 8: backend 'arguments' has both 'asgi' and 'kwargs'; leave out one of them",
+        "line 10: the import path 'web.api' must look like 'package.module:Name'",
+        "line 12: asgi must be an import path such as 'package.module:Name', not 3",
+        "line 15: max_batch_size is 8, and an ASGI application has no use for it: leave it out",
+        "line 16: backend 'misspelled' needs an 'import' such as 'package.module:Name', or an 'asgi' application",
+        "line 17: backend 'misspelled' has no 'asgy'; it may have import, asgi, args, kwargs, config, "
+        "ray_actor_options, runtime_env",
+        "line 19: methods must be a list of str, not str",
+    ]
 
 
 def test_an_invalid_runtime_env_has_its_line() -> None:
