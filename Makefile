@@ -18,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help
 help: ## Say what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 .PHONY: setup
 setup: $(STAMP) ## Make .venv and install penstock with everything to serve, test and check it
@@ -93,6 +93,32 @@ demo: $(STAMP) ## Serve a trained model and call it over HTTP and through both k
 .PHONY: bench
 bench: $(STAMP) ## Measure, side by side with others (needs wrk)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+.PHONY: dist
+dist: $(STAMP) ## Build wheel and sdist, check both, and run the README's example from each in an environment of its own
+	@rm -rf build/lib build/bdist.* build/clean dist
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv build twine
+	@$(BIN)/python -m build --installer uv --outdir dist . >/dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@for packed in dist/*.whl dist/*.tar.gz; do \
+		rm -rf build/clean; echo "the README's example from $$packed" && $(BIN)/uv venv --quiet build/clean && \
+		$(BIN)/uv pip install --quiet --python build/clean/bin/python --constraint constraints.txt \
+			"penstock[serve] @ file://$(CURDIR)/$$packed" httpx && \
+		(cd build && clean/bin/python ../tests/readme_example.py) || exit 1; \
+	done
+	@rm -rf build/clean
+
+# What touches the libraries whose range is wide. None of it starts a Ray.
+OLDEST := tests/testing/test_local.py tests/workers/test_runtime_env.py tests/serve/test_config.py tests/proxy/test_app.py
+
+.PHONY: test-oldest
+test-oldest: $(STAMP) ## Run a short set of tests with the oldest versions that pyproject.toml allows
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/oldest
+	@$(BIN)/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct --editable '.[serve]' \
+		'pytest==9.2.0' 'pytest-asyncio==1.5.0' 'pytest-timeout==2.4.0' 'pytest-xdist==3.8.0' \
+		'hypothesis==6.168.5' 'httpx==0.28.1' 'numpy==2.2.6' 'testcontainers==4.15.0'
+	@build/oldest/bin/python -m pytest --quiet -W default $(OLDEST)
 
 .PHONY: constraints
 constraints: $(STAMP) ## Pin the newest versions that pyproject.toml allows
