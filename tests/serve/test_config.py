@@ -47,6 +47,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "unready_after_s": 10.0,
         "root_path": "",
         "debug": False,
+        "admin_port": None,
+        "admin_host": "127.0.0.1",
+        "ray_serve_metrics": False,
         "access_log": False,
     }
 
