@@ -124,7 +124,7 @@ WRONG: list[tuple[Callable[[Loose], object], type[Exception], str]] = [
     (lambda c: c.create_backend("b", function, 1), TypeError, "only a class is constructed with arguments"),
     (lambda c: c.create_backend("b", Model), TypeError, "the constructor of Model does not accept the given arguments"),
     (lambda c: c.create_backend("b", NotCallable), TypeError, "NotCallable must have a method __call__"),
-    (lambda c: c.create_backend("b", 3), TypeError, "a backend must be a function, a class or an import path"),
+    (lambda c: c.create_backend("b", 3), TypeError, "a backend must be a function, a class, serve.asgi"),
     (lambda c: c.create_backend("b", "nowhere"), ConfigError, "the import path 'nowhere' must look like"),
     (lambda c: c.create_backend("b", Model, threading.Lock()), TypeError, "must be picklable: cannot pickle"),
     (lambda c: c.update_backend("f", no_request), TypeError, "no_request must take one request"),
