@@ -8,6 +8,7 @@ import penstock
 from penstock import handles, serve
 
 SERVE = [
+    "ALL_METHODS",
     "AsyncObjectRefHandle",
     "AsyncResponseStream",
     "AsyncServeHandle",
@@ -32,6 +33,7 @@ SERVE = [
     "Status",
     "StreamingHandle",
     "accept_batch",
+    "asgi",
     "connect",
     "errors",
     "get_current_backend_tag",

@@ -179,7 +179,7 @@ def test_a_configuration_is_applied_and_changed() -> None:
 # -- batching, admission, deadlines, cancellation
 
 
-def test_requests_that_wait_are_a_batch() -> None:
+async def test_requests_that_wait_are_a_batch() -> None:
     go_on, sizes = threading.Event(), list[int]()
 
     @serve.accept_batch
@@ -189,14 +189,14 @@ def test_requests_that_wait_are_a_batch() -> None:
         return [2 * request.data if request.data else ValueError("zero") for request in requests]
 
     with local(double, config={"max_batch_size": 4}) as backend:
-        first = backend.handle.remote(1)
-        wait_until(lambda: sizes)
-        futures = [backend.handle.remote(n) for n in range(8)]
+        first = await backend.async_handle.remote(1)
+        await wait_until_async(lambda: sizes)
+        futures = [await backend.async_handle.remote(n) for n in range(8)]  # all are queued now
         go_on.set()
-        assert first.result() == 2
-        assert [future.result() for future in futures[1:]] == [2 * n for n in range(1, 8)]
+        assert await first == 2
+        assert [await future for future in futures[1:]] == [2 * n for n in range(1, 8)]
         with pytest.raises(errors.BackendError, match="zero"):
-            futures[0].result()
+            await futures[0]
     assert max(sizes) == 4
 
 
