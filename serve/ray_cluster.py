@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import ray
 
@@ -18,6 +20,9 @@ from ..broker.errors import ConfigError, PenstockError
 from ..runtime.processes import descendants, kill
 
 _RAY_CLIENT = "ray://"
+_REACHABLE_S = 1.5
+"""How long a node of a Ray cluster may take to accept a connection."""
+
 NICENESS = "RAY_worker_niceness"
 """The variable by which Ray sets the niceness of replicas and proxies."""
 
@@ -58,11 +63,30 @@ def join_ray(*, detached: bool) -> bool:
 
 def join_address(address: str, **options: Any) -> None:
     """Connect to the cluster at ``address``. Raises `ConfigError` if it cannot be reached."""
+    _check_reachable(address)
     try:
         cast(Any, ray.init)(address=address, **options)
     except (ConnectionError, RuntimeError) as e:
         hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it requires a token, set RAY_AUTH_MODE=token"
         raise ConfigError(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e}{hint}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `ConfigError` unless ``address`` accepts connections. Ray itself would try for more than 100 s."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise ConfigError(f"RAY_ADDRESS {address!r} is not an address such as '10.0.0.1:6379': {e}") from None
+    if host is None or port is None:
+        return  # "auto", "local", or a scheme whose port Ray knows
+    try:
+        socket.create_connection((host, port), timeout=_REACHABLE_S).close()
+    except OSError as e:
+        raise ConfigError(
+            f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {e.strerror or e}; is it running? "
+            "`ray start --head` starts one, and without RAY_ADDRESS a local one is started"
+        ) from None
 
 
 def join_lasting_ray(**options: Any) -> bool:

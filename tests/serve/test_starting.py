@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from penstock import serve
 from penstock.handles.errors import ConfigError
+from penstock.serve.ray_cluster import join_address
 from penstock.serve.start_arguments import StartArguments
 
 START = """
@@ -65,6 +67,18 @@ def test_replicas_and_proxies_get_the_log_settings_of_the_process_that_starts(mo
         proxy_redis_url=None,
     )
     assert arguments.environment == {"PENSTOCK_LOG_FORMAT": "json"}
+
+
+def test_a_ray_cluster_that_cannot_be_reached_is_an_error_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        began_s = time.monotonic()
+        with pytest.raises(ConfigError, match=f"at {address} .RAY_ADDRESS. cannot be reached: Connection"):
+            join_address(address)
+    assert time.monotonic() - began_s < 10
+    with pytest.raises(ConfigError, match="RAY_ADDRESS 'host:port' is not an address such as"):
+        join_address("host:port")
 
 
 def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_starts(tmp_path: Path) -> None:
