@@ -36,6 +36,9 @@ T = TypeVar("T")
 _WAIT_POLL_S = 1.0
 """Seconds between the checks of `Client.wait` whether the instance was shut down by another client."""
 
+before_waiting: list[Callable[[Client], None]] = []
+"""Called with each client that begins to `Client.wait`."""
+
 Target = Callable[..., Any] | AsgiApplication | str
 """Code to deploy: a function, a class, an ASGI application, or an import path of a function or class."""
 
@@ -287,6 +290,9 @@ class Client(Connection):
             traffic={backend: 1.0},
             call_methods=validation.check_call_methods(call_methods),
         )
+        self._put_endpoint(new)
+
+    def _put_endpoint(self, new: EndpointRecord) -> None:
         self._run(self._core.change(lambda snapshot: registry_changes.add_endpoint(snapshot, new)))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
@@ -347,9 +353,11 @@ class Client(Connection):
         """Block until the process is interrupted (Ctrl-C) or the instance is shut down. For the end of a script.
 
         Returns in both cases. A script that ends then also ends the instance that it has started; see `close`. During
-        an outage of the broker it waits on.
+        an outage of the broker it waits on. Where a script calls this, ``penstock run`` shows the URL and the routes.
         """
         runs_at_s = time.monotonic()
+        for call in before_waiting:
+            call(self)
         try:
             while not self._closing_event.wait(_WAIT_POLL_S):
                 try:

@@ -6,7 +6,7 @@ Everything that can be checked without Ray is checked before Ray is started, whi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from secrets import token_hex
@@ -40,6 +40,20 @@ _CONTROLLER_CONCURRENCY = 10_000
 
 _started: WeakValueDictionary[str, Client] = WeakValueDictionary()
 """The clients that `start` returned in this process, by instance."""
+
+
+_instead_of_start: list[Callable[[StartArguments], Client]] = []
+"""At most one function: what `start` calls in a process that runs the new version of a script."""
+
+
+def attach_instead(make_client: Callable[[StartArguments], Client]) -> None:
+    """Make `start` return ``make_client(arguments)`` in this process, instead of starting an instance."""
+    _instead_of_start[:] = [make_client]
+
+
+def started_clients() -> list[Client]:
+    """Return the open clients that `start` returned in this process."""
+    return [client for client in _started.values() if not client.is_closed]
 
 
 def start(
@@ -98,6 +112,8 @@ def start(
         replica_redis_url=replica_redis_url,
         proxy_redis_url=proxy_redis_url,
     )
+    if _instead_of_start:
+        return _instead_of_start[0](arguments)
     _check_not_started(arguments)
     owner = token_hex(8)
     with ExitStack() as undo:

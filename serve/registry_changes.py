@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from ..broker.errors import ConfigError
@@ -74,6 +74,25 @@ def add_endpoint(snapshot: Snapshot, new: EndpointRecord) -> Change:
             f"endpoint {new.name!r} cannot have {new.route!r} for {', '.join(new.methods)}"
         )
     return Change(endpoints={new.name: new})
+
+
+def replace_endpoint(snapshot: Snapshot, new: EndpointRecord, kept: Collection[str]) -> Change:
+    """Return the change that puts ``new`` in the place of the endpoints that have its name or its route.
+
+    Those of ``kept`` are not replaced: for them it raises as `add_endpoint` does.
+    """
+    if new.name in kept:
+        return add_endpoint(snapshot, new)
+    for tag in new.traffic:
+        backend_of(snapshot, tag)
+    others = {name: endpoint for name, endpoint in snapshot.endpoints.items() if name != new.name}
+    replaced: dict[str, EndpointRecord | None] = {}
+    while (other := clash(others.values(), new)) is not None:
+        if other.name in kept:
+            return add_endpoint(replace(snapshot, endpoints=others), new)
+        del others[other.name]
+        replaced[other.name] = None
+    return Change(endpoints={**replaced, new.name: new})
 
 
 def remove_endpoint(snapshot: Snapshot, name: str) -> Change:

@@ -25,6 +25,7 @@ nothing was done; 3 the broker cannot be reached; 130 interrupted.
 
 _COMMANDS = {
     "start": ("lifetime", "Start an instance that outlives this command."),
+    "run": (".running.command", "Serve a script, a module or a manifest until Ctrl-C."),
     "deploy": ("deploy", "Deploy the backends and endpoints that a file declares."),
     "status": ("status", "Show the backends, endpoints and proxies of an instance."),
     "call": ("call", "Call an endpoint once, and write the result."),

@@ -9,6 +9,7 @@ from penstock.serve.registry_changes import (
     add_endpoint,
     remove_backend,
     remove_endpoint,
+    replace_endpoint,
     set_shadow,
     set_traffic,
     undo_backend,
@@ -52,6 +53,21 @@ def test_a_change_is_not_undone_after_another_client_changed_the_backend() -> No
     seen = Snapshot(8, {"f": backend(version="v3", config_version=3)})
     assert undo_backend(seen, backend(version="v2", config_version=2), backend()) == Change()
     assert undo_backend(Snapshot(9), backend(version="v2", config_version=2), backend()) == Change()
+
+
+def test_a_reload_replaces_the_endpoint_of_the_same_name_or_route() -> None:
+    assert replace_endpoint(SEEN, endpoint(route="/new"), ()) == Change(endpoints={"api": endpoint(route="/new")})
+    renamed = endpoint("renamed")
+    assert replace_endpoint(SEEN, renamed, ()) == Change(endpoints={"api": None, "renamed": renamed})
+
+
+def test_a_reload_does_not_replace_the_endpoints_that_it_has_made() -> None:
+    with pytest.raises(ConfigError, match="endpoint 'api' already exists"):
+        replace_endpoint(SEEN, endpoint(), {"api"})
+    with pytest.raises(ConfigError, match="endpoint 'api' has the route"):
+        replace_endpoint(SEEN, endpoint("other"), {"api"})
+    with pytest.raises(BackendNotFound):
+        replace_endpoint(Snapshot(1), endpoint(), ())
 
 
 def test_a_backend_that_no_endpoint_uses_is_removed() -> None:

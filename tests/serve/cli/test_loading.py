@@ -79,7 +79,7 @@ def test_an_interruption_is_ignored_if_the_parent_process_ignores_it(tmp_path: P
     [
         (["statuss"], "no command 'statuss'; did you mean 'status'?"),
         (["dead", "lst"], "no command 'lst'; did you mean 'list'?"),
-        (["frobnicate"], "no command 'frobnicate'; the commands are start, deploy, status,"),
+        (["frobnicate"], "no command 'frobnicate'; the commands are start, run, deploy, status,"),
     ],
 )
 def test_a_mistyped_command_is_answered_with_a_similar_one(arguments: list[str], message: str) -> None:
