@@ -84,7 +84,7 @@ class LocalReplica:
             while True:
                 await scan_soon.wait()
                 scan_soon.clear()
-                await consumer.claim_returned(self._queue.returned)
+                await consumer.claim_returned()
 
         following = self._loop.create_task(follow())
         self._queue.on_published = lambda: self._on_loop(group.local_claimer.on_published)

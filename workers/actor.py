@@ -19,10 +19,10 @@ from ray.exceptions import ActorDiedError, RayError
 from ..broker.defaults import adopt_environment, belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue import stats
-from ..broker.registry.records import DEFAULTS, BackendRecord, Snapshot
+from ..broker.registry.record_follower import RecordFollower
+from ..broker.registry.records import DEFAULTS, BackendRecord
 from ..broker.registry.reports import ReplicaReport
 from ..broker.registry.store import Registry
-from ..broker.registry.watcher import Watcher
 from ..broker.transport import outages
 from ..broker.transport.connection import FateUnknown, RedisConnection
 from ..broker.transport.url import shown_url
@@ -33,7 +33,7 @@ from ..handles.log_context import set_up_logs
 from ..runtime.memory import Memory
 from ..runtime.sigterm import DrainsOnSigterm
 from .executing.runner import Runner
-from .replica import Replica
+from .replica import Replica, connection_of
 from .runtime_env import UnpackedRuntimeEnv
 
 log = logging.getLogger(__name__)
@@ -46,21 +46,21 @@ _STATS_EVERY_S = 1.0
 
 
 class _OpenRegistry:
-    """The registry of an instance, over a connection of its own, and a watcher of its changes."""
+    """The registry of an instance over the connection of one replica, and the record of its backend."""
 
-    def __init__(self, url: str, keys: Keys, replica: str) -> None:
-        self.connection = RedisConnection(url, name=f"penstock-{replica}-registry")
+    def __init__(self, url: str, keys: Keys, backend: str, replica: str) -> None:
+        self.connection = connection_of(url, replica)
         self.registry = Registry(self.connection, keys)
-        self.watcher = Watcher(url, self.registry, keys)
+        self.follower = RecordFollower(self.connection, keys, backend)
 
     @classmethod
-    async def open(cls, url: str, keys: Keys, replica: str, serving: Serving) -> _OpenRegistry:
+    async def open(cls, url: str, keys: Keys, backend: str, replica: str, serving: Serving) -> _OpenRegistry:
         """Open it, however long the broker is unreachable. The outage is logged once for ``serving``."""
         while True:
-            opened = cls(url, keys, replica)
+            opened = cls(url, keys, backend, replica)
             try:
                 await opened.connection.open()
-                await opened.watcher.start()
+                await opened.follower.start()
             except BrokerUnavailable as e:
                 outages.report_began(shown_url(url), serving, f"replica {replica} waits for its broker: {e}")
                 await opened.close()
@@ -81,7 +81,7 @@ class _OpenRegistry:
                 await asyncio.sleep(_RETRY_S)
 
     async def close(self) -> None:
-        await self.watcher.close()
+        self.follower.close()
         await self.connection.close()
 
 
@@ -169,13 +169,12 @@ class Serving:
     # -- starting
 
     async def _start(self) -> None:
-        opened = self._registry = await _OpenRegistry.open(self._url, self._keys, self._replica, self)
+        opened = self._registry = await _OpenRegistry.open(self._url, self._keys, self._backend, self._replica, self)
         opened.connection.on_reconnect(self._send_report)  # a broker that lost its data has lost the report too
         try:
-            snapshot = opened.watcher.snapshot
-            record = snapshot.backends.get(self._backend)
+            record = opened.follower.record
             if record is None:
-                raise BackendNotFound(self._backend, snapshot.backends)
+                raise BackendNotFound(self._backend, await opened.registry.get_tags())
             self._update_report(version=record.version, initial_config_version=record.config_version)
             code = await opened.get_code(record.code)
             if record.files:
@@ -186,20 +185,28 @@ class Serving:
             log.error("replica %s cannot start: %s", self._replica, e)
             self._update_report(state="failed", error=to_wire(e))
             raise
-        worker = self._worker = await self._start_worker(self._runner)
+        worker = self._worker = await self._start_worker(self._runner, opened)
         self._update_report(state="ready", config_version=record.config_version, capacity=worker.capacity)
 
-        def on_change(snapshot: Snapshot) -> None:
+        def on_change() -> None:
             if self._following is None or self._following.done():
-                self._following = self._spawn(self._follow(opened.watcher, worker))
+                self._following = self._spawn(self._follow(opened.follower, worker))
 
-        opened.watcher.add_listener(on_change)
-        on_change(opened.watcher.snapshot)
+        opened.follower.on_change(on_change)
+        on_change()
         self._spawn(self._send_stats_regularly(opened.connection, worker))
 
-    async def _start_worker(self, runner: Runner) -> Replica:
+    async def _start_worker(self, runner: Runner, opened: _OpenRegistry) -> Replica:
         while True:
-            worker = Replica(self._url, self._instance, self._backend, self._replica, runner)
+            worker = Replica(
+                self._url,
+                self._instance,
+                self._backend,
+                self._replica,
+                runner,
+                commands=opened.connection,
+                on_record_changed=opened.follower.read,
+            )
             try:
                 await worker.start()
             except BrokerUnavailable as e:
@@ -215,9 +222,9 @@ class Serving:
 
     # -- following the registry
 
-    async def _follow(self, watcher: Watcher, worker: Replica) -> None:
+    async def _follow(self, follower: RecordFollower, worker: Replica) -> None:
         """Apply configurations until there is no newer one."""
-        while (record := self._newer_record(watcher.snapshot)) is not None:
+        while (record := self._newer_record(follower.record)) is not None:
             try:
                 await worker.reconfigure(record.config)
             except PenstockError as e:
@@ -227,8 +234,8 @@ class Serving:
                 version, capacity = record.config_version, worker.capacity
                 self._update_report(config_version=version, error=None, refused=None, capacity=capacity)
 
-    def _newer_record(self, snapshot: Snapshot) -> BackendRecord | None:
-        record, report = snapshot.backends.get(self._backend), self._report
+    def _newer_record(self, record: BackendRecord | None) -> BackendRecord | None:
+        report = self._report
         # A new version of the code has replicas of its own, and its configuration may not fit this version.
         if record is None or record.version != report.version or self._ending is not None:
             return None

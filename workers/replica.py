@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue.consumer_group import ConsumerGroup
 from ..broker.queue.flow_control import CREDIT
-from ..broker.queue.leases import Lease
-from ..broker.queue.signals import ENTRIES_RETURNED, Signals
+from ..broker.queue.signals import ENTRIES_RETURNED, RECORD_CHANGED, Signals, read_died, signal
 from ..broker.queue.stats import RunStats
 from ..broker.registry.records import BackendSpec
 from ..broker.transport.connection import RedisConnection
@@ -26,15 +27,48 @@ log = logging.getLogger(__name__)
 _IS_WAITING_TIMEOUT_S = 5.0
 
 
-class Replica:
-    """Serves one backend with one started `Runner`, from `start` to `stop`. Bound to the loop in which it is made."""
+def connection_of(url: str, replica: str) -> RedisConnection:
+    """Return the connection of a replica for all commands that do not block. It is not open yet.
 
-    def __init__(self, url: str, instance: str, backend: str, replica: str, runner: Runner) -> None:
+    The renewals of the lease are writes, so it needs no probes.
+    """
+    return RedisConnection(url, name=f"penstock-{replica}", probes=False)
+
+
+class Replica:
+    """Serves one backend with one started `Runner`, from `start` to `stop`. Bound to the loop in which it is made.
+
+    It has three connections: for claims and for signals, which block, and for all other commands.
+
+    Args:
+        url: of the broker.
+        instance: name of the instance.
+        backend: tag of the backend.
+        replica: tag of the replica.
+        runner: runs the user's code.
+        commands: an open connection of `connection_of`, which its owner closes; without one the replica has its own.
+        on_record_changed: called when the record of the backend may have changed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        instance: str,
+        backend: str,
+        replica: str,
+        runner: Runner,
+        *,
+        commands: RedisConnection | None = None,
+        on_record_changed: Callable[[], None] | None = None,
+    ) -> None:
         self.backend, self.replica = backend, replica
         self._runner = runner
+        self._on_record_changed = on_record_changed
         keys = Keys(instance)
-        commands = self._commands = RedisConnection(url, name=f"penstock-{replica}")
-        reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims")
+        self._owns_commands = commands is None
+        commands = self._commands = connection_of(url, replica) if commands is None else commands
+        # A claim is a write too.
+        reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims", probes=False)
         group = self._group = ConsumerGroup(commands, reads, keys, backend, replica)
         settlement = Settlement(commands, group, keys, backend, replica)
         self._scan_soon = asyncio.Event()
@@ -43,9 +77,16 @@ class Replica:
             runner, commands, group, settlement, keys, backend, replica, self._scan_soon
         )
         self._strays = StrayClaims(consumer, group)
-        self._redelivery = Redelivery(consumer, group, settlement, self._strays, backend, self._scan_soon)
-        self._lease = Lease(url, keys.alive(backend, replica))
         self._counted_losses = 0
+        self._redelivery = Redelivery(
+            consumer,
+            group,
+            settlement,
+            self._strays,
+            backend,
+            self._scan_soon,
+            partial(signal, commands, keys, backend),
+        )
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._scan: asyncio.Task[None] | None = None
         self._claim_watch = ClaimWatch()
@@ -62,6 +103,11 @@ class Replica:
         return len(self._consumer.in_progress)
 
     @property
+    def lease_held_since_s(self) -> float | None:
+        """Since when the lease has been held without a gap, by ``time.monotonic``; None while it is not held."""
+        return self._group.lease.held_since_s
+
+    @property
     def run_stats(self) -> RunStats:
         """The counters since they were last taken."""
         return self._consumer.run_stats
@@ -69,7 +115,7 @@ class Replica:
     def take_run_stats(self) -> RunStats:
         """Return the counters, and start new ones."""
         run_stats = self._consumer.take_run_stats()
-        losses = self._lease.losses
+        losses = self._group.lease.losses
         run_stats.lease_losses += losses - self._counted_losses
         self._counted_losses = losses
         return run_stats
@@ -83,15 +129,17 @@ class Replica:
         loop = asyncio.get_running_loop()
         consumer = self._consumer
         self._runner.attach(consumer.stream_sender, self._commands.now_ms, consumer.kept.report, consumer.reply_early)
-        await self._commands.open()
+        if self._owns_commands:
+            await self._commands.open()
         await self._reads.open()
-        # The reply to a claim may have been lost with either connection.
-        self._commands.on_reconnect(self._recover)
-        self._reads.on_reconnect(self._recover)
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
-        await loop.run_in_executor(None, self._lease.start)
+        await self._group.lease.start(self._redelivery.take_turn)
         await self._group.ensure()
         await self._signals.open()
+        # The reply to a claim may have been lost with either connection.
+        self._commands.on_reconnect(self._recover)
+        self._commands.on_reconnect(self._reconnect_signals)
+        self._reads.on_reconnect(self._recover)
         self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="redelivery")
         self._observe_claims()
         self._consumer.claim()
@@ -145,27 +193,34 @@ class Replica:
         if self._scan is not None:
             self._scan.cancel()
             await asyncio.wait([self._scan])
+        self._redelivery.close()
         if self._observing is not None:
             self._observing.cancel()
         self._consumer.close()
         await self._signals.close()
         # A claim in flight ends with its connection. Entries that it claimed in the last moment are redelivered.
         await self._reads.close()
-        await asyncio.get_running_loop().run_in_executor(None, self._lease.stop)
+        await self._group.lease.stop()
         try:
             if self._commands.connected:
                 await self._group.leave()
         except (BrokerUnavailable, BrokerRefused) as e:
             log.debug("cannot remove replica %r from the consumer group: %s", self.replica, e)
-        await self._commands.close()
+        if self._owns_commands:
+            await self._commands.close()
 
-    def _on_signal(self, signal: bytes) -> None:
-        if signal == ENTRIES_RETURNED:
-            self._scan_soon.set()
-        elif signal.startswith(CREDIT):
-            self._consumer.stream_sender.on_signal(signal)
+    def _on_signal(self, message: bytes) -> None:
+        if message == ENTRIES_RETURNED:
+            self._redelivery.note_returned()
+        elif (dead := read_died(message)) is not None:
+            self._redelivery.note_dead(dead)
+        elif message == RECORD_CHANGED:
+            if self._on_record_changed is not None:
+                self._on_record_changed()
+        elif message.startswith(CREDIT):
+            self._consumer.stream_sender.on_signal(message)
         else:
-            self._consumer.withdraw(signal)
+            self._consumer.withdraw(message)
 
     def _observe_claims(self) -> None:
         loop, consumer = asyncio.get_running_loop(), self._consumer
@@ -176,3 +231,6 @@ class Replica:
     async def _recover(self) -> None:
         await self._group.ensure()
         await self._strays.recover_fresh()
+
+    async def _reconnect_signals(self) -> None:
+        self._signals.reconnect()

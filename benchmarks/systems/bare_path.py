@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from penstock.broker.queue.group.replica_lease import ReplicaLease
 from penstock.broker.queue.leases import Lease
 from penstock.broker.queue.publisher import Publisher, _hand_out
 from penstock.broker.transport.commands import Script
@@ -40,6 +41,7 @@ def is_asked_for() -> bool:
 def take_the_defaults_out() -> None:
     """Do so in this process."""
     Lease.start = _take_for_good  # type: ignore[method-assign]
+    ReplicaLease.start = _acquire_once  # type: ignore[method-assign]
     append = {"xadd": _append_each, "script": _append_all}[os.environ[ENVIRONMENT]]
     Publisher._flush = append  # type: ignore[method-assign]
     request_ids.request_id_of = lambda headers: b"0"
@@ -47,8 +49,13 @@ def take_the_defaults_out() -> None:
 
 def _take_for_good(lease: Any) -> None:
     """Instead of a thread that renews it."""
-    lease._redis.set(lease._key, "1", px=_FOR_GOOD_MS)
+    lease._connection._redis.set(lease._key, "1", px=_FOR_GOOD_MS)
     lease._ended.set()
+
+
+async def _acquire_once(lease: Any, on_turn: Any) -> None:
+    """Instead of renewing it. No other replica redelivers anything, as none renews its lease."""
+    await lease.renew()
 
 
 def _append_each(publisher: Any) -> None:

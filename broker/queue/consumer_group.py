@@ -19,6 +19,7 @@ from .group.claimer import Claimer
 from .group.dead_letter_writer import DeadLetterWriter
 from .group.member import GROUP, Member
 from .group.pending_entries import PendingEntries
+from .group.replica_lease import ReplicaLease
 from .group.reply_sender import ReplySender
 
 # Creates the streams and their groups where they do not exist. KEYS: the streams. ARGV: group.
@@ -41,11 +42,12 @@ end
 return 0
 """)
 
+
 # Deletes a consumer without pending entries. KEYS: the streams. ARGV: group, replica.
 _LEAVE = Script("""#!lua flags=allow-oom
 for _, stream in ipairs(KEYS) do
-  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
-    if c[2] == ARGV[2] and c[4] == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2]) end
+  if not redis.call('XPENDING', stream, ARGV[1], '-', '+', 1, ARGV[2])[1] then
+    redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2])
   end
 end
 return 0
@@ -63,6 +65,7 @@ class ConsumerGroup:
         replica: name of the replica, which is that of its consumer.
 
     Attributes:
+        lease: the lease of the replica.
         claimer: claims entries.
         pending: reads pending entries, and claims those of dead replicas.
         replies: sends replies to callers.
@@ -76,7 +79,8 @@ class ConsumerGroup:
     ) -> None:
         self._member = member = Member(commands, keys, backend, replica)
         self.claimer = Claimer(member, reads)
-        self.pending = PendingEntries(member)
+        self.lease = ReplicaLease(member)
+        self.pending = PendingEntries(member, self.lease)
         self.replies = ReplySender(commands, keys, backend)
         self.acknowledger = Acknowledger(member)
         self.attempts = Attempts(member)

@@ -1,4 +1,5 @@
-"""Signals to all replicas of a backend: a request was withdrawn, entries were given back, credit was granted.
+"""Signals to all replicas of a backend: a request was withdrawn, entries were given back, credit was granted, the
+record of the backend was changed, a replica has died.
 
 A signal saves work or time; correctness does not depend on its arrival. Signals lie on a short stream of their own that
 expires, and each replica reads all of them.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..transport.commands import Arg, Script
@@ -22,6 +23,21 @@ ENTRIES_RETURNED = b"look"
 """The signal that entries were given back. A signal that begins with ``CREDIT`` of ``broker/queue/flow_control.py``
 grants credit; any other is the ref of an entry that its caller withdrew.
 """
+RECORD_CHANGED = b"record"
+"""The signal that the record of the backend was changed."""
+_DIED = b"died:"
+_SEPARATOR = b"\0"
+
+
+def died(replicas: Iterable[bytes]) -> bytes:
+    """Return the signal that replicas have died and left entries."""
+    return _DIED + _SEPARATOR.join(replicas)
+
+
+def read_died(message: bytes) -> list[bytes] | None:
+    """Return the replicas of a signal of `died`; None if it is another one."""
+    return message[len(_DIED) :].split(_SEPARATOR) if message.startswith(_DIED) else None
+
 
 _KEPT = 1_000
 """Most signals on the stream."""
@@ -47,6 +63,8 @@ def signal(connection: RedisConnection, keys: Keys, backend: str, message: bytes
 class Signals:
     """Receives the signals to one backend, on a connection of its own, from `open` to `close`.
 
+    It does not notice by itself that its server is no longer the primary: its owner, which writes, calls `reconnect`.
+
     Args:
         url: of the broker.
         keys: the keys of the instance.
@@ -56,7 +74,7 @@ class Signals:
 
     def __init__(self, url: str, keys: Keys, backend: str, on_signal: Callable[[bytes], None]) -> None:
         self._key, self._on_signal = keys.signals(backend), on_signal
-        self._reads = RedisConnection(url, name="penstock-signals")
+        self._reads = RedisConnection(url, name="penstock-signals", probes=False)
         self._last: bytes | str = "$"
         self._closed = False
 
@@ -64,6 +82,10 @@ class Signals:
         """Receive the signals that are sent from now on. Raises `BrokerUnavailable`."""
         await self._reads.open()
         self._read()
+
+    def reconnect(self) -> None:
+        """Connect again: the address may lead to another server by now."""
+        self._reads.reconnect("another connection to the broker was lost")
 
     async def close(self) -> None:
         self._closed = True

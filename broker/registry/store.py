@@ -13,7 +13,8 @@ import orjson
 
 from ..errors import BrokerFull, ConfigError, PenstockError, StringTooLong, WireError
 from ..queue import ownership
-from ..queue.leases import DROPPED
+from ..queue.group.replica_lease import DROPPED
+from ..queue.signals import RECORD_CHANGED, signal
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
 from ..wire._fields import LARGEST
@@ -109,7 +110,14 @@ class Registry:
                 _CHANGE, [keys.version, keys.backends, keys.endpoints, keys.feed], args
             )
             if version:
+                for tag, backend in change.backends.items():
+                    if backend is not None and tag in seen.backends:
+                        signal(self._connection, keys, tag, RECORD_CHANGED)
                 return int(version)
+
+    async def get_tags(self) -> list[str]:
+        """Return the tags of all backends."""
+        return [tag.decode() for tag in await self._connection.send("HKEYS", self._keys.backends, repeat=True)]
 
     async def put_code(self, blob: bytes) -> str:
         """Store a backend's code, or the files that come with it, and return its digest (SHA-256).

@@ -63,6 +63,8 @@ class RedisConnection:
         url: of the server.
         name: the client name that ``CLIENT LIST`` shows.
         patience_s: how long `open`, and commands in an outage, wait.
+        probes: find out every second whether the server accepts writes. Not needed where the owner sends a write every
+            few seconds anyway.
 
     Every method except `now_ms` must be called from the loop that called `open`. When that loop ends, so does the
     connection.
@@ -71,9 +73,9 @@ class RedisConnection:
         TypeError, ConfigError: ``url`` is not a Redis URL, or has a wrong option.
     """
 
-    def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0, probes: bool = True) -> None:
         self.url, self.patience_s = url, patience_s
-        self._name = name
+        self._name, self._probes = name, probes
         self._handshake = Handshake(url, name)
         self._shown_url = shown_url(url)
         self._clock = Clock()
@@ -162,6 +164,11 @@ class RedisConnection:
             await asyncio.wait([self._task])
         self._fail_all()  # if the task was cancelled before it began
         await self._hooks.cancel()
+
+    def reconnect(self, reason: str) -> None:
+        """Close the socket and connect again. Without a socket it has no effect: the connection does so anyway."""
+        if self._session is not None:
+            self._session.abort(reason)
 
     async def wait_for_patient(self, timeout_s: float) -> None:
         """Return when the server has accepted all waiting patient commands, or after ``timeout_s`` seconds."""
@@ -413,7 +420,8 @@ class RedisConnection:
     def _on_beat(self) -> None:
         if self._clock.is_stale():
             self.post(partial(self._clock.update, monotonic()), "TIME", repeat=True)
-        self._write_probe.probe()
+        if self._probes:
+            self._write_probe.probe()
 
     def _end_session(self) -> list[Command]:
         """Return the unanswered commands that may be sent again; fail those that the server may have carried out."""

@@ -109,6 +109,14 @@ class Keys:
         """The lease of a replica; ``alive(backend, "")`` is the common prefix of a backend's."""
         return f"{self._root}{{{backend}}}:alive:{replica}"
 
+    def sweep_turn(self, backend: str) -> str:
+        """Exists while a replica of the backend has looked for dead ones a moment ago."""
+        return f"{self._root}{{{backend}}}:alive::turn"
+
+    def tidy_turn(self, backend: str) -> str:
+        """Exists while a replica of the backend has deleted dead consumers a short time ago."""
+        return f"{self._root}{{{backend}}}:alive::tidied"
+
     def proxy_alive(self, proxy: str) -> str:
         """The lease of a proxy."""
         return f"{self._root}{{registry}}:alive-proxy:{proxy}"

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from penstock.handles import ServeHandle, connect
 from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BrokerUnavailable, Overloaded
 from penstock.proxy.proxy import Proxy
+from penstock.workers.replica import Replica
 from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
 from tests.faults.refusing_proxy import ERRORS, RefusingProxy
@@ -210,40 +211,42 @@ async def test_a_proxy_is_unhealthy_and_refuses_requests_meanwhile(redis_url: st
 # -- leases
 
 
-async def leases(redis: Redis) -> list[bytes]:
-    keys = [cast("bytes", key) async for key in cast("Any", redis).scan_iter(KEYS.alive(TAG, "*"))]
-    return [cast("bytes", lease) for key in keys if (lease := await redis.get(key))]
+async def live_leases(redis: Redis, replicas: Sequence[Replica]) -> int:
+    """Return how many replicas of the backend hold their leases."""
+    return int(await redis.exists(*[KEYS.alive(TAG, replica.replica) for replica in replicas]))
 
 
-async def are_trusted(redis: Redis, count: int) -> bool:
-    """Whether so many replicas have renewed their leases for so long that they may take over from others."""
-    times = [list(map(int, lease.split())) for lease in await leases(redis)]
-    return len(times) == count and all(last - since > 2_500 for since, last in times)
+def are_trusted(replicas: Sequence[Replica], after_s: float = 0.0) -> bool:
+    """Whether all have renewed their leases since then, and for so long that they may take over from others."""
+    now_s = time.monotonic()
+    return all(after_s <= (replica.lease_held_since_s or now_s) < now_s - TTL_S - 0.5 for replica in replicas)
 
 
 @asynccontextmanager
-async def three_replicas(url: str, work: Work) -> AsyncGenerator[None]:
-    async with AsyncExitStack() as replicas:
-        for _ in range(3):
-            await replicas.enter_async_context(serving(url, work.__call__, max_concurrent_queries=4, max_deliveries=1))
-        yield
+async def three_replicas(url: str, work: Work) -> AsyncGenerator[list[Replica]]:
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(serving(url, work.__call__, max_concurrent_queries=4, max_deliveries=1))
+            for _ in range(3)
+        ]
 
 
 async def test_leases_that_could_not_be_renewed_cause_no_redelivery(redis_url: str, between: RefusingProxy) -> None:
     work = Work()
-    async with calling(redis_url) as client, three_replicas(between.url, work):
-        await wait_until_async(lambda: are_trusted(client.redis, 3))
+    async with calling(redis_url) as client, three_replicas(between.url, work) as replicas:
+        await wait_until_async(lambda: are_trusted(replicas))
         answers = [client.call(b"%d" % n)[1] for n in range(12)]
         await wait_until_async(lambda: work.runs.total() == 12)
         between.error = ERRORS["NOREPLICAS"]
 
         async def has_no_lease() -> bool:
-            return not await leases(client.redis)
+            return await live_leases(client.redis, replicas) == 0
 
         await wait_until_async(has_no_lease)
+        began_s = time.monotonic()
         between.error = ""
         # By then each of them has looked several times for what it could take over.
-        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        await wait_until_async(lambda: are_trusted(replicas, began_s))
         work.release.set()
         replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
         assert [reply.error for reply in replies] == [None] * 12
@@ -254,17 +257,18 @@ async def test_leases_that_could_not_be_renewed_cause_no_redelivery(redis_url: s
 
 async def test_a_broker_that_hangs_for_longer_than_a_lease_causes_no_redelivery(server: EmbeddedServer) -> None:
     work = Work()
-    async with calling(server.url) as client, three_replicas(server.url, work):
-        await wait_until_async(lambda: are_trusted(client.redis, 3))
+    async with calling(server.url) as client, three_replicas(server.url, work) as replicas:
+        await wait_until_async(lambda: are_trusted(replicas))
         answers = [client.call(b"%d" % n)[1] for n in range(12)]
         await wait_until_async(lambda: work.runs.total() == 12)
         assert server.pid is not None
+        began_s = time.monotonic()
         os.kill(server.pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(1.5 * TTL_S)
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        await wait_until_async(lambda: are_trusted(client.redis, 3))
+        await wait_until_async(lambda: are_trusted(replicas, began_s))
         work.release.set()
         replies = await asyncio.wait_for(asyncio.gather(*answers), 20)
         assert [reply.error for reply in replies] == [None] * 12

@@ -104,23 +104,22 @@ class ClaimLoop:
         else:
             self._group.claimer.claim(up_to, partial(self._on_claimed, up_to), block=block)
 
-    async def claim_returned(self, count: int) -> None:
-        """Claim the ``count`` entries that replicas have given back, as far as there is room.
+    async def claim_returned(self) -> None:
+        """Claim the entries that replicas have given back, as far as there is room.
 
         Raises:
             BrokerUnavailable: Redis cannot be reached.
             BrokerRefused: Redis answered with an error.
         """
         scheduler = self._scheduler
-        while count and (room := scheduler.room()) > 0 and not self.is_draining:
+        self.returned_wait = True
+        while self.returned_wait and (room := scheduler.room()) > 0 and not self.is_draining:
             up_to = min(room, self._max_size)
             entries = await self._group.claimer.claim_returned(up_to)
             self._reader.read(entries)
-            count = len(entries) if len(entries) == up_to else 0
-            self.returned_wait = count > 0
+            self.returned_wait = len(entries) == up_to
             scheduler.fill_up()
             scheduler.start_waiting()
-        self.returned_wait = count > 0
         self.claim()
 
     def _on_claimed(self, up_to: int, result: Any) -> None:

@@ -159,14 +159,19 @@ class Consumer:
         """Claim if there is room; without ``block``, only entries that are waiting already."""
         self._claim_loop.claim(block=block)
 
-    async def claim_returned(self, count: int) -> None:
-        """Claim the ``count`` entries that replicas have given back, as far as there is room.
+    @property
+    def returned_wait(self) -> bool:
+        """Whether replicas have given back entries that no replica has claimed since, as far as is known here."""
+        return self._claim_loop.returned_wait
+
+    async def claim_returned(self) -> None:
+        """Claim the entries that replicas have given back, as far as there is room.
 
         Raises:
             BrokerUnavailable: Redis cannot be reached.
             BrokerRefused: Redis answered with an error.
         """
-        await self._claim_loop.claim_returned(count)
+        await self._claim_loop.claim_returned()
 
     def hold(self, entries: Sequence[tuple[bytes, list[bytes] | None]]) -> None:
         """Hold stray claims, and start as many as may start."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic
 
 from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.pending_entries import RedeliveredEntry
+from ...broker.queue.signals import ENTRIES_RETURNED, died
 from ...broker.wire.requests import Entry
 from ...handles.errors import DeliveryLimitExceeded
 from ..claim import Claim
@@ -26,8 +27,19 @@ from .stray_claims import StrayClaims
 
 log = logging.getLogger(__name__)
 
-_SCAN_EVERY_S = 0.5
-"""Longest time between two scans for entries to redeliver."""
+_SCAN_EVERY_S = (3.0, 5.0)
+"""Bounds of the random time between two searches for stray claims. Nothing else depends on it."""
+
+_RECOUNT_EVERY_S = 0.5
+"""Time between two looks at whether other replicas have redelivered all entries meanwhile."""
+
+_TELL_RETURNED_EVERY_S = 2.0
+"""Least time between two signals of a replica without room that entries given back by others still wait."""
+
+_RETRY_S = 0.5
+
+_TIDY_EVERY_S = 60.0
+"""Time between two attempts of one replica to delete dead consumers."""
 
 _DROP_LETTERS_EVERY_S = 60.0
 """Time between two removals of old dead letters."""
@@ -41,7 +53,8 @@ in progress; running them one by one would keep the replica from new requests fo
 class Redelivery:
     """Finds entries to redeliver and runs them on one consumer.
 
-    ``scan_soon`` is set when there may be one; each scan clears it.
+    The replicas of a backend take turns to look for dead ones (`ReplicaLease`); a signal sends what one of them finds
+    to the others. ``scan_soon`` is set when there may be something to do here; each scan clears it.
     """
 
     def __init__(
@@ -52,46 +65,109 @@ class Redelivery:
         strays: StrayClaims,
         backend: str,
         scan_soon: asyncio.Event,
+        send: Callable[[bytes], None],
     ) -> None:
+        """``send`` sends a signal to all replicas of the backend."""
         self._consumer, self._in_progress = consumer, consumer.in_progress
         self._group, self._settlement, self._backend = group, settlement, backend
-        self._strays, self._scan_soon = strays, scan_soon
+        self._strays, self._scan_soon, self._send = strays, scan_soon, send
+        self._dead: dict[bytes, None] = {}
+        """Replicas that may have died and left entries, oldest first."""
+        self._may_have_returned = True
+        """Whether replicas may have given back entries: also before this replica received signals."""
+        self._tell_returned_at_s = 0.0
+        self._sweeping: asyncio.Task[None] | None = None
+        self._tidy_at_s = monotonic() + random.uniform(0.0, _TIDY_EVERY_S)
         self._own_redelivered: list[RedeliveredEntry] = []
         """Stray claims of this replica that are redelivered entries and have not run yet."""
 
+    def take_turn(self) -> None:
+        """Look for dead replicas: it is this replica's turn.
+
+        Not in the scan, which may take as long as a redelivered entry runs: the others depend on what is found.
+        """
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.get_running_loop().create_task(self._sweep(), name="sweep")
+
+    def close(self) -> None:
+        """Cancel what runs beside the scan."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+
+    def note_dead(self, replicas: Iterable[bytes]) -> None:
+        """Note that replicas have died and left entries, as another replica has found."""
+        self._dead.update(dict.fromkeys(replicas))
+        self._scan_soon.set()
+
+    def note_returned(self) -> None:
+        """Note that entries were given back."""
+        self._may_have_returned = True
+        self._scan_soon.set()
+
     async def scan_until_drained(self) -> None:
-        """Scan at short intervals, and whenever ``scan_soon`` is set, until the replica drains."""
+        """Scan whenever ``scan_soon`` is set, and every few seconds, until the replica drains."""
         drop_at_s = 0.0
         while not self._consumer.is_draining:
             self._scan_soon.clear()
+            # Random, so that the replicas do not all scan at the same moment.
+            pause_s = random.uniform(*_SCAN_EVERY_S)
             try:
                 if monotonic() >= drop_at_s:
                     await self._group.dead_letters.drop_oldest(self._consumer.settings.max_dead_letters)
                     await self._consumer.kept.sweep()
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
-                held = len(self._in_progress)
-                expired, returned, pending = await self._group.pending.count()
-                if expired:
-                    await self._break_off_streams()
-                    await self._run_in_quarantine()
-                if self._strays.may_exist(pending, held) and (own := await self._strays.recover()):
+                if self._dead:
+                    await self._redeliver()
+                if self._strays.is_search_due() and (own := await self._strays.recover()):
                     await self._run_in_quarantine(own)
-                await self._consumer.claim_returned(returned)
+                if self._may_have_returned or self._consumer.returned_wait:
+                    self._may_have_returned = False
+                    await self._consumer.claim_returned()
+                self._consumer.claim()
             except (BrokerUnavailable, BrokerRefused) as e:
+                pause_s = _RETRY_S
                 log.debug("cannot scan for expired consumers of backend %r: %s", self._backend, e)
             except Exception:  # an escaping error would end redelivery on this replica
                 log.exception("cannot redeliver entries of backend %r", self._backend)
-            # Random, so that the replicas do not all scan at the same moment.
-            pause_s = _SCAN_EVERY_S * random.uniform(0.6, 1.0)
             waking = asyncio.ensure_future(self._scan_soon.wait())
             try:
                 await asyncio.wait([waking], timeout=pause_s)
             finally:
                 waking.cancel()
 
+    async def _sweep(self) -> None:
+        """Look for dead replicas, and send the names of those that have left entries to the others."""
+        try:
+            if monotonic() >= self._tidy_at_s:
+                self._tidy_at_s = monotonic() + _TIDY_EVERY_S
+                await self._group.pending.tidy()
+            dead, has_returned = await self._group.pending.sweep()
+        except (BrokerUnavailable, BrokerRefused) as e:
+            log.debug("cannot look for dead replicas of backend %r: %s", self._backend, e)
+            return
+        if dead:
+            self._send(died(dead))
+            self.note_dead(dead)
+        if has_returned:
+            self.note_returned()
+            if not self._consumer.could_claim and monotonic() >= self._tell_returned_at_s:
+                self._tell_returned_at_s = monotonic() + _TELL_RETURNED_EVERY_S
+                self._send(ENTRIES_RETURNED)
+
+    async def _redeliver(self) -> None:
+        """Redeliver the entries of dead replicas, as far as there are any left."""
+        try:
+            if await self._group.pending.are_left(self._dead):
+                await self._break_off_streams()
+                await self._run_in_quarantine()
+        finally:
+            # Whatever is left is found again at the next turn.
+            self._dead.clear()
+
     async def _break_off_streams(self) -> None:
         """Break off the streamed replies of dead replicas. They cannot be continued, so nothing runs again."""
-        while (redelivered := await self._group.pending.claim_redelivered(streamed=True)) is not None:
+        pending = self._group.pending
+        while (redelivered := await pending.claim_redelivered(self._dead, streamed=True)) is not None:
             await self._break_off_stream(redelivered)
 
     async def _break_off_stream(self, redelivered: RedeliveredEntry) -> None:
@@ -123,7 +199,7 @@ class Redelivery:
                 redelivered = (
                     self._own_redelivered.pop()
                     if self._own_redelivered
-                    else await self._group.pending.claim_redelivered()
+                    else await self._group.pending.claim_redelivered(self._dead)
                 )
                 if redelivered is None:
                     break
@@ -151,8 +227,8 @@ class Redelivery:
         Returns False if other replicas redelivered all entries meanwhile, or this replica drains.
         """
         while self._in_progress.any_started:
-            if not await self._in_progress.wait_until_empty(_SCAN_EVERY_S):
-                none_left = not self._own_redelivered and not (await self._group.pending.count()).expired
+            if not await self._in_progress.wait_until_empty(_RECOUNT_EVERY_S):
+                none_left = not self._own_redelivered and not await self._group.pending.are_left(self._dead)
                 if none_left or self._consumer.is_draining:
                     return False
         return True

@@ -2,21 +2,20 @@
 
 They are left by a claim whose reply was lost with its connection, and would be left by a fault in the claim loop. Their
 consumer is alive, so no other replica redelivers them. The replica searches for them after each reconnect, and every
-few seconds while the number of pending entries differs from the number of claims in progress.
+few seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.pending_entries import Reclaimed, RedeliveredEntry
 from .consumer import Consumer
 
-_EVERY_S = (3.0, 5.0)
-"""Bounds of the random time between two searches."""
+_EVERY_S = 3.0
+"""Least time between two searches."""
 
 _IDLE_MS = 2_000
 """Entries that were claimed more recently may still be on their way."""
@@ -30,12 +29,12 @@ class StrayClaims:
         self._searching = asyncio.Lock()
         self._next_at_s = 0.0
 
-    def may_exist(self, pending: int, held: int) -> bool:
-        """Return whether to search now: the broker has counted ``pending`` entries when ``held`` were held."""
+    def is_search_due(self) -> bool:
+        """Return whether to search now. The answer is no for the next seconds after it was yes."""
         now_s = time.monotonic()
-        if pending == held or now_s < self._next_at_s:
+        if now_s < self._next_at_s:
             return False
-        self._next_at_s = now_s + random.uniform(*_EVERY_S)
+        self._next_at_s = now_s + _EVERY_S
         return True
 
     async def recover_fresh(self) -> None:

@@ -6,14 +6,15 @@ one delivery means that a replica died while it held the entry.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...transport.commands import Arg, Script
 from ...wire.entry_ref import ref_of, split_by_stream
-from ..leases import IS_EXPIRED
 from .member import GROUP, HISTORY_S, RETRY, RETURNED, Member, log_refusal
+from .replica_lease import EXPIRY_CHECKER, ReplicaLease
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,13 @@ class RedeliveredEntry:
     """Whether its reply had begun to stream."""
 
 
-class PendingCounts(NamedTuple):
-    """Numbers of pending entries of a backend."""
+class Swept(NamedTuple):
+    """What a look at the pending entries of a backend has found."""
 
-    expired: int
-    """Held by consumers whose lease expired."""
-    returned: int
-    """Given back, and waiting for a replica."""
-    own: int
-    """Held by the replica that counts."""
+    dead: list[bytes]
+    """Consumers whose lease has expired and who have pending entries; at most `_MOST_NAMED`."""
+    has_returned: bool
+    """Whether entries that were given back wait for a replica."""
 
 
 class Reclaimed(NamedTuple):
@@ -59,40 +58,56 @@ class Reclaimed(NamedTuple):
         return RedeliveredEntry(self.ref, self.deliveries, self.fields or [], self.streamed)
 
 
-# Counts pending entries. KEYS: the streams. ARGV: group, replica, the beginning of the keys of leases, RETURNED.
-# Returns the numbers of `PendingCounts`. Deletes dead consumers without pending entries: deleting another one would
-# lose its entries (https://github.com/redis/redis/issues/8635).
-_COUNT = Script(f"""#!lua flags=allow-oom
-{IS_EXPIRED}
-local is_expired = expiry_checker(ARGV[3], ARGV[2])
-local expired, returned, own = 0, 0, 0
+_MOST_NAMED = 50
+_TIDY_MS = 60_000
+"""Least time between two removals of dead consumers from one backend."""
+
+_MOST_OWN = 1_000
+_PAGE = 100
+"""How many pending entries of a dead replica are listed at a time."""
+
+# Finds dead consumers with pending entries. KEYS: the streams. ARGV: group, replica, the beginning of the keys of
+# leases, RETURNED, whether the lease of the replica is trusted. Returns whether entries were given back, then the names
+# of the dead. The summary of a pending list has only the consumers with pending entries, and is empty in an instant
+# where there are none.
+_SWEEP = Script(f"""#!lua flags=no-writes
+{EXPIRY_CHECKER}
+local names, leases, seen, returned = {{}}, {{}}, {{}}, 0
 for _, stream in ipairs(KEYS) do
-  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
-    local name, pending = c[2], c[4]
+  for _, c in ipairs(redis.call('XPENDING', stream, ARGV[1])[4] or {{}}) do
+    local name = c[1]
     if name == ARGV[4] then
-      returned = returned + pending
-    elseif name == ARGV[2] then
-      own = own + pending
-    elseif is_expired(name) then
-      expired = expired + pending
-      if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name) end
+      returned = 1
+    elseif name ~= ARGV[2] and not seen[name] then
+      seen[name] = true
+      names[#names + 1], leases[#leases + 1] = name, ARGV[3] .. name
     end
   end
 end
-return {{expired, returned, own}}
-""")
-
-# Lists the entries that are pending in the name of a replica. KEYS: the streams. ARGV: group, replica, the least time
-# since their claim, in milliseconds. Returns the ids of each stream.
-_OWN_IDS = Script("""#!lua flags=no-writes
-local out = {}
-for s, stream in ipairs(KEYS) do
-  out[s] = {}
-  for i, p in ipairs(redis.call('XPENDING', stream, ARGV[1], 'IDLE', ARGV[3], '-', '+', 1000, ARGV[2])) do
-    out[s][i] = p[1]
+local out, is_expired = {{returned}}, expiry_checker(ARGV[3], ARGV[2], ARGV[5])
+for first = 1, #leases, {_PAGE} do
+  local last = math.min(first + {_PAGE - 1}, #leases)
+  for i, lease in ipairs(redis.call('MGET', unpack(leases, first, last))) do
+    if is_expired(lease) and #out <= {_MOST_NAMED} then out[#out + 1] = names[first + i - 1] end
   end
 end
 return out
+""")
+
+# Deletes dead consumers without pending entries: deleting another one would lose its entries
+# (https://github.com/redis/redis/issues/8635). KEYS: the streams. ARGV: as of `_SWEEP`.
+_TIDY = Script(f"""#!lua flags=allow-oom
+{EXPIRY_CHECKER}
+local is_expired = expiry_checker(ARGV[3], ARGV[2], ARGV[5])
+for _, stream in ipairs(KEYS) do
+  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
+    local name = c[2]
+    if c[4] == 0 and name ~= ARGV[2] and name ~= ARGV[4] and is_expired(redis.call('GET', ARGV[3] .. name)) then
+      redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], name)
+    end
+  end
+end
+return 0
 """)
 
 # Reads entries that are pending in the name of a replica. KEYS: a stream. ARGV: group, replica, the beginning of the
@@ -114,79 +129,134 @@ end
 return out
 """)
 
-# Claims the oldest entry of a consumer whose lease expired, and records the death in the entry's history. There is no
-# lock that a dying replica could leave behind: all of it is this script. KEYS: the streams. ARGV: group, replica, the
-# beginning of the keys of leases, RETURNED, the expiry of histories in seconds, the beginning of the keys of histories
-# on the first stream and on the second, the beginning of the marks of streamed replies, 1 to claim only entries with
-# such a mark, and the beginnings of the keys of attempts. Returns the entry's id, the count of its deliveries, its
-# fields, the number of its stream and whether it has the mark; or nothing. An entry that its caller withdrew is
-# acknowledged. The death of a replica is not counted for an entry that waited for its next attempt; once that is due,
-# the next death is.
-_CLAIM_EXPIRED = Script(f"""#!lua flags=allow-oom
-{IS_EXPIRED}
-{RETRY}
-local group, me = ARGV[1], ARGV[2]
-local is_expired = expiry_checker(ARGV[3], me)
-for s, stream in ipairs(KEYS) do
-  for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
-    local name = c[2]
-    if c[4] > 0 and name ~= me and name ~= ARGV[4] and is_expired(name) then
-      for _, p in ipairs(redis.call('XPENDING', stream, group, '-', '+', c[4], name)) do
-        local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
-        local wanted = streamed == 1 or ARGV[9] == '0'
-        local retry, due = retry_of(ARGV[9 + s], p[1])
-        local same_count = due > 0 and {{'RETRYCOUNT', p[4]}} or {{}}
-        local claimed = wanted and redis.call('XCLAIM', stream, group, me, 0, p[1], unpack(same_count))
-        if not wanted then
-          -- It is claimed by the call for all entries.
-        elseif claimed[1] then
-          local time = redis.call('TIME')
-          local now = time[1] .. string.sub('000000' .. time[2], -6, -4)
-          local fields = add_retry(claimed[1][2], retry)
-          if due > 0 then
-            if due <= tonumber(now) then
-              redis.call('SET', ARGV[9 + s] .. p[1], string.match(retry, '^%d+') .. ':0', 'EX', ARGV[5])
-            end
-            return {{p[1], p[4] - 1, fields, s, streamed}}
+# Lua: the pending entries of one of several consumers, if its lease has expired.
+_OF_DEAD = f"""
+{EXPIRY_CHECKER}
+local function each_of_dead(first_name, leases, me, is_trusted, visit)
+  local is_expired = expiry_checker(leases, me, is_trusted)
+  for s, stream in ipairs(KEYS) do
+    for i = first_name, #ARGV do
+      local name, from = ARGV[i], '-'
+      if name ~= me and is_expired(redis.call('GET', leases .. name)) then
+        repeat
+          local page = redis.call('XPENDING', stream, ARGV[1], from, '+', {_PAGE}, name)
+          for _, p in ipairs(page) do
+            local found = visit(s, stream, name, p)
+            if found then return found end
+            from = '(' .. p[1]
           end
-          local history = ARGV[5 + s] .. p[1]
-          redis.call('RPUSH', history, name, now)
-          redis.call('EXPIRE', history, ARGV[5])
-          return {{p[1], p[4], fields, s, streamed}}
-        else
-          redis.call('XACK', stream, group, p[1])
-        end
+        until #page < {_PAGE}
       end
     end
   end
 end
-return {{}}
+"""
+
+# Returns whether an entry of a dead replica is left. KEYS: the streams. ARGV: group, replica, the beginning of the
+# keys of leases, whether the lease of the replica is trusted, then the names of replicas that may be dead.
+_ARE_LEFT = Script(f"""#!lua flags=no-writes
+{_OF_DEAD}
+return each_of_dead(5, ARGV[3], ARGV[2], ARGV[4], function() return 1 end) or 0
+""")
+
+# Claims the oldest entry of a consumer whose lease expired, and records the death in the entry's history. There is no
+# lock that a dying replica could leave behind: all of it is this script. KEYS: the streams. ARGV: group, replica, the
+# beginning of the keys of leases, whether the lease of the replica is trusted, the expiry of histories in seconds, the
+# beginning of the keys of histories on the first stream and on the second, the beginning of the marks of streamed
+# replies, 1 to claim only entries with such a mark, and the beginnings of the keys of attempts; then the names of
+# replicas that may be dead. Returns the entry's id, the count of its deliveries, its fields, the number of its stream
+# and whether it has the mark; or nothing. An entry that its caller withdrew is acknowledged. The death of a replica is
+# not counted for an entry that waited for its next attempt; once that is due, the next death is.
+_CLAIM_EXPIRED = Script(f"""#!lua flags=allow-oom
+{_OF_DEAD}
+{RETRY}
+local function claim(s, stream, name, p)
+  local streamed = s == 1 and redis.call('EXISTS', ARGV[8] .. p[1]) or 0
+  if streamed == 0 and ARGV[9] == '1' then return end
+  local retry, due = retry_of(ARGV[9 + s], p[1])
+  local same_count = due > 0 and {{'RETRYCOUNT', p[4]}} or {{}}
+  local claimed = redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, p[1], unpack(same_count))[1]
+  if not claimed then
+    redis.call('XACK', stream, ARGV[1], p[1])
+    return
+  end
+  local time = redis.call('TIME')
+  local now = time[1] .. string.sub('000000' .. time[2], -6, -4)
+  local fields = add_retry(claimed[2], retry)
+  if due > 0 then
+    if due <= tonumber(now) then
+      redis.call('SET', ARGV[9 + s] .. p[1], string.match(retry, '^%d+') .. ':0', 'EX', ARGV[5])
+    end
+    return {{p[1], p[4] - 1, fields, s, streamed}}
+  end
+  local history = ARGV[5 + s] .. p[1]
+  redis.call('RPUSH', history, name, now)
+  redis.call('EXPIRE', history, ARGV[5])
+  return {{p[1], p[4], fields, s, streamed}}
+end
+return each_of_dead(12, ARGV[3], ARGV[2], ARGV[4], claim) or {{}}
 """)
 
 
 class PendingEntries:
     """Reads the pending lists of a backend, and claims entries of dead replicas for one replica."""
 
-    def __init__(self, member: Member) -> None:
-        self._member = member
+    def __init__(self, member: Member, lease: ReplicaLease) -> None:
+        self._member, self._lease = member, lease
         self._streamed_prefix = member.keys.streamed(member.backend, "")
         self._history_prefix = member.keys.history(member.backend, "")
 
-    async def count(self) -> PendingCounts:
-        """Count the entries to redeliver, those that were given back, and this replica's own."""
+    async def sweep(self) -> Swept:
+        """Find consumers whose lease has expired and who have pending entries, and whether entries were given back."""
         member = self._member
-        args: list[Arg] = [GROUP, member.replica, member.lease_prefix, RETURNED]
-        reply = await member.commands.run_script(_COUNT, member.streams, args, repeat=True, prompt=True)
-        return PendingCounts(*reply)
+        # An idle backend, which has no pending entry at all, costs two plain commands and no script.
+        first = [
+            member.commands.send("XPENDING", stream, GROUP, "-", "+", 1, repeat=True, prompt=True)
+            for stream in member.streams
+        ]
+        if not any(await asyncio.gather(*first)):
+            return Swept([], has_returned=False)
+        returned, *dead = await self._run(_SWEEP)
+        return Swept(dead, bool(returned))
+
+    async def tidy(self) -> None:
+        """Delete dead consumers without pending entries, unless another replica has done so in the last minute.
+
+        The cost grows with the number of replicas.
+        """
+        commands, turn = self._member.commands, self._member.keys.tidy_turn(self._member.backend)
+        if await commands.send("SET", turn, "", "NX", "PX", _TIDY_MS, repeat=True, prompt=True):
+            await self._run(_TIDY)
+
+    def _run(self, script: Script) -> asyncio.Future[Any]:
+        member = self._member
+        args: list[Arg] = [GROUP, member.replica, member.lease_prefix, RETURNED, int(self._lease.is_trusted)]
+        return member.commands.run_script(script, member.streams, args, repeat=True, prompt=True)
+
+    async def are_left(self, dead: Iterable[bytes]) -> bool:
+        """Return whether one of these replicas has left an entry, as far as its lease proves its death."""
+        member = self._member
+        args: list[Arg] = [GROUP, member.replica, member.lease_prefix, int(self._lease.is_trusted), *dead]
+        return bool(await member.commands.run_script(_ARE_LEFT, member.streams, args, repeat=True, prompt=True))
 
     async def own_refs(self, idle_ms: int = 0) -> list[bytes]:
         """Return the refs of the entries that were claimed in this replica's name at least ``idle_ms`` ago.
 
-        These are at most the oldest 1,000 entries of each stream.
+        These are at most the oldest `_MOST_OWN` entries of each stream.
         """
         member = self._member
-        args: list[Arg] = [GROUP, member.replica, idle_ms]
-        interactive, batch = await member.commands.run_script(_OWN_IDS, member.streams, args, repeat=True, patient=True)
+        # Two plain commands and no script: idle replicas do this all the time.
+        found = await asyncio.gather(
+            *[
+                member.commands.send(
+                    *("XPENDING", stream, GROUP, "IDLE", idle_ms, "-", "+", _MOST_OWN, member.replica),
+                    repeat=True,
+                    patient=True,
+                )
+                for stream in member.streams
+            ]
+        )
+        interactive, batch = ([entry[0] for entry in entries] for entries in found)
         return [*interactive, *(ref_of(entry, batch=True) for entry in batch)]
 
     async def reclaim(self, refs: Iterable[bytes]) -> list[Reclaimed]:
@@ -207,15 +277,15 @@ class PendingEntries:
                 found.append(Reclaimed(ref, max(0, deliveries - 1), fields, bool(streamed) and not batch))
         return found
 
-    async def claim_redelivered(self, *, streamed: bool = False) -> RedeliveredEntry | None:
-        """Claim the oldest entry of a replica whose lease expired, and record that death in the entry's history.
+    async def claim_redelivered(self, dead: Iterable[bytes], *, streamed: bool = False) -> RedeliveredEntry | None:
+        """Claim the oldest entry of one of these replicas whose lease expired; record its death in the entry's history.
 
         With ``streamed``, claim only an entry whose reply had begun to stream. It must not run again.
         """
         member = self._member
         histories = (self._history_prefix, self._history_prefix + ref_of(b"", batch=True).decode())
-        args: list[Arg] = [GROUP, member.replica, member.lease_prefix, RETURNED, HISTORY_S, *histories]
-        args += [self._streamed_prefix, int(streamed), *member.retry_prefixes]
+        args: list[Arg] = [GROUP, member.replica, member.lease_prefix, int(self._lease.is_trusted), HISTORY_S]
+        args += [*histories, self._streamed_prefix, int(streamed), *member.retry_prefixes, *dead]
         # Prompt: sent again after an outage, it would come before other replicas could renew their leases.
         reply = await member.commands.run_script(_CLAIM_EXPIRED, member.streams, args, prompt=True)
         if not reply:

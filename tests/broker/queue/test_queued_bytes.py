@@ -21,6 +21,7 @@ from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Entry, Header, RawEntry
 from tests.broker.conftest import Connect
+from tests.broker.queue.replica import hold_lease
 from tests.waiting import wait_until_async
 
 TAG = "model"
@@ -69,7 +70,7 @@ def join(
     async def join(name: str) -> ConsumerGroup:
         group = ConsumerGroup(commands, await connect(broker_url), keys, TAG, name)
         await group.ensure()
-        await commands.send("SET", keys.alive(TAG, name), "1", "PX", 60_000)
+        await hold_lease(group.lease)
         return group
 
     return join
@@ -196,7 +197,7 @@ async def test_every_end_of_a_request_releases_its_bytes(
     await one()
     await claim(replica)
     await commands.send("DEL", keys.alive(TAG, "replica"))  # it is killed
-    taken = await successor.pending.claim_redelivered()
+    taken = await successor.pending.claim_redelivered([b"replica"])
     assert taken is not None
     successor.acknowledger.hold_sized(taken.ref)
     successor.acknowledger.settle([taken.ref])

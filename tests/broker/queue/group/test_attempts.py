@@ -51,7 +51,7 @@ async def test_the_attempts_of_a_batch_item_are_its_own(join: Joining, commands:
     }
     await replica.die()
     other = await join("other")
-    taken = [await other.group.pending.claim_redelivered(), await other.group.pending.claim_redelivered()]
+    taken = [await other.redeliver("a"), await other.redeliver("a")]
     assert [(one.ref, attempts_of(one.fields)[0]) for one in taken if one] == [(refs[0], 0), (refs[1], 3)]
 
 
@@ -66,14 +66,14 @@ async def test_the_death_of_its_replica_is_not_counted_while_an_entry_waits(
     for name in ("second", "third"):
         await replica.die()
         replica = await join(name)
-        taken = await replica.group.pending.claim_redelivered()
+        taken = await replica.redeliver("first", "second", "third")
         assert taken is not None
         assert (taken.deliveries, attempts_of(taken.fields)) == (0, (1, due_ms))
     assert await commands.send("EXISTS", keys.history(TAG, ref.decode())) == 0
     replica.group.attempts.record(ref, 1, 0)  # the next attempt begins
     await replica.die()
     last = await join("last")
-    taken = await last.group.pending.claim_redelivered()
+    taken = await last.redeliver("third")
     assert taken is not None
     assert (taken.deliveries, attempts_of(taken.fields)) == (1, (1, 0))
     assert await commands.send("LLEN", keys.history(TAG, ref.decode())) == 2
@@ -91,7 +91,7 @@ async def test_one_death_at_most_goes_uncounted_once_an_entry_is_due(
     for name in ("second", "third", "fourth"):
         await replica.die()
         replica = await join(name)
-        taken = await replica.group.pending.claim_redelivered()
+        taken = await replica.redeliver("first", "second", "third")
         assert taken is not None
         counted.append(taken.deliveries)
     assert counted == [0, 1, 2]

@@ -23,7 +23,7 @@ async def test_a_dead_letter_has_the_history_of_its_deliveries(
     await publish("1")
     await dead.claim()
     await dead.die()
-    taken = await successor.group.pending.claim_redelivered()
+    taken = await successor.redeliver("dead")
     assert taken is not None
     for _ in range(2):  # the second time does nothing
         await successor.group.dead_letters.add(taken, "every replica died", max_dead_letters=10)
