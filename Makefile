@@ -34,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,files,dev,docs]'
 	@touch $@
 
-# Most tests wait rather than compute, so five processes share the cores; the first four start a Ray each.
-SIDE_BY_SIDE := --numprocesses=5 --dist=loadscope
+# Most tests wait rather than compute, so four processes share the cores.
+SIDE_BY_SIDE := --numprocesses=4 --dist=loadscope
 
 .PHONY: test
 test: $(STAMP) ## Run all tests, on an embedded broker and on those in containers if a Docker engine answers

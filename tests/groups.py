@@ -17,15 +17,17 @@ BROKERS = "brokers"
 _GROUPS = {
     "ray, for faults": r"tests/faults/",
     "ray, for clients": r"tests/serve/test_(changing|object_refs|scaling|serving|status|steady_load|wrong_calls)\.py",
+    "containers of redis": r".*\[.*\bredis-container\b",
+    "containers of valkey": r".*\[.*\bvalkey-container\b",
     "ray, for commands and the controller": r"tests/serve/(cli/test_lifetime|controller/test_(actors|controller))\.py",
     "ray, for whole lives": r"tests/serve/test_(?!every_node|head|leaving_nodes)\w+\.py",
     "several nodes": r"tests/serve/test_(every_node|head)\.py",
     "nodes that leave": r"tests/serve/test_leaving_nodes\.py",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
-    "containers of redis": r".*\[.*\bredis-container\b",
-    "containers of valkey": r".*\[.*\bvalkey-container\b",
 }
-"""Which tests belong to a group, by their ids: the first that matches counts. The longest group is the first."""
+"""Which tests belong to a group, by their ids: the first that matches counts. They begin in this order, so that the
+longest are early, and no more than two start a Ray at a time: several at once starve each other.
+"""
 
 _SLOW = re.compile(
     r"""tests/(

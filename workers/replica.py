@@ -133,7 +133,7 @@ class Replica:
             await self._commands.open()
         await self._reads.open()
         # Without its lease a consumer counts as dead, so the lease comes before the first claim.
-        await self._group.lease.start(self._redelivery.take_turn)
+        await self._group.lease.start(self._redelivery.take_turn, lambda: self._redelivery.is_looking)
         await self._group.ensure()
         await self._signals.open()
         # The reply to a claim may have been lost with either connection.

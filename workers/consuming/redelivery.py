@@ -81,12 +81,17 @@ class Redelivery:
         self._own_redelivered: list[RedeliveredEntry] = []
         """Stray claims of this replica that are redelivered entries and have not run yet."""
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether a look for dead replicas is in progress."""
+        return self._sweeping is not None and not self._sweeping.done()
+
     def take_turn(self) -> None:
         """Look for dead replicas: it is this replica's turn.
 
         Not in the scan, which may take as long as a redelivered entry runs: the others depend on what is found.
         """
-        if self._sweeping is None or self._sweeping.done():
+        if not self.is_looking:
             self._sweeping = asyncio.get_running_loop().create_task(self._sweep(), name="sweep")
 
     def close(self) -> None:

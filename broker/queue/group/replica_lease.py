@@ -96,6 +96,7 @@ class ReplicaLease:
         self._is_in_flight = self._is_memory_full = False
         self._timer: asyncio.TimerHandle | None = None
         self._on_turn: Callable[[], None] | None = None
+        self._is_looking: Callable[[], bool] = lambda: False
         self._guard_connection = LeaseConnection(member.commands.url)
         self._ended = threading.Event()
         self._guard = threading.Thread(target=self._keep_guarding, name="lease guard", daemon=True)
@@ -123,17 +124,19 @@ class ReplicaLease:
         former, _ = await self._member.commands.run_script(_RENEW, [self._key], [self._value], prompt=True)
         self._confirm(former)
 
-    async def start(self, on_turn: Callable[[], None]) -> None:
+    async def start(self, on_turn: Callable[[], None], is_looking: Callable[[], bool] = lambda: False) -> None:
         """Acquire the lease and renew it in the background, until `stop`.
 
         Args:
             on_turn: called on the event loop when it is this replica's turn to look for dead ones.
+            is_looking: returns whether the look of an earlier turn goes on. Meanwhile the turns are for others, as this
+                look may never end.
 
         Raises:
             BrokerUnavailable, BrokerRefused: as by `renew`.
         """
         await self.renew()
-        self._on_turn = on_turn
+        self._on_turn, self._is_looking = on_turn, is_looking
         self._schedule()
         self._guard.start()
 
@@ -178,11 +181,13 @@ class ReplicaLease:
         self._is_in_flight = True
         commands = self._member.commands
         if self._is_memory_full:
-            commands.post_script(self._on_script, _RENEW, [self._key, self._turn], [self._value], prompt=True)
+            keys = [self._key] if self._is_looking() else [self._key, self._turn]
+            commands.post_script(self._on_script, _RENEW, keys, [self._value], prompt=True)
             return
         # Plain commands: they cost the broker a fifth of what a script costs.
         commands.post(self._on_renewed, "SET", self._key, self._value, "GET", "PX", _TTL_MS, prompt=True)
-        commands.post(self._on_turn_asked, "SET", self._turn, "", "NX", "PX", _SWEEP_MS, prompt=True)
+        if not self._is_looking():
+            commands.post(self._on_turn_asked, "SET", self._turn, "", "NX", "PX", _SWEEP_MS, prompt=True)
 
     def _on_script(self, result: Any) -> None:
         self._is_memory_full = False
