@@ -5,7 +5,7 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -44,7 +44,7 @@ class Events:
 
 def fastapi_app(events: Events) -> FastAPI:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any]]:
         yield {"greeting": "hello"}
 
     app = FastAPI(lifespan=lifespan)
@@ -437,7 +437,7 @@ class TestRoutes:
         root_path = f"/outer{api.prefix}"
         with httpx.Client(base_url=started.start(root_path="/outer"), timeout=30) as client:
             api.wait_until_routed(client)
-            whole = {"root_path": root_path, "path": f"{root_path}/x", "params": {}}
+            whole: dict[str, Any] = {"root_path": root_path, "path": f"{root_path}/x", "params": {}}
             assert client.get(f"{root_path}/x").json() == whole
             assert client.get(f"{api.prefix}/x").json() == whole
 

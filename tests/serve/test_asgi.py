@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def test_an_application_serves_and_one_that_cannot_start_changes_nothing(web: se
             return PlainTextResponse(f"{request.state.version} {request.url_for('show')}")
 
         @asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        async def lifespan(app: Starlette) -> AsyncGenerator[dict[str, Any]]:
             if fails:
                 raise FileNotFoundError("no weights")
             yield {"version": version}

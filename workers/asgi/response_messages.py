@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import Message
 
@@ -93,7 +93,7 @@ class ResponseMessages:
     def _add_body(self, body: Any, more: bool) -> bytes:
         if not isinstance(body, bytes | bytearray | memoryview):
             raise TypeError(f"the body of a response must be bytes, not {type(body).__name__}")
-        chunk = bytes(body)
+        chunk = bytes(cast("bytes", body))
         self._size += len(chunk)
         declared = self._declared
         if declared is not None and (self._size > declared or (not more and self._size < declared)):

@@ -45,7 +45,7 @@ class LoadedCode(NamedTuple):
         """Load what `dump` returned, and import the modules that it names. Raises any error of theirs."""
         target, args, kwargs, marked = cloudpickle.loads(blob)
         if isinstance(target, tuple):
-            _, app = target
+            app: Any = cast("tuple[str, Any]", target)[1]
             app = import_object(app) if isinstance(app, str) else app
             check_application(app)
             return cls(AsgiApplication(app), (), {})

@@ -66,6 +66,7 @@ async def test_a_class_whose_instances_are_awaited_is_an_application(start: Star
 def wsgi(environ: Any, start_response: Any) -> None: ...
 def asgi2(scope: Any) -> None: ...
 def factory() -> None: ...
+def unary(request: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def factory() -> None: ...
         (wsgi, "a WSGI application is wrapped first"),
         (asgi2, "an ASGI 2 application is wrapped first"),
         (factory, "a function that makes the application is called first"),
-        (lambda request: None, r"takes scope, receive and send; .*<lambda> has the signature \(request\)$"),
+        (unary, r"takes scope, receive and send; .*unary has the signature \(request: 'Any'\)"),
     ],
 )
 def test_anything_else_is_refused_by_name(app: Any, message: str) -> None:
@@ -109,9 +110,10 @@ def test_an_application_behind_a_plain_import_path_is_refused_with_the_way_out()
 
 
 async def test_a_configuration_for_other_code_fails_the_replica() -> None:
-    for config, message in (({"max_batch_size": 2}, "max_batch_size"), ({"user_config": 1}, "no method reconfigure")):
+    configs = (BackendSpec(max_batch_size=2), "max_batch_size"), (BackendSpec(user_config=1), "no method reconfigure")
+    for config, message in configs:
         with pytest.raises(ConfigError, match=message):
-            await Runner.start("b", "b#1", dump(asgi(raw)), BackendSpec(**config))  # type: ignore[arg-type]
+            await Runner.start("b", "b#1", dump(asgi(raw)), config)
 
 
 def test_all_methods_are_those_of_an_endpoint() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ async def test_startup_precedes_and_shutdown_follows_all_requests(start: Start) 
     events: list[str] = []
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[dict[str, Any]]:
         events.append(f"up in {serve.get_current_replica_tag()}")
         yield {"model": "loaded"}
         events.append("down")
@@ -72,7 +72,7 @@ async def test_each_request_gets_a_copy_of_the_state(start: Start) -> None:
 
 async def test_a_failing_startup_fails_the_replica_with_its_traceback(start: Start) -> None:
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
         if app.debug is False:
             raise FileNotFoundError("no weights")
         yield
