@@ -15,19 +15,17 @@ BROKERS = "brokers"
 """The fixture that starts brokers, on which those that give a broker to a test depend."""
 
 _GROUPS = {
+    "several nodes": r"tests/serve/test_(every_node|head|leaving_nodes)\.py",
     "ray, for faults": r"tests/faults/",
-    "ray, for clients": r"tests/serve/test_(changing|object_refs|scaling|serving|status|steady_load|wrong_calls)\.py",
+    "ray": r"tests/serve/(test_\w+|cli/test_lifetime|controller/test_(actors|controller))\.py",
+    "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
-    "ray, for commands and the controller": r"tests/serve/(cli/test_lifetime|controller/test_(actors|controller))\.py",
-    "ray, for whole lives": r"tests/serve/test_(?!every_node|head|leaving_nodes)\w+\.py",
-    "several nodes": r"tests/serve/test_(every_node|head)\.py",
-    "nodes that leave": r"tests/serve/test_leaving_nodes\.py",
-    "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
 }
-"""Which tests belong to a group, by their ids: the first that matches counts. They begin in this order, so that the
-longest are early, and no more than two start a Ray at a time: several at once starve each other.
-"""
+"""Which tests belong to a group, by their ids: the first that matches counts. They begin in the order of `_FIRST`."""
+
+_FIRST = ("ray", "ray, for faults", "containers of redis", "containers of valkey", "several nodes")
+"""The longest groups, early; but no more than two start a Ray at once, which would starve each other on two cores."""
 
 _SLOW = re.compile(
     r"""tests/(
@@ -57,7 +55,7 @@ def check_group(item: pytest.Item) -> None:
 
 def groups_first(items: list[pytest.Item]) -> None:
     """Sort tests so that the longest groups begin first, and what is left fills the other processes."""
-    order = {group: number for number, group in enumerate(_GROUPS)}
+    order = {group: number for number, group in enumerate(_FIRST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
