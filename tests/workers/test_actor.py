@@ -235,7 +235,7 @@ async def test_the_stats_of_a_replica_are_counted_once_and_outlive_it(instance: 
     await instance.create(Greeter, "Hello")
     await instance.replica.ready()
     connection = await RedisConnection(instance.url).open()
-    try:
+    async with calling(instance.url) as client:  # which deletes the stats at its end
 
         async def served() -> int:
             return (await read_stats(connection, Keys("default"), TAG)).served
@@ -244,14 +244,13 @@ async def test_the_stats_of_a_replica_are_counted_once_and_outlive_it(instance: 
             return await served() == 2
 
         for _ in range(2):
-            await instance.ask()
+            await client.ask()
         await wait_until_async(has_served_two)
-        await instance.ask(b"sleep")
+        await client.ask(b"sleep")
         assert await instance.replica.drain(1.0)  # the last request is counted too
         assert await served() == 3
         assert (await read_stats(connection, Keys("default"), TAG)).run_s > 0.4
-    finally:
-        await connection.close()
+    await connection.close()
 
 
 async def test_a_replica_can_be_drained_before_it_has_started(instance: Instance, gate: Gate) -> None:
