@@ -180,6 +180,12 @@ class FastPath(Protocol):
         self._write(cycle, request, response)
 
     def _on_outcome(self, cycle: RequestResponseCycle, request: ProxiedRequest, outcome: CallOutcome) -> None:
+        if self._waiting is None or self._waiting[1] is not request:
+            # `dispatch` raised after it had published the request. A second response would be taken for that to the
+            # next request of the connection.
+            if isinstance(outcome, IncomingStream):
+                outcome.close()
+            return
         if isinstance(outcome, IncomingStream):
             self._waiting = None
             self._start_task(cycle, self._application.relay_app(request, outcome))

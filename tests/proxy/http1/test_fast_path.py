@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -211,3 +212,26 @@ async def test_a_client_that_disconnects_leaves_no_body_for_the_garbage_collecto
 
 async def _is_queued(site: Site) -> bool:
     return await site.queued() == 1
+
+
+async def test_a_request_whose_dispatch_fails_late_gets_one_response(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its reply would be taken for the response to the next request of the connection."""
+    async with running(redis_url, way="direct") as site:
+        await site.endpoint(
+            "/{name}", answer=lambda entry: Reply(entry.id, codec="text", body=entry.header.path.encode())
+        )
+        dispatch = site.caller.dispatch
+
+        def fail_late(*args: Any, **kwargs: Any) -> Any:
+            dispatch(*args, **kwargs)
+            raise RuntimeError("after it was published")
+
+        monkeypatch.setattr(site.caller, "dispatch", fail_late)
+        assert (await site.http.get("/first")).status_code == 500
+        await wait_until_async(lambda: len(site.started) == 1)
+        await wait_until_async(lambda: not site.caller.in_flight.by_id)  # its reply has arrived
+        monkeypatch.undo()
+        assert [(await site.http.get(f"/{n}")).text for n in range(3)] == ["/0", "/1", "/2"]
+    assert "after it was published" in caplog.text

@@ -1,0 +1,54 @@
+"""The session of one socket: commands at the moment when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+
+from penstock.broker.transport.commands import Command, pack
+from penstock.broker.transport.session import Session
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+def command(*args: str, repeat: bool = False) -> Command:
+    return Command(pack(args), lambda _: None, repeat, None)
+
+
+async def end_after_loss(*, in_pieces: bool) -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+    session = Session(transport, lambda command, error: None, lambda: None)
+    await asyncio.wait([session.ended], timeout=20)
+    late: Any = command("SET", "key", "value")
+    if in_pieces:
+        late.packed = [late.packed]
+    session.unanswered.append(late)
+    session.outgoing.append(late.packed)
+    session.expect_bulky(late)
+    session.write()
+    assert session.end() == ([late], []), "it was not written, so it may be sent again"
+    transport.close()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_command_after_the_loss_of_the_socket_is_left_for_the_next_one(loop: str, in_pieces: bool) -> None:
+    running = LOOPS[loop]()
+    try:
+        running.run_until_complete(end_after_loss(in_pieces=in_pieces))
+    finally:
+        running.close()
