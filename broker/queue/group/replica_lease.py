@@ -229,6 +229,8 @@ class ReplicaLease:
             used_s, pause_s = now_s, _GUARD_RETRY_S
             try:
                 former, _ = self._guard_connection.run(_RENEW, [self._key], [self._value])
+            except BrokerUnavailable as e:
+                log.debug("cannot renew the lease of replica %r: %s", self._member.replica, e)  # logged as an outage
             except Exception as e:  # of any kind: the next renewal may succeed
                 self._report_failure(e)
             else:

@@ -190,7 +190,7 @@ def test_a_deployment_that_is_interrupted_leaves_nothing(
         with subprocess.Popen(
             [*COMMAND, "deploy", str(app)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(redis_url)
         ) as deploying:
-            silent.settimeout(60)
+            silent.settimeout(150)  # a busy machine takes long to start an actor
             waiting, _ = silent.accept()
             deploying.send_signal(signal.SIGINT)
             _, err = deploying.communicate(timeout=60)
