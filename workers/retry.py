@@ -168,8 +168,17 @@ def _loaded() -> Iterator[type[BaseException]]:
         kind = left.pop()
         if kind not in seen:
             seen.add(kind)
-            yield kind
+            if _has_names(kind):
+                yield kind
             left += type.__subclasses__(kind)
+
+
+def _has_names(kind: type) -> bool:
+    """Return whether the names of a class can be read; its metaclass may raise."""
+    try:
+        return all(isinstance(name, str) for name in (kind.__name__, kind.__qualname__, kind.__module__))
+    except Exception:
+        return False
 
 
 def _resolved(name: str) -> object:

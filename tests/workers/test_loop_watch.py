@@ -72,6 +72,8 @@ def test_code_that_waits_or_blocks_a_thread_is_not_reported(caplog: pytest.LogCa
 
 
 def test_code_that_runs_on_threads_alone_has_no_watch() -> None:
+    wait_until(lambda: not watches())  # of the tests before
+
     def work(request: Request) -> int:
         return len(watches())
 
