@@ -26,7 +26,7 @@ from .clock import Clock
 from .commands import Arg, Command, Packed, Script, Then, head_of, pack, pack_in_pieces, pieces_of
 from .dial import WrongServer
 from .error_replies import MEMORY, NOT_PRIMARY, TEMPORARY, ErrorReply, StringLimit, error_of
-from .handshake import Handshake, is_permanent, reason_of, wait_for
+from .handshake import Handshake, end_of_cancelled, is_permanent, reason_of, wait_for
 from .reconnect_hooks import Hook, ReconnectHooks
 from .session import Session
 from .url import shown_url
@@ -161,7 +161,7 @@ class RedisConnection:
             if self._task is not None:
                 self._task.cancel()
         if self._task is not None:
-            await asyncio.wait([self._task])
+            await end_of_cancelled(self._task)
         self._fail_all()  # if the task was cancelled before it began
         await self._hooks.cancel()
 

@@ -22,6 +22,9 @@ from .write_probe import WRITE_PROBE
 
 T = TypeVar("T")
 
+_CANCEL_AGAIN_S = 5.0
+"""A task that has not ended this long after its cancellation is cancelled again: it may take a second to clean up."""
+
 _CODES: tuple[tuple[type[redis_errors.RedisError], str], ...] = (
     (redis_errors.MasterDownError, "MASTERDOWN"),
     (redis_errors.ClusterDownError, "CLUSTERDOWN"),
@@ -95,7 +98,7 @@ class Handshake:
         """Close the socket; with ``wait``, return when it is closed."""
         if self._watch is not None:
             self._watch.cancel()
-            await asyncio.wait([self._watch])
+            await end_of_cancelled(self._watch)
             self._watch = None
         if self._finder is not None and wait:
             await self._finder.close()
@@ -142,6 +145,12 @@ def reason_of(error: BaseException) -> str:
     """Return why connecting failed, with a pointer to the documentation if a permission is missing."""
     reason = str(error) or type(error).__name__
     return f"{reason} ({RULES})" if _is(error, redis_errors.NoPermissionError) else reason
+
+
+async def end_of_cancelled(task: asyncio.Task[Any]) -> None:
+    """Return when a cancelled task has ended. redis-py may lose a cancellation that coincides with its own timeout."""
+    while not (await asyncio.wait([task], timeout=_CANCEL_AGAIN_S))[0]:
+        task.cancel()
 
 
 async def wait_for(seconds: float, awaitable: Awaitable[T]) -> T:

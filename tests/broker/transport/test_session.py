@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from penstock.broker.transport import handshake
 from penstock.broker.transport.commands import Command, pack
 from penstock.broker.transport.session import Session
 
@@ -52,3 +53,22 @@ def test_a_command_after_the_loss_of_the_socket_is_left_for_the_next_one(loop: s
         running.run_until_complete(end_after_loss(in_pieces=in_pieces))
     finally:
         running.close()
+
+
+async def test_a_task_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "_CANCEL_AGAIN_S", 0.01)
+    losses = 0
+
+    async def lose_cancellations() -> None:
+        nonlocal losses
+        while losses < 3:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                losses += 1
+
+    task = asyncio.create_task(lose_cancellations())
+    await asyncio.sleep(0)  # it begins
+    task.cancel()
+    await asyncio.wait_for(handshake.end_of_cancelled(task), 20)
+    assert losses == 3
