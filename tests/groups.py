@@ -16,7 +16,7 @@ BROKERS = "brokers"
 
 _GROUPS = {
     "several nodes": r"tests/serve/test_(every_node|head|leaving_nodes)\.py",
-    "ray, for faults": r"tests/faults/",
+    "ray, and faults": r"tests/(faults/|serve/test_(asgi|examples|forks|http_options|lifetimes|run|users)\.py)",
     "ray": r"tests/serve/(test_\w+|cli/test_lifetime|controller/test_(actors|controller))\.py",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
@@ -24,7 +24,7 @@ _GROUPS = {
 }
 """Which tests belong to a group, by their ids: the first that matches counts. They begin in the order of `_FIRST`."""
 
-_FIRST = ("ray", "ray, for faults", "containers of redis", "containers of valkey", "several nodes")
+_FIRST = ("ray", "ray, and faults", "containers of redis", "containers of valkey", "several nodes")
 """The longest groups, early; but no more than two start a Ray at once, which would starve each other on two cores."""
 
 _SLOW = re.compile(
