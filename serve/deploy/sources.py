@@ -83,19 +83,23 @@ def find_source(target: str, runtime_env: Mapping[str, Any] | None) -> Source | 
     """Return the source of the module of ``"package.module:Name"``, or None.
 
     It is looked for in the directories of ``runtime_env``, in the current directory, and where this process imports
-    from. The digest is that of the module's file, or of all Python files of its outermost package.
+    from. The digest is that of the module's file, or of all Python files of its outermost package. A package without an
+    ``__init__.py`` counts as a directory: it may be that of a whole project.
     """
     parts = target.partition(":")[0].split(".")
     importlib.invalidate_caches()
     path: list[str] | None = list(_search_path(runtime_env or {}))
     outermost: ModuleSpec | None = None
     for number in range(len(parts)):
-        spec = None if path is None else PathFinder.find_spec(".".join(parts[: number + 1]), path)
+        # By its last name, as a namespace package would look for its parent among the modules that are loaded.
+        spec = None if path is None else PathFinder.find_spec(parts[number], path)
         if spec is None:
             return None
-        outermost = outermost or spec
+        if outermost is None and spec.origin is not None:
+            outermost = spec
         path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    assert outermost is not None
+    if outermost is None:
+        return None
     try:
         if (folders := outermost.submodule_search_locations) is not None:
             roots = [Path(folder) for folder in folders]

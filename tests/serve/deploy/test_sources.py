@@ -55,6 +55,23 @@ def test_an_edited_neighbour_in_the_package_is_a_change(package: Path, monkeypat
     assert local_code(TARGET, None, deployed).changes(deployed) == ["source of penstock_models.digits"]
 
 
+def test_a_module_below_directories_without_init_files_is_compared_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "penstock_site" / "models").mkdir(parents=True)
+    module = tmp_path / "penstock_site" / "models" / "digits.py"
+    module.write_text("OLD = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    target = "penstock_site.models.digits:Digits"
+    deployed = record("digits", target, {})
+    assert deployed.source
+    (module.parent / "neighbour.py").write_text("")
+    assert local_code(target, None, deployed).changes(deployed) == []
+    module.write_text("NEW = 1\n")
+    assert local_code(target, None, deployed).changes(deployed) == ["source of penstock_site.models.digits"]
+    assert find_source("penstock_site.models:Digits", None) is None
+
+
 def test_a_changed_file_of_the_working_dir_is_a_change(package: Path) -> None:
     environment: dict[str, object] = {"working_dir": str(package.parent)}
     deployed = record("digits", TARGET, environment)
