@@ -30,8 +30,8 @@ from .status_reader import StatusReader
 
 _POLL_S = 0.02
 _CHECK_OWNER_EVERY_S = 1.0
-CONTROLLER_LOST_S = 5.0
-"""A controller whose ownership expired this long ago will not return: Ray restarts one in less time."""
+CONTROLLER_LOST_S = 15.0
+"""A controller whose ownership expired this long ago will not return: Ray restarts one in 7 s on a busy machine."""
 
 _SCRIPT_END_S = 2.0
 """After the death of a script, Ray ends its controller within this time."""

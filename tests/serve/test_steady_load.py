@@ -61,6 +61,7 @@ FIELDS: dict[str, Any] = {
     "allow_pickle": True,
     "result_ttl_s": 600,
     "max_result_bytes": 2**28,
+    "retry": {"max_attempts": 2},
 }
 
 
