@@ -1,4 +1,4 @@
-"""What a fleet of replicas costs Redis: many replicas in a few processes, without Ray, idle and under load.
+"""Cost of a fleet of replicas to Redis: many replicas in a few processes, without Ray, idle and under load.
 
 Runs by itself and as a case of ``run.py``. Each replica is the class that a replica's actor is made of, with its own
 connections and its own lease; its code is a no-op. Prints a line of JSON for each layout.

@@ -1,38 +1,22 @@
 """The access log of a proxy, on both paths through it."""
 
 import json
-import logging
 from collections.abc import Generator
 
 import pytest
 
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
-from penstock.handles.log_context import request_ids
 from penstock.runtime.logs import JsonFormatter
+from tests.log_lines import Lines, logged_lines
 from tests.proxy.site import WAYS, running, text
 from tests.waiting import wait_until_async
 
 
-class Lines(logging.Handler):
-    """The lines of the access log, with the request ids of their contexts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-        self.ids: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-        self.ids.append(request_ids())
-
-
 @pytest.fixture
 def lines() -> Generator[Lines]:
-    log, lines = logging.getLogger("penstock.access"), Lines()
-    log.addHandler(lines)
-    yield lines
-    log.removeHandler(lines)
+    with logged_lines("penstock.access") as lines:
+        yield lines
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import Generator
 from typing import Any
 
@@ -12,34 +11,19 @@ from starlette.responses import StreamingResponse
 
 from penstock import serve
 from penstock.handles.errors import BackendError
-from penstock.handles.log_context import request_ids
 from penstock.runtime.logs import JsonFormatter
 from penstock.workers import Request
 from penstock.workers.error_log import ErrorLog
+from tests.log_lines import Lines, logged_lines
 from tests.waiting import wait_until_async
 from tests.workers.requests import from_handle, from_http
 from tests.workers.running import Start, fail, fail_async
 
 
-class Lines(logging.Handler):
-    """The lines that a test logs, with the request ids of their contexts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-        self.ids: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-        self.ids.append(request_ids())
-
-
 @pytest.fixture
 def lines() -> Generator[Lines]:
-    log, lines = logging.getLogger("penstock.backend"), Lines()
-    log.addHandler(lines)
-    yield lines
-    log.removeHandler(lines)
+    with logged_lines("penstock.backend") as lines:
+        yield lines
 
 
 @pytest.mark.parametrize("function", [fail, fail_async])

@@ -1,4 +1,4 @@
-"""Which errors are retried, how often, and when: decided without a replica."""
+"""Retry policy: the errors that are retried, the number of attempts and the backoff, without a replica."""
 
 import math
 import pickle

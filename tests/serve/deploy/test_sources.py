@@ -1,4 +1,4 @@
-"""What a deployment compares: the source of an import path, and the local directories of a runtime_env."""
+"""Comparison of a deployment with local code: the source of an import path, the directories of a runtime_env."""
 
 from __future__ import annotations
 
