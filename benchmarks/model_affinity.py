@@ -1,4 +1,4 @@
-"""Simulation: what it is worth that a request runs where its model is loaded. Prints the table of a decision.
+"""Simulation: the worth of running a request where its model is loaded. Prints the table of a decision.
 
     python benchmarks/model_affinity.py
 

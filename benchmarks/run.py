@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what was asked for. The exit code is 1 if a system failed or gave a wrong answer."""
+    """Run the chosen cases. The exit code is 1 if a system failed or gave a wrong answer."""
     asked = parse()
     signal.signal(signal.SIGTERM, leave)
     wrk.require()
@@ -98,7 +98,7 @@ def main() -> int:
             found = run_cases([CASES[name] for name in names], asked, failures)
         for name, (part, data) in found.items():
             parts[name], kept[name] = part, data
-        # After every case, so that a sitting that is broken off leaves what it has.
+        # After every case, so that an interrupted sitting leaves the results that it has.
         text = page(facts, asked, [parts[name] for name in asked.cases if name in parts], failures)
         stem.with_suffix(".md").write_text(text)
         options = {key: str(value) for key, value in vars(asked).items()}
@@ -170,12 +170,12 @@ def run_cases(cases: Sequence[Case], asked: argparse.Namespace, failures: list[s
 
 
 def told_of_rates(case: Case, seen: list[rates.Paced]) -> tuple[str, Any]:
-    """What was seen of an open loop. Being overwhelmed by a rate is a finding, not a failure."""
+    """The results of an open loop. Being overwhelmed by a rate is a finding, not a failure."""
     return (rates.markdown(case, seen, list(SYSTEMS)) if seen else ""), [asdict(one) for one in seen]
 
 
 def told_of_visits(case: Case, visits: list[Visit], failures: list[str]) -> tuple[str, Any]:
-    """What was seen of a closed loop."""
+    """The results of a closed loop."""
     rows, order = report.rows_of(visits), list(SYSTEMS)
     failures += [
         f"{case.name}: {row.system} at c={row.connections}: {row.not_2xx} answers not 2xx, "
@@ -261,7 +261,7 @@ def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine, the versions and the commit that the figures belong to."""
     about = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in about if "model name" in line), platform.machine())
     ran = subprocess.run(

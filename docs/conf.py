@@ -73,7 +73,7 @@ def _toctree(pages: list[str], option: str) -> str:
 
 
 def _other_exports(page: str, text: str) -> str:
-    """Return directives for what a module exports and its page does not arrange."""
+    """Return directives for the exports of a module that its page does not arrange."""
     module = import_module(f"penstock.{Path(page).name}")
     directives: list[str] = []
     for name in module.__all__:
@@ -128,7 +128,7 @@ class _Attributes:
 
 
 def _default(attribute: str) -> list[str]:
-    """Return what a docstring of a configuration's field says of its default."""
+    """Return the default that the docstring of a configuration's field states."""
     owner, _, name = attribute.rpartition(".")
     model = locate(owner)
     if not (isclass(model) and issubclass(model, BaseModel)) or name not in model.model_fields:

@@ -1,4 +1,4 @@
-"""Two models and a combiner: a backend that asks two other backends, in parallel, and weighs what they say.
+"""Two models and a combiner: a backend that asks two other backends, in parallel, and weighs their answers.
 
 The combiner finds the instance that it runs in by ``serve.connect()``, as any process could.
 """
@@ -36,7 +36,7 @@ class Model:
 
 
 class Combiner:
-    """Asks both models at once and adds up what they say."""
+    """Asks both models at once and adds up their answers."""
 
     def __init__(self) -> None:
         client = serve.connect()

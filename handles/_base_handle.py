@@ -172,7 +172,7 @@ class BaseHandle:
             headers=headers,
             codec=codec,
             call=options.method_name,
-            window=WINDOW if options.stream or is_kept else 0,  # what a kept request yields is kept whole
+            window=WINDOW if options.stream or is_kept else 0,  # the parts of a kept request are kept as one result
         )
 
     def _find_connected(self) -> tuple[RequestClient, EndpointRecord] | None:

@@ -251,7 +251,7 @@ class App:
         """
         endpoint = request.endpoint
         assert endpoint is not None
-        unreserved = len(body) - request.reserved_bytes  # `read_body` has reserved all of what it read
+        unreserved = len(body) - request.reserved_bytes  # `read_body` has reserved every byte that it read
         if unreserved > _COUNTED_REQUEST_BYTES or self.buffers.may_be_full():
             self._reserve(request, unreserved)
         shard_key = request.headers.get(b"x-serve-shard-key")

@@ -88,7 +88,7 @@ class LoopWatch:
                 if not answered.wait(BLOCKED_S / 2) and before is not None and self._user_frame() is before:
                     self._warn(before)
                     return
-                before = None  # it refers to what the code works on
+                before = None  # a frame refers to the data of the code
                 while not answered.wait(1.0):
                     if self._closed.is_set():
                         return
@@ -111,7 +111,7 @@ class LoopWatch:
         return None if not frames or frames[0].f_code.co_filename.startswith(_OURS) else frames[0]
 
     def _frames(self) -> list[FrameType]:
-        """Return the frames of what the loop runs now, the outermost first."""
+        """Return the frames that the loop runs now, the outermost first."""
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - it is public
         innermost = frames.get(self._loop_thread)
         if innermost is None:

@@ -175,7 +175,7 @@ class _Model:
 
 
 class _Place(NamedTuple):
-    """What a request that asks for a model gets."""
+    """The model for a request, or the steps that must come before."""
 
     model: _Model
     """The model; or one whose load must end before there is a place for it (`must_wait`)."""

@@ -182,7 +182,7 @@ def _has_names(kind: type) -> bool:
 
 
 def _resolved(name: str) -> object:
-    """Import what a qualified name names. Returns None if its module has nothing of that name, or the ImportError."""
+    """Import the object of a qualified name. Returns None if its module lacks it, or the ImportError."""
     module, _, rest = name.rpartition(".")
     error: ImportError | None = None
     while module:

@@ -1,1 +1,1 @@
-"""Starting systems one at a time, loading them, and writing down what was seen."""
+"""Systems under test: started one at a time, put under load, measured, and reported."""

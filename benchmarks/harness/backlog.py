@@ -1,5 +1,5 @@
 """Web traffic beside a backlog of batch items, in Penstock alone, and its table."""
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROGRAM = Teller("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What the web saw of one kind of work, idle or beside a batch."""
+    """Response times of one kind of work over HTTP, on an idle system and beside a batch."""
 
     work: str
     service_ms: float

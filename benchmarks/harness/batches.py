@@ -1,10 +1,10 @@
-"""Batches at a full queue: how full they are, and items per second as a share of what the calls leave possible.
+"""Batches at a full queue: their sizes, and items per second as a share of the most that the calls allow.
 
 One replica takes batches of up to 64 and sleeps for each. With a full queue it can answer 64 / call time items per
 second. Each program leaves the sizes of its batches in its scratch folder.
 """
 
-# ruff: noqa: RUF001  (dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (dashes in tables)
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batched:
 
     @property
     def share(self) -> float:
-        """Items per second by what one replica can answer with full batches."""
+        """Items per second, divided by those that one replica answers with full batches."""
         return self.per_s * self.call_ms / 1000 / BATCH_SIZE
 
 

@@ -1,5 +1,5 @@
 """Calls without HTTP: handles, and batches of small items with all their results."""
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 

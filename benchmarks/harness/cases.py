@@ -38,7 +38,7 @@ class Case:
         return b'"' + b"x" * (self.body_bytes - 2) + b'"'
 
     def answer(self) -> bytes:
-        """Return what the workload answers, white space aside."""
+        """Return the body of a correct response, without its white space."""
         if self.workload == "digits":
             return b'{"digit":6}'
         return self.body() if self.workload == "echo" else b'{"ok":true}'

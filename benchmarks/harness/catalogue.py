@@ -27,14 +27,14 @@ class System:
     ready_within_s: float = 90.0
 
     def command(self, *, port: int, workload: str, replicas: int) -> list[str]:
-        """What starts it. Peers run in the peers' environment, Penstock in that of this process."""
+        """The command that starts it. Peers run in the peers' environment, Penstock in that of this process."""
         python = environment.PYTHON if self.is_peer else Path(sys.executable)
         asked = ["--port", str(port), "--workload", workload, "--replicas", str(replicas)]
         return [str(python), str(PROGRAMS / self.program), *asked]
 
 
 ASYNC, DEF = "PENSTOCK_BENCH_ASYNC", "RAY_BENCH_DEF"
-"""What a server is told where its no-op is to be of the other kind than it is by default."""
+"""Environment variables by which a server's no-op is `async def` rather than `def`, or the reverse."""
 
 RAY_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 RAY_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

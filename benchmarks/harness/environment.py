@@ -16,7 +16,7 @@ INSTALL_WITHIN_S = 1_800
 
 
 def prepare() -> Path:
-    """Return the peers' Python; install what ``peers.txt`` names if that is not what is there."""
+    """Return the peers' Python; install the packages of ``peers.txt`` unless they are installed."""
     wanted = hashlib.sha256(sys.version.encode() + REQUIREMENTS.read_bytes()).hexdigest()
     if not (STAMP.exists() and STAMP.read_text() == wanted):
         print(f"installing the peers into {FOLDER} …", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Programs of ``systems/`` that run to their end and tell, in lines of JSON, what they saw."""
+"""Programs of ``systems/`` that run to their end and print their results as lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .processes import Program, ProgramFailed
 
 START_WITHIN_S = 180.0
 MARK = "@@"
-"""What a line begins with that tells something."""
+"""The prefix of a line that holds a result."""
 
 
 @dataclass(frozen=True, slots=True)

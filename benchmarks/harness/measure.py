@@ -24,14 +24,14 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One load, and what the processes did meanwhile."""
+    """One load, and the CPU time of the processes meanwhile."""
 
     connections: int
     load: Load
     cpu_us: dict[str, float]
     """CPU microseconds per request, by process."""
     others_cores: float
-    """Cores that something else on this machine was using: what the figures are to be trusted by."""
+    """Cores that other processes of this machine used meanwhile: the more, the less the figures are worth."""
 
 
 @dataclass(frozen=True, slots=True)

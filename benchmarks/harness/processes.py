@@ -23,7 +23,7 @@ END_WITHIN_S = GRACE_S + reaper.KILL_WITHIN_S + 5.0
 
 
 class ProgramFailed(Exception):
-    """A program under test did not do what it was started for; the end of its output is in the message."""
+    """A program under test failed; the end of its output is in the message."""
 
 
 class Program:
@@ -46,7 +46,7 @@ class Program:
             )  # fmt: skip
 
     def output(self, last: int = 4_000) -> str:
-        """The end of what it printed."""
+        """The end of its output."""
         return self._log.read_text(errors="replace")[-last:]
 
     def wait_until(self, ready: Callable[[], bool], *, within_s: float) -> float:
@@ -114,7 +114,7 @@ def cpu_s_below(keeper_pid: int) -> dict[int, tuple[str, float]]:
 
 
 def name_of(pid: int) -> str:
-    """A short name for a process: what it calls itself, or the program or module that its Python runs."""
+    """A short name for a process: its title, or the program or module that its Python runs."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     title = words[0].strip()
     if "ray::" in title:

@@ -1,5 +1,5 @@
 """Open-loop load on one system at rising rates, and its table."""
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .report import ms, table
 from .wrk import LoadFailed, Target
 
 SERVICE_S = 0.010
-"""What ``sleep`` takes; see ``systems/program.py``."""
+"""The duration of a request of ``sleep``; see ``systems/program.py``."""
 
 OVERWHELMED_MS = 1_000.0
 """A system whose 99th percentile is above this, or that leaves requests unanswered, is asked for no higher rate."""
@@ -27,7 +27,7 @@ OVERWHELMED_MS = 1_000.0
 
 @dataclass(frozen=True, slots=True)
 class Paced:
-    """What one run of the generator saw; milliseconds."""
+    """The results of one run of the generator, in milliseconds."""
 
     system: str
     rate_per_s: int

@@ -1,5 +1,5 @@
-"""Medians, spreads and ratios of what was seen, as JSON and as Markdown."""
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+"""Medians, spreads and ratios of the samples, as JSON and as Markdown."""
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 
@@ -194,9 +194,9 @@ BARE_COST_AT_MOST = 0.15
 
 
 def bare_markdown(visits: Sequence[Visit]) -> str:
-    """What the defaults cost over the bare paths: the medians of the rounds' own ratios. Empty unless both are there.
+    """The cost of the defaults over the bare paths: medians of each round's ratios. Empty unless both were measured.
 
-    The machine drifts by more than what is looked for; two systems of the same round are a minute apart.
+    The machine drifts by more than this cost; two systems of the same round are a minute apart.
     """
     lines = []
     ours = [visit for visit in visits if visit.system == "path"]

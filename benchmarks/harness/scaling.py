@@ -1,11 +1,11 @@
-"""Replicas and proxies in several numbers: throughput, CPU by process, commands to Redis, and what a model predicts.
+"""Replicas and proxies in several numbers: throughput, CPU by process, commands to Redis, and a model's prediction.
 
 The model is that of ``docs/scaling.md``. A stage of ``n`` processes, each of which runs on one core at a time, carries
 at most ``n / c`` requests a second, where ``c`` is the CPU time that it spends on one; all of them together carry what
 the cores of the machine have for the sum of all. The least of these is predicted. The CPU times are those of the
 simplest configuration in the same sitting, so that the others are predicted and not described.
 """
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ BUSY = 0.9
 
 
 def limits_per_s(stages_us: Mapping[str, float], layout: Layout, cores: float) -> dict[str, float]:
-    """What each stage, and the machine as a whole, can carry."""
+    """The most requests per second of each stage, and of the machine as a whole."""
     limits = {stage: layout.count(stage) / us * 1e6 for stage, us in stages_us.items() if us > 0 and stage != REST}
     return {**limits, "all cores": BUSY * cores / sum(stages_us.values()) * 1e6}
 
@@ -163,7 +163,7 @@ def _row(group: list[Scaled]) -> Row:
 
 
 def markdown(seen: Sequence[Scaled]) -> str:
-    """What was measured, beside what the model predicts of it."""
+    """The table of measured figures beside the model's predictions."""
     rows = rows_of(seen)
     simplest = {row.connections: row for row in rows if row.layout.name == SIMPLEST}
     cores = len(os.sched_getaffinity(0))

@@ -1,5 +1,5 @@
 """From nothing to the first answer, step by step, and what processes take that do nothing."""
-# ruff: noqa: RUF001  (signs of times and dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (multiplication signs and dashes in tables)
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one run of wrk saw."""
+    """The results of one run of wrk."""
 
     requests: int
     seconds: float
@@ -50,7 +50,7 @@ class Load:
 
 
 def require() -> None:
-    """Raises ``LoadFailed`` if there is no wrk, and says where it comes from."""
+    """Raise ``LoadFailed``, with the command that installs wrk, if there is none."""
     if shutil.which("wrk") is None:
         raise LoadFailed("wrk is not installed; on Debian and Ubuntu: apt-get install wrk")
 

@@ -73,6 +73,6 @@ def _append_all(publisher: Any) -> None:
 
 
 def _streams(publisher: Any) -> list[tuple[str, list[Any]]]:
-    """Take what is to be published in this tick."""
+    """Take the entries of this tick from the publisher."""
     tick, publisher._tick = publisher._tick, {}
     return [(publisher._keys.requests(backend), entries) for (backend, _, _), entries in tick.items()]

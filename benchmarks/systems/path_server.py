@@ -63,7 +63,7 @@ async def serve(url: str, port: int) -> None:
 
 
 def main(job: Job) -> None:
-    """Serve a no-op at ``/``; bare if the environment says so."""
+    """Serve a no-op at ``/``; without the defaults if the environment asks for the bare path."""
     if bare_path.is_asked_for():
         bare_path.take_the_defaults_out()
     with EmbeddedServer.start() as broker:

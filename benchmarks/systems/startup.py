@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness import processes, reaper
 
 IDLE_S = 3.0
-"""What a process has just done may still be in its memory, and is not what it takes when idle."""
+"""Memory of work just done may not have been returned yet; the idle size is read after this time."""
 ANSWER_WITHIN_S = 30.0
 
 

@@ -24,8 +24,8 @@ from .space import CHARGE, NOW, RECORD_BYTES, SWEEP_ONCE
 
 log = logging.getLogger(__name__)
 
-# Lua: adds what a replica's start of a request changes to ``fields``, in the form of `HSET`. ``started`` is the time by
-# the clock of the replica, which may be a little off.
+# Lua: adds to ``fields`` the changes of a request's record when a replica starts it, in the form of `HSET`. ``started``
+# is the time by the clock of the replica, which may be a little off.
 STARTED = """
 local function add_started(fields, now, created, old_deliveries, old_attempts, started, deliveries, attempts)
   local n = #fields

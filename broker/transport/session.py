@@ -78,7 +78,7 @@ class Session:
     def write(self) -> None:
         """Write all commands that were sent since the last write."""
         if not self.outgoing or self._transport.is_closing():
-            return  # uvloop raises for a closed transport; what was not written is sent over the next connection
+            return  # uvloop raises for a closed transport; unwritten commands are sent over the next connection
         if self._has_pieces:
             self._has_pieces = False
             # uvloop passes the pieces to the kernel without joining them.

@@ -57,7 +57,7 @@ class OpenReplyStream(Protocol):
 
 
 class Links(NamedTuple):
-    """What connects a request client with a broker. ``penstock.testing`` replaces all of it."""
+    """The parts that connect a request client with a broker. ``penstock.testing`` replaces all of them."""
 
     connection: RedisConnection
     watcher: Watcher
@@ -158,7 +158,7 @@ class RequestClient:
 
     @property
     def connection(self) -> RedisConnection:
-        """The connection for commands, for what is no call."""
+        """The connection for commands other than those of calls."""
         return self._connection
 
     @property

@@ -53,7 +53,7 @@ def check_packages(path: str) -> None:
 
 
 def write_table(lines: Lines, file: BinaryIO, path: str) -> None:
-    """Write a table to ``file`` in the format that the name ``path`` says."""
+    """Write a table to ``file`` in the format that the ending of ``path`` names."""
     with compressed(file, path) as target:
         kind = format_of(path)
         if kind == "jsonl":

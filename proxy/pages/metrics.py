@@ -1,4 +1,4 @@
-"""Metrics of HTTP: what one proxy counts, and what the proxies that share its port count together."""
+"""Metrics of HTTP: the counts of one proxy, and the sums over the proxies that share its port."""
 
 from __future__ import annotations
 

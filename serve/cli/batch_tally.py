@@ -33,7 +33,7 @@ class Pace:
 
 
 class Tally:
-    """Counts what was done so far. One thread adds; others may read."""
+    """Counts of the rows that are done. One thread adds; others may read."""
 
     def __init__(self, rows: Rows, *, resumed: int, failed: int, ok_statuses: frozenset[int]) -> None:
         """``resumed`` rows are in the output already, ``failed`` of them as errors."""

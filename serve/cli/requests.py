@@ -1,4 +1,4 @@
-"""``penstock result``, ``cancel`` and ``requests``: what was submitted earlier."""
+"""``penstock result``, ``cancel`` and ``requests``: requests that were submitted earlier."""
 
 from __future__ import annotations
 

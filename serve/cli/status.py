@@ -63,7 +63,7 @@ def _looks(read: Callable[[], Status], every_s: float) -> Iterator[Status | Brok
 
 
 def _shown(read: Callable[[], Status], every_s: float) -> Iterator[RenderableType]:
-    """Yield what was seen last, and when; and, while the broker does not answer, that it does not."""
+    """Yield the last status and its time; while the broker does not answer, with a line about that."""
     last: RenderableType = ""
     for look in _looks(read, every_s):
         now = time.strftime("%H:%M:%S")
@@ -75,7 +75,7 @@ def _shown(read: Callable[[], Status], every_s: float) -> Iterator[RenderableTyp
 
 
 def _fitted(shown: RenderableType, console: Console) -> RenderableType:
-    """Return what fits onto the terminal; the last line says how much does not."""
+    """Return the lines that fit onto the terminal; the last one gives the number of the others."""
     lines = console.render_lines(shown, pad=False)
     if len(lines) <= (height := console.size.height):
         return shown

@@ -155,7 +155,7 @@ class ActorPool:
         self._watch(name, handle)
 
     def drain(self, name: str, timeout_s: float, delay_s: float = 0.0) -> None:
-        """Let an actor finish what it has begun, for at most ``timeout_s`` seconds, then end it; in the background.
+        """Let an actor finish its requests, for at most ``timeout_s`` seconds, then end it; in the background.
 
         ``delay_s`` is for proxies: the seconds before, in which they accept connections but are not ready.
         """

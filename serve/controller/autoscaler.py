@@ -30,7 +30,7 @@ Demand = tuple[float, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingState:
-    """What the policy remembers of one backend between two decisions."""
+    """The state of the policy for one backend between two decisions."""
 
     replicas: int
     """The number that was decided last."""

@@ -294,7 +294,7 @@ class StateObserver:
         return report.backend, report.version
 
     def _forget_versions(self, desired: set[Version]) -> None:
-        """Drop what is remembered of versions that are neither desired nor running."""
+        """Drop the records of versions that are neither desired nor running."""
         kept = desired | {self._version_of(name) for name in self._replicas.members}
         tables: tuple[dict[Version, Any], ...] = (self._resources, self._start_errors, self._failures)
         for table in tables:

@@ -99,7 +99,7 @@ def count_fits(needed: Amounts, nodes: Iterable[Node]) -> float:
 
 
 def describe_shortage(count: int, needed: Amounts, nodes: Iterable[Node], left: Iterable[Node]) -> str:
-    """Return a message about ``count`` replicas that do not fit into what is ``left`` of ``nodes``."""
+    """Return a message about ``count`` replicas that do not fit into the resources ``left`` on ``nodes``."""
     left = list(left)
     remaining = {node.id: node.resources for node in left}
     there = [

@@ -31,7 +31,7 @@ class StartReplica:
 
 @dataclass(frozen=True, slots=True)
 class DrainReplica:
-    """Let the replica finish what it has begun, for at most ``grace_s`` seconds, then end it."""
+    """Let the replica finish its requests, for at most ``grace_s`` seconds, then end it."""
 
     id: str
     grace_s: float
@@ -239,7 +239,7 @@ def _end(replica: ObservedReplica, grace_s: float) -> ReplicaStep:
 
 
 def _unused(observed: ObservedState, without: Sequence[ObservedReplica] = ()) -> list[Node]:
-    """Return what the replicas leave of the nodes.
+    """Return the resources of the nodes that the replicas do not use.
 
     A draining replica counts as gone: Ray lets the actors that need its resources wait for it. Nodes that leave are not
     counted.

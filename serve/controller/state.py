@@ -1,4 +1,4 @@
-"""The desired state and the observed state of an instance: what the planner compares."""
+"""The desired state and the observed state of an instance, which the planner compares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ActorState(str, Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """It accepts nothing new, finishes what it has begun, then ends."""
+    """It accepts nothing new, finishes its requests, then ends."""
     FAILED = "failed"
     """Its process runs but cannot serve: the constructor raised, or a health check failed."""
     GONE = "gone"

@@ -1,4 +1,4 @@
-"""Code of this machine: digests of what a backend's import path and its local directories contain.
+"""Code of this machine: digests of the source of a backend's import path and of its local directories.
 
 Nothing is imported. A deployment compares the digests with those of the record, to find code that has changed under the
 same name.
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 class LocalCode(NamedTuple):
-    """What this machine has of the code of a deployed backend."""
+    """The local copy of the code of a deployed backend."""
 
     module: str
     """The module of its import path."""
@@ -41,7 +41,7 @@ class LocalCode(NamedTuple):
     """The digest of the archive that holds these directories; empty if there are none."""
 
     def changes(self, record: BackendRecord) -> list[str]:
-        """Return the differences from what is deployed."""
+        """Return the differences from the deployed version."""
         changes: list[str] = []
         if self.folders and self.files != record.files:
             changes.append(f"files of {' and '.join(self.folders)}")
@@ -50,7 +50,7 @@ class LocalCode(NamedTuple):
         return changes
 
     def compared(self, record: BackendRecord) -> str:
-        """Return in words what `changes` compared, and what it could not."""
+        """Return in words which parts `changes` compared, and which it could not."""
         done = ["the declaration", *(f"the files of {folder}" for folder in self.folders)]
         if self.source is None:
             undone = f"module {self.module!r} is not found here"

@@ -1,4 +1,4 @@
-"""A node of a Ray cluster as a child of this process: ``ray start --block``, and what it has started."""
+"""A node of a Ray cluster as a child of this process: ``ray start --block``, and its processes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``penstock run``: serves what a script, a module or a manifest makes until it is interrupted, and reloads it."""
+"""``penstock run``: serves the backends of a script, a module or a manifest until it is interrupted; reloads them."""

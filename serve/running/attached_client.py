@@ -1,4 +1,4 @@
-"""The client that a reload gives to the new version of a script: it replaces what the previous version has made."""
+"""The client that a reload gives to the new version of a script: it replaces the backends of the previous one."""
 
 from __future__ import annotations
 

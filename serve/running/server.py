@@ -31,7 +31,7 @@ _END_S = 10.0
 def run_program(
     program: str, arguments: Sequence[str], redis_url: str | None, instance: str, http: dict[str, Any], *, reload: bool
 ) -> int:
-    """Run a program, serve what it makes until an interruption or the end of the instance, and return the exit code.
+    """Run a program, serve its backends until an interruption or the end of the instance, and return the exit code.
 
     Raises:
         ConfigError: an argument is not allowed.

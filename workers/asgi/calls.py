@@ -26,7 +26,7 @@ DISCONNECT_GRACE_S = 5.0
 
 
 class ClientDisconnected(OSError):
-    """The client has disconnected: nobody reads what the application sends (ASGI 2.4)."""
+    """The client has disconnected: the messages of the application go nowhere (ASGI 2.4)."""
 
 
 class Application(Protocol):

@@ -32,7 +32,7 @@ class Lifespan:
 
     def __init__(self, app: ASGIApp, backend: str) -> None:
         self.state: dict[str, Any] = {}
-        """What the application stored in ``scope["state"]``; each request gets a copy."""
+        """The items that the application stored in ``scope["state"]``; each request gets a copy."""
         self._app, self._backend = app, backend
         self._task: asyncio.Task[None] | None = None
         self._started = asyncio.Event()

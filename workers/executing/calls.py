@@ -69,7 +69,7 @@ class _Call:
         self._late: list[Claim] = []
         """Claims whose deadlines had passed when the call began. They are not part of it."""
         self._span_token: object = None
-        """What leaves the span of the call again, if it is entered in the context of its code."""
+        """The token that leaves the call's span again, if it was entered in the context of its code."""
         self._after: list[_After] = []
         """The parts that go on after the code has returned."""
 

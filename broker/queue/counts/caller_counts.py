@@ -15,7 +15,7 @@ from ...transport.connection import RedisConnection
 from ...wire.keys import Keys
 
 CallerCount = Literal["refused", "expired", "cancelled"]
-"""What became of a request: refused by admission; without a reply at its deadline; cancelled by its caller."""
+"""The end of a request without a reply: refused by admission; expired at its deadline; cancelled by its caller."""
 
 KEPT_S = 30 * 24 * 3600
 

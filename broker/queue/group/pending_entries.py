@@ -30,7 +30,7 @@ class RedeliveredEntry:
 
 
 class Swept(NamedTuple):
-    """What a look at the pending entries of a backend has found."""
+    """The result of a sweep over the pending entries of a backend."""
 
     dead: list[bytes]
     """Consumers whose lease has expired and who have pending entries; at most `_MOST_NAMED`."""

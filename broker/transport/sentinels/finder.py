@@ -63,7 +63,7 @@ class PrimaryFinder:
         raise _not_found(self._service, problems)
 
     def doubt(self) -> None:
-        """Ask the sentinel that answered last after all others the next time: what it said turned out wrong."""
+        """Query the sentinel that answered last after all others the next time: its address turned out to be wrong."""
         self._sentinels.rotate(-1)
 
     async def watch(self, address: tuple[str, int], on_moved: Callable[[str], None]) -> None:

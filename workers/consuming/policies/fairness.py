@@ -52,7 +52,7 @@ class StreamSharing:
         self._mixed_until_s = 0.0
 
     def set_batch_share(self, batch_share: float) -> None:
-        """Set the share of batch items; what they are owed starts from zero."""
+        """Set the share of batch items; the number owed to them starts from zero."""
         self._fairness = Fairness(batch_share)
 
     def owed(self, up_to: int) -> int:
