@@ -159,6 +159,20 @@ def test_progress_is_shown_while_the_code_runs(site: Site, connected: Connection
     assert submitted.status().progress == 1.0
 
 
+def test_progress_that_was_reported_just_before_the_end_is_kept(site: Site, connected: Connection) -> None:
+    async def on_the_loop(request: Any) -> None:
+        request.report_progress("all done")
+
+    def on_a_thread(request: Any) -> None:
+        request.report_progress("all done")
+
+    for code in (on_the_loop, on_a_thread):
+        site.serve(code, code.__name__, tag=code.__name__)
+        submitted = connected.get_handle(code.__name__).submit()
+        assert submitted.result(timeout=10) is None
+        assert submitted.status().progress == "all done"
+
+
 def test_progress_that_json_cannot_hold_or_is_too_long_raises_in_the_code(site: Site, connected: Connection) -> None:
     def work(request: Any) -> str:
         request.report_progress(request.data if request.data else object())

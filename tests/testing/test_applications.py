@@ -83,6 +83,25 @@ def test_the_handles_of_the_page_call_its_application(redis_url: str) -> None:
         site.close()
 
 
+def test_the_application_of_the_page_shows_its_progress(redis_url: str) -> None:
+    names: dict[str, Any] = {}
+    (program,) = [block for block in blocks("python") if "report_progress" in block]
+    exec(compile(program, "docs/asgi.md", "exec"), names)
+    app = Starlette(routes=[Route("/", names["transcribe"], methods=["POST"])])
+    site = Site(redis_url)
+    try:
+        site.serve(serve.asgi(app), "api", tag="api")
+        with handles.connect(site.url, INSTANCE) as connection:
+            handle = connection.get_handle("api").options(http_method="POST")
+            submitted = handle.submit()
+            assert submitted.result(timeout=10).json() == {"text": "hello"}
+            assert submitted.status().progress == {"done": 30, "of": 60}
+            # The progress of a request whose status nobody can read is checked and dropped.
+            assert handle.remote().result(timeout=10).json() == {"text": "hello"}
+    finally:
+        site.close()
+
+
 def test_the_file_of_the_page_declares_its_application() -> None:
     (text,) = blocks("yaml")
     manifest, mistakes = read(text, Snapshot())

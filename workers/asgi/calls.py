@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
 
@@ -34,8 +35,8 @@ class Application(Protocol):
 
     app: ASGIApp
 
-    def scope_of(self, entry: Entry) -> Scope:
-        """Return the scope of a request. Raises `MalformedBody`."""
+    def scope_of(self, entry: Entry, on_progress: Callable[[bytes], None] | None) -> Scope:
+        """Return the scope of a request, by which it reports its progress. Raises `MalformedBody`."""
         ...
 
 
@@ -108,7 +109,8 @@ class ApplicationCall:
         work_on(((entry.header.request_id, entry.id),))
         self._began_at = perf_counter()
         try:
-            await application.app(application.scope_of(entry), self._receive, self._send)
+            on_progress = None if entry.keep_bytes is None else executor.progress_of(self._claim)
+            await application.app(application.scope_of(entry, on_progress), self._receive, self._send)
             if not self._is_disconnected:
                 self._response.check_ended()
         except BaseException as e:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from typing import Any
 
@@ -41,8 +41,8 @@ class AsgiCode:
         (claim,) = claims
         return ApplicationCall(executor, self, claim, done)
 
-    def scope_of(self, entry: Entry) -> Scope:
-        return http_scope(entry, self._lifespan.state)
+    def scope_of(self, entry: Entry, on_progress: Callable[[bytes], None] | None) -> Scope:
+        return http_scope(entry, self._lifespan.state, on_progress)
 
     def method(self, name: str) -> Method:
         """Return the application for ``__call__``. Raises `NotCallable` for any other name."""

@@ -6,7 +6,7 @@ route leaves the path as it is. Path parameters that precede are in ``path_param
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import Scope
@@ -23,15 +23,25 @@ _CONTENT_TYPES = {
 }
 """The content types of bodies from handles, by their codecs."""
 
+EXTENSION = "penstock"
+"""The name of Penstock's ASGI extension (https://asgi.readthedocs.io/en/latest/extensions.html)."""
 
-def http_scope(entry: Entry, state: Mapping[str, Any]) -> Scope:
+
+def http_scope(entry: Entry, state: Mapping[str, Any], on_progress: Callable[[bytes], None] | None = None) -> Scope:
     """Return the scope of a request, with a copy of the lifespan's ``state``.
+
+    Args:
+        entry: the request.
+        state: the state that the lifespan of the application has stored.
+        on_progress: records the progress of a kept request, as JSON. None drops it.
 
     Raises:
         MalformedBody: a handle sent a body that is pickled.
     """
     header = entry.header
-    scope = Request(entry).scope
+    request = Request(entry, on_progress=on_progress)
+    scope = request.scope
+    scope["extensions"] = {EXTENSION: {"report_progress": request.report_progress}}
     scope["state"] = {**state, **scope["state"]}
     params: dict[str, Any] = scope["path_params"]
     mount = None if header.scope is None else header.scope.get("mount")

@@ -66,6 +66,7 @@ class Executor:
         self.tasks: set[asyncio.Task[Any]] = set()
         """The tasks that have not ended."""
         self._context = context
+        self._loop_thread = threading.get_ident()
         self._loop_watch = LoopWatch(backend, self._has_tasks)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -117,7 +118,10 @@ class Executor:
         """Return the function that records the progress of a kept request, from any thread."""
 
         def report(progress: bytes) -> None:
-            self.loop.call_soon_threadsafe(self.report_progress, claim, progress)
+            if threading.get_ident() == self._loop_thread:
+                self.report_progress(claim, progress)  # now, as the request may end in this turn of the loop
+            else:
+                self.loop.call_soon_threadsafe(self.report_progress, claim, progress)
 
         return report
 
