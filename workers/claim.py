@@ -16,6 +16,11 @@ from .retry import RetryWish
 class RunningCall(Protocol):
     """Claims that were passed to user code together."""
 
+    @property
+    def began_s(self) -> float:
+        """When a thread began to run them, by the monotonic clock; 0 before, and for code that needs no thread."""
+        ...
+
     def cancel(self, claim: Claim) -> None:
         """Cancel one of them.
 

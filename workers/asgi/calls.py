@@ -48,6 +48,8 @@ class ApplicationCall:
     which is after its background tasks: if the replica dies before, another one runs the request again.
     """
 
+    began_s = 0.0
+
     def __init__(self, executor: Executor, application: Application, claim: Claim, done: OnReply) -> None:
         self._executor, self._application, self._claim, self._done = executor, application, claim, done
         self._response = ResponseMessages(claim.entry.header.method)

@@ -200,7 +200,7 @@ class Scheduler:
 
         self.run_stats.count_batch(len(batch))
         self._kept.start(batch)
-        running = self._runner.run(batch, on_reply)
+        run.call = running = self._runner.run(batch, on_reply)
         for claim in batch:
             claim.running = running
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Generator, Sequence
-from time import perf_counter
+from time import monotonic, perf_counter
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Union
 
@@ -34,6 +34,8 @@ _After = Union[ThreadStreamCall, LoopStreamCall, ResponseCall]  # noqa: UP007 - 
 class RefusedCall:
     """Claims that user code never receives: each gets the same error."""
 
+    began_s = 0.0
+
     def __init__(self, executor: Executor, claims: Sequence[Claim], error: PenstockError, done: OnReply) -> None:
         for claim in claims:
             executor.loop.call_soon(done, claim, executor.refusal(claim.entry, error))
@@ -51,6 +53,10 @@ class CallGroup:
     def __init__(self, calls: Sequence[RunningCall]) -> None:
         self._calls = calls
 
+    @property
+    def began_s(self) -> float:
+        return min((call.began_s for call in self._calls if call.began_s), default=0.0)
+
     def cancel(self, claim: Claim) -> None:
         for call in self._calls:
             call.cancel(claim)
@@ -61,6 +67,8 @@ class CallGroup:
 
 class _Call:
     """One call of user code: for one request or, if its method takes them, a batch."""
+
+    began_s = 0.0
 
     def __init__(self, executor: Executor, method: Method, claims: Sequence[Claim], done: OnReply) -> None:
         self._executor, self._method, self._claims, self._done = executor, method, claims, done
@@ -188,7 +196,7 @@ class ThreadCall(_Call, ThreadJob):
             stream.writer.stop()
 
     def run(self) -> None:
-        began_at = perf_counter()
+        self.began_s, began_at = monotonic(), perf_counter()
         try:
             argument = self._start()
             if not self._claims:

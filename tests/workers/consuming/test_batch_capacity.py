@@ -110,6 +110,43 @@ def test_a_queued_batch_takes_the_slot_that_is_nearly_free_and_starts_when_it_is
     assert capacity.free == 1
 
 
+class Call:
+    """A call of user code that began at a known time."""
+
+    def __init__(self, began_s: float) -> None:
+        self.began_s = began_s
+
+
+@given(durations_s, st.floats(0.0, 1.0), st.floats(0.0, 0.02))
+def test_a_batch_ended_when_its_successor_began_however_late_the_loop_learns_of_it(
+    duration_s: float, late_s: float, fetch_s: float
+) -> None:
+    capacity = BatchCapacity()
+    capacity.record_fetch(fetch_s)
+    run = capacity.start(1, 0.0)
+    for ended in range(1, SAMPLE_SIZE + 1):
+        successor = capacity.start(1, 0.0)
+        successor.call = Call(ended * duration_s)
+        capacity.end(run, ended * duration_s + late_s)
+        run = successor
+    on_time = after(alike(duration_s), fetch_s=fetch_s)
+    on_time.start(1, SAMPLE_SIZE * duration_s)
+    expected_s, found_s = on_time.next_nearly_free_s(0.0), capacity.next_nearly_free_s(0.0)
+    assert expected_s is not None
+    assert found_s is not None
+    assert abs(found_s - expected_s) < 1e-6
+
+
+def test_a_queued_batch_that_has_not_begun_starts_when_the_one_before_has_ended() -> None:
+    capacity = after(alike(1.0), fetch_s=0.0)
+    first, second = capacity.start(1, 0.0), capacity.start(1, 0.5)
+    second.call = Call(0.0)
+    capacity.end(first, 1.0)
+    at_s = capacity.next_nearly_free_s(1.0)
+    assert at_s is not None
+    assert 1.9 < at_s < 2.0
+
+
 def test_a_returned_queued_batch_leaves_the_running_one_its_slot() -> None:
     capacity = after(alike(1.0))
     running = capacity.start(1, 0.0)

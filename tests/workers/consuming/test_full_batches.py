@@ -24,6 +24,8 @@ class Gated:
 
     def __init__(self) -> None:
         self.batches: list[list[bytes]] = []
+        self.running = self.most_running = 0
+        """Calls on threads that have begun and not ended, and the most of them at a time."""
         self._permits, self._permits_on_loop = threading.Semaphore(0), asyncio.Semaphore(0)
 
     @property
@@ -34,7 +36,10 @@ class Gated:
     def blocking(self) -> Any:
         def batch(requests: list[Any]) -> list[Any]:
             self.batches.append([request.data for request in requests])
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
             self._permits.acquire(timeout=60)
+            self.running -= 1
             return [b""] * len(requests)
 
         return serve.accept_batch(batch)
@@ -202,6 +207,56 @@ async def test_the_next_batch_is_claimed_when_one_ends(redis_url: str) -> None:
 
 
 @pytest.mark.usefixtures("always_about_to_end")
+async def test_large_bodies_of_the_next_batch_are_fetched_before_the_running_one_ends(redis_url: str) -> None:
+    gated = Gated()
+    size, body = 8, b"x" * (LARGE + 1)
+    async with calling(redis_url) as client, known(client, redis_url, gated, size=size) as worker:
+        answers = await _sent_behind_one(client, gated, *[b"running"] * size)
+        await wait_until_async(lambda: len(gated.batches) == 2)
+        sent_before = await _bytes_sent(client)
+        answers += await _sent(client, *[body] * (2 * size))
+        gated.permit()
+
+        async def are_fetched() -> bool:
+            return await _bytes_sent(client) - sent_before > 2 * size * LARGE
+
+        await wait_until_async(are_fetched)
+        assert (worker.in_progress, gated.sizes) == (2 * size, [1, size, size])
+        gated.permit_all()
+        await asyncio.gather(*answers)
+    assert gated.sizes == [1, size, size, size]
+
+
+@pytest.mark.usefixtures("always_about_to_end")
+async def test_by_default_no_batch_begins_while_another_one_runs(redis_url: str) -> None:
+    gated = Gated()
+    async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
+        answers = await _sent_behind_one(client, gated, *[b"x"] * 24)
+        for ended in range(3):
+            await wait_until_async(lambda: (len(gated.batches), gated.running) == (2 + ended, 1))  # noqa: B023
+            if ended < 2:  # the next one is at hand, and does not begin
+                await wait_until_async(lambda: worker.in_progress == 16)
+                assert len(gated.batches) == 2 + ended
+            gated.permit()
+        await asyncio.gather(*answers)
+    assert gated.most_running == 1
+
+
+async def test_two_concurrent_batches_overlap(redis_url: str) -> None:
+    gated = Gated()
+    async with calling(redis_url) as client:
+        answers = await _sent(client, *[b"x"] * 32)
+        async with serving(redis_url, gated.blocking, max_batch_size=8, max_concurrent_queries=2):
+            for ended in range(3):  # the second begins before the first has ended, and so on
+                await wait_until_async(lambda: (len(gated.batches), gated.running) == (2 + ended, 2))  # noqa: B023
+                if ended < 2:
+                    gated.permit()
+            gated.permit_all()
+            await asyncio.gather(*answers)
+    assert (gated.sizes, gated.most_running) == ([8] * 4, 2)
+
+
+@pytest.mark.usefixtures("always_about_to_end")
 async def test_requests_published_after_the_claim_fill_up_the_next_batch(redis_url: str) -> None:
     gated = Gated()
     async with calling(redis_url) as client, known(client, redis_url, gated, size=8) as worker:
@@ -295,6 +350,11 @@ async def _sent(client: Client, *bodies: bytes) -> list[asyncio.Future[Any]]:
     calls = [client.call(body) for body in bodies]
     await asyncio.gather(*(call.accepted() for call, _ in calls))
     return [answer for _, answer in calls]
+
+
+async def _bytes_sent(client: Client) -> int:
+    """Return how many bytes the broker has sent to anybody."""
+    return int((await client.redis.info("stats"))["total_net_output_bytes"])
 
 
 async def _given_back(client: Client, count: int) -> bool:

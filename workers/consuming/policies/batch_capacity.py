@@ -8,12 +8,16 @@ replica may be idle.)
 The exception is the last moment of a running batch. Its slot counts as nearly free shortly before its predicted end, as
 early as a recent claim took, large bodies included. So the next batch can start as soon as this one ends.
 
+A thread begins the batch that is queued for it at once. The loop may learn later that the one before has ended, since
+user code that computes holds the interpreter lock. So the end of that one is the moment in which its successor began.
+
 Pure: the caller passes the clock.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Protocol
 
 _SAMPLE_SIZE = 6
 """Number of recent batches whose durations are compared; the shortest and the longest of them are left out."""
@@ -35,16 +39,31 @@ _SMOOTHING = 0.3
 """Weight of the newest claim in the average, unless it took longer: a slow claim counts at once."""
 
 
+class Begun(Protocol):
+    """A call of user code that may have begun."""
+
+    @property
+    def began_s(self) -> float:
+        """When a thread began to run it; 0 if none has, as far as is known."""
+        ...
+
+
 class BatchRun:
     """One batch that was passed to user code: it runs, or waits in a thread's queue for the end of another."""
 
-    __slots__ = ("size", "started_s", "took_s")
+    __slots__ = ("call", "size", "started_s", "took_s")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.started_s = 0.0
         self.took_s = 0.0
         """How long user code took; 0 if it was never called."""
+        self.call: Begun | None = None
+        """The call of user code, once it was made."""
+
+    def began_s(self, now_s: float) -> float:
+        """Return when user code began, ``now_s`` at the latest."""
+        return min(now_s, (self.call.began_s if self.call is not None else 0.0) or now_s)
 
 
 class BatchCapacity:
@@ -87,7 +106,8 @@ class BatchCapacity:
             self._queued.remove(run)
             return
         self._running.remove(run)
-        self._record(now_s - run.started_s)
+        ended_s = self._queued[0].began_s(now_s) if self._queued else now_s
+        self._record(ended_s - run.started_s)
         self._start_queued(now_s)
 
     def record_fetch(self, fetch_s: float) -> None:
@@ -125,7 +145,7 @@ class BatchCapacity:
     def _start_queued(self, now_s: float) -> None:
         while self._queued and self.free > 0:
             run = self._queued.popleft()
-            run.started_s = now_s
+            run.started_s = run.began_s(now_s)
             self._running.append(run)
 
     def _nearly_free_at_s(self, run: BatchRun) -> float:
