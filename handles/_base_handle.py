@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..broker.queue.flow_control import WINDOW
@@ -12,6 +12,7 @@ from ..broker.wire import exact_json
 from ..broker.wire.kept import MAX_STREAM_BYTES
 from ..broker.wire.keys import check_name
 from ..broker.wire.requests import Header
+from ..runtime.notebooks import NotebookTable
 from .calls import tracing
 from .calls.call import Call, CallOutcome
 from .calls.kept.submission import IdempotencyKey, Ticket
@@ -63,7 +64,7 @@ class EncodedCall:
         return body
 
 
-class BaseHandle:
+class BaseHandle(NotebookTable):
     """An endpoint of an instance on a Redis, and the options of calls to it.
 
     A handle holds no connection: it can be pickled, and connects where it is used.
@@ -99,11 +100,17 @@ class BaseHandle:
         return self._endpoint
 
     def __repr__(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self._shown_options().items())
+        return f"{type(self).__name__}({self._endpoint!r}, instance={self._instance!r}{options})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"endpoint": self._endpoint, "instance": self._instance, **self._shown_options()}
+
+    def _shown_options(self) -> dict[str, str]:
         shown = self._options.shown()
         if self._missing_ok:
             shown["missing_ok"] = "True"
-        options = "".join(f", {name}={value}" for name, value in shown.items())
-        return f"{type(self).__name__}({self._endpoint!r}, instance={self._instance!r}{options})"
+        return shown
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._url, self._instance, self._endpoint, self._options, self._missing_ok)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 from ..broker.defaults import default_instance, needed_url
@@ -11,6 +12,7 @@ from ..broker.registry.records import Snapshot
 from ..broker.transport.url import shown_url
 from ..broker.wire.kept import RequestStatus
 from ..broker.wire.keys import check_name
+from ..runtime.notebooks import NotebookTable
 from . import background_loop
 from ._tracebacks import short_traceback
 from .async_handle import AsyncServeHandle
@@ -55,7 +57,7 @@ def connect(
     return connection
 
 
-class Connection:
+class Connection(NotebookTable):
     """A connection to one instance: it creates handles and batch producers, and shows dead letters and endpoints.
 
     Made by `connect`. Its methods block, and can be called from any thread. As a context manager it calls `close`.
@@ -74,6 +76,9 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"Connection({shown_url(self.redis_url)!r}, instance={self.instance!r})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"redis_url": shown_url(self.redis_url), "instance": self.instance}
 
     def open(self) -> None:
         """Connect. Raises what `connect` raises."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from ..broker.queue.dead_letters import DeadLetter, DeadLetterStream
 from ..broker.queue.publisher import QueueFull
 from ..broker.wire.keys import Keys
+from ..runtime.notebooks import NotebookTable
 from . import background_loop
 from ._tracebacks import short_traceback
 from .calls.call import queue_limits
@@ -20,7 +21,7 @@ T = TypeVar("T")
 _ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
-class DeadLetters:
+class DeadLetters(NotebookTable):
     """The dead letters of a backend: requests that were given up, with the history of their deliveries.
 
     Made by ``dead_letters(tag)`` of a `Connection` or a ``Client``. ``len()`` counts them, and iterating gives them as
@@ -32,6 +33,9 @@ class DeadLetters:
 
     def __repr__(self) -> str:
         return f"DeadLetters({self.tag!r}, instance={self._keys.instance!r})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"backend": self.tag, "instance": self._keys.instance}
 
     @short_traceback
     def __len__(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..broker.wire._fields import Pairs
 from ..broker.wire.kept import Result
 from ..broker.wire.replies import Reply
+from ..runtime.notebooks import NotebookTable
 from .calls.call import CallOutcome
 from .calls.incoming_stream import IncomingStream
 from .codec import decode, load_json
@@ -18,7 +20,7 @@ _SHOWN_BYTES = 60
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Response:
+class Response(NotebookTable):
     """An HTTP response as a value: the result of a call whose backend returned a Starlette ``Response``."""
 
     status_code: int
@@ -39,10 +41,14 @@ class Response:
         return load_json(self.body, "the response")
 
     def __repr__(self) -> str:
+        return f"Response(status_code={self.status_code}, headers={self.headers}, body={self._shown_body()})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"status_code": self.status_code, "headers": self.headers, "body": self._shown_body()}
+
+    def _shown_body(self) -> str:
         body = f"{self.body[:_SHOWN_BYTES]!r}"
-        if len(self.body) > _SHOWN_BYTES:
-            body = f"<{len(self.body):,} bytes, {body}...>"
-        return f"Response(status_code={self.status_code}, headers={self.headers}, body={body})"
+        return body if len(self.body) <= _SHOWN_BYTES else f"<{len(self.body):,} bytes, {body}...>"
 
 
 def value_of(reply: Reply) -> Any:

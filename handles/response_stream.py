@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any
 
 from ..broker.wire.replies import Reply
+from ..runtime.notebooks import NotebookTable
 from . import background_loop
 from .calls.call import Call, CallOutcome
 from .calls.incoming_stream import IncomingStream, StreamPiece
@@ -108,7 +109,7 @@ class StreamState:
             pass  # the loop is closed, and its calls with it
 
 
-class AsyncResponseStream:
+class AsyncResponseStream(NotebookTable):
     """The values that a backend yields, for ``async for``. Made by ``remote`` of an `AsyncStreamingHandle`.
 
     Each value is returned as soon as it has arrived, in order; an error is raised after the values before it. A slow
@@ -140,8 +141,13 @@ class AsyncResponseStream:
         return cls(stream)
 
     def __repr__(self) -> str:
-        state = "closed" if self._stream.is_closed and not self._values else "open"
-        return f"<AsyncResponseStream of endpoint {self._stream.endpoint!r}, {state}>"
+        return f"<AsyncResponseStream of endpoint {self._stream.endpoint!r}, {self._state()}>"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"endpoint": self._stream.endpoint, "state": self._state()}
+
+    def _state(self) -> str:
+        return "closed" if self._stream.is_closed and not self._values else "open"
 
     def __aiter__(self) -> AsyncResponseStream:
         return self
@@ -170,7 +176,7 @@ class AsyncResponseStream:
         self._stream.close_threadsafe()
 
 
-class ResponseStream:
+class ResponseStream(NotebookTable):
     """The values that a backend yields, for ``for``. Made by ``remote`` of a `StreamingHandle`.
 
     See `AsyncResponseStream` for the guarantees and errors. Iterating also raises what the future of a handle would
@@ -184,7 +190,13 @@ class ResponseStream:
         self._is_closed = False
 
     def __repr__(self) -> str:
-        return f"<ResponseStream of endpoint {self._endpoint!r}, {'closed' if self._is_closed else 'open'}>"
+        return f"<ResponseStream of endpoint {self._endpoint!r}, {self._state()}>"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"endpoint": self._endpoint, "state": self._state()}
+
+    def _state(self) -> str:
+        return "closed" if self._is_closed else "open"
 
     def __iter__(self) -> ResponseStream:
         return self

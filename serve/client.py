@@ -94,6 +94,14 @@ class Client(Connection):
         closed = ", closed" if self._closed else ""
         return f"Client({self.instance!r}, redis_url={shown_url(self.redis_url)!r}, http_url={self.http_url!r}{closed})"
 
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {
+            "instance": self.instance,
+            "redis_url": shown_url(self.redis_url),
+            "http_url": self.http_url,
+            "closed": self._closed,
+        }
+
     # -- backends
 
     def create_backend(

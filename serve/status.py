@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..broker.registry.reports import RefusedChange
 from ..handles.errors import BackendError, from_wire
+from ..runtime.notebooks import paragraph_html, table_html
 
 _TRACEBACK_LINES = 5
 """The last lines of a traceback that a status shows."""
 
 
+class _Table(NamedTuple):
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 class Status(dict[str, Any]):
     """``{"backends": {tag: …}, "endpoints": {…}, "proxies": {…}, "controller": "alive", "warnings": […]}``.
 
-    Printed, or shown by an interactive interpreter, it is a table, which ``penstock status`` shows as well.
+    Printed, or shown by an interactive interpreter or a notebook, it is a table, which ``penstock status`` shows as
+    well.
 
     Fields of a backend:
 
@@ -45,8 +52,17 @@ class Status(dict[str, Any]):
         return str(self)
 
     def __str__(self) -> str:
+        return "\n\n".join(table(*part) if isinstance(part, _Table) else part for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            table_html(*part) if isinstance(part, _Table) else paragraph_html(part) for part in self._parts()
+        )
+
+    def _parts(self) -> list[_Table | str]:
+        """Return what is shown: tables, and sentences between them."""
+        parts: list[_Table | str] = []
         backends, endpoints, proxies = self["backends"], self["endpoints"], self["proxies"]
-        parts: list[str] = []
         if backends:
             # Short names, so that the table fits into 80 columns.
             head = ("backend", "version", "replicas", "queued", "running", "dead", "served", "failed", "mean ms")
@@ -54,23 +70,23 @@ class Status(dict[str, Any]):
                 (tag, b["version"], f"{b['ready']} of {b['wanted']}", *_counts(b))
                 for tag, b in sorted(backends.items())
             ]
-            parts.append(table(head, rows))
+            parts.append(_Table(head, rows))
         for tag, backend in sorted(backends.items()):
             parts += [f"{tag} {trouble}".replace("\n", "\n    ") for trouble in _troubles(backend)]
         if endpoints:
             rows = [
                 (name, e["route"] or "-", " ".join(e["methods"]), _traffic(e)) for name, e in sorted(endpoints.items())
             ]
-            parts.append(table(("endpoint", "route", "methods", "traffic"), rows))
+            parts.append(_Table(("endpoint", "route", "methods", "traffic"), rows))
         if proxies:
             rows = [
                 (p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()
             ]
-            parts.append(table(("node", "proxy", "url", "state"), sorted(rows)))
+            parts.append(_Table(("node", "proxy", "url", "state"), sorted(rows)))
         if self["controller"] != "alive":
             parts.append(f"the controller is {self['controller']}: running replicas serve, and changes wait")
         parts += [f"warning: {warning}" for warning in self.get("warnings", ())]
-        return "\n\n".join(parts) or "nothing is deployed"
+        return parts or ["nothing is deployed"]
 
 
 def _troubles(backend: Mapping[str, Any]) -> list[str]:

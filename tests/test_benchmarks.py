@@ -1,5 +1,7 @@
 """The benchmarks start: each program finds what it imports."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,42 @@ def test_a_program_finds_what_it_imports(program: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert "usage: " in ran.stdout
+
+
+def test_the_picture_shows_the_figures_of_the_page_on_performance() -> None:
+    docs = FOLDER.parent / "docs"
+    points = json.loads((docs / "images" / "latency.json").read_text())["cases"]["open-noop"]
+    rows = re.findall(
+        r"^\| (.+?) \| ([\d.| ,]+)\|$", _section(docs / "performance.md", "Latency at a given rate"), re.M
+    )
+    stated = {
+        title: [float(cell.replace(",", "")) for cell in cells.split("|") if cell.strip()] for title, cells in rows
+    }
+    drawn: dict[str, list[float]] = {}
+    for point in points:
+        drawn.setdefault(_TITLES[point["system"]], []).append(point["p99_ms"])
+    assert drawn == stated
+
+
+def test_a_result_is_drawn_with_a_line_for_each_system(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result, picture = FOLDER.parent / "docs" / "images" / "latency.json", tmp_path / "latency.svg"
+    command = [sys.executable, str(FOLDER / "plot.py"), str(result), str(picture)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert len(re.findall(r'<g id="line2d_\d+">', picture.read_text())) > len(_TITLES)
+
+
+_TITLES = {
+    "penstock-async": "Penstock, `async def`",
+    "penstock": "Penstock, `def`",
+    "ray-haproxy": "Ray Serve, HAProxy mode, `async def`",
+    "ray-haproxy-def": "Ray Serve, HAProxy mode, `def`",
+    "mosec": "Mosec",
+    "litserve": "LitServe",
+    "ray": "Ray Serve, default",
+}
+
+
+def _section(page: Path, title: str) -> str:
+    return page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any, cast
 
 import orjson
 
+from ...runtime.notebooks import NotebookTable
 from ..errors import PenstockError, WireError
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
@@ -67,7 +69,7 @@ return {{id, key}}
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
+class DeadLetter(NotebookTable):
     """An entry that was given up."""
 
     id: str
@@ -89,6 +91,28 @@ class DeadLetter:
     def __repr__(self) -> str:
         request = "unreadable" if self.entry is None else f"request={self.entry.shown_id!r}"
         return f"DeadLetter({self.id!r}, {request}, error={self.error!r}, deliveries={len(self.deliveries)})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {
+            "id": self.id,
+            "died": show_time(self.died_ms),
+            "request": "unreadable" if self.entry is None else self.entry.shown_id,
+            "error": self.error,
+            "died with": "\n".join(self.deaths()),
+        }
+
+    def deaths(self) -> list[str]:
+        """Return which replica died with it and when, as text, for each delivery."""
+        return [f"{death.get('replica')} at {show_time(int(death.get('died_ms') or 0))}" for death in self.deliveries]
+
+
+def show_time(ms: int) -> str:
+    """Return a Unix time in milliseconds as text.
+
+    >>> show_time(1_700_000_000_000)
+    '2023-11-14 22:13:20Z'
+    """
+    return datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 class DeadLetterStream:

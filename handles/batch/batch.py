@@ -17,11 +17,13 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
+    Mapping,
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import islice
 from typing import Any, Protocol, cast
 
+from ...runtime.notebooks import NotebookTable
 from .. import background_loop
 from ..files.rows import Rows
 from .items import BatchResult
@@ -45,7 +47,7 @@ class OpenPipeline(Protocol):
     ) -> AbstractAsyncContextManager[BatchPipeline]: ...
 
 
-class Batch:
+class Batch(NotebookTable):
     """The results of one batch, to iterate over once, with ``for`` or ``async for``.
 
     Made by `BatchProducer.map` and `BatchProducer.as_completed`. Nothing is sent before the iteration begins. Leaving
@@ -85,6 +87,9 @@ class Batch:
 
     def __repr__(self) -> str:
         return f"Batch({self._endpoint!r}, in_order={self.in_order}{', iterated' if self._has_begun else ''})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"endpoint": self._endpoint, "in_order": self.in_order, "iterated": self._has_begun}
 
     def checkpoint(self) -> None:
         """Declare that all results so far are stored safely, so that the job can delete its copies.

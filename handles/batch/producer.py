@@ -5,7 +5,7 @@ Items go to the batch stream of a backend, so that interactive requests are clai
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Container, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 from ...broker.defaults import default_instance
 from ...broker.wire.keys import check_name
+from ...runtime.notebooks import NotebookTable
 from ..calls.request_client import RequestClient
 from ..calls.shared_client import SharedClient
 from ..calls.tracing import trace_headers
@@ -28,7 +29,7 @@ JOB_TTL_S = 24 * 3600.0
 """Default of ``job_ttl_s``."""
 
 
-class BatchProducer:
+class BatchProducer(NotebookTable):
     """Sends batches of items to one endpoint. Needs a Redis URL and no Ray; ``client.batch(endpoint)`` makes one too.
 
     ::
@@ -116,12 +117,18 @@ class BatchProducer:
         self._source = replace(self._source, name=name, names=names, on_restart=on_restart)
 
     def __repr__(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self._shown_options().items())
+        return f"BatchProducer({self._endpoint!r}, instance={self._instance!r}{options})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"endpoint": self._endpoint, "instance": self._instance, **self._shown_options()}
+
+    def _shown_options(self) -> dict[str, str]:
         shown = self._options.shown()
         for name, value in (("window", self._window), ("job", self._job)):
             if value is not None:
                 shown[name] = repr(value)
-        options = "".join(f", {name}={value}" for name, value in shown.items())
-        return f"BatchProducer({self._endpoint!r}, instance={self._instance!r}{options})"
+        return shown
 
     def as_completed(self, items: Iterable[Any] | AsyncIterable[Any], *, skip: Container[int] = ()) -> Batch:
         """Return the results of ``items`` in the order in which they finish.

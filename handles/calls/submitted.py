@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...broker.wire.kept import FINAL, RequestStatus
+from ...runtime.notebooks import NotebookTable
 from .. import background_loop
 from ..response import value_of_result
 from .shared_client import SharedClient
 
 
-class AsyncSubmitted:
+class AsyncSubmitted(NotebookTable):
     """A submitted request, for asyncio code."""
 
     def __init__(self, redis_url: str, instance: str, id_: str) -> None:
@@ -23,6 +25,9 @@ class AsyncSubmitted:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._id[:6]}…, instance={self._instance!r})"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return {"id": f"{self._id[:6]}…", "instance": self._instance}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._url, self._instance, self._id)
@@ -69,7 +74,7 @@ class AsyncSubmitted:
             return await client.kept.cancel(await client.kept.find_backend(self._id), self._id) not in FINAL
 
 
-class Submitted:
+class Submitted(NotebookTable):
     """A submitted request, for sync code. Its methods block; each raises what that of `AsyncSubmitted` does."""
 
     def __init__(self, redis_url: str, instance: str, id_: str) -> None:
@@ -82,6 +87,9 @@ class Submitted:
 
     def __repr__(self) -> str:
         return repr(self._request).replace("AsyncSubmitted", "Submitted", 1)
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        return self._request._notebook_fields()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._request.__reduce__()[1]

@@ -37,6 +37,7 @@ from .options import (
 @click.option("--shard-key", metavar="KEY", help="Calls with the same key go to the same backend.")
 @click.option("--model-id", metavar="ID", help="The model that the request names, for code that loads several.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this long.")
+@click.option("--stream", is_flag=True, help="Write each value that the code yields as it arrives.")
 @click.option("--submit", is_flag=True, help="Submit the call, and write the id of its result instead of waiting.")
 @click.option(
     "--idempotency-key", metavar="KEY", help="Calls with the same key run once and get the one result, for a time."
@@ -53,25 +54,30 @@ def call(
     shard_key: str | None,
     model_id: str | None,
     timeout: float | None,
+    stream: bool,
     submit: bool,
     idempotency_key: str | None,
     json: bool,
 ) -> None:
     """Call ENDPOINT once with DATA, and write the result.
 
-    DATA is JSON; "-" reads it from standard input. Text and bytes are written unchanged, other values as JSON.
+    DATA is JSON; "-" reads it from standard input. Text and bytes are written unchanged, other values as JSON. With
+    --stream, text and bytes follow one another as they are, and any other value is a line; with --json each is a line.
 
     \b
     Examples:
       penstock call greet '{"name": "Ada"}'
       penstock call greet Ada --text
       penstock call digit - < image.json
-      penstock result --wait $(penstock call digit --submit - < image.json)
+      penstock call tell '"a story"' --stream
+      penstock result $(penstock call digit --submit - < image.json) --wait
     """  # noqa: D301
     check_text(endpoint=endpoint, data=data, method=method, shard_key=shard_key, idempotency_key=idempotency_key)
     check_text(model_id=model_id)
     for one in query:
         check_text(query=one)
+    if stream and submit:
+        wrong("--stream waits for the values, and --submit does not: `penstock result` fetches them later")
     body = _body(data, text)
     parameters = dict(_pair(one) for one in query)
     with thin_connection(redis_url, instance) as connection:
@@ -85,6 +91,13 @@ def call(
             )
         arguments = () if data is None else (body,)
         try:
+            if stream:
+                with usage_errors():
+                    streaming = handle.options(stream=True)
+                with streaming.remote(*arguments, **parameters) as values:
+                    for value in values:
+                        _write_part(value, json)
+                return
             if submit:
                 submitted = handle.submit(*arguments, **parameters)
                 if json:
@@ -132,6 +145,14 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         wrong(f"--query is NAME=VALUE, not {text!r}")
     return name, value
+
+
+def _write_part(value: Any, json: bool) -> None:
+    """Write one value of a stream. A reader sees it at once, also behind a pipe."""
+    if isinstance(value, bytes | str) and not json:
+        click.echo(value, nl=False)
+    else:
+        write_answer(value, json)
 
 
 def write_answer(answer: Any, json: bool) -> None:

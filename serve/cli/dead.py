@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from textwrap import wrap
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ...broker.queue.dead_letters import DeadLetter
+from ...broker.queue.dead_letters import DeadLetter, show_time
 from ...handles.codec import decode
 from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
@@ -68,8 +67,8 @@ def show(backend: str, id: str, redis_url: str | None, instance: str, json: bool
     rows = Table(box=None, show_header=False, pad_edge=False)
     for name in ("id", "died", "error"):
         rows.add_row(name, summary[name])
-    for delivery in letter.deliveries:
-        rows.add_row("died with", f"{delivery.get('replica')} at {_when(int(delivery.get('died_ms') or 0))}")
+    for death in letter.deaths():
+        rows.add_row("died with", death)
     for name, value in (request or {}).items():
         rows.add_row(name, str(value))
     Console().print(rows)
@@ -152,7 +151,7 @@ def _listed(found: Sequence[Mapping[str, Any]], console: Console) -> str:
 def _summary(letter: DeadLetter) -> dict[str, Any]:
     return {
         "id": letter.id,
-        "died": _when(letter.died_ms),
+        "died": show_time(letter.died_ms),
         "endpoint": None if letter.entry is None else letter.entry.header.endpoint,
         "deliveries": len(letter.deliveries),
         "error": letter.error,
@@ -179,7 +178,3 @@ def _request(letters: DeadLetters, letter: DeadLetter) -> dict[str, Any] | None:
         "call": header.call,
         "data": data,
     }
-
-
-def _when(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -15,6 +15,7 @@ from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendNotFound, ConfigError, Overloaded, PenstockError, WireError
 from tests.handles.site import INSTANCE, Site
+from tests.notebooks import shown_in_notebook
 from tests.waiting import wait_until
 
 KEYS = Keys(INSTANCE)
@@ -49,6 +50,9 @@ def test_a_dead_letter_has_its_request_and_its_history(site: Site, connected: Co
     assert [delivery["replica"] for delivery in letter.deliveries] == ["model#1"]
     assert connected.dead_letters("model").body(letter) == b'"x"'
     assert repr(letter) == f"DeadLetter({letter.id!r}, request={letter.entry.shown_id!r}, error='poison', deliveries=1)"
+    shown = dict(row for row in shown_in_notebook(letter) if len(row) == 2)
+    assert shown["error"] == "poison"
+    assert shown["died with"].startswith("model#1 at ")
 
 
 def test_a_replayed_dead_letter_is_served_and_deleted(site: Site, connected: Connection) -> None:

@@ -11,6 +11,7 @@ from penstock.handles import AsyncServeHandle, Response, ServeHandle
 from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, EndpointNotFound
 from tests.handles.site import INSTANCE, Site, echo
+from tests.notebooks import shown_in_notebook
 
 _MISTAKES: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
     "an unknown endpoint": (EndpointNotFound, lambda connected: connected.get_handle("aks")),
@@ -63,6 +64,44 @@ def test_a_connection_and_what_it_makes_describe_themselves(site: Site, connecte
     assert repr(batch) == "Batch('ask', in_order=True)"
     assert list(batch) == []
     assert repr(batch) == "Batch('ask', in_order=True, iterated)"
+
+
+def test_a_notebook_shows_tables_without_secrets(site: Site, connected: Connection) -> None:
+    site.serve(echo)
+    handle = ServeHandle("redis://:secret@broker", "shop", "ask").options(
+        timeout_s=2, http_headers={"Authorization": "secret"}
+    )
+    assert shown_in_notebook(handle) == [
+        ["ServeHandle"],
+        ["endpoint", "ask"],
+        ["instance", "shop"],
+        ["http_headers", "<Authorization>"],
+        ["timeout_s", "2"],
+    ]
+    assert shown_in_notebook(Connection("redis://:secret@broker:6379", "shop")) == [
+        ["Connection"],
+        ["redis_url", "redis://broker:6379"],
+        ["instance", "shop"],
+    ]
+    producer = connected.batch("ask", job="nightly")
+    assert shown_in_notebook(producer)[1:] == [["endpoint", "ask"], ["instance", INSTANCE], ["job", "'nightly'"]]
+    batch = producer.map([])
+    assert shown_in_notebook(batch)[1:] == [["endpoint", "ask"], ["in_order", "True"], ["iterated", "False"]]
+    letters = connected.dead_letters("model")
+    assert shown_in_notebook(letters) == [["DeadLetters"], ["backend", "model"], ["instance", INSTANCE]]
+    stream = connected.get_handle("ask").options(stream=True).remote(1)
+    assert list(stream) == [1]
+    assert shown_in_notebook(stream) == [["ResponseStream"], ["endpoint", "ask"], ["state", "closed"]]
+    submitted = connected.get_handle("ask").submit(1)
+    assert submitted.result(timeout=20) == 1
+    assert shown_in_notebook(submitted)[1] == ["id", f"{submitted.id[:6]}…"]
+    assert submitted.id not in str(shown_in_notebook(submitted))
+    response = Response(200, {"a": "<b>"}, b"short", [("A", "<b>")])
+    assert shown_in_notebook(response)[1:] == [
+        ["status_code", "200"],
+        ["headers", "{'a': '<b>'}"],
+        ["body", "b'short'"],
+    ]
 
 
 def test_a_response_shows_the_beginning_of_a_long_body() -> None:

@@ -1,4 +1,4 @@
-"""The warnings of a status, from reports alone."""
+"""The warnings of a status, and what a notebook shows of it, from reports alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from penstock.broker.registry.reports import ProxyReport, ReplicaReport
 from penstock.serve.settings import Settings
 from penstock.serve.status import Status
 from penstock.serve.status_warnings import warnings
+from tests.notebooks import shown_in_notebook
 
 
 def settings(location: str = "HeadOnly", **others: Any) -> dict[str, Any]:
@@ -42,3 +43,14 @@ def test_a_raised_niceness_is_named_once_for_each_node() -> None:
     assert "RAY_worker_niceness=0" in warning
     shown = str(Status(backends={}, endpoints={}, proxies={}, controller="alive", warnings=[warning]))
     assert shown == f"warning: {warning}"
+
+
+def test_a_notebook_shows_tables_and_no_markup_of_values() -> None:
+    endpoint = {"route": "/<b>", "methods": ["GET"], "traffic": {"f": 1.0}, "shadows": {}}
+    status = Status(backends={}, endpoints={"e": endpoint}, proxies={}, controller="away", warnings=["<script>"])
+    assert shown_in_notebook(status) == [
+        ["endpoint", "route", "methods", "traffic"],
+        ["e", "/<b>", "GET", "f 1"],
+        ["the controller is away: running replicas serve, and changes wait"],
+        ["warning: <script>"],
+    ]

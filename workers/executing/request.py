@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
@@ -24,6 +24,7 @@ from ...handles.codec import decode, load_json
 from ...handles.errors import ConfigError, MalformedBody
 from ...handles.json_bounds import read_bounded
 from ...handles.options import MODEL_ID_HEADER
+from ...runtime.notebooks import NotebookTable
 from .forms import check_fields, content_type_of, is_json, parse_form
 
 current_requests: ContextVar[Sequence[Request]] = ContextVar("penstock_current_requests", default=())
@@ -37,7 +38,7 @@ _ASGI = {"version": "3.0", "spec_version": "2.4"}
 _SCOPE_TEXTS = ("scheme", "http_version", "root_path")
 
 
-class Request(requests.Request):
+class Request(NotebookTable, requests.Request):
     """One request, from HTTP or from a handle.
 
     It is a Starlette ``Request``, and none of its coroutines waits: the body came with the request. ``data`` needs no
@@ -61,6 +62,22 @@ class Request(requests.Request):
         self._allow_pickle = allow_pickle
         self._on_progress = on_progress
         self._body = entry.body
+
+    def __repr__(self) -> str:
+        fields = self._notebook_fields()
+        named = "".join(f", {name}={value!r}" for name, value in fields.items() if name not in ("method", "path"))
+        return f"<Request {fields['method']} {fields['path']}{named}>"
+
+    def _notebook_fields(self) -> Mapping[str, object]:
+        """Return what describes it, without the values of headers and the body, which may be secret."""
+        fields: dict[str, object] = {"method": self.method, "path": self._entry.header.path}
+        if self.path_params:
+            fields["path_params"] = self.path_params
+        if query := dict(self.query_params):
+            fields["query_params"] = query
+        if content_type := self._content_type():
+            fields["content_type"] = content_type
+        return {**fields, "body_bytes": len(self._body), "request_id": self.request_id}
 
     @property
     def scope(self) -> Scope:  # pyright: ignore[reportIncompatibleVariableOverride]

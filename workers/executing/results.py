@@ -38,8 +38,8 @@ def encode(result: Any, backend: str, allow_pickle: bool = False) -> Encoded:
         if isinstance(result, (Generator, AsyncGenerator)):
             raise TypeError(
                 f"backend {backend!r} returned a generator, and its caller does not accept a streamed reply: call it "
-                "over HTTP or with handle.options(stream=True), or return a list; a method that takes batches cannot "
-                "stream"
+                "over HTTP, with handle.options(stream=True) or `penstock call --stream`, or return a list; a method "
+                "that takes batches cannot stream"
             ) from None
         if isinstance(result, Coroutine):
             result.close()  # else Python warns that it was never awaited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from redis import Redis
 
 from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
-from tests.serve.cli.conftest import Penstock, environment, on_terminal
+from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal, running
 from tests.waiting import wait_until
 
 
@@ -166,3 +167,48 @@ def test_a_missing_permission_is_an_error_of_one_line(site: Site, penstock: Pens
     assert ran.code == 1
     assert ran.err.startswith("Error: the Redis user 'guest' may not do "), ran.err
     assert ran.err.count("\n") == 1
+
+
+def tell(request: Any) -> Any:
+    yield from ("water ", b"flows\n", {"part": 3}, None)
+    if request.data == "bad":
+        raise ValueError("not this one")
+
+
+def test_a_stream_is_written_as_it_arrives(site: Site, penstock: Penstock) -> None:
+    site.serve(tell)
+    assert penstock("call", "ask", "--stream").out == 'water flows\n{"part":3}\n'
+    lines = [{"result": "water "}, {"result": "flows\n"}, {"result": {"part": 3}}, {"result": None}]
+    assert penstock("call", "ask", "--stream", "--json").lines() == lines
+
+
+def test_a_stream_that_fails_has_written_what_came_before(site: Site, penstock: Penstock) -> None:
+    site.serve(tell)
+    failed = penstock("call", "ask", '"bad"', "--stream")
+    assert (failed.code, failed.out) == (1, 'water flows\n{"part":3}\n')
+    assert failed.err == "Error: ValueError: not this one\n"
+
+
+def test_a_stream_shows_a_value_before_the_next_one_is_made(site: Site) -> None:
+    gate = threading.Event()
+
+    def wait_between(request: Any) -> Any:
+        yield "first\n"
+        assert gate.wait(60)
+        yield "second\n"
+
+    site.serve(wait_between)
+    with running([*COMMAND, "call", "ask", "--stream"], environment(site.url)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "first\n"
+        gate.set()
+        assert process.stdout.readline() == "second\n"
+        assert process.wait(60) == 0
+
+
+def test_a_call_of_a_generator_without_stream_names_the_option(site: Site, penstock: Penstock) -> None:
+    site.serve(tell)
+    assert "`penstock call --stream`" in penstock("call", "ask").err
+    for others in (("--submit",), ("--idempotency-key", "k")):
+        ran = penstock("call", "ask", "--stream", *others)
+        assert (ran.code, "--stream waits for the values" in ran.err or "idempotency_key" in ran.err) == (2, True)

@@ -10,6 +10,7 @@ from starlette.datastructures import QueryParams, UploadFile
 from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.errors import MalformedBody
 from penstock.workers.executing.request import Request
+from tests.notebooks import shown_in_notebook
 from tests.workers.requests import from_handle, from_http
 
 FORM = (
@@ -255,3 +256,17 @@ async def test_a_body_that_is_declared_as_json_is_refused_without_it() -> None:
     with pytest.raises(MalformedBody) as refused:
         await Request(from_http(b"a=1", content_type="application/json")).json()
     assert "content type" not in str(refused.value)
+
+
+def test_its_repr_has_neither_header_values_nor_the_body() -> None:
+    headers = [("authorization", "Bearer secret"), ("cookie", "secret")]
+    entry = from_http(b'"secret"', headers=headers, content_type="application/json", query="q=1", request_id="r-1")
+    entry.header.path, entry.header.path_params = "/hello/7", {"n": 7}
+    request = Request(entry)
+    assert repr(request) == (
+        "<Request POST /hello/7, path_params={'n': 7}, query_params={'q': '1'}, content_type='application/json', "
+        "body_bytes=8, request_id='r-1'>"
+    )
+    assert shown_in_notebook(request)[-1] == ["request_id", "r-1"]
+    assert "secret" not in str(shown_in_notebook(request))
+    assert repr(Request(from_handle(None))) == "<Request GET /, body_bytes=4, request_id=''>"
