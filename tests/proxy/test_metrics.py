@@ -270,7 +270,11 @@ async def test_every_expression_of_board_and_alerts_has_values_in_prometheus(
     board: dict[str, Any] = json.loads((MONITORING / "grafana.json").read_text())
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     assert len(expressions) > 30
-    async with proxy(redis_url, "p1", admin_port=0) as where, prometheus(where["admin_url"], tmp_path) as api:
+    async with AsyncExitStack() as running_programs:
+        where = await running_programs.enter_async_context(proxy(redis_url, "p1", admin_port=0))
+        targets = [{"targets": [where["admin_url"].removeprefix("http://")]}]
+        job = {"job_name": "penstock", "metrics_path": "/-/metrics", "static_configs": targets}
+        api = await running_programs.enter_async_context(prometheus([job], tmp_path))
         async with httpx.AsyncClient(timeout=30) as http:
             assert (await http.get(f"{where['url']}/a")).status_code == 200
 
@@ -293,18 +297,12 @@ async def test_every_expression_of_board_and_alerts_has_values_in_prometheus(
 
 
 @asynccontextmanager
-async def prometheus(target: str, directory: Path) -> AsyncGenerator[str]:
-    """A Prometheus that scrapes ``target`` once a second; the URL of its API."""
+async def prometheus(jobs: list[dict[str, Any]], directory: Path) -> AsyncGenerator[str]:
+    """A Prometheus that scrapes once a second, by ``jobs`` of its configuration; the URL of its API."""
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(MONITORING / "alerts.yml")],
-        "scrape_configs": [
-            {
-                "job_name": "penstock",
-                "metrics_path": "/-/metrics",
-                "static_configs": [{"targets": [target.removeprefix("http://")]}],
-            }
-        ],
+        "scrape_configs": jobs,
     }
     file = directory / "prometheus.yml"
     file.write_text(json.dumps(config))  # JSON is YAML
