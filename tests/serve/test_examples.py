@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -74,3 +77,28 @@ def test_an_application_of_fastapi_validates_documents_and_streams(cluster: str,
         "['a', 'b']",
         "['/stem', '/spell/{word}']",
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="PyTorch is not installed")
+def test_images_are_classified_in_batches_on_the_gpu_or_the_processor(cluster: str, tmp_path: Path) -> None:
+    rate, valid, invalid = run("images.py", "200", cluster=cluster, folder=tmp_path).splitlines()
+    said = re.fullmatch(r"200 images on (cuda|cpu): \d+ images/s, largest batch (\d+)", rate)
+    assert said is not None
+    assert 1 < int(said[2]) <= 32
+    assert re.fullmatch(rf'over HTTP: 200, {{"class":\d+,"device":"{said[1]}","batch":1}}', valid)
+    assert invalid.startswith("over HTTP: 400, ")
+    assert "not 12288 bytes of pixels" in invalid
+
+
+def test_without_pytorch_the_example_for_gpus_names_what_to_install(tmp_path: Path) -> None:
+    hidden = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    ran = subprocess.run(
+        [sys.executable, "-c", hidden, EXAMPLES / "images.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("this example needs PyTorch: pip install torch torchvision")
