@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.brokers import KINDS, Brokers, clean
 from tests.faults.table import TABLE, Row
+from tests.forks import close_shared_forks
 from tests.groups import check_group, groups_first, is_slow, scheduler
 from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
@@ -63,6 +64,7 @@ def nothing_outlives_the_tests() -> Iterator[None]:
     """Fail the run if a process that it started, or one that such a process started, is still there after it."""
     mark_descendants()
     yield
+    close_shared_forks()
     with suppress(AssertionError):  # the second look says more
         wait_until(lambda: not descendants(), timeout_s=15)
     assert not (left := descendants()), "processes outlived the tests:\n" + "\n".join(left)

@@ -26,6 +26,7 @@ from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
 from penstock.workers.retry import Retry
+from tests.forks import shared_forks
 
 TAG = "model"
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}
@@ -95,8 +96,8 @@ def _same(key: int) -> Any:
 class Killable:
     """A replica in a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, process: asyncio.subprocess.Process, pid: int) -> None:
+        self._process, self._pid = process, pid
 
     @property
     def alive(self) -> bool:
@@ -104,7 +105,7 @@ class Killable:
 
     async def kill(self) -> None:
         if self.alive:
-            self._process.send_signal(signal.SIGKILL)
+            os.kill(self._pid, signal.SIGKILL)
         await self._process.wait()
 
     async def ended(self) -> None:
@@ -113,12 +114,12 @@ class Killable:
 
 async def start_killable(url: str, function: str) -> Killable:
     """Start a replica that runs ``function`` of this module, and return when it claims."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, url, function, stdout=asyncio.subprocess.PIPE
-    )
+    python = shared_forks("penstock.workers.replica", "penstock.workers.asgi.application").python
+    process = await asyncio.create_subprocess_exec(python, __file__, url, function, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
-    assert (await process.stdout.readline()) == b"ready\n"
-    return Killable(process)
+    ready, pid = (await process.stdout.readline()).split()
+    assert ready == b"ready"
+    return Killable(process, int(pid))
 
 
 class Client:
@@ -217,7 +218,7 @@ async def _main(url: str, name: str) -> None:
     replica = f"{TAG}#p{os.getpid()}"
     runner = await Runner.start(TAG, replica, user_code.dump(function), BackendSpec(**CONFIG))
     await Replica(url, "default", TAG, replica, runner).start()
-    print("ready", flush=True)
+    print("ready", os.getpid(), flush=True)
     await asyncio.Event().wait()
 
 

@@ -24,6 +24,7 @@ import pytest
 from redis import Redis
 
 from penstock.broker.wire.keys import Keys
+from tests.forks import shared_forks
 from tests.handles.site import INSTANCE, Site
 from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal
 from tests.waiting import wait_until
@@ -317,7 +318,8 @@ def _dying_replicas(url: str) -> Generator[list[int]]:
     killed, ended = list[int](), threading.Event()
 
     def start() -> subprocess.Popen[bytes]:
-        replica = subprocess.Popen([sys.executable, "-c", REPLICA, url], stdout=subprocess.PIPE)
+        python = shared_forks("penstock.workers.replica").python
+        replica = subprocess.Popen([python, "-c", REPLICA, url], stdout=subprocess.PIPE)
         assert replica.stdout is not None
         assert replica.stdout.readline() == b"ready\n", "the replica ended before it served"
         return replica

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import re
+import shlex
 import subprocess
-import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from tests.handles.files.conftest import s3, s3_server
 from tests.handles.site import Site, echo
+from tests.serve.cli.command_server import CommandServer
 from tests.serve.cli.conftest import environment
 
 pa: Any = import_module("pyarrow")
@@ -23,9 +25,9 @@ zstandard: Any = import_module("zstandard")
 __all__ = ["s3", "s3_server"]
 
 PAGE = Path(__file__).parents[3] / "docs" / "batches.md"
-SHELL = f"""
+SHELL = """
 set -euo pipefail
-penstock() {{ "{sys.executable}" -c 'from penstock.serve.cli import main; main()' "$@"; }}
+penstock() {{ {command} "$@"; }}
 """
 
 
@@ -86,9 +88,11 @@ def folder(site: Site, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-def run_shell(command: str, environ: dict[str, str]) -> str:
+def run_shell(command: str, penstock: Sequence[str], environ: dict[str, str]) -> str:
+    """Run a command of the page, in which ``penstock`` stands for the command that is given."""
+    shell = SHELL.format(command=shlex.join(penstock))
     ran = subprocess.run(
-        ["bash", "-c", SHELL + command.split("   # ")[0]],
+        ["bash", "-c", shell + command.split("   # ")[0]],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,7 +104,9 @@ def run_shell(command: str, environ: dict[str, str]) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_every_example_prints_what_the_page_says(site: Site, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_prints_what_the_page_says(
+    site: Site, folder: Path, command_server: CommandServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     environ = environment(site.url)
     scope: dict[str, Any] = {}
     ran = 0
@@ -112,7 +118,7 @@ def test_every_example_prints_what_the_page_says(site: Site, folder: Path, capsy
         for command, shown in commands(block):
             if command.startswith("export "):
                 continue
-            output = run_shell(command, environ)
+            output = run_shell(command, command_server.command, environ)
             assert not shown or is_as_shown(output, shown), f"{command}\n{output}"
             assert shown.startswith("Error: ") or "Error" not in output, f"{command}\n{output}"
             ran += 1

@@ -1,0 +1,219 @@
+"""Python scripts that run in forks of one process, which has imported what they need.
+
+Imports of Ray and Penstock take a second or two of processor time, and the tests start hundreds of processes. A fork is
+a process of its own with the arguments, the environment, the directory, the signal mask and the files that it was
+started with; only its imports are done already.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import marshal
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+
+_LAUNCHER = """\
+#!{python} -ISB
+import marshal, os, sys, _signal, _socket
+arguments = sys.argv[1:]
+if not arguments or not arguments[0].endswith({scripts!r}):
+    os.execv({python!r}, [{python!r}, *arguments])
+mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, [])]
+request = marshal.dumps((arguments, dict(os.environ), os.getcwd(), mask))
+connection = _socket.socket(_socket.AF_UNIX)
+connection.connect({path!r})
+files = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
+connection.sendmsg([len(request).to_bytes(4, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
+connection.sendall(request)
+fork = int.from_bytes(connection.recv(4), "big")
+for number in (_signal.SIGINT, _signal.SIGTERM):
+    _signal.signal(number, lambda number, _: os.kill(fork, number))
+code = int.from_bytes(connection.recv(4), "big", signed=True)
+if code < 0:
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
+    if -code != _signal.SIGKILL:
+        _signal.signal(-code, _signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+"""Imports nothing that takes time. It lives as long as the fork, forwards signals to it, and is killed with it."""
+
+
+class ForkServer:
+    """A process that runs scripts in forks, until `close`.
+
+    Args:
+        directory: a new one, for its files; removed with it.
+        imports: the modules that it imports first.
+        scripts: what the first argument of Python must end with to be run in a fork; all else runs in Python as usual.
+        first: code that each fork runs before its script.
+    """
+
+    def __init__(self, directory: Path, imports: Sequence[str], scripts: tuple[str, ...], first: str = "") -> None:
+        self._directory = directory
+        self._path = str(directory / "forks")
+        self.python = directory / "python"
+        """A program with the arguments of Python."""
+        self.python.write_text(_LAUNCHER.format(python=sys.executable, scripts=scripts, path=self._path))
+        self.python.chmod(0o700)
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", __name__, self._path, first, *imports]
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        """End the process, and with it every fork that runs still; remove the directory."""
+        with self._process:
+            pass  # which closes its standard input
+        shutil.rmtree(self._directory)
+
+
+_shared: dict[tuple[str, ...], ForkServer] = {}
+
+
+def shared_forks(*imports: str) -> ForkServer:
+    """Return the server of this run that has made these imports and runs code, modules' files and other scripts."""
+    if imports not in _shared:
+        _shared[imports] = ForkServer(Path(tempfile.mkdtemp()), imports, scripts=("-c", ".py"))
+    return _shared[imports]
+
+
+def close_shared_forks() -> None:
+    """End all of them."""
+    for server in _shared.values():
+        server.close()
+    _shared.clear()
+
+
+class _Request:
+    """A script to run, with all that a process is started with."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        head, self._files, _, _ = socket.recv_fds(connection, 4, 3)
+        with connection.makefile("rb") as sent:
+            fields = marshal.loads(sent.read(int.from_bytes(head, "big")))
+        self._arguments, self._environ, self._directory, self._mask = fields
+
+    def close(self) -> None:
+        """Close its files in a process that does not run it."""
+        for file in self._files:
+            os.close(file)
+
+    def run(self, first: str) -> None:
+        """Run it in this process, as Python does; before it ``first``."""
+        os.setpgid(0, 0)  # Ray kills the group of a worker that ends
+        for standard, file in enumerate(self._files):
+            os.dup2(file, standard)
+            os.close(file)
+        before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ.clear()
+        os.environ.update(self._environ)
+        os.chdir(self._directory)
+        script, *arguments = self._arguments
+        path = ["" if script == "-c" else str(Path(script).parent)]
+        path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:] = [*path, *(entry for entry in sys.path[1:] if entry not in before)]
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        exec(first)
+        if script == "-c":
+            code, *arguments = arguments
+            sys.argv[:] = ["-c", *arguments]
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(compile(code, "<string>", "exec"), main.__dict__)
+        else:
+            sys.argv[:] = [script, *arguments]
+            runpy.run_path(script, run_name="__main__")
+
+
+class _Forking:
+    """The loop of the process that forks."""
+
+    def __init__(self, path: str) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(path)
+        self._listening.listen(64)
+        self._ended, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for file in (self._listening, self._ended, sys.stdin.buffer):
+            self._selector.register(file, selectors.EVENT_READ)
+        self._launchers: dict[int, socket.socket] = {}
+        self._wakeup = wakeup
+
+    def wait_for_request(self) -> _Request | None:
+        """Return in a fork for each request; None in this process, once its standard input is closed."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is sys.stdin.buffer:
+                    signal.set_wakeup_fd(-1)
+                    for pid in self._launchers:
+                        os.kill(pid, signal.SIGKILL)
+                    return None
+                if key.fileobj is self._ended:
+                    self._ended.recv(1000)
+                    self._report_ended()
+                elif key.fileobj is self._listening:
+                    launcher, _ = self._listening.accept()
+                    request = _Request(launcher)
+                    if (pid := os.fork()) == 0:
+                        launcher.close()
+                        self._leave()
+                        return request
+                    request.close()
+                    launcher.sendall(pid.to_bytes(4, "big"))
+                    self._launchers[pid] = launcher
+                    self._selector.register(launcher, selectors.EVENT_READ, pid)
+                elif self._launchers.get(key.data) is key.fileobj:
+                    os.kill(key.data, signal.SIGKILL)  # its launcher was killed
+                    self._selector.unregister(key.fileobj)
+
+    def _report_ended(self) -> None:
+        """Send the exit codes of the forks that have ended to their launchers."""
+        while self._launchers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with self._launchers.pop(pid) as launcher:
+                if launcher in self._selector.get_map():
+                    self._selector.unregister(launcher)
+                with suppress(OSError):
+                    launcher.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
+
+    def _leave(self) -> None:
+        """Close in a fork what is not its own."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._selector.close()
+        for file in (self._listening, self._ended, self._wakeup, *self._launchers.values()):
+            file.close()
+
+
+def _main(path: str, first: str, *imports: str) -> None:
+    for name in imports:
+        importlib.import_module(name)
+    forking = _Forking(path)
+    gc.collect()
+    gc.freeze()
+    print("ready", flush=True)
+    if (request := forking.wait_for_request()) is not None:
+        del forking
+        request.run(first)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Forks that run Python scripts in place of a new Python."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.forks import ForkServer
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    forks = ForkServer(tmp_path_factory.mktemp("forks"), ["json"], scripts=("-c",))
+    yield forks
+    forks.close()
+
+
+def python(forks: ForkServer, code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [str(forks.python), "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+def test_a_fork_has_the_arguments_environment_directory_and_files_of_its_start(
+    forks: ForkServer, tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys; print(sys.argv[1:], os.environ['FOUR'], 'HOME' in os.environ, os.getcwd(), sys.stdin.read())"
+    )
+    ran = python(forks, code, "one", "two", input="three", cwd=tmp_path, env={"FOUR": "4"})
+    assert ran.stdout == f"['one', 'two'] 4 False {tmp_path} three\n"
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(3)", "import os; os.kill(os.getpid(), 15)"])
+def test_a_fork_ends_with_its_own_code_or_signal(forks: ForkServer, code: str) -> None:
+    assert python(forks, code).returncode == (3 if "Exit" in code else -15)
+
+
+def test_a_fork_gets_the_signals_of_its_launcher_and_ends_with_it(forks: ForkServer) -> None:
+    code = """
+import os, signal, time
+
+signal.signal(signal.SIGTERM, lambda *_: print("terminated", flush=True))
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(1)
+"""
+    with subprocess.Popen([str(forks.python), "-c", code], stdout=subprocess.PIPE, text=True) as launcher:
+        output: IO[str] | None = launcher.stdout
+        assert output is not None
+        assert Path(f"/proc/{output.readline().strip()}").exists()
+        launcher.terminate()
+        assert output.readline() == "terminated\n"
+        launcher.kill()
+        assert output.read() == ""  # the fork had it open too
+
+
+def test_what_is_not_to_be_forked_runs_in_python(forks: ForkServer) -> None:
+    ran = subprocess.run([str(forks.python), "-V"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("Python ")
