@@ -141,7 +141,7 @@ class App:
 
     def apply(self, snapshot: Snapshot) -> None:
         """Route further requests by ``snapshot``."""
-        self._routes = Routes(snapshot.endpoints.values())
+        self._routes = Routes(snapshot.endpoints.values(), self._routes)
 
     def close(self) -> None:
         """Stop watching for client disconnects."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice, takewhile
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from starlette.routing import PARAM_REGEX, compile_path
@@ -58,12 +60,20 @@ Match: TypeAlias = RouteMatch | MethodNotAllowed | NotFound
 _NOT_FOUND = NotFound(None)
 
 
-@dataclass(slots=True)
-class _Pattern:
-    regex: re.Pattern[str]
-    convertors: Mapping[str, Any]
-    endpoint: EndpointRecord
-    methods: frozenset[str]
+class _Route:
+    """The route of one endpoint, compiled. Raises `ConfigError` or TypeError if it is not valid."""
+
+    __slots__ = ("convertors", "endpoint", "is_static", "methods", "path", "place", "regex")
+
+    def __init__(self, endpoint: EndpointRecord) -> None:
+        self.endpoint = endpoint
+        self.path = check_route(endpoint.route)
+        self.regex, _, self.convertors = compile_path(self.path)
+        self.methods = methods_of(endpoint)
+        self.is_static = not self.convertors
+        """Whether its path has no parameters."""
+        self.place = (specificity(self.path), self.path, endpoint.name)
+        """Its sort key among all routes."""
 
     def params(self, path: str) -> dict[str, PathParam] | None:
         # Starlette's patterns end in `$`, which also matches before a trailing line feed; `fullmatch` does not.
@@ -75,33 +85,60 @@ class _Pattern:
             return None  # Python reads no integer of more than 4300 digits
 
 
-@dataclass(slots=True)
 class Routes:
-    """The routes of one snapshot, compiled."""
+    """The routes of one snapshot, compiled.
 
-    endpoints: Iterable[EndpointRecord] = ()
-    _static: dict[str, dict[str, RouteMatch]] = field(init=False, default_factory=dict[str, "dict[str, RouteMatch]"])
-    _patterns: list[_Pattern] = field(init=False, default_factory=list[_Pattern])
-    _by_method: dict[str, list[_Pattern]] = field(init=False, default_factory=dict[str, "list[_Pattern]"])
+    Args:
+        endpoints: the endpoints of the snapshot.
+        former: the routes of an earlier one. Those of the same records are taken over, as compiling takes long.
+    """
 
-    def __post_init__(self) -> None:
-        self.endpoints = sorted(
-            (endpoint for endpoint in self.endpoints if _is_routed(endpoint)),
-            key=lambda endpoint: (specificity(endpoint.route or ""), endpoint.route or "", endpoint.name),
-        )
-        for endpoint in self.endpoints:
-            assert endpoint.route is not None
-            regex, _, convertors = compile_path(endpoint.route)
-            methods = methods_of(endpoint)
-            if not convertors:
-                exact = self._static.setdefault(endpoint.route, {})
-                for method in methods:
-                    exact.setdefault(method, RouteMatch(endpoint, {}))
-                continue
-            pattern = _Pattern(regex, convertors, endpoint, methods)
-            self._patterns.append(pattern)
-            for method in methods:
-                self._by_method.setdefault(method, []).append(pattern)
+    __slots__ = ("_by_method", "_compiled", "_patterns", "_sorted", "_static")
+
+    def __init__(self, endpoints: Iterable[EndpointRecord] = (), former: Routes | None = None) -> None:
+        known = {} if former is None else former._compiled
+        self._compiled: dict[str, tuple[EndpointRecord, _Route | None]] = {}
+        """By name: the endpoint, and its route if it has one that is valid."""
+        added: list[_Route] = []
+        for endpoint in endpoints:
+            compiled = known.get(endpoint.name)
+            if compiled is None or compiled[0] is not endpoint:
+                route = _compile(endpoint)
+                compiled = endpoint, route
+                if route is not None:
+                    added.append(route)
+            self._compiled[endpoint.name] = compiled
+        gone = [route for _, route in known.values() if route is not None and not self._has(route)]
+        self._sorted: list[_Route] = _replaced([] if former is None else former._sorted, gone, added)
+        """All routes, in their order."""
+        self._static: dict[str, dict[str, RouteMatch]] = {} if former is None else dict(former._static)
+        """By path, then by method: what the routes without parameters match."""
+        for path in {route.path for route in gone + added if route.is_static}:
+            if exact := self._matches_at(path):
+                self._static[path] = exact
+            else:
+                self._static.pop(path, None)
+        gone, added = ([route for route in some if not route.is_static] for some in (gone, added))
+        self._patterns: list[_Route] = _replaced([] if former is None else former._patterns, gone, added)
+        """The routes with parameters, in their order."""
+        self._by_method: dict[str, list[_Route]] = {} if former is None else dict(former._by_method)
+        """Those with a method."""
+        for method in {method for route in gone + added for method in route.methods}:
+            those = ([route for route in some if method in route.methods] for some in (gone, added))
+            self._by_method[method] = _replaced(self._by_method.get(method, []), *those)
+
+    def _has(self, route: _Route) -> bool:
+        compiled = self._compiled.get(route.endpoint.name)
+        return compiled is not None and compiled[1] is route
+
+    def _matches_at(self, path: str) -> dict[str, RouteMatch]:
+        """Return what a path without parameters matches, by method."""
+        exact: dict[str, RouteMatch] = {}
+        first = bisect_left(self._sorted, (specificity(path), path, ""), key=_PLACE)
+        for route in takewhile(lambda route: route.path == path, islice(self._sorted, first, None)):
+            for method in route.methods:
+                exact.setdefault(method, RouteMatch(route.endpoint, {}))
+        return exact
 
     def match(self, method: str, path: str) -> Match:
         """Return the endpoint for ``method`` and ``path``, which is percent-decoded as in an ASGI scope."""
@@ -131,13 +168,12 @@ class Routes:
         A route that several endpoints share, each with methods of its own, names the others under ``"also"``.
         """
         listing: dict[str, dict[str, Any]] = {}
-        for endpoint in self.endpoints:
-            assert endpoint.route is not None
-            entry: dict[str, Any] = {"endpoint": endpoint.name, "methods": sorted(methods_of(endpoint))}
-            if endpoint.route in listing:
-                listing[endpoint.route].setdefault("also", []).append(entry)
+        for route in self._sorted:
+            entry: dict[str, Any] = {"endpoint": route.endpoint.name, "methods": sorted(route.methods)}
+            if route.path in listing:
+                listing[route.path].setdefault("also", []).append(entry)
             else:
-                listing[endpoint.route] = entry
+                listing[route.path] = entry
         return listing
 
 
@@ -240,13 +276,25 @@ def _convertor(match: re.Match[str]) -> str:
     return (match[2] or ":str")[1:]
 
 
-def _is_routed(endpoint: EndpointRecord) -> bool:
+_PLACE = attrgetter("place")
+
+
+def _replaced(routes: list[_Route], gone: Iterable[_Route], added: Iterable[_Route]) -> list[_Route]:
+    """Return a copy of ``routes``, which are in their order, without ``gone`` and with ``added``."""
+    routes = list(routes)
+    for route in gone:
+        del routes[bisect_left(routes, route.place, key=_PLACE)]
+    for route in added:
+        insort(routes, route, key=_PLACE)
+    return routes
+
+
+def _compile(endpoint: EndpointRecord) -> _Route | None:
     if endpoint.route is None:
-        return False
+        return None
     try:
-        check_route(endpoint.route)
+        return _Route(endpoint)
     except (ConfigError, TypeError) as e:
         # Only a record that was not written by `create_endpoint` has one. It must not harm the other endpoints.
         logger.error("endpoint %r is not served over HTTP: %s", endpoint.name, e)
-        return False
-    return True
+        return None

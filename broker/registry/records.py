@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +111,15 @@ class EndpointRecord:
         return self.call_methods is None or call_method in self.call_methods
 
 
+class FeedPlace(NamedTuple):
+    """A place in the feed of changes."""
+
+    entry: bytes = b""
+    """The id of an entry; empty before the first one."""
+    mark: bytes = b""
+    """The random mark of the entry; empty if it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole registry at one version."""
@@ -118,6 +127,8 @@ class Snapshot:
     version: int = 0
     backends: Mapping[str, BackendRecord] = field(default_factory=dict[str, BackendRecord])
     endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict[str, EndpointRecord])
+    place: FeedPlace = field(default=FeedPlace(), compare=False)
+    """The last entry of the feed that it includes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from ..transport.connection import RedisConnection
 from ..wire._fields import LARGEST
 from ..wire.keys import Keys
 from .json_records import parse_objects, read_record
-from .records import BackendRecord, Change, EndpointRecord, Snapshot
+from .records import Change, Snapshot
 from .reports import Report, ReportT
+from .snapshot_reader import SnapshotReader, fields_of
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +30,13 @@ _DROPPED_MS = 60_000
 """Expiry of the mark of a dead replica. Its lease would have expired long before."""
 
 
-# One script reads everything, so that a snapshot never mixes two versions. KEYS: version, backends, endpoints.
-_SNAPSHOT = Script("""#!lua flags=no-writes
-return {redis.call('GET', KEYS[1]) or '0', redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}
-""")
-
-# KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, then for each record the
-# index of its hash among KEYS, its name, and its JSON or '' to delete. Returns the new version, or 0 if another change
-# came first.
+# KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, the number of fields that
+# describe it in the feed and these fields, then for each record the index of its hash among KEYS, its name, and its
+# JSON or '' to delete. Returns the new version, or 0 if another change came first.
 _CHANGE = Script("""#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
-for i = 2, #ARGV, 3 do
+local fields = tonumber(ARGV[2])
+for i = 3 + fields, #ARGV, 3 do
   local hash = KEYS[tonumber(ARGV[i])]
   if ARGV[i + 2] == '' then
     redis.call('HDEL', hash, ARGV[i + 1])
@@ -48,7 +45,7 @@ for i = 2, #ARGV, 3 do
   end
 end
 local version = redis.call('INCR', KEYS[1])
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version)
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version, unpack(ARGV, 3, 2 + fields))
 return version
 """)
 
@@ -72,18 +69,15 @@ class Registry:
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
+        self._reader = SnapshotReader(connection, keys)
 
     async def snapshot(self) -> Snapshot:
-        keys = self._keys
-        reply = await self._connection.run_script(
-            _SNAPSHOT, [keys.version, keys.backends, keys.endpoints], [], repeat=True
-        )
-        version, backends, endpoints = reply
-        return Snapshot(
-            int(version),
-            {tag: read_record(BackendRecord, tag, record) for tag, record in parse_objects(backends).items()},
-            {name: read_record(EndpointRecord, name, record) for name, record in parse_objects(endpoints).items()},
-        )
+        """Return the present snapshot: the same object as last time if nothing changed.
+
+        Raises:
+            WireError: a record cannot be read.
+        """
+        return await self._reader.read()
 
     async def change(self, decide: Callable[[Snapshot], Change]) -> int:
         """Write the change that ``decide`` returns for the current snapshot; return the version that includes it.
@@ -99,13 +93,14 @@ class Registry:
         while True:
             seen = await self.snapshot()
             change = decide(seen)
-            args: list[Arg] = [seen.version]
+            if not change.backends and not change.endpoints:
+                return seen.version
+            fields = fields_of(change)
+            args: list[Arg] = [seen.version, len(fields), *fields]
             for tag, backend in change.backends.items():
                 args += [2, tag, b"" if backend is None else orjson.dumps(asdict(backend))]
             for name, endpoint in change.endpoints.items():
                 args += [3, name, b"" if endpoint is None else orjson.dumps(asdict(endpoint))]
-            if len(args) == 1:
-                return seen.version
             version = await self._connection.run_script(
                 _CHANGE, [keys.version, keys.backends, keys.endpoints, keys.feed], args
             )

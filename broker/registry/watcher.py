@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import cast
 
 from ..errors import BrokerUnavailable, PenstockError
 from ..transport.connection import RedisConnection
@@ -23,8 +22,8 @@ log = logging.getLogger(__name__)
 class Watcher:
     """Keeps ``snapshot`` up to date with the registry.
 
-    Reads the feed with a blocking read on a connection of its own. It takes a whole snapshot whenever the feed has a
-    new entry, after each reconnect, and at least every `BLOCK_MS`, so that a missed entry does no harm.
+    Reads the feed with a blocking read on a connection of its own. It takes a snapshot whenever the feed has a new
+    entry, after each reconnect, and at least every `BLOCK_MS`, so that a missed entry does no harm.
     """
 
     def __init__(self, url: str, registry: Registry, keys: Keys) -> None:
@@ -44,11 +43,10 @@ class Watcher:
             BrokerRefused: the broker answered with an error, such as a missing permission.
         """
         await self._feed.open()
-        position = await self._read_position()
         # A user without the permission to read the feed must fail here, and not keep an old snapshot for ever.
         await self._feed.send("XREAD", "COUNT", 1, "STREAMS", self._keys.feed, "$", repeat=True)
         await self.refresh()
-        self._task = asyncio.get_running_loop().create_task(self._follow(position), name="registry watcher")
+        self._task = asyncio.get_running_loop().create_task(self._follow(), name="registry watcher")
 
     async def close(self) -> None:
         if self._task is not None:
@@ -87,17 +85,12 @@ class Watcher:
         except asyncio.TimeoutError:
             pass
 
-    async def _read_position(self) -> bytes:
-        last = await self._feed.send("XREVRANGE", self._keys.feed, "+", "-", "COUNT", 1, repeat=True)
-        return cast(bytes, last[0][0]) if last else b"0"
-
-    async def _follow(self, position: bytes) -> None:
+    async def _follow(self) -> None:
         while True:
             try:
+                # Not the id that the last read returned: a feed that was created again can have lower ones.
+                position = self.snapshot.place.entry or b"0"
                 await self._feed.send("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._keys.feed, position)
-                # Do not take the id from the reply: a feed that was created again can have lower ids than the last one.
-                # Read the id before the snapshot, so that no change between the two is missed.
-                position = await self._read_position()
                 await self.refresh()
             except BrokerUnavailable:
                 await asyncio.sleep(0.2)  # the connection reconnects by itself
@@ -112,9 +105,9 @@ class Watcher:
             BrokerUnavailable: the broker cannot be reached.
         """
         fresh = await self._registry.snapshot()
-        if fresh == self.snapshot:  # not the version alone: after an erase it counts from 1 again
+        last, self.snapshot = self.snapshot, fresh
+        if fresh == last:
             return
-        self.snapshot = fresh
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         for listener in self._listeners:

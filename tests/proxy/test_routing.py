@@ -3,7 +3,7 @@ from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, strategies as st
-from starlette.routing import Match as StarletteMatch, Route
+from starlette.routing import Match as StarletteMatch, Route, compile_path as starlette_compile
 
 from penstock.broker.errors import ConfigError
 from penstock.broker.registry.records import EndpointRecord
@@ -331,6 +331,42 @@ def test_a_narrower_route_is_never_hidden_by_a_wider_one(data: st.DataObject) ->
 
 def _any_order(of: Iterable[EndpointRecord]) -> st.SearchStrategy[list[EndpointRecord]]:
     return st.permutations(list(of))
+
+
+@given(st.data())
+def test_routes_that_follow_changes_are_those_of_the_last_snapshot(data: st.DataObject) -> None:
+    some = data.draw(st.lists(patterns(), min_size=1, max_size=4))
+    spellings = st.none() | st.sampled_from([*map(spelled, some), "/literal", "/{x:nosuch}"])
+    methods = st.sampled_from([("GET",), ("POST",), ("GET", "POST")])
+    snapshot: dict[str, EndpointRecord] = {}
+    followed = Routes()
+    for _ in range(data.draw(st.integers(1, 5))):
+        changes = data.draw(st.dictionaries(st.sampled_from("abcd"), st.none() | st.tuples(spellings, methods)))
+        snapshot = {name: one for name, one in snapshot.items() if name not in changes}
+        for name, change in changes.items():
+            if change is not None:
+                snapshot[name] = EndpointRecord(name=name, route=change[0], methods=change[1])
+        followed = Routes(snapshot.values(), followed)
+    whole = Routes(snapshot.values())
+    assert followed.listing() == whole.listing()
+    for path in ("/literal", *(data.draw(paths(parts)) for parts in some)):
+        for method in ("GET", "POST", "PUT"):
+            assert followed.match(method, path) == whole.match(method, path)
+
+
+def test_a_route_that_did_not_change_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_path(path: str) -> object:
+        compiled.append(path)
+        return starlette_compile(path)
+
+    monkeypatch.setattr("penstock.proxy.routing.compile_path", compile_path)
+    before = {name: endpoint(f"/{name}/{{x}}", name=name) for name in "abc"}
+    first = Routes(before.values())
+    after = {**before, "b": endpoint("/other/{x}", name="b")}
+    assert found(Routes(after.values(), first).match("GET", "/other/1")).endpoint.name == "b"
+    assert compiled == ["/a/{x}", "/b/{x}", "/c/{x}", "/other/{x}"]
 
 
 @given(st.data())
