@@ -34,7 +34,7 @@ def encode(value: object, *, allow_pickle: bool = False) -> tuple[str, bytes]:
                 return "text", value.encode()
             except UnicodeEncodeError:
                 pass  # a lone surrogate, which JSON escapes
-        return "json", exact_json.dumps(value)
+        return "json", exact_json.compact(exact_json.dumps(value))  # callers keep it until the reply arrives
     except TypeError as e:
         if not allow_pickle:
             raise TypeError(f"a {exact_json.name_of(type(value))} cannot be sent ({e})") from None

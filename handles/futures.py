@@ -32,9 +32,10 @@ _has_warned = False
 
 
 class AsyncReplyFuture(asyncio.Future[Any]):
-    """The future of a reply in an event loop. Made by `new_reply_future`."""
+    """The future of a reply in an event loop. Made by `new_reply_future`, which sets its ``call``."""
 
-    call: Call | None = None
+    __slots__ = ("call",)
+    call: Call | None
     """The call, until it is over: the two refer to each other, which would leave them to the garbage collector."""
 
     def cancel(self, msg: Any | None = None) -> bool:
@@ -89,9 +90,10 @@ class KeptReplyFuture(asyncio.Future[Any]):
 class _CheckedReplyFuture(AsyncReplyFuture):
     """A future that warns when it is dropped without being read: the second ``await`` was probably forgotten."""
 
-    endpoint = ""
+    __slots__ = ("_is_read", "endpoint")
+    endpoint: str
     """Name of the called endpoint, for the warning."""
-    _is_read = False
+    _is_read: bool
 
     def __await__(self) -> Generator[Any, None, Any]:
         self._is_read = True
@@ -141,9 +143,11 @@ def new_reply_future(endpoint: str, loop: asyncio.AbstractEventLoop) -> AsyncRep
     """
     number = next(_numbers)
     if _has_warned or (number >= _ALWAYS_CHECKED and number % _CHECKED_SHARE):
-        return AsyncReplyFuture(loop=loop)
-    future = _CheckedReplyFuture(loop=loop)
-    future.endpoint = endpoint
+        future = AsyncReplyFuture(loop=loop)
+    else:
+        future = checked = _CheckedReplyFuture(loop=loop)
+        checked.endpoint, checked._is_read = endpoint, False
+    future.call = None
     return future
 
 

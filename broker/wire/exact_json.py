@@ -19,6 +19,9 @@ from typing import Any, cast
 
 import orjson
 
+_COMPACTED_BYTES = 64 * 1024
+"""Longer ones are not copied: of a large allocation, only what was written takes memory."""
+
 _LONG_DIGITS = 19
 """Integers of fewer digits fit into 64 bits, so orjson reads them exactly."""
 _LONG_NUMBER = b"0" * _LONG_DIGITS
@@ -60,6 +63,14 @@ def dumps(value: object) -> bytes:
         return orjson.dumps(value, _default)
     except TypeError:
         return _dump_exactly(value)
+
+
+def compact(written: bytes) -> bytes:
+    """Return what `dumps` or orjson has written, in as much memory as it needs; for bytes that are kept for a while.
+
+    orjson allocates at least 4 KiB, and up to eight times of what it writes.
+    """
+    return b"%b" % written if len(written) <= _COMPACTED_BYTES else written
 
 
 def name_of(kind: type[Any]) -> str:

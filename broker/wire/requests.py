@@ -93,7 +93,7 @@ class Header:
         if self.scope:
             members["scope"] = self.scope
         try:
-            return orjson.dumps(members)
+            return exact_json.compact(orjson.dumps(members))
         except TypeError:  # keyword arguments with long integers or lone surrogates
             return exact_json.dumps(members)
 

@@ -129,6 +129,7 @@ class Call:
         self.timeout_s = 0.0
         """Timeout in seconds; 0 for none."""
         self.acceptance: asyncio.Future[None] | None = None
+        """The future of `accepted`, if something waits for it."""
         self.spans: CallSpans | None = None
         """The spans of the call, if this process records spans."""
 
@@ -164,8 +165,10 @@ class Call:
     def accept(self, entry: bytes) -> None:
         """Record that the request is on its stream, as ``entry``."""
         self.entry, self.fate_unknown = entry, False
-        if self.acceptance is not None and not self.acceptance.done():
-            self.acceptance.set_result(None)
+        if self.acceptance is not None:
+            if not self.acceptance.done():
+                self.acceptance.set_result(None)
+            self.acceptance = None  # a call may be in flight for long
 
     def conclude(self, outcome: Reply | BaseException) -> None:
         """End the call. Only `CallsInFlight` calls this, once, after it has removed the call."""
