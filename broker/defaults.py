@@ -1,7 +1,7 @@
 """Defaults of ``redis_url`` and ``instance``: those of the process's own instance, else those of the environment.
 
 Replicas and proxies belong to an instance. Their URL may contain a password, so it is kept in memory and removed from
-the environment, which the processes that user code starts would inherit.
+the environment, which the processes that user code starts would inherit. So is the admin token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ REPLICA_REDIS_URL = "PENSTOCK_REPLICA_REDIS_URL"
 """The environment variable with the broker's URL for replicas, with a Redis user of their own."""
 PROXY_REDIS_URL = "PENSTOCK_PROXY_REDIS_URL"
 """The environment variable with the broker's URL for proxies, with a Redis user of their own."""
+ADMIN_TOKEN = "PENSTOCK_ADMIN_TOKEN"
+"""The environment variable with the ``admin_token`` of a ``serve.start`` that has an ``admin_port``."""
 DEFAULT_INSTANCE = "default"
 
 
@@ -37,10 +39,10 @@ def adopt_environment(environment: Mapping[str, str]) -> None:
 
 
 def belong_to(url: str, instance: str) -> None:
-    """Make these the defaults of this process, and remove the URLs of brokers from its environment."""
+    """Make these the defaults of this process, and remove the URLs of brokers and the token from its environment."""
     global _own
     _own = _Own(url, instance)
-    for name in (REDIS_URL, REPLICA_REDIS_URL, PROXY_REDIS_URL):
+    for name in (REDIS_URL, REPLICA_REDIS_URL, PROXY_REDIS_URL, ADMIN_TOKEN):
         os.environ.pop(name, None)
     os.environ[INSTANCE] = instance  # not a secret, and useful to commands that user code starts
 

@@ -13,6 +13,7 @@ from ..runtime.notebooks import NotebookTable
 from . import background_loop
 from ._tracebacks import short_traceback
 from .calls.call import queue_limits
+from .calls.request_client import RequestClient
 from .calls.shared_client import SharedClient
 from .errors import BackendNotFound, BrokerFull, ConfigError, Overloaded, PenstockError
 
@@ -58,7 +59,7 @@ class DeadLetters(NotebookTable):
         """
         letter = background_loop.run(self._with_stream(lambda stream: stream.get(_check_id(id_))))
         if letter is None:
-            raise self._not_found(id_)
+            raise _not_found(self.tag, id_)
         return letter
 
     @short_traceback
@@ -75,8 +76,7 @@ class DeadLetters(NotebookTable):
     @short_traceback
     def drop(self, id_: str) -> None:
         """Delete one dead letter. Raises what `get` raises."""
-        if not background_loop.run(self._with_stream(lambda stream: stream.drop(_check_id(id_)))):
-            raise self._not_found(id_)
+        background_loop.run(self._with_client(drop_letter, id_))
 
     @short_traceback
     def replay(self, id_: str) -> None:
@@ -93,34 +93,47 @@ class DeadLetters(NotebookTable):
             BackendNotFound: the backend was deleted.
             Overloaded: the backend's queue is full, or the broker is out of memory.
         """
-        background_loop.run(self._replay(_check_id(id_)))
+        background_loop.run(self._with_client(replay_letter, id_))
 
-    async def _replay(self, id_: str) -> None:
+    async def _with_client(self, work: Callable[[RequestClient, str, str], Coroutine[Any, Any, T]], id_: str) -> T:
         async with SharedClient.using(self._url, self._keys.instance) as client:
-            snapshot = await client.registry.snapshot()
-            if self.tag not in snapshot.backends:
-                raise BackendNotFound(self.tag, snapshot.backends)
-            limits = queue_limits(snapshot.backends[self.tag], batch=True)
-            stream = client.dead_letter_stream(self.tag)
-            letter = await stream.get(id_)
-            try:
-                result = None if letter is None else await stream.replay(letter, limits.requests, limits.bytes)
-            except BrokerFull:
-                raise Overloaded(self.tag, 0, limits.requests) from None
-            if letter is None or result is None:
-                raise self._not_found(id_)
-            if isinstance(result, QueueFull):
-                if result.in_bytes:
-                    size_bytes = 0 if letter.entry is None else letter.entry.size_bytes
-                    raise Overloaded(self.tag, result.depth, limits.bytes, result.retry_after_s, size_bytes)
-                raise Overloaded(self.tag, result.depth, limits.requests)
+            return await work(client, self.tag, id_)
 
     async def _with_stream(self, work: Callable[[DeadLetterStream], Coroutine[Any, Any, T]]) -> T:
         async with SharedClient.using(self._url, self._keys.instance) as client:
             return await work(client.dead_letter_stream(self.tag))
 
-    def _not_found(self, id_: str) -> PenstockError:
-        return PenstockError(f"backend {self.tag!r} has no dead letter {id_!r}")
+
+async def drop_letter(client: RequestClient, tag: str, id_: str) -> None:
+    """Delete one dead letter of the backend ``tag``; see `DeadLetters.drop`."""
+    if not await client.dead_letter_stream(tag).drop(_check_id(id_)):
+        raise _not_found(tag, id_)
+
+
+async def replay_letter(client: RequestClient, tag: str, id_: str) -> None:
+    """Queue the request of a dead letter of the backend ``tag`` again; see `DeadLetters.replay`."""
+    _check_id(id_)
+    snapshot = await client.registry.snapshot()
+    if tag not in snapshot.backends:
+        raise BackendNotFound(tag, snapshot.backends)
+    limits = queue_limits(snapshot.backends[tag], batch=True)
+    stream = client.dead_letter_stream(tag)
+    letter = await stream.get(id_)
+    try:
+        result = None if letter is None else await stream.replay(letter, limits.requests, limits.bytes)
+    except BrokerFull:
+        raise Overloaded(tag, 0, limits.requests) from None
+    if letter is None or result is None:
+        raise _not_found(tag, id_)
+    if isinstance(result, QueueFull):
+        if result.in_bytes:
+            size_bytes = 0 if letter.entry is None else letter.entry.size_bytes
+            raise Overloaded(tag, result.depth, limits.bytes, result.retry_after_s, size_bytes)
+        raise Overloaded(tag, result.depth, limits.requests)
+
+
+def _not_found(tag: str, id_: str) -> PenstockError:
+    return PenstockError(f"backend {tag!r} has no dead letter {id_!r}")
 
 
 def _check_id(id_: object) -> str:

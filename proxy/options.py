@@ -29,6 +29,8 @@ class ProxyOptions:
     root_path: str = ""
     admin_port: int | None = None
     admin_host: str = "127.0.0.1"
+    admin_token: str | None = None
+    """The digest of the token."""
     ray_serve_metrics: bool = False
     debug: bool = False
     access_log: bool = False

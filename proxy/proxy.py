@@ -34,6 +34,7 @@ from .middleware import wrap
 from .options import ProxyOptions
 from .pages.admin import AdminApp, AdminPort
 from .pages.dashboard import Dashboard
+from .pages.dead_letters import DeadLetterPages
 from .pages.metrics_page import ProxyIdentity
 from .server import PortInUse, Server, is_wildcard
 
@@ -162,7 +163,7 @@ class Proxy:
             sharing = asyncio.get_running_loop().create_task(app.metrics_page.share_until_cancelled(), name="metrics")
             self._cleanup.push_async_callback(self._end_sharing, sharing, app)
         if options.admin_port is not None:
-            dashboard = Dashboard(client)
+            dashboard = Dashboard(client, DeadLetterPages(client, options.admin_token))
             admin = AdminPort(
                 AdminApp(app.admin_page, dashboard),
                 options.admin_host,

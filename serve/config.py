@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from ..broker.errors import ConfigError
 from ..broker.registry.records import DEFAULTS, AutoscalingSpec, BackendSpec, RetrySpec
 from ..proxy.options import DEFAULTS as PROXY_DEFAULTS
+from ..proxy.pages.admin_token import digest_of
 
 Location = Literal["HeadOnly", "EveryNode", "NoServer"]
 
@@ -312,6 +313,14 @@ class HTTPOptions(_Config):
     admin_host: Annotated[str, Field(min_length=1)] = PROXY_DEFAULTS.admin_host
     """The address on which ``admin_port`` listens: by default this machine alone."""
 
+    admin_token: Annotated[str, AfterValidator(digest_of)] | None = PROXY_DEFAULTS.admin_token
+    """The token with which the dashboard replays and drops dead letters; without one it changes nothing.
+
+    At least 16 characters, or ``"sha256:"`` and the digest of such a token in hexadecimal digits. Only the digest is
+    kept: it is what this field has after the construction. By default ``PENSTOCK_ADMIN_TOKEN`` where ``serve.start`` is
+    called, if there is an ``admin_port``.
+    """
+
     ray_serve_metrics: bool = PROXY_DEFAULTS.ray_serve_metrics
     """Whether ``/-/metrics`` also has metrics under the names of Ray Serve."""
 
@@ -322,9 +331,11 @@ class HTTPOptions(_Config):
     """Whether proxies log a line for each request: method, path, status, milliseconds, request id and backend."""
 
     @model_validator(mode="after")
-    def _ports_differ(self) -> HTTPOptions:
+    def _admin_options_fit(self) -> HTTPOptions:
         if self.admin_port and self.admin_port == self.port:
             raise ConfigError(f"HTTPOptions.admin_port must differ from port ({self.port}), or be None to share it")
+        if self.admin_token is not None and self.admin_port is None:
+            raise ConfigError("HTTPOptions.admin_token is for the dashboard, which is on admin_port: give that too")
         return self
 
     @model_validator(mode="after")

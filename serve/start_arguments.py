@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..broker.defaults import default_instance, default_url
+from ..broker.defaults import ADMIN_TOKEN, default_instance, default_url
 from ..broker.errors import ConfigError
 from ..broker.transport.dial import user_of
 from ..broker.transport.url import REDIS_URL, shown_url
@@ -57,7 +57,7 @@ class StartArguments:
     ) -> StartArguments:
         """Return the arguments with their defaults. Raises TypeError and `ConfigError`."""
         name = instance_name(instance)
-        http = HTTPOptions.parse(http_options, "http_options")
+        http = _with_token(HTTPOptions.parse(http_options, "http_options"))
         url = broker_url(redis_url)
         _check_broker(url, detached, data_dir)
         memory_bytes = check_memory(url, max_memory_bytes)
@@ -94,6 +94,17 @@ class StartArguments:
                     sock.close()
         except PortInUse as e:
             raise ConfigError(str(e)) from None
+
+
+def _with_token(http: HTTPOptions) -> HTTPOptions:
+    """Return options with the admin token of the environment, where they need one."""
+    token = os.environ.get(ADMIN_TOKEN)
+    if not token or http.admin_port is None or http.admin_token is not None:
+        return http
+    try:
+        return http.merged({"admin_token": token}, "http_options")
+    except ConfigError as e:
+        raise ConfigError(f"{e} (it is that of {ADMIN_TOKEN})") from None
 
 
 def instance_name(given: str | None) -> str:

@@ -19,7 +19,7 @@ class _Table(NamedTuple):
 
 
 class Status(dict[str, Any]):
-    """``{"backends": {tag: …}, "endpoints": {…}, "proxies": {…}, "controller": "alive", "warnings": […]}``.
+    """``{"backends": {tag: …}, "endpoints": {…}, "proxies": {…}, "controller": "alive", "warnings": […], …}``.
 
     Printed, or shown by an interactive interpreter or a notebook, it is a table, which ``penstock status`` shows as
     well.
@@ -40,6 +40,11 @@ class Status(dict[str, Any]):
     - ``mean_run_ms``: the mean run time of a request in milliseconds.
 
     Fields of an endpoint are those of `Client.list_endpoints`; of a proxy: ``node``, ``url``, ``state`` and ``pid``.
+
+    ``submitted`` has the numbers of submitted requests, and of those with an idempotency key, by endpoint and state;
+    those in a final state are counted since the backend was created. ``jobs`` has the batch jobs whose results have not
+    expired, each with ``job``, its name, ``endpoint``, ``state`` (``running``, ``finished``, ``failed`` or
+    ``stopped``), ``done``, ``errors`` and ``total``: numbers of items.
 
     ``controller`` is ``"alive"``, ``"away"`` or ``"waiting for Ray's head"``. Unless it is alive, running replicas and
     proxies serve, and changes are not carried out.
@@ -83,6 +88,19 @@ class Status(dict[str, Any]):
                 (p.get("node", "")[:12], name, p.get("url") or "-", p.get("state", "")) for name, p in proxies.items()
             ]
             parts.append(_Table(("node", "proxy", "url", "state"), sorted(rows)))
+        if jobs := self.get("jobs"):
+            rows = [
+                (
+                    job["job"],
+                    job["endpoint"],
+                    job["state"],
+                    f"{job['done']}",
+                    f"{job['total'] or '-'}",
+                    f"{job['errors']}",
+                )
+                for job in jobs.values()
+            ]
+            parts.append(_Table(("job", "endpoint", "state", "done", "of", "errors"), sorted(rows)))
         if self["controller"] != "alive":
             parts.append(f"the controller is {self['controller']}: running replicas serve, and changes wait")
         parts += [f"warning: {warning}" for warning in self.get("warnings", ())]

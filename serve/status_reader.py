@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -10,8 +10,9 @@ from typing import Any
 
 from ..broker.errors import ConfigError
 from ..broker.queue.stats import read_stats
-from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
+from ..broker.registry.reports import BackendStatus, ControllerReport, JobReport, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry
+from ..broker.results.counts import read_kept_counts, sum_by_endpoint
 from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
@@ -33,15 +34,18 @@ class StatusReader:
         registry = self._registry
         proxies = await registry.get_reports(ProxyReport)
         replicas = await registry.get_reports(ReplicaReport)
+        backends = {
+            tag: await self._describe(tag, status)
+            for tag, status in (await registry.get_reports(BackendStatus)).items()
+        }
         return Status(
-            backends={
-                tag: await self._describe(tag, status)
-                for tag, status in (await registry.get_reports(BackendStatus)).items()
-            },
+            backends=backends,
             proxies={name: asdict(report) for name, report in proxies.items()},
             controller=await self._controller(),
             warnings=warnings(await registry.get_settings(), proxies.values(), replicas.values()),
             endpoints=describe_endpoints(await registry.snapshot()),
+            submitted=await self._submitted(backends),
+            jobs=await self._jobs(),
         )
 
     async def has_owner(self) -> bool:
@@ -53,6 +57,24 @@ class StatusReader:
             return "away"
         report = (await self._registry.get_reports(ControllerReport)).get("controller")
         return "alive" if report is None else f"waiting for {report.waits_for}"
+
+    async def _submitted(self, backends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+        return sum_by_endpoint(
+            [
+                await read_kept_counts(
+                    self._connection, self._keys, tag, unsettled=backend["queued"] + backend["in_progress"]
+                )
+                for tag, backend in backends.items()
+            ]
+        )
+
+    async def _jobs(self) -> dict[str, dict[str, Any]]:
+        now_ms = self._connection.now_ms()
+        return {
+            name: {**asdict(report), "state": report.state_at(now_ms)}
+            for name, report in (await self._registry.get_reports(JobReport)).items()
+            if not report.has_expired(now_ms)
+        }
 
     async def _describe(self, tag: str, status: BackendStatus) -> dict[str, Any]:
         backend_stats = await read_stats(self._connection, self._keys, tag)

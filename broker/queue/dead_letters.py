@@ -17,8 +17,8 @@ from ...runtime.notebooks import NotebookTable
 from ..errors import PenstockError, WireError
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
-from ..wire._fields import KEEP_FIELD, SIZE_FIELD
-from ..wire.kept import PENDING_S, QUEUED
+from ..wire._fields import BODY_FIELD, KEEP_FIELD, SIZE_FIELD
+from ..wire.kept import PENDING_S, QUEUED, RUNNING
 from ..wire.keys import Keys
 from ..wire.requests import Entry
 from .group.dead_letter_writer import HISTORY
@@ -28,7 +28,8 @@ from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
 _PAGE = 100
 
 # Moves a dead letter to the batch stream, if the queue has room. KEYS: the dead letters, the interactive stream, the
-# batch stream, the records of sizes, and of a kept request its record, its result and the body of that. ARGV: the
+# batch stream, the records of sizes, and of a kept request its record, its result, the body of that, and the counts of
+# kept requests. ARGV: the
 # letter's id, the limit of requests, the limit of bytes, the request's bytes; 1 for a kept request, its endpoint, its
 # X-Request-Id, milliseconds until its record expires, the beginning of idempotency keys; then the fields of the entry.
 # Returns the id of the new entry, and the digest of the idempotency key or nothing; or for a refused request the number
@@ -56,6 +57,9 @@ if ARGV[5] == '0' then return {{id}} end
 local time = redis.call('TIME')
 redis.call('DEL', KEYS[6], KEYS[7])
 redis.call('HDEL', KEYS[5], 'finished', 'error', 'progress')
+local before = redis.call('HGET', KEYS[5], 'status')
+if before == '{RUNNING}' then redis.call('HINCRBY', KEYS[8], '{RUNNING}:' .. ARGV[6], -1) end
+if before ~= '{QUEUED}' then redis.call('HINCRBY', KEYS[8], '{QUEUED}:' .. ARGV[6], 1) end
 redis.call('HSET', KEYS[5], 'status', '{QUEUED}', 'endpoint', ARGV[6], 'request_id', ARGV[7], 'entry', 'b' .. id)
 if redis.call('HEXISTS', KEYS[5], 'created') == 0 then
   redis.call('HSET', KEYS[5], 'created', time[1] .. string.sub('000000' .. time[2], -6, -4))
@@ -65,6 +69,20 @@ local key = redis.call('HGET', KEYS[5], 'key')
 if not key or key == '' then return {{id}} end
 redis.call('PEXPIRE', ARGV[9] .. key, ARGV[8])
 return {{id, key}}
+""")
+
+
+# Returns the newest dead letters without their bodies, which may be large. KEYS: the dead letters. ARGV: their number.
+_NEWEST = Script(f"""#!lua flags=no-writes
+local out = {{}}
+for i, letter in ipairs(redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[1])) do
+  local fields = letter[2]
+  for at = 1, #fields, 2 do
+    if fields[at] == '{BODY_FIELD.decode()}' then fields[at + 1] = '' end
+  end
+  out[i] = {{letter[1], fields}}
+end
+return out
 """)
 
 
@@ -133,6 +151,11 @@ class DeadLetterStream:
                 yield _read(id_, fields)
             after = f"({page[-1][0].decode()}"
 
+    async def newest(self, count: int) -> list[DeadLetter]:
+        """Return at most ``count`` dead letters without their bodies, the newest first."""
+        found = await self._connection.run_script(_NEWEST, [self._key], [count], repeat=True)
+        return [_read(id_, fields) for id_, fields in found]
+
     async def get(self, id_: str) -> DeadLetter | None:
         """Return the dead letter of an id; None if there is none."""
         found = await self._connection.send("XRANGE", self._key, id_, id_, repeat=True)
@@ -182,6 +205,7 @@ class DeadLetterStream:
         keys, backend = self._keys, self._backend
         names = [self._key, keys.requests(backend), keys.batch(backend), keys.sizes(backend)]
         names += [keys.kept(backend, entry.id), keys.result(backend, entry.id), keys.result_body(backend, entry.id)]
+        names.append(keys.submitted(backend))
         args: list[Arg] = [letter.id, limit, limit_bytes, raw.size_bytes]
         args += [int(is_kept), entry.header.endpoint, entry.header.request_id, PENDING_S * 1000]
         args += [keys.idempotency_key(backend, ""), *fields]

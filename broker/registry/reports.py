@@ -1,7 +1,7 @@
-"""Reports of the processes of an instance on themselves, and of the controller on the backends.
+"""Reports of the processes of an instance on themselves, of the controller on the backends, and of jobs.
 
-The latest report of each process or backend is stored in the registry under its name. A report may outlive its process,
-until the controller deletes it.
+The latest report of each process, backend or job is stored in the registry under its name. A report may outlive its
+process, until the controller deletes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-ReportKind = Literal["replicas", "proxies", "backends", "controllers"]
+ReportKind = Literal["replicas", "proxies", "backends", "controllers", "jobs"]
 
 ReportedState = Literal["starting", "ready", "draining", "failed"]
 
@@ -107,5 +107,55 @@ class ControllerReport:
     waits_for: str = ""
 
 
-ReportT = TypeVar("ReportT", ReplicaReport, ProxyReport, BackendStatus, ControllerReport)
-Report = ReplicaReport | ProxyReport | BackendStatus | ControllerReport
+JobState = Literal["running", "finished", "failed", "stopped"]
+
+JOB_REPORT_S = 2.0
+"""Seconds between two reports of a job."""
+
+_SILENT_JOB_MS = 5 * JOB_REPORT_S * 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReport:
+    """The report of a batch job by its producer. It is kept for as long as the results of the job are."""
+
+    kind: ClassVar[ReportKind] = "jobs"
+
+    job: str
+    """Its name."""
+    endpoint: str
+    source: str = ""
+    """The file or directory of its items; "" for a Python iterable."""
+    state: JobState = "running"
+    """``stopped`` is a job whose producer ended before the job did: another one can continue it."""
+    done: int = 0
+    """Items that have a result, those of earlier producers included."""
+    errors: int = 0
+    """Those of them that failed."""
+    total: int | None = None
+    """All items; None while their number is not known."""
+    share: float | None = None
+    """How much of the input has been read, 0 to 1; None if that is not known."""
+    in_flight: int = 0
+    """Items that were sent and have no result."""
+    retried: int = 0
+    waits_for: str | None = None
+    """See ``BatchProgress`` for these."""
+    started_ms: float = 0.0
+    """When this producer began. Times are Unix times in milliseconds, by the broker's clock."""
+    at_ms: float = 0.0
+    """When it reported."""
+    ttl_s: float = 0.0
+    """Seconds for which the results are kept after that."""
+
+    def state_at(self, now_ms: float) -> JobState:
+        """Return the state at a time: a job without reports is no longer running."""
+        return "stopped" if self.state == "running" and now_ms - self.at_ms > _SILENT_JOB_MS else self.state
+
+    def has_expired(self, now_ms: float) -> bool:
+        """Return whether the results of the job are gone."""
+        return now_ms - self.at_ms > self.ttl_s * 1000
+
+
+ReportT = TypeVar("ReportT", ReplicaReport, ProxyReport, BackendStatus, ControllerReport, JobReport)
+Report = ReplicaReport | ProxyReport | BackendStatus | ControllerReport | JobReport

@@ -21,7 +21,7 @@ from ..wire._fields import LARGEST
 from ..wire.keys import Keys
 from .json_records import parse_objects, read_record
 from .records import Change, Snapshot
-from .reports import Report, ReportT
+from .reports import JobReport, Report, ReportT
 from .snapshot_reader import SnapshotReader, fields_of
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,13 @@ class Registry:
 
     async def delete_report(self, kind: type[Report], name: str) -> None:
         await self._connection.send("HDEL", self._keys.reports(kind.kind), name, repeat=True)
+
+    async def forget_expired_jobs(self) -> None:
+        """Delete the reports of jobs whose results have expired."""
+        now_ms = self._connection.now_ms()
+        for name, report in (await self.get_reports(JobReport)).items():
+            if report.has_expired(now_ms):
+                await self.delete_report(JobReport, name)
 
     async def get_settings(self) -> dict[str, Any] | None:
         """Return the settings that the instance was started with, or None if there is no such instance."""

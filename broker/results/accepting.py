@@ -29,6 +29,7 @@ from ..wire._fields import (
 from ..wire.kept import CANCELLED, FAILED, PENDING_S, QUEUED, SUCCEEDED
 from ..wire.keys import Keys
 from ..wire.requests import RawEntry
+from .counts import ADD_MOVED
 from .space import NOW, RECORD_BYTES, SWEEP
 
 IS_FINAL = f"local is_final = {{{SUCCEEDED} = true, {FAILED} = true, {CANCELLED} = true}}"
@@ -47,12 +48,12 @@ _PER_ENTRY = 10
 """The arguments of `_ACCEPT` for each request."""
 
 # Accepts kept requests, or attaches their waiters to the requests that hold their keys. KEYS: the interactive stream,
-# the batch stream, the records of sizes, the space; then for each request its record and its idempotency key (or the
-# record again). ARGV: the limit of requests, the limit of bytes, the limit of the space, milliseconds until a record
-# expires, the beginning of the keys of records; then for each request its id, its header, the name and the value of its
-# body field (of a large body its length), the most bytes of a streamed result, the fingerprint and the digest of the
-# key (empty without one), the endpoint, the X-Request-Id, the waiter (or empty). Returns for each what happened, then
-# the id and state of the request, or the numbers of the refusal.
+# the batch stream, the records of sizes, the space, the counts; then for each request its record and its idempotency
+# key (or the record again). ARGV: the limit of requests, the limit of bytes, the limit of the space, milliseconds until
+# a record expires, the beginning of the keys of records; then for each request its id, its header, the name and the
+# value of its body field (of a large body its length), the most bytes of a streamed result, the fingerprint and the
+# digest of the key (empty without one), the endpoint, the X-Request-Id, the waiter (or empty). Returns for each what
+# happened, then the id and state of the request, or the numbers of the refusal.
 _ACCEPT = Script(f"""#!lua
 {NOW}
 {WATCH}
@@ -61,6 +62,7 @@ local limit, limit_bytes, limit_space = tonumber(ARGV[1]), tonumber(ARGV[2]), to
 local depth = redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2])
 local total = tonumber(redis.call('HGET', KEYS[3], 'total') or 0)
 local taken = tonumber(redis.call('HGET', KEYS[4], 'total') or 0)
+local counts, moved = KEYS[5], {{}}
 
 local function accept(record, key, id, header, name, value, keep, fingerprint, digest, endpoint, request_id, waiter)
   local holder = id
@@ -130,14 +132,17 @@ local function accept(record, key, id, header, name, value, keep, fingerprint, d
   end
   redis.call('HSET', record, unpack(known))
   redis.call('PEXPIRE', record, ARGV[4])
+  local counted = '{QUEUED}:' .. endpoint
+  moved[counted] = (moved[counted] or 0) + 1
   return {{'{_ACCEPTED.decode()}', id, '{QUEUED}'}}
 end
 
 local out = {{}}
 for n = 0, (#ARGV - 5) / {_PER_ENTRY} - 1 do
   local at = 5 + {_PER_ENTRY} * n
-  out[n + 1] = accept(KEYS[5 + 2 * n], KEYS[6 + 2 * n], unpack(ARGV, at + 1, at + {_PER_ENTRY}))
+  out[n + 1] = accept(KEYS[6 + 2 * n], KEYS[7 + 2 * n], unpack(ARGV, at + 1, at + {_PER_ENTRY}))
 end
+{ADD_MOVED}
 return out
 """)
 
@@ -270,6 +275,7 @@ class KeptAdmission:
     def _accept_together(self, limits: _Limits, pending: list[_Pending]) -> None:
         keys, backend = self._keys, limits.backend
         names = [keys.requests(backend), keys.batch(backend), keys.sizes(backend), keys.results_space(backend)]
+        names.append(keys.submitted(backend))
         prefix = keys.kept(backend, "")
         args: list[Arg] = [limits.requests, limits.bytes, limits.space, PENDING_S * 1000, prefix]
         is_bulky = False

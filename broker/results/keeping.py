@@ -20,6 +20,7 @@ from ..wire.entry_ref import id_of, is_batch
 from ..wire.kept import PENDING_S, QUEUED, RUNNING
 from ..wire.keys import Keys
 from .accepting import IS_FINAL
+from .counts import ADD_MOVED
 from .space import CHARGE, NOW, RECORD_BYTES, SWEEP_ONCE
 
 log = logging.getLogger(__name__)
@@ -35,21 +36,29 @@ local function add_started(fields, now, created, old_deliveries, old_attempts, s
 end
 """
 
-# Marks requests as running. KEYS: their records. ARGV: the replica, milliseconds until a record expires; then for each
-# request the time of its last start, and how many deliveries and attempts have begun since the last call.
+# Marks requests as running. KEYS: the counts, and the records of the requests. ARGV: the replica, milliseconds until a
+# record expires; then for each request the time of its last start, and how many deliveries and attempts have begun
+# since the last call.
 _START = Script(f"""#!lua flags=allow-oom
 {NOW}
 {STARTED}
-for i, record in ipairs(KEYS) do
-  local held = redis.call('HMGET', record, 'status', 'created', 'deliveries', 'attempts', 'progress')
+local counts, moved = KEYS[1], {{}}
+for i = 1, #KEYS - 1 do
+  local record = KEYS[i + 1]
+  local held = redis.call('HMGET', record, 'status', 'created', 'deliveries', 'attempts', 'progress', 'endpoint')
   if held[1] == '{QUEUED}' or held[1] == '{RUNNING}' then
     local fields = {{'status', '{RUNNING}', 'replica', ARGV[1]}}
     add_started(fields, now, held[2], held[3], held[4], ARGV[3 * i], ARGV[3 * i + 1], ARGV[3 * i + 2])
     redis.call('HSET', record, unpack(fields))
     if held[5] then redis.call('HDEL', record, 'progress') end
     redis.call('PEXPIRE', record, ARGV[2])
+    if held[1] == '{QUEUED}' then
+      local before, after = '{QUEUED}:' .. (held[6] or ''), '{RUNNING}:' .. (held[6] or '')
+      moved[before], moved[after] = (moved[before] or 0) - 1, (moved[after] or 0) + 1
+    end
   end
 end
+{ADD_MOVED}
 return 0
 """)
 
@@ -63,23 +72,25 @@ _PER_OUTCOME = 14
 """The arguments of `_FINISH` for each request."""
 
 # Stores results and settles their entries. KEYS: the interactive stream, the batch stream, the records of sizes, the
-# space; then for each request its record, its result and the body of that. ARGV: group, replica, the beginning of
-# idempotency keys, milliseconds until a result expires; then for each request 1 for an entry of the batch stream, the
-# entry's id, its ref, 1 to settle it, the state, 1 to leave the key free, the error (or empty), the bytes of the
-# result, 1 for a large body, 1 for an entry with a record of its size, the time of its last start (0: it is written)
-# with the deliveries and attempts that have begun since that was written, and the result (empty: none). Returns for
-# each -1 if a large body is not there; else 1 if the outcome was stored (0: there was one), the digest of the key, and
-# the waiters. These stay on the record: sent again, the script returns them again.
+# space, the counts; then for each request its record, its result and the body of that. ARGV: group, replica, the
+# beginning of idempotency keys, milliseconds until a result expires; then for each request 1 for an entry of the batch
+# stream, the entry's id, its ref, 1 to settle it, the state, 1 to leave the key free, the error (or empty), the bytes
+# of the result, 1 for a large body, 1 for an entry with a record of its size, the time of its last start (0: it is
+# written) with the deliveries and attempts that have begun since that was written, and the result (empty: none).
+# Returns for each -1 if a large body is not there; else 1 if the outcome was stored (0: there was one), the digest of
+# the key, and the waiters. These stay on the record: sent again, the script returns them again.
 _FINISH = Script(f"""#!lua flags=allow-oom
 {NOW}
 {STARTED}
 {IS_FINAL}
 local prefix, ttl = ARGV[3], tonumber(ARGV[4])
 local settled, sized, kept_bytes = {{{{}}, {{}}}}, {{}}, 0
+local counts, moved = KEYS[5], {{}}
 
 local function finish(record, result_key, body, batch, id, ref, settles, state, frees, problem, size, is_large,
                       is_sized, started, deliveries, attempts, result)
-  local held = redis.call('HMGET', record, 'status', 'key', 'waiters', 'created', 'deliveries', 'attempts')
+  local held = redis.call('HMGET', record, 'status', 'key', 'waiters', 'created', 'deliveries', 'attempts',
+    'endpoint')
   local is_open = held[1] and not is_final[held[1]]
   if is_open and is_large == '1' and redis.call('EXISTS', body) == 0 then return -1 end
   if settles == '1' then
@@ -93,6 +104,8 @@ local function finish(record, result_key, body, batch, id, ref, settles, state, 
   if started ~= '0' then add_started(fields, now, held[4], held[5], held[6], started, deliveries, attempts) end
   redis.call('HSET', record, unpack(fields))
   redis.call('PEXPIRE', record, 2 * ttl)
+  local before, after = held[1] .. ':' .. (held[7] or ''), state .. ':' .. (held[7] or '')
+  moved[before], moved[after] = (moved[before] or 0) - 1, (moved[after] or 0) + 1
   if result ~= '' then
     redis.call('SET', result_key, result, 'PX', ttl)
     if is_large == '1' then redis.call('PEXPIRE', body, ttl) end
@@ -109,8 +122,9 @@ end
 local out = {{}}
 for n = 0, (#ARGV - 4) / {_PER_OUTCOME} - 1 do
   local at = 4 + {_PER_OUTCOME} * n
-  out[n + 1] = finish(KEYS[5 + 3 * n], KEYS[6 + 3 * n], KEYS[7 + 3 * n], unpack(ARGV, at + 1, at + {_PER_OUTCOME}))
+  out[n + 1] = finish(KEYS[6 + 3 * n], KEYS[7 + 3 * n], KEYS[8 + 3 * n], unpack(ARGV, at + 1, at + {_PER_OUTCOME}))
 end
+{ADD_MOVED}
 for s, ids in ipairs(settled) do
   if #ids > 0 then
     redis.call('XACK', KEYS[s], ARGV[1], unpack(ids))
@@ -185,13 +199,15 @@ class ResultWriter:
         self._connection, self._keys = connection, keys
         self._backend, self._replica = backend, replica
         self._shared = [keys.requests(backend), keys.batch(backend), keys.sizes(backend), keys.results_space(backend)]
+        self._counts = keys.submitted(backend)
+        self._shared.append(self._counts)
         self._key_prefix = keys.idempotency_key(backend, "")
         self._tick: dict[int, list[_Finishing]] = {}
         """The outcomes of this loop tick, by the expiry of their results."""
 
     def start(self, started: Sequence[tuple[str, Start]]) -> None:
         """Mark requests as running, by their ids."""
-        keys = [self._keys.kept(self._backend, id_) for id_, _ in started]
+        keys = [self._counts, *(self._keys.kept(self._backend, id_) for id_, _ in started)]
         args: list[Arg] = [self._replica, PENDING_S * 1000]
         for _, start in started:
             args += (start.started_ms, start.deliveries, start.attempts)

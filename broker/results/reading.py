@@ -13,6 +13,7 @@ from ..transport.connection import RedisConnection
 from ..wire.kept import CANCELLED, FINAL, STATUS_FIELDS, RequestStatus, Result, load_status, mark_of
 from ..wire.keys import Keys
 from .accepting import IS_FINAL, WATCH
+from .counts import ADD_MOVED
 from .space import CHARGE, NOW, RECORD_BYTES
 
 # Returns the status of a request. KEYS: the record, the result, the request streams. ARGV: the fields. Returns their
@@ -54,14 +55,14 @@ return out
 """)
 
 # Cancels a request: takes its entry off its stream. KEYS: the record, the interactive stream, the batch stream (where
-# the replay of a dead letter lies), the records of sizes, the space. ARGV: milliseconds until a result expires, the
-# beginning of idempotency keys. Returns the state before, and the ref of the entry; or nothing.
+# the replay of a dead letter lies), the records of sizes, the space, the counts. ARGV: milliseconds until a result
+# expires, the beginning of idempotency keys. Returns the state before, and the ref of the entry; or nothing.
 _CANCEL = Script(f"""#!lua flags=allow-oom
 {NOW}
 {CHARGE}
 {RELEASE}
 {IS_FINAL}
-local record = redis.call('HMGET', KEYS[1], 'status', 'entry', 'key')
+local record = redis.call('HMGET', KEYS[1], 'status', 'entry', 'key', 'endpoint')
 if not record[1] then return {{}} end
 if is_final[record[1]] then return {{record[1], record[2]}} end
 local ttl = tonumber(ARGV[1])
@@ -72,6 +73,9 @@ redis.call('HSET', KEYS[1], 'status', '{CANCELLED}', 'finished', now)
 redis.call('PEXPIRE', KEYS[1], 2 * ttl)
 charge(KEYS[5], now, ttl, {RECORD_BYTES})
 if record[3] and record[3] ~= '' then redis.call('PEXPIRE', ARGV[2] .. record[3], ttl) end
+local counts, endpoint = KEYS[6], record[4] or ''
+local moved = {{[record[1] .. ':' .. endpoint] = -1, ['{CANCELLED}:' .. endpoint] = 1}}
+{ADD_MOVED}
 return {{record[1], record[2]}}
 """)
 
@@ -143,6 +147,7 @@ class KeptReader:
                 keys.batch(backend),
                 keys.sizes(backend),
                 keys.results_space(backend),
+                keys.submitted(backend),
             ],
             [ttl_ms, keys.idempotency_key(backend, "")],
             repeat=True,

@@ -161,6 +161,10 @@ class Keys:
         """A hash: the bytes of a backend's kept requests and results; see ``broker/results/space.py``."""
         return f"{self._root}{{{backend}}}:results"
 
+    def submitted(self, backend: str) -> str:
+        """A hash: the numbers of a backend's kept requests; see ``broker/results/counts.py``."""
+        return f"{self._root}{{{backend}}}:submitted"
+
     def key_backend(self, digest: str) -> str:
         """A string: the backend that holds an idempotency key, by the digest of the key."""
         return f"{self._root}{{key:{digest}}}:backend"

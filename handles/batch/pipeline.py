@@ -156,6 +156,18 @@ class BatchPipeline:
         self._retried = 0
         self._last_result_s = client.loop.time()
         self._untaken = 0
+        self.done = self.errors = 0
+        """Items that have a result or need none, and those whose result is an error."""
+
+    @property
+    def in_flight(self) -> int:
+        """Items that were sent and have no result."""
+        return len(self._in_flight)
+
+    @property
+    def total(self) -> int | None:
+        """The number of all items; None while the input has not ended."""
+        return self._next_index if self._has_all_items else None
 
     @property
     def is_over(self) -> bool:
@@ -266,7 +278,10 @@ class BatchPipeline:
         index = self._next_index
         self._next_index += 1
         job = self._job
-        if index in self._skip or (job is not None and not job.needs(index)):
+        if index in self._skip:
+            self.done += 1
+            return
+        if job is not None and not job.needs(index):
             return
         try:
             call = self._call_of(index, item)
@@ -365,6 +380,9 @@ class BatchPipeline:
 
     def _pass_on(self, result: BatchResult) -> None:
         self._untaken += 1
+        self.done += 1
+        if result.error is not None:
+            self.errors += 1
         # In this order, as another thread may read both: an item is in flight until its result is among the results.
         self.results.append(result)
         self._forget_call(result.index)

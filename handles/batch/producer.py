@@ -5,13 +5,14 @@ Items go to the batch stream of a backend, so that interactive requests are clai
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Container, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Container, Iterable, Mapping, Sized
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ...broker.defaults import default_instance
+from ...broker.registry.reports import JobReport
 from ...broker.wire.keys import check_name
 from ...runtime.notebooks import NotebookTable
 from ..calls.request_client import RequestClient
@@ -23,6 +24,7 @@ from ..options import CallOptions
 from .batch import Batch
 from .job_client import JobClient
 from .job_progress import JobSource, open_job
+from .job_reporter import JobReporter
 from .pipeline import BatchPipeline, default_window, find_endpoint
 
 JOB_TTL_S = 24 * 3600.0
@@ -155,12 +157,14 @@ class BatchProducer(NotebookTable):
         source = self._source
         if isinstance(items, Rows) and not source.name:
             source = replace(source, name=items.source, names=items.names)
-        return Batch(self._endpoint, items, partial(self._open_pipeline, source), skip=skip, in_order=in_order)
+        opened = partial(self._open_pipeline, source, items)
+        return Batch(self._endpoint, items, opened, skip=skip, in_order=in_order)
 
     @asynccontextmanager
     async def _open_pipeline(
         self,
         source: JobSource,
+        items: Iterable[Any] | AsyncIterable[Any],
         *,
         skip: Container[int],
         in_order: bool,
@@ -185,10 +189,26 @@ class BatchProducer(NotebookTable):
                 on_results=on_results,
                 on_want=on_want,
             )
+            reporter = None
+            if isinstance(client, JobClient):
+                total = len(items) if isinstance(items, Sized) else None
+                report = JobReport(
+                    job=client.job.name,
+                    endpoint=self._endpoint,
+                    source=source.name,
+                    total=total,
+                    ttl_s=self._job_ttl_s,
+                )
+                reporter = JobReporter(client, pipeline, report, partial(_share_of, items))
+                reporter.start()
             try:
                 yield pipeline
             finally:
-                pipeline.stop()
+                try:
+                    if reporter is not None:
+                        await reporter.stop()
+                finally:
+                    pipeline.stop()
 
     @asynccontextmanager
     async def _connect(self) -> AsyncGenerator[RequestClient]:
@@ -203,6 +223,13 @@ class BatchProducer(NotebookTable):
         finally:
             await job_client.job.release()
             await job_client.close()
+
+
+def _share_of(items: object) -> float | None:
+    """Return how much of the items has been read, 0 to 1; None if that is not known."""
+    if not isinstance(items, Rows) or not items.total:
+        return None
+    return min(1.0, items.read / items.total)
 
 
 def _count(name: str, value: object) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -23,6 +23,7 @@ from ...broker.errors import ConfigError
 from ...broker.wire._fields import Pairs
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header
+from ..errors import BackendError, from_wire
 
 TRACES = "PENSTOCK_TRACES"
 """The environment variable that turns spans on: ``otlp``, ``global``, or ``module:function``; see `configure`."""
@@ -225,8 +226,9 @@ class CallSpans:
         self.accepted()
         if isinstance(outcome, Reply):
             if outcome.error is not None:
-                self._call.set_attribute("error.type", str(outcome.error.get("type", outcome.error["kind"])))
-                self._call.set_status(self._failure(str(outcome.error["kind"]), ""))
+                kind, message = _described(outcome.error)
+                self._call.set_attribute("error.type", kind)
+                self._call.set_status(self._failure(kind, message))
             self._call.set_attribute("http.response.status_code", outcome.status)
         elif isinstance(outcome, BaseException):
             self._call.set_attribute("error.type", type(outcome).__name__)
@@ -244,14 +246,23 @@ class RunSpans:
     def end_run(self, reply: Reply) -> None:
         """End the span of the run, and begin that of the reply."""
         if reply.error is not None:
-            self.process.set_attribute("error.type", str(reply.error.get("type", reply.error["kind"])))
-            self.process.set_status(self._failure(str(reply.error["kind"]), ""))
+            kind, message = _described(reply.error)
+            self.process.set_attribute("error.type", kind)
+            self.process.set_status(self._failure(kind, message))
         self.process.end()
         self._reply = self._begin_reply()
 
     def end_reply(self) -> None:
         """End the span of the reply, which is written."""
         self._reply.end()
+
+
+def _described(error: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the type and the message of a reply's error: those that the code raised, where it did."""
+    raised = from_wire(error)
+    if isinstance(raised, BackendError):
+        return raised.type_name, raised.message
+    return type(raised).__name__, str(raised)
 
 
 def _attributes(backend: str, operation: str) -> dict[str, Any]:

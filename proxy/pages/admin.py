@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _DASHBOARD = f"{RESERVED}dashboard"
 _EVENTS = f"{_DASHBOARD}/events"
+_DEAD_LETTERS = f"{_DASHBOARD}/dead-letters"
 
 _STOP_S = 0.5
 """How long the port's responses in progress may take to end."""
@@ -42,7 +43,9 @@ class AdminApp:
         if scope["type"] != "http":
             return
         method, path = scope["method"], scope["path"]
-        if path not in (_DASHBOARD, _EVENTS):
+        if path == _DEAD_LETTERS or path.startswith(f"{_DEAD_LETTERS}/"):
+            response = await self._dashboard.dead_letters.respond(scope, path[len(_DEAD_LETTERS) + 1 :])
+        elif path not in (_DASHBOARD, _EVENTS):
             response = await self._page(scope)
         elif method not in ("GET", "HEAD"):
             response = responses.not_allowed(method, path, ("GET", "HEAD"))

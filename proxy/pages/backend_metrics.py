@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ...broker.queue.stats import TIME_BOUNDS_S, BackendStats
+from ...broker.wire.kept import FINAL
 from .exposition import Buckets, Exposition, Labels
 from .instance_state import InstanceState
 
@@ -77,6 +78,7 @@ def add_instance(page: Exposition, state: InstanceState) -> None:
         ((labels, Buckets(stats.waited, stats.queue_s)) for labels, stats in labelled),
     )
     _add_batches(page, labelled)
+    _add_kept(page, state)
     _add_replicas(page, state)
     _add_processes(page, state)
 
@@ -92,6 +94,27 @@ def _add_batches(page: Exposition, labelled: Sequence[tuple[Labels, BackendStats
             for labels, stats in labelled
             if stats.batches
         ),
+    )
+
+
+def _add_kept(page: Exposition, state: InstanceState) -> None:
+    kept = [
+        ({"backend": tag, "endpoint": endpoint, "status": status}, status, count)
+        for tag, endpoints in sorted(state.kept.items())
+        for endpoint, counts in sorted(endpoints.items())
+        for status, count in counts.items()
+    ]
+    page.add(
+        "gauge",
+        "penstock_kept_requests",
+        "Submitted requests, and those with an idempotency key, that are queued or running.",
+        ((labels, count) for labels, status, count in kept if status not in FINAL),
+    )
+    page.add(
+        "counter",
+        "penstock_kept_requests_total",
+        "Submitted requests, and those with an idempotency key, that have ended.",
+        ((labels, count) for labels, status, count in kept if status in FINAL),
     )
 
 
@@ -129,6 +152,15 @@ def _add_replicas(page: Exposition, state: InstanceState) -> None:
         "penstock_node_replicas",
         "Ready replicas by node.",
         (({"backend": tag, "node": node}, count) for (tag, node), count in sorted(by_node.items())),
+    )
+    page.add(
+        "gauge",
+        "penstock_replica_ready",
+        "Whether a replica is ready.",
+        (
+            ({"backend": report.backend, "replica": name, "node": report.node}, report.state == "ready")
+            for name, report in sorted(state.replicas.items())
+        ),
     )
 
 

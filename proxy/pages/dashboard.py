@@ -6,7 +6,10 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from starlette.types import Receive, Send
 
 from ...broker.errors import BrokerRefused, BrokerUnavailable
 from ...broker.queue.stats import TIME_BOUNDS_S
+from ...broker.results.counts import sum_by_endpoint
 from ...handles.calls.request_client import RequestClient
 from ...handles.errors import from_wire
 from ..responses import HTTPResponse
+from .dead_letters import DeadLetterPages
 from .instance_state import InstanceState, read_instance
 
 EVERY_S = 1.0
@@ -28,24 +33,41 @@ _READ_TIMEOUT_S = 5.0
 _MAX_STREAMS = 32
 """Pages that one proxy keeps up to date. Each costs the broker a few commands for each backend a second."""
 
+_MOST_ROWS = 200
+"""Replicas, and jobs, that a page shows: those first that are not ready, and those that run."""
+
 _PAGE = Path(__file__).with_name("dashboard.html").read_bytes()
+
+
+def _digest_of_script(page: bytes) -> bytes:
+    """Return the digest of the page's one script, as a content security policy names it."""
+    script = page.partition(b"<script>")[2].partition(b"</script>")[0]
+    return base64.b64encode(hashlib.sha256(script).digest())
+
+
 _HEADERS = [
     (b"content-type", b"text/html; charset=utf-8"),
-    # All of it is in the page: nothing is loaded from elsewhere, and what the broker holds is shown as text.
+    # All of it is in the page: nothing is loaded from elsewhere, what the broker holds is shown as text, and no script
+    # but the page's own runs.
     (
         b"content-security-policy",
-        b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-        b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        b"default-src 'none'; script-src 'sha256-%b'; style-src 'unsafe-inline'; connect-src 'self'; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'" % _digest_of_script(_PAGE),
     ),
     (b"x-content-type-options", b"nosniff"),
 ]
 
 
 class Dashboard:
-    """The page of one proxy's instance."""
+    """The page of one proxy's instance.
 
-    def __init__(self, caller: RequestClient) -> None:
-        self._caller = caller
+    Args:
+        caller: the client by which the proxy publishes.
+        dead_letters: the pages by which its script lists, replays and drops dead letters.
+    """
+
+    def __init__(self, caller: RequestClient, dead_letters: DeadLetterPages) -> None:
+        self._caller, self.dead_letters = caller, dead_letters
         self._streams = 0
         self._closing = asyncio.Event()
 
@@ -95,40 +117,33 @@ class Dashboard:
         return b"event: state\ndata: %b\n\n" % orjson.dumps(self._members(state))
 
     def _members(self, state: InstanceState) -> dict[str, Any]:
-        snapshot = self._caller.snapshot
-        backends: dict[str, Any] = {}
-        for tag, stats in sorted(state.stats.items()):
-            status = state.statuses.get(tag)
-            states = [report.state for report in state.replicas.values() if report.backend == tag]
-            backends[tag] = {
-                "queued": stats.queued,
-                "in_progress": stats.in_progress,
-                "oldest_s": stats.oldest_s,
-                "served": stats.served,
-                "failed": stats.failed,
-                "refused": stats.refused,
-                "ran": stats.ran,
-                "waited": stats.waited,
-                "dead_letters": stats.dead_letters,
-                "ready": states.count("ready"),
-                "wanted": 0 if status is None else status.wanted,
-                "failing": str(from_wire(status.failing)) if status is not None and status.failing else None,
-                "lacking": None if status is None else status.lacking,
-            }
+        now_ms = self._caller.connection.now_ms()
+        replicas = sorted(state.replicas.items(), key=lambda item: (item[1].state == "ready", item[0]))
+        jobs = sorted(state.jobs.items(), key=lambda item: (item[1].state_at(now_ms) != "running", -item[1].started_ms))
         return {
-            "at_ms": self._caller.connection.now_ms(),
+            "at_ms": now_ms,
             "bounds_s": TIME_BOUNDS_S,
+            "can_change": self.dead_letters.can_change,
             "controller": state.controller,
             "memory_bytes": state.memory_bytes,
             "memory_limit_bytes": state.memory_limit_bytes,
-            "backends": backends,
+            "backends": {tag: _backend(state, tag) for tag in sorted(state.stats)},
             "replicas": [
                 {"name": name, "backend": one.backend, "state": one.state, "node": one.node, "pid": one.pid}
-                for name, one in sorted(state.replicas.items())
+                for name, one in replicas[:_MOST_ROWS]
             ],
+            "replicas_left_out": max(0, len(replicas) - _MOST_ROWS),
             "endpoints": [
                 {"name": name, "route": one.route, "traffic": _shares(one.traffic), "shadows": _shares(one.shadows)}
-                for name, one in sorted(snapshot.endpoints.items())
+                for name, one in sorted(self._caller.snapshot.endpoints.items())
+            ],
+            "submitted": [
+                {"endpoint": endpoint, **counts} for endpoint, counts in sum_by_endpoint(state.kept.values()).items()
+            ],
+            "jobs": [
+                {"name": name, **asdict(one), "state": one.state_at(now_ms)}
+                for name, one in jobs[:_MOST_ROWS]
+                if not one.has_expired(now_ms)
             ],
             "proxies": [
                 {"name": name, "url": one.url, "state": one.state, "node": one.node}
@@ -137,8 +152,27 @@ class Dashboard:
         }
 
 
+def _backend(state: InstanceState, tag: str) -> dict[str, Any]:
+    stats, status = state.stats[tag], state.statuses.get(tag)
+    return {
+        "queued": stats.queued,
+        "in_progress": stats.in_progress,
+        "oldest_s": stats.oldest_s,
+        "served": stats.served,
+        "failed": stats.failed,
+        "refused": stats.refused,
+        "ran": stats.ran,
+        "waited": stats.waited,
+        "dead_letters": stats.dead_letters,
+        "ready": 0 if status is None else status.ready,
+        "wanted": 0 if status is None else status.wanted,
+        "failing": str(from_wire(status.failing)) if status is not None and status.failing else None,
+        "lacking": None if status is None else status.lacking,
+    }
+
+
 def _shares(weights: Mapping[str, float]) -> str:
-    return ", ".join(f"{tag} {weight:.0%}" for tag, weight in sorted(weights.items()))
+    return ", ".join(f"{tag} {100 * weight:.3g}%" for tag, weight in sorted(weights.items()))
 
 
 async def _disconnected(receive: Receive) -> bool:

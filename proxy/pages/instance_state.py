@@ -1,4 +1,4 @@
-"""The state of an instance as its broker has it: the stats of backends, the reports of processes, its memory."""
+"""The state of an instance as its broker has it: stats of backends, reports of processes and jobs, its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from ...broker.errors import BrokerRefused
 from ...broker.queue.stats import BackendStats
-from ...broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
+from ...broker.registry.reports import BackendStatus, ControllerReport, JobReport, ProxyReport, ReplicaReport
+from ...broker.results.counts import read_kept_counts
 from ...broker.transport.commands import Script
 from ...handles.calls.request_client import RequestClient
 
@@ -36,6 +37,9 @@ class InstanceState:
     statuses: dict[str, BackendStatus]
     replicas: dict[str, ReplicaReport]
     proxies: dict[str, ProxyReport]
+    jobs: dict[str, JobReport]
+    kept: dict[str, dict[str, dict[str, int]]]
+    """The numbers of kept requests, by backend, endpoint and state."""
     controller: ControllerState
     memory_bytes: int | None
     """The memory that the broker uses; None if its user may not ask."""
@@ -51,12 +55,12 @@ async def read_instance(caller: RequestClient) -> InstanceState:
         BrokerRefused: Redis refused a command.
     """
     registry, connection = caller.registry, caller.connection
-    stats, statuses, replicas, proxies, controllers, (has_owner, memory) = await asyncio.gather(
-        caller.backend_stats(),
+    (stats, kept), statuses, replicas, proxies, (controllers, jobs), (has_owner, memory) = await asyncio.gather(
+        _read_backends(caller),
         registry.get_reports(BackendStatus),
         registry.get_reports(ReplicaReport),
         registry.get_reports(ProxyReport),
-        registry.get_reports(ControllerReport),
+        asyncio.gather(registry.get_reports(ControllerReport), registry.get_reports(JobReport)),
         asyncio.gather(connection.send("EXISTS", caller.keys.owner, repeat=True), _read_memory(caller)),
     )
     controller: ControllerState = "alive" if has_owner else "away"
@@ -67,6 +71,8 @@ async def read_instance(caller: RequestClient) -> InstanceState:
         statuses={tag: status for tag, status in statuses.items() if tag in stats},
         replicas=replicas,
         proxies=proxies,
+        jobs=jobs,
+        kept=kept,
         controller=controller,
         memory_bytes=memory.get("used_memory"),
         memory_limit_bytes=memory.get("maxmemory"),
@@ -80,6 +86,17 @@ async def owns_metrics(caller: RequestClient, proxy: str, group: str) -> bool:
     """
     args = (group, proxy, caller.keys.proxy_alive(""), _OWNER_S)
     return bool(await caller.connection.run_script(_OWN, [caller.keys.metrics_owner], args, repeat=True))
+
+
+async def _read_backends(caller: RequestClient) -> tuple[dict[str, BackendStats], dict[str, dict[str, dict[str, int]]]]:
+    stats = await caller.backend_stats()
+    kept = await asyncio.gather(
+        *[
+            read_kept_counts(caller.connection, caller.keys, tag, unsettled=one.queued + one.in_progress)
+            for tag, one in stats.items()
+        ]
+    )
+    return stats, dict(zip(stats, kept, strict=True))
 
 
 async def _read_memory(caller: RequestClient) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ...broker.defaults import PROXY_REDIS_URL, REPLICA_REDIS_URL
+from ...broker.defaults import ADMIN_TOKEN, PROXY_REDIS_URL, REPLICA_REDIS_URL
 from ...broker.transport.url import REDIS_URL
 from ..status import plural
 from .exits import slow_imports
@@ -28,6 +28,25 @@ from .options import as_json, client_of, usage_errors, which_instance, write_jso
     default="HeadOnly",
     show_default=True,
     help="Which nodes of the Ray cluster serve HTTP.",
+)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="The port of metrics, routes and the dashboard; 0 picks a free one. By default there is no dashboard.",
+)
+@click.option(
+    "--admin-host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="The address of the admin port.",
+)
+@click.option(
+    "--admin-token",
+    metavar="TOKEN",
+    help=f"The token with which the dashboard replays and drops dead letters, or 'sha256:' and its digest. "
+    f"{ADMIN_TOKEN} in the environment is the same, and process lists do not show that.",
 )
 @click.option("--access-log", is_flag=True, help="Let the proxies log a line for each request.")
 @click.option(
@@ -54,6 +73,9 @@ def start(
     http_host: str,
     http_port: int,
     location: str,
+    admin_port: int | None,
+    admin_host: str,
+    admin_token: str | None,
     access_log: bool,
     replica_redis_url: str | None,
     proxy_redis_url: str | None,
@@ -87,6 +109,9 @@ def start(
             "host": http_host,
             "port": http_port,
             "location": location,
+            "admin_port": admin_port,
+            "admin_host": admin_host,
+            "admin_token": admin_token,
             "access_log": access_log,
         },
         "replica_redis_url": replica_redis_url,

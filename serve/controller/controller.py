@@ -35,6 +35,8 @@ LEASE_S = 5.0
 _PASS_S = 0.5
 """Longest pause between two passes; changes and events of actors start one at once."""
 
+_FORGET_JOBS_EVERY_S = 60.0
+
 
 class Controller:
     """The controller of one instance, connected to its broker. `connect` makes one.
@@ -63,6 +65,7 @@ class Controller:
         self._reading = asyncio.Lock()
         """Held during a read, so that an older backup cannot replace a newer one."""
         self._backup_tasks: set[asyncio.Task[None]] = set()
+        self._forget_jobs_at_s = 0.0
         watcher.add_listener(self._on_change)
         connection.on_reconnect(self._on_reconnect)
 
@@ -142,6 +145,7 @@ class Controller:
                     await self._reconciler.end_actors()
                     return
                 await self._reconciler.run_pass(settings, snapshot)
+                await self._forget_jobs()
                 if self._reconciler.can_leave(self._node):
                     log.info("the controller leaves node %s, which drains", self._node)
                     self._leave()
@@ -186,6 +190,13 @@ class Controller:
             if settings is not None and not settings.stopping:
                 await self._backup.keep(self._registry, settings, snapshot)
             return settings, snapshot
+
+    async def _forget_jobs(self) -> None:
+        """Delete the reports of expired jobs now and then, as no process of theirs is left to do so."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._forget_jobs_at_s:
+            self._forget_jobs_at_s = now_s + _FORGET_JOBS_EVERY_S
+            await self._registry.forget_expired_jobs()
 
     async def _pause(self) -> None:
         waking = asyncio.ensure_future(self._wake.wait())

@@ -14,6 +14,7 @@ from penstock.handles.errors import ConfigError
 from tests.handles.site import Site, echo
 
 URLS = ("PENSTOCK_REDIS_URL", "PENSTOCK_REPLICA_REDIS_URL", "PENSTOCK_PROXY_REDIS_URL")
+SECRETS = (*URLS, "PENSTOCK_ADMIN_TOKEN")
 
 # Prints the defaults of a process of an instance, and the environment of its child processes.
 BELONGING = """
@@ -29,8 +30,8 @@ print(json.dumps({"url": default_url(), "instance": default_instance(), "child":
 """
 
 
-def test_child_processes_do_not_inherit_the_url_of_an_instance() -> None:
-    owner = dict.fromkeys(URLS, "redis://owner:hunter2@broker:6379")
+def test_child_processes_do_not_inherit_the_secrets_of_an_instance() -> None:
+    owner = dict.fromkeys(SECRETS, "redis://owner:hunter2@broker:6379")
     ran = subprocess.run(
         [sys.executable, "-c", BELONGING],
         capture_output=True,
@@ -42,7 +43,7 @@ def test_child_processes_do_not_inherit_the_url_of_an_instance() -> None:
     said: dict[str, Any] = json.loads(ran.stdout)
     assert said["url"] == "redis://replica:hunter2@broker:6379"
     assert said["instance"] == said["child"]["PENSTOCK_INSTANCE"] == "blue"
-    assert not [name for name, value in said["child"].items() if name in URLS or "hunter2" in value]
+    assert not [name for name, value in said["child"].items() if name in SECRETS or "hunter2" in value]
 
 
 def test_the_environment_names_the_broker_and_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:

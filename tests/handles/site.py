@@ -155,7 +155,7 @@ class Site:
     async def _scan(self) -> set[str]:
         scan = ("SCAN", 0, "MATCH", self._keys.pattern, "COUNT", 100_000)
         _, found = await self._connection.send(*scan, repeat=True)
-        expected = (":requests", ":requests:batch", ":replies", ":signals", ":calls")
+        expected = (":requests", ":requests:batch", ":replies", ":signals", ":calls", ":submitted")
         names = {key.decode() for key in found}
         return {n for n in names if "{registry}" not in n and ":alive:" not in n and not n.endswith(expected)}
 

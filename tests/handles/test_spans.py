@@ -84,9 +84,13 @@ def test_a_call_has_spans_from_publishing_to_its_reply(site: Site, connected: Co
         trace.SpanKind.PRODUCER,
         trace.SpanKind.CONSUMER,
     )
-    assert process.attributes is not None
-    assert process.attributes["messaging.destination.name"] == "model"
-    assert process.attributes["messaging.operation.type"] == "process"
+    operations = {send: "send", queue: "receive", process: "process", reply: "settle"}
+    for span, operation in operations.items():
+        assert span.attributes["messaging.system"] == "penstock"
+        assert span.attributes["messaging.destination.name"] == "model"
+        assert span.attributes["messaging.operation.type"] == operation
+        assert span.attributes["messaging.operation.name"] == operation
+    assert call.attributes["http.response.status_code"] == 200
     for first, then in ((send, call), (queue, process), (process, reply)):
         assert first.end_time is not None
         assert then.end_time is not None
@@ -103,9 +107,41 @@ def test_an_error_is_the_status_of_its_spans(site: Site, connected: Connection, 
     spans = named(exporter, 5)
     for name in ("call ask", "process model"):
         assert spans[name].status.status_code is trace.StatusCode.ERROR
+        assert spans[name].status.description == "KeyError: 'nothing'"
+        assert spans[name].attributes["error.type"] == "KeyError"
 
 
-def test_composed_calls_and_batches_are_children_of_the_span_of_their_code(
+def test_items_of_a_batch_are_children_of_the_span_of_the_code_that_sends_them(
+    site: Site, connected: Connection, exporter: Exporter
+) -> None:
+    site.serve(seen, "inner", tag="inner")
+
+    def outer(request: Any) -> Any:
+        with handles.connect(site.url, INSTANCE) as door:
+            return [result.value for result in door.batch("inner").map([1, 2])]
+
+    site.serve(outer, "outer", tag="outer")
+    assert len(connected.get_handle("outer").remote().result(20)) == 2
+    wait_until(lambda: len(exporter.get_finished_spans()) == 5 + 2 * 3)
+    spans = exporter.get_finished_spans()
+    (code,) = [span for span in spans if span.name == "process outer"]
+    for name in ("queue inner", "process inner", "reply inner"):
+        assert [parent_of(span) for span in spans if span.name == name] == [id_of(code)] * 2
+    assert len({span.context.trace_id for span in spans}) == 1
+
+
+def test_submitted_requests_have_the_spans_of_the_replica(
+    site: Site, connected: Connection, exporter: Exporter
+) -> None:
+    site.serve(seen)
+    handle = connected.get_handle("ask").options(http_headers={"traceparent": TRACEPARENT})
+    assert handle.submit("x").result(timeout=20) == TRACEPARENT
+    spans = named(exporter, 3)
+    assert set(spans) == {"queue model", "process model", "reply model"}
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {TRACE_ID}
+
+
+def test_composed_calls_are_children_of_the_span_of_their_code(
     site: Site, connected: Connection, exporter: Exporter
 ) -> None:
     site.serve(seen, "inner", tag="inner")

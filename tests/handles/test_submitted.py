@@ -11,6 +11,9 @@ import pytest
 from redis import Redis
 
 from penstock import handles
+from penstock.broker.queue.counts.queue_depth import read_depth
+from penstock.broker.results.counts import read_kept_counts
+from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.kept import key_digest
 from penstock.broker.wire.keys import Keys
 from penstock.handles.connection import Connection
@@ -57,7 +60,52 @@ def gate() -> Iterator[Gate]:
     gate.is_open.set()
 
 
+def counts(site: Site) -> dict[str, int]:
+    """Return the numbers of the kept requests of the endpoint "ask" that are not zero."""
+
+    async def read() -> dict[str, dict[str, int]]:
+        connection = await RedisConnection(site.url).open()
+        try:
+            depth = await read_depth(connection, KEYS, "model")
+            return await read_kept_counts(connection, KEYS, "model", unsettled=depth.unsettled)
+        finally:
+            await connection.close()
+
+    return {state: count for state, count in site.run(read()).get("ask", {}).items() if count}
+
+
 # -- submitting
+
+
+def test_requests_are_counted_by_their_state(site: Site, connected: Connection, gate: Gate) -> None:
+    site.declare()
+    handle = connected.get_handle("ask")
+    submitted = [handle.submit(n) for n in range(4)]
+    assert counts(site) == {"queued": 4}
+    assert submitted[3].cancel()
+    assert counts(site) == {"queued": 3, "cancelled": 1}
+    site.serve(gate, max_concurrent_queries=1)
+    wait_until(lambda: counts(site) == {"queued": 2, "running": 1, "cancelled": 1})
+    gate.is_open.set()
+    for one in submitted[:3]:
+        one.result(timeout=10)
+    assert counts(site) == {"succeeded": 3, "cancelled": 1}
+    keyed = handle.options(idempotency_key="k")
+    assert keyed.remote(9).result(timeout=10) == keyed.remote(9).result(timeout=10)
+    assert counts(site) == {"succeeded": 4, "cancelled": 1}
+
+
+def test_failed_requests_are_counted_also_those_that_were_refused_before_they_ran(
+    site: Site, connected: Connection
+) -> None:
+    def fail(request: Any) -> None:
+        raise KeyError(request.data)
+
+    site.serve(fail)
+    handle = connected.get_handle("ask")
+    with pytest.raises(BackendError):
+        handle.submit(1).result(timeout=10)
+    assert counts(site) == {"failed": 1}
 
 
 def test_a_submitted_request_is_answered_to_any_process_that_knows_its_id(any_site: Site) -> None:

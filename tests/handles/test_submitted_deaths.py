@@ -17,6 +17,7 @@ from penstock.handles import Submitted
 from penstock.handles.connection import Connection
 from penstock.handles.errors import DeliveryLimitExceeded, RequestNotFound
 from tests.handles.site import INSTANCE, Site, echo
+from tests.handles.test_submitted import counts
 from tests.waiting import wait_until
 from tests.workers.serving import Killable, start_killable
 
@@ -116,9 +117,11 @@ def test_the_replay_of_a_dead_letter_replaces_its_error(site: Site, connected: C
     replay(connected)
     queued = submitted.status()
     assert (queued.status, queued.endpoint, queued.error, queued.finished) == ("queued", "ask", None, None)
+    assert counts(site) == {"queued": 1, "failed": 1}
     site.serve(echo, max_deliveries=1)
     assert submitted.result(timeout=30) == b"die"
     assert submitted.status().status == "succeeded"
+    assert counts(site) == {"succeeded": 1, "failed": 1}
     repeated = connected.get_handle("ask").options(idempotency_key="k").submit(b"die")
     assert repeated.id == submitted.id
     assert repeated.result(timeout=30) == b"die"

@@ -72,6 +72,8 @@ async def fill(site: Site) -> None:
     registry, connection = site.caller.registry, site.caller.connection
     await add_stats(connection, site.keys, "alpha", stats)
     await connection.send("HINCRBY", site.keys.done("alpha"), "dead:poison", 2)
+    await connection.send("HSET", site.keys.submitted("alpha"), "queued:alpha", 0, "running:alpha", 0)
+    await connection.send("HSET", site.keys.submitted("alpha"), "succeeded:alpha", 6, "failed:alpha", 1)
     status = BackendStatus(version="1", config_version=1, wanted=2, ready=1, starting=1, restarts=4)
     await registry.put_report("alpha", status)
     await registry.put_report("alpha#1", ReplicaReport(backend="alpha", state="ready", node="n1"))
@@ -97,6 +99,11 @@ async def test_the_page_has_what_replicas_and_the_controller_report(site: Site) 
         'penstock_backend_replicas{backend="alpha",state="ready"} 1',
         'penstock_backend_replicas{backend="alpha",state="starting"} 1',
         'penstock_node_replicas{backend="alpha",node="n1"} 1',
+        'penstock_replica_ready{backend="alpha",replica="alpha#1",node="n1"} 1',
+        'penstock_replica_ready{backend="alpha",replica="alpha#2",node=""} 0',
+        'penstock_kept_requests{backend="alpha",endpoint="alpha",status="queued"} 0',
+        'penstock_kept_requests_total{backend="alpha",endpoint="alpha",status="succeeded"} 6',
+        'penstock_kept_requests_total{backend="alpha",endpoint="alpha",status="failed"} 1',
         'penstock_backend_restarts_total{backend="alpha"} 4',
         "penstock_controller_up 0",
         "penstock_broker_connected 1",

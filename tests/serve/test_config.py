@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import fields
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "debug": False,
         "admin_port": None,
         "admin_host": "127.0.0.1",
+        "admin_token": None,
         "ray_serve_metrics": False,
         "access_log": False,
     }
@@ -120,6 +122,18 @@ def test_a_wrong_value_is_a_config_error_that_names_it_and_what_is_allowed(field
         ({"root_path": "api/"}, ConfigError, "HTTPOptions.root_path must be empty, or start with '/'"),
         ({"request_timeout_s": 0}, ConfigError, "HTTPOptions.request_timeout_s must be greater than 0, not 0"),
         ({"max_body_bytes": -1}, ConfigError, "HTTPOptions.max_body_bytes must be greater than or equal to 0, not -1"),
+        ({"admin_port": 8000}, ConfigError, "HTTPOptions.admin_port must differ from port (8000)"),
+        (
+            {"admin_token": "t" * 16},
+            ConfigError,
+            "HTTPOptions.admin_token is for the dashboard, which is on admin_port",
+        ),
+        (
+            {"admin_port": 1, "admin_token": "short"},
+            ConfigError,
+            "HTTPOptions.admin_token must be at least 16 printable",
+        ),
+        ({"admin_port": 1, "admin_token": 7}, TypeError, "HTTPOptions.admin_token must be a valid string, not int"),
         ({"max_connections": 0}, ConfigError, "HTTPOptions.max_connections must be greater than or equal to 1, not 0"),
     ],
 )
@@ -127,6 +141,15 @@ def test_http_options_are_validated(options: dict[str, Any], kind: type[Exceptio
     with pytest.raises(kind) as raised:
         HTTPOptions.parse(options)
     assert says in str(raised.value)
+
+
+def test_of_an_admin_token_only_the_digest_is_kept() -> None:
+    token = "correct-horse-battery-staple"
+    options = HTTPOptions(admin_port=9000, admin_token=token)
+    assert options.admin_token == f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    assert token not in f"{options!r} {options.model_dump()}"
+    assert HTTPOptions(**options.model_dump()) == options
+    assert HTTPOptions(admin_port=9000, admin_token=options.admin_token) == options
 
 
 def test_a_location_of_none_means_no_server() -> None:

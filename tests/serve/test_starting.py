@@ -15,6 +15,7 @@ import pytest
 
 from penstock import serve
 from penstock.handles.errors import ConfigError
+from penstock.proxy.pages.admin_token import digest_of
 from penstock.serve.ray_cluster import join_address
 from penstock.serve.start_arguments import StartArguments
 
@@ -53,20 +54,40 @@ def test_a_log_level_that_does_not_exist_is_an_error_before_ray_starts() -> None
     assert "starting Ray" not in ran.stderr
 
 
-def test_replicas_and_proxies_get_the_log_settings_of_the_process_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PENSTOCK_LOG_FORMAT", "json")
-    monkeypatch.delenv("PENSTOCK_LOG_LEVEL", raising=False)
-    arguments = StartArguments.checked(
+def checked(**http_options: Any) -> StartArguments:
+    return StartArguments.checked(
         redis_url=None,
         instance=None,
         detached=False,
-        http_options=None,
+        http_options=http_options,
         data_dir=None,
         max_memory_bytes=None,
         replica_redis_url=None,
         proxy_redis_url=None,
     )
-    assert arguments.environment == {"PENSTOCK_LOG_FORMAT": "json"}
+
+
+def test_replicas_and_proxies_get_the_log_settings_of_the_process_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_LOG_FORMAT", "json")
+    monkeypatch.delenv("PENSTOCK_LOG_LEVEL", raising=False)
+    assert checked().environment == {"PENSTOCK_LOG_FORMAT": "json"}
+
+
+def test_the_admin_token_of_the_environment_is_that_of_an_instance_with_a_dashboard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_ADMIN_TOKEN", "correct-horse-battery-staple")
+    arguments = checked(admin_port=9000)
+    assert arguments.plain_http["admin_token"] == digest_of("correct-horse-battery-staple")
+    assert "correct-horse" not in repr(arguments)
+    assert checked(admin_port=9000, admin_token="another-token-of-16").http.admin_token == digest_of(
+        "another-token-of-16"
+    )
+    assert checked().http.admin_token is None
+    monkeypatch.setenv("PENSTOCK_ADMIN_TOKEN", "short")
+    with pytest.raises(ConfigError, match="it is that of PENSTOCK_ADMIN_TOKEN") as raised:
+        checked(admin_port=9000)
+    assert "short" not in str(raised.value)
 
 
 def test_a_ray_cluster_that_cannot_be_reached_is_an_error_at_once() -> None:
