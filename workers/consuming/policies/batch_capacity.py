@@ -35,8 +35,10 @@ _TIMER_S = 0.0015
 """Largest error of a timer, early or late: the timers of uvloop have a resolution of a millisecond."""
 _MAX_OVERRUN_S = 0.005
 """A batch that exceeds the longest of the sample by this much is overdue, and its end unpredictable."""
-_SMOOTHING = 0.3
-"""Weight of the newest claim in the average, unless it took longer: a slow claim counts at once."""
+_SMOOTHING = 0.1
+"""Weight of the newest claim in the average, unless it took longer: a slow claim counts at once, and for a while. The
+next claim may meet code that holds the interpreter lock again, and one that is late costs more than one that is early.
+"""
 
 
 class Begun(Protocol):
