@@ -16,8 +16,15 @@ BROKERS = "brokers"
 
 _GROUPS = {
     "several nodes": r"tests/serve/test_(every_node|head|leaving_nodes)\.py",
-    "ray, and faults": r"tests/(faults/|serve/test_(asgi|examples|forks|http_options|lifetimes|run|users)\.py)",
-    "ray": r"tests/serve/(test_\w+|cli/test_lifetime|controller/test_(actors|controller))\.py",
+    "ray, and faults": r"""(?x)tests/(
+        faults/test_(?!(phases|refused_writes|streams)\.)\w+\.py
+      | faults/test_refused_writes\.py::test_refusals_of_writes_
+      | serve/test_(asgi|examples|http_options|lifetimes|run|users)\.py
+    )""",
+    "ray": r"""(?x)tests/serve/(
+        test_(?!(config|forks|registry_changes|starting|status_warnings|validation)\.)\w+\.py
+      | cli/test_lifetime\.py | controller/test_(actors|controller)\.py
+    )""",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
