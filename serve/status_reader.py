@@ -10,7 +10,7 @@ from typing import Any
 
 from ..broker.errors import ConfigError
 from ..broker.queue.stats import read_stats
-from ..broker.registry.reports import BackendStatus, ControllerReport, JobReport, ProxyReport, ReplicaReport
+from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
 from ..broker.registry.store import Registry
 from ..broker.results.counts import read_kept_counts, sum_by_endpoint
 from ..broker.transport.connection import RedisConnection
@@ -72,8 +72,7 @@ class StatusReader:
         now_ms = self._connection.now_ms()
         return {
             name: {**asdict(report), "state": report.state_at(now_ms)}
-            for name, report in (await self._registry.get_reports(JobReport)).items()
-            if not report.has_expired(now_ms)
+            for name, report in (await self._registry.get_jobs()).items()
         }
 
     async def _describe(self, tag: str, status: BackendStatus) -> dict[str, Any]:

@@ -164,15 +164,28 @@ class Registry:
         flat = await self._connection.send("HGETALL", self._keys.reports(kind.kind), repeat=True)
         return {name: read_record(kind, name, raw) for name, raw in parse_objects(flat).items()}
 
-    async def delete_report(self, kind: type[Report], name: str) -> None:
+    async def delete_report(self, kind: type[Report], name: str | bytes) -> None:
         await self._connection.send("HDEL", self._keys.reports(kind.kind), name, repeat=True)
 
-    async def forget_expired_jobs(self) -> None:
-        """Delete the reports of jobs whose results have expired."""
-        now_ms = self._connection.now_ms()
-        for name, report in (await self.get_reports(JobReport)).items():
-            if report.has_expired(now_ms):
+    async def get_jobs(self) -> dict[str, JobReport]:
+        """Return the latest reports of jobs whose results have not expired, by name.
+
+        Callers write them, and any caller may write anything: those that cannot be read are left out.
+        """
+        found = await self._all_jobs()
+        return {name.decode(): report for name, report in found.items() if report is not None}
+
+    async def forget_jobs(self) -> None:
+        """Delete the reports of jobs whose results have expired, and those that cannot be read."""
+        for name, report in (await self._all_jobs()).items():
+            if report is None:
                 await self.delete_report(JobReport, name)
+
+    async def _all_jobs(self) -> dict[bytes, JobReport | None]:
+        """Return the reports of jobs by name; None for one that has expired, or cannot be read."""
+        now_ms = self._connection.now_ms()
+        flat: list[bytes] = await self._connection.send("HGETALL", self._keys.reports(JobReport.kind), repeat=True)
+        return {name: _read_job(name, raw, now_ms) for name, raw in zip(flat[::2], flat[1::2], strict=True)}
 
     async def get_settings(self) -> dict[str, Any] | None:
         """Return the settings that the instance was started with, or None if there is no such instance."""
@@ -206,6 +219,15 @@ class Registry:
             await asyncio.gather(*[self._connection.send("UNLINK", key, repeat=True) for key in found])
             if int(cursor) == 0:
                 return
+
+
+def _read_job(name: bytes, raw: bytes, now_ms: float) -> JobReport | None:
+    try:
+        ((shown, members),) = parse_objects([name, raw]).items()
+        report = read_record(JobReport, shown, members)
+    except (WireError, UnicodeDecodeError):
+        return None
+    return None if report.has_expired(now_ms) else report
 
 
 def _too_large(blob: bytes, limit: str) -> ConfigError:

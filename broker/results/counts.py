@@ -38,7 +38,9 @@ async def read_kept_counts(
     flat = cast("list[bytes]", await connection.send("HGETALL", keys.submitted(backend), repeat=True))
     counts: dict[str, dict[str, int]] = {}
     for name, count in zip(flat[::2], flat[1::2], strict=True):
-        state, _, endpoint = name.decode().partition(":")
+        state, _, endpoint = name.decode(errors="replace").partition(":")
+        if state not in STATES:
+            continue  # any caller may write here
         is_present = state not in (QUEUED, RUNNING) or unsettled > 0
         counts.setdefault(endpoint, dict.fromkeys(STATES, 0))[state] = max(0, int(count)) if is_present else 0
     return counts

@@ -140,11 +140,7 @@ class Dashboard:
             "submitted": [
                 {"endpoint": endpoint, **counts} for endpoint, counts in sum_by_endpoint(state.kept.values()).items()
             ],
-            "jobs": [
-                {"name": name, **asdict(one), "state": one.state_at(now_ms)}
-                for name, one in jobs[:_MOST_ROWS]
-                if not one.has_expired(now_ms)
-            ],
+            "jobs": [{"name": name, **asdict(one), "state": one.state_at(now_ms)} for name, one in jobs[:_MOST_ROWS]],
             "proxies": [
                 {"name": name, "url": one.url, "state": one.state, "node": one.node}
                 for name, one in sorted(state.proxies.items())

@@ -60,7 +60,7 @@ async def read_instance(caller: RequestClient) -> InstanceState:
         registry.get_reports(BackendStatus),
         registry.get_reports(ReplicaReport),
         registry.get_reports(ProxyReport),
-        asyncio.gather(registry.get_reports(ControllerReport), registry.get_reports(JobReport)),
+        asyncio.gather(registry.get_reports(ControllerReport), registry.get_jobs()),
         asyncio.gather(connection.send("EXISTS", caller.keys.owner, repeat=True), _read_memory(caller)),
     )
     controller: ControllerState = "alive" if has_owner else "away"

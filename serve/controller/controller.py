@@ -196,7 +196,7 @@ class Controller:
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._forget_jobs_at_s:
             self._forget_jobs_at_s = now_s + _FORGET_JOBS_EVERY_S
-            await self._registry.forget_expired_jobs()
+            await self._registry.forget_jobs()
 
     async def _pause(self) -> None:
         waking = asyncio.ensure_future(self._wake.wait())

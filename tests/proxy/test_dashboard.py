@@ -70,6 +70,19 @@ async def test_the_events_have_what_the_metrics_have(site: Site, redis_url: str)
     assert state["controller"] == "away"
 
 
+async def test_what_a_caller_may_write_does_not_hide_the_rest(site: Site, redis_url: str) -> None:
+    await fill(site)
+    await site.redis.hset(site.keys.reports("jobs"), mapping={"job:a": "no JSON", b"\xff": "{}"})
+    await site.redis.hset(site.keys.submitted("alpha"), mapping={b"\xff": 1, "nonsense:alpha": 2, "queued": 3})
+    await site.redis.hset(site.keys.calls("alpha"), mapping={b"\xff": 1})
+    async with proxy(redis_url, "p1", admin_port=0) as where:
+        kind, state = await first_event(where["admin_url"])
+    assert (kind, state["jobs"], state["backends"]["alpha"]["served"]) == ("state", [], 3)
+    assert {"endpoint": "alpha", "queued": 0, "running": 0, "succeeded": 6, "failed": 1, "cancelled": 0} in state[
+        "submitted"
+    ]
+
+
 async def test_the_dashboard_is_on_the_admin_port_alone(site: Site, redis_url: str) -> None:
     async with proxy(redis_url, "p1", admin_port=0) as where, httpx.AsyncClient() as http:
         page = await http.get(f"{where['admin_url']}/-/dashboard")

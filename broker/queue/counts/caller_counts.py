@@ -60,7 +60,7 @@ class CallerCounts:
 async def read_caller_counts(connection: RedisConnection, keys: Keys, backend: str) -> dict[str, int]:
     """Return the sums of ``backend`` by the names of `CallerCount`. Raises `BrokerUnavailable`."""
     flat = cast("list[bytes]", await connection.send("HGETALL", keys.calls(backend), repeat=True))
-    return {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+    return {name.decode(errors="replace"): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def _ignore(reply: Any) -> None:

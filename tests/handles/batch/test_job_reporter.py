@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -93,14 +92,15 @@ def test_a_silent_job_has_stopped_and_its_report_is_kept_for_as_long_as_its_resu
     assert report.has_expired(1_061_000)
 
 
-async def test_reports_of_expired_jobs_are_forgotten(redis_url: str) -> None:
+async def test_reports_of_expired_jobs_and_those_that_cannot_be_read_are_left_out_and_forgotten(redis_url: str) -> None:
     connection = await RedisConnection(redis_url).open()
     registry = Registry(connection, KEYS)
     now_ms = connection.now_ms()
     for name, at_ms in (("old", now_ms - 61_000), ("new", now_ms)):
         await registry.put_report(f"job:{name}", JobReport(job=name, endpoint="ask", at_ms=at_ms, ttl_s=60))
-    await registry.forget_expired_jobs()
-    assert list(await registry.get_reports(JobReport)) == ["job:new"]
+    await connection.send("HSET", KEYS.reports("jobs"), "job:bad", "[", b"\xff", "{}", "job:worse", '{"job": 1}')
+    assert list(await registry.get_jobs()) == ["job:new"]
+    await registry.forget_jobs()
+    assert await connection.send("HKEYS", KEYS.reports("jobs")) == [b"job:new"]
     await registry.erase()
     await connection.close()
-    await asyncio.sleep(0)
