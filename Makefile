@@ -63,7 +63,7 @@ check-units:
 
 .PHONY: faults
 faults: $(STAMP) ## Kill processes, cut connections and send garbage for most of an hour; print one table
-	@PENSTOCK_TEST_FAULTS=full $(BIN)/python -m pytest tests/faults --timeout 1200 $(ARGS)
+	@PENSTOCK_TEST_FAULTS=full $(BIN)/python -m pytest tests/faults tests/containers --timeout 1200 $(ARGS)
 
 .PHONY: changes
 changes: $(STAMP) ## Make every change under load, and print how many requests were sent and answered

@@ -17,7 +17,12 @@ from tests.waiting import wait_until
 
 KINDS = ("embedded", "redis-container", "valkey-container")
 
-_IMAGES = {"redis": "redis:7.0", "valkey": "valkey/valkey:9"}
+_IMAGES = {
+    "redis": "redis:7.0",
+    "valkey": "valkey/valkey:9",
+    "haproxy": "haproxy:3.2",
+    "python": "python:3.12-slim",
+}
 
 
 class Brokers:
@@ -67,23 +72,24 @@ def _embedded() -> Generator[str]:
 
 @contextmanager
 def _container(name: str) -> Generator[str]:
-    if reason := _no_docker():
+    if reason := no_docker():
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI must test against brokers in containers: {reason}")
         pytest.skip(reason)
-    with DockerContainer(_images()[name]).with_exposed_ports(6379) as container:
+    with DockerContainer(images()[name]).with_exposed_ports(6379) as container:
         url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}"
         wait_until(lambda: _answers(url), timeout_s=30)
         yield url
 
 
-def _images() -> dict[str, str]:
+def images() -> dict[str, str]:
+    """Return the image of each server, and that of Python, by name; empty if there is none."""
     named = os.environ.get("PENSTOCK_TEST_IMAGES", "")
     return _IMAGES | dict(pair.split("=", 1) for pair in named.split(",") if pair)
 
 
 @cache
-def _no_docker() -> str | None:
+def no_docker() -> str | None:
     """Return why there is no Docker engine to use, if there is none."""
     try:
         asked = subprocess.run(

@@ -26,6 +26,7 @@ _GROUPS = {
       | cli/test_lifetime\.py | controller/test_(actors|controller)\.py
     )""",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
+    "a cluster in containers": r"tests/containers/",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
 }
@@ -36,7 +37,8 @@ _FIRST = ("ray", "ray, and faults", "containers of redis", "containers of valkey
 
 _SLOW = re.compile(
     r"""tests/(
-      handles/files/test_(memory|s3)
+      containers/\w+
+    | handles/files/test_(memory|s3)
     | proxy/test_server
     | security/\w+
     | serve/cli/\w+

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock import serve
+from tests.brokers import images, no_docker
+from tests.containers.project import Project, free_subnet
+from tests.containers.python_image import python_image
+
+PASSWORD = "of-the-test"
+_PACKAGES = ("penstock[serve]", "scikit-learn", "httpx")
+"""What the Dockerfile installs for compose.yaml."""
+
+
+@pytest.fixture(scope="session")
+def docker_compose() -> None:
+    """An engine, and ``docker compose``. Without them the test is skipped; in CI (``CI=true``) that is a failure."""
+    reason = no_docker()
+    if not reason:
+        asked = subprocess.run(["docker", "compose", "version"], capture_output=True, text=True, check=False)
+        reason = f"no `docker compose`: {asked.stderr.strip()}" if asked.returncode else None
+    if reason:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Project]:
+    """compose.yaml with one worker, up and healthy, whose image was built of this tree."""
+    if not os.environ.get("PENSTOCK_TEST_FAULTS"):
+        pytest.skip("several Rays in containers take minutes: `make faults`, or PENSTOCK_TEST_FAULTS=short")
+    name = f"penstock-test-{os.getpid()}"
+    environment = {
+        "PENSTOCK_IMAGE": name,
+        "PENSTOCK_REDIS_IMAGE": images()["valkey"],
+        "PENSTOCK_LB_IMAGE": images()["haproxy"],
+        "PENSTOCK_REDIS_PASSWORD": PASSWORD,
+        "PENSTOCK_REDIS_PORT": "0",
+        "PENSTOCK_HTTP_PORT": "0",
+        "PENSTOCK_SUBNET": free_subnet(),
+    }
+    with tempfile.TemporaryDirectory(prefix=name) as folder, python_image(name, Path(folder), _PACKAGES) as python:
+        project = Project(name, {**environment, **python})
+        failed_before, is_up = request.session.testsfailed, False
+        try:
+            project.build()
+            project.up(workers=1)
+            is_up = True
+            yield project
+        finally:
+            if not is_up or request.session.testsfailed > failed_before:
+                print(project.logs())
+            project.down()
+
+
+@pytest.fixture(scope="session")
+def client(project: Project) -> Iterator[serve.Client]:
+    with serve.connect(f"redis://:{PASSWORD}@{project.address('redis', 6379)}") as client:
+        yield client

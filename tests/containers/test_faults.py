@@ -1,0 +1,152 @@
+"""``compose.yaml`` under load: containers are killed, stopped, started and scaled, and no request is lost.
+
+Each client repeats what was refused (503), and the balancer what broke off: every request has an ``Idempotency-Key``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from penstock import serve
+from tests.containers.project import Project, docker, inspect
+from tests.containers.traffic import Outcomes, traffic
+from tests.faults.table import TABLE
+from tests.waiting import wait_until
+
+# The image takes a minute to build, and several minutes on a busy machine.
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
+
+IS_LONG = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
+"""As by ``make faults``."""
+RATE = 20.0 if IS_LONG else 5.0
+HEAD_AWAY_S = 30.0 if IS_LONG else 0.0
+GOES_ON = 400 if IS_LONG else 15
+"""The number of answers before and after each fault."""
+
+IMAGE = [0.0] * 64
+RECOVERED_S = 240.0
+
+
+class Cluster:
+    """The project's cluster as its clients see it."""
+
+    def __init__(self, project: Project, client: serve.Client) -> None:
+        self._project, self._client = project, client
+        self.url = f"http://{project.address('lb', 8000)}"
+
+    def is_whole(self, backend: str = "digits") -> bool:
+        """Return whether the controller is there, and every replica is ready."""
+        status = self._client.status()
+        return (status["controller"], status["backends"][backend]["ready"]) == ("alive", 2)
+
+    def wait_until_whole(self) -> None:
+        for container in [self._project.container("head"), *self._project.workers()]:
+            self._project.wait_until_healthy(container)
+        wait_until(self.is_whole, timeout_s=RECOVERED_S)
+
+    @contextmanager
+    def load(self, scenario: str, path: str = "/digit", body: object = IMAGE) -> Generator[Outcomes]:
+        """Send requests meanwhile; afterwards none may be lost. Adds a row to the table."""
+        began_s = time.monotonic()
+        with traffic(self.url + path, body, RATE) as seen:
+            goes_on(seen)
+            yield seen
+            goes_on(seen)
+        TABLE.add(seen.row(scenario, time.monotonic() - began_s))
+        assert seen.lost == []
+        assert seen.answered == seen.sent
+
+
+def goes_on(seen: Outcomes) -> None:
+    """Wait for some more answers."""
+    enough = seen.answered + GOES_ON
+    wait_until(lambda: seen.answered >= enough or seen.lost, timeout_s=RECOVERED_S)
+
+
+@pytest.fixture
+def cluster_of_containers(project: Project, client: serve.Client) -> Cluster:
+    return Cluster(project, client)
+
+
+def test_the_command_of_the_readme_serves_the_example(
+    project: Project, cluster_of_containers: Cluster, client: serve.Client
+) -> None:
+    answer = httpx.post(f"{cluster_of_containers.url}/digit", json=IMAGE)
+    assert answer.status_code == 200, answer.text
+    assert 0 <= answer.json()["digit"] <= 9
+    assert client.status()["warnings"] == []
+
+
+def test_no_container_may_write_to_its_image_or_runs_as_root(project: Project, cluster_of_containers: Cluster) -> None:
+    for service in ("redis", "ray-state", "head", "worker", "lb"):
+        state = inspect(project.container(service))
+        assert state["HostConfig"]["ReadonlyRootfs"], service
+        assert state["HostConfig"]["CapDrop"] == ["ALL"], service
+        assert state["Config"]["User"] not in ("", "0", "root"), service
+
+
+def test_two_workers_join_under_load(project: Project, cluster_of_containers: Cluster) -> None:
+    with cluster_of_containers.load("scale from 1 to 3"):
+        project.up(workers=3)
+    assert len(project.workers()) == 3
+
+
+def test_a_killed_worker_loses_nothing_and_rejoins(project: Project, cluster_of_containers: Cluster) -> None:
+    project.scale(3)
+    with cluster_of_containers.load("worker killed"):
+        docker("kill", worker := project.workers()[0])
+    with cluster_of_containers.load("node rejoins"):
+        docker("start", worker)
+        cluster_of_containers.wait_until_whole()
+
+
+def test_a_killed_head_is_not_missed_until_it_is_back(project: Project, cluster_of_containers: Cluster) -> None:
+    head = project.container("head")
+    with cluster_of_containers.load(f"head killed, away {HEAD_AWAY_S:.0f} s" if IS_LONG else "head killed") as seen:
+        docker("kill", head)
+        gone_s = time.monotonic()
+        wait_until(lambda: time.monotonic() >= gone_s + HEAD_AWAY_S, timeout_s=2 * RECOVERED_S)
+        goes_on(seen)
+        docker("start", head)
+        cluster_of_containers.wait_until_whole()
+
+
+def test_a_killed_redis_loses_nothing_that_was_accepted(project: Project, cluster_of_containers: Cluster) -> None:
+    redis = project.container("redis")
+    with cluster_of_containers.load("Redis killed"):
+        docker("kill", redis)
+        docker("start", redis)
+        project.wait_until_healthy(redis)
+        wait_until(cluster_of_containers.is_whole, timeout_s=RECOVERED_S)
+
+
+def test_a_stopped_worker_answers_what_it_holds_while_others_take_over(
+    project: Project, cluster_of_containers: Cluster, client: serve.Client
+) -> None:
+    project.scale(3)
+    client.create_backend("slow", "slow:answer", config={"num_replicas": 2}, ray_actor_options={"num_cpus": 0.1})
+    client.create_endpoint("slow", backend="slow", route="/slow", methods=["POST"])
+    cluster_of_containers.wait_until_whole()
+    first = project.workers()[0]
+    with cluster_of_containers.load("worker stopped, requests of 1.5 s", "/slow", None):
+        docker("stop", first)
+        assert inspect(first)["State"]["ExitCode"] == 0, docker("logs", "--tail=20", first)
+    client.delete_endpoint("slow")
+    client.delete_backend("slow")
+    docker("start", first)
+    cluster_of_containers.wait_until_whole()
+
+
+def test_two_of_three_workers_leave_under_load(project: Project, cluster_of_containers: Cluster) -> None:
+    project.scale(3)
+    with cluster_of_containers.load("scale from 3 to 1") as seen:
+        project.scale(1)
+    assert len(project.workers()) == 1
+    assert {json.loads(answer)["digit"] for answer in seen.answers} == {4}
