@@ -99,10 +99,18 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_calling_loads_nothing_that_only_serving_needs() -> None:
-    code = "import sys, penstock.handles; print(*sys.modules)"
+    code = "import sys, penstock.handles; penstock.handles.connect; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert "penstock.handles" in loaded
     assert not loaded & {"ray", "httptools", "starlette", "uvicorn", "pydantic"}
+
+
+def test_a_replica_loads_nothing_that_only_calling_needs() -> None:
+    """Unless its code calls other backends."""
+    code = "import sys, penstock.workers.actor; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    unneeded = ("calls.request_client", "batch", "files", "async_handle", "connection")
+    assert not loaded & {f"penstock.handles.{name}" for name in unneeded}
 
 
 def test_the_root_imports_nothing() -> None:
