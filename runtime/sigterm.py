@@ -1,4 +1,4 @@
-"""SIGTERM handling: drains the Ray actor of this process, then ends the process."""
+"""SIGTERM handling: of Ray actors, which drain before they end, and of processes that start Ray."""
 
 from __future__ import annotations
 
@@ -6,11 +6,37 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def keeping_sigterm() -> Generator[None]:
+    """Keep the handler of SIGTERM over a block that starts Ray.
+
+    Ray's own handler kills the processes of Ray before the rest of the program can end what runs in them. If there was
+    no handler, SIGTERM now exits with status 143, so that ``with`` blocks and functions of ``atexit`` run.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Only that one may set handlers.
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, before)
+        raise
+    signal.signal(signal.SIGTERM, _exit if before is signal.SIG_DFL else before)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 class DrainsOnSigterm:

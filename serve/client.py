@@ -18,6 +18,7 @@ from ..broker.registry.records import BackendRecord, EndpointRecord
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import check_name
 from ..handles import background_loop
+from ..handles._tracebacks import short_traceback
 from ..handles.connection import CLOSE_TIMEOUT_S, Connection, wait_until_queued
 from ..proxy.routing import check_route
 from ..workers.asgi.application import AsgiApplication
@@ -104,6 +105,7 @@ class Client(Connection):
 
     # -- backends
 
+    @short_traceback
     def create_backend(
         self,
         tag: str,
@@ -157,6 +159,7 @@ class Client(Connection):
         files = pack(record.runtime_env or {}, record.version)
         self._run(self._core.add_backend(record, code, files))
 
+    @short_traceback
     def update_backend(
         self,
         tag: str,
@@ -209,6 +212,7 @@ class Client(Connection):
         files = None if environment is None else pack(environment, version)
         self._run(self._core.update_backend(tag, update, code=code, files=files))
 
+    @short_traceback
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change the configuration of a backend; return when all replicas apply it and their number is right.
 
@@ -233,6 +237,7 @@ class Client(Connection):
 
         self._run(self._core.update_backend(tag, update))
 
+    @short_traceback
     def get_backend_config(self, tag: str) -> BackendConfig:
         """Return the configuration of a backend. Raises `BackendNotFound`."""
         validation.check_tag(tag)
@@ -243,6 +248,7 @@ class Client(Connection):
         snapshot = self._run(self._core.snapshot())
         return {tag: BackendConfig.of_spec(record.config) for tag, record in snapshot.backends.items()}
 
+    @short_traceback
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """Delete a backend and its dead letters; return when its replicas have ended.
 
@@ -261,6 +267,7 @@ class Client(Connection):
 
     # -- endpoints
 
+    @short_traceback
     def create_endpoint(
         self,
         name: str,
@@ -308,11 +315,13 @@ class Client(Connection):
         self._check_open()
         return super().list_endpoints()
 
+    @short_traceback
     def delete_endpoint(self, name: str) -> None:
         """Delete an endpoint; return when no proxy serves its route. Its backends stay. Raises `EndpointNotFound`."""
         check_name("an endpoint", name)
         self._run(self._core.change(lambda snapshot: registry_changes.remove_endpoint(snapshot, name)))
 
+    @short_traceback
     def set_traffic(self, endpoint: str, traffic: Mapping[str, float]) -> None:
         """Distribute an endpoint's requests over backends; return when every proxy does so.
 
@@ -330,6 +339,7 @@ class Client(Connection):
         check_name("an endpoint", endpoint)
         self._run(self._core.change(lambda snapshot: registry_changes.set_traffic(snapshot, endpoint, traffic)))
 
+    @short_traceback
     def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
         """Copy a proportion of an endpoint's requests to a backend; return when every proxy does so.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, cast
@@ -23,6 +23,8 @@ from ..broker.embedded.server import EmbeddedServer
 from ..broker.errors import ConfigError, EmbeddedServerError
 from ..broker.transport.url import REDIS_URL, shown_url
 from ..handles import background_loop
+from ..handles._tracebacks import short_traceback
+from ..runtime.sigterm import keeping_sigterm
 from ..workers.actor import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
@@ -32,7 +34,7 @@ from .controller.controller_actor import Actor
 from .instance import AlreadyRunning, Instance
 from .ray_cluster import is_remote, join_ray
 from .settings import Settings
-from .start_arguments import StartArguments, broker_url, instance_name
+from .start_arguments import StartArguments, broker_url, check_broker_listens, instance_name
 from .status_reader import no_instance
 
 _CONTROLLER_CONCURRENCY = 10_000
@@ -56,6 +58,7 @@ def started_clients() -> list[Client]:
     return [client for client in _started.values() if not client.is_closed]
 
 
+@short_traceback
 def start(
     *,
     redis_url: str | None = None,
@@ -73,7 +76,8 @@ def start(
     cluster, which is started here and ends with the process. A detached instance uses the cluster that ``ray start``
     has started on this machine instead of a local one.
 
-    The instance ends with the script unless it is ``detached``.
+    The instance ends with the script unless it is ``detached``. SIGTERM then ends the script as ``sys.exit(143)`` does,
+    unless it has a handler of its own.
 
     Args:
         redis_url: the broker: ``redis://``, ``rediss://`` or ``unix://``, or ``redis+sentinel://`` (see
@@ -115,6 +119,8 @@ def start(
     if _instead_of_start:
         return _instead_of_start[0](arguments)
     _check_not_started(arguments)
+    if arguments.redis_url is not None:
+        check_broker_listens(arguments.redis_url)
     owner = token_hex(8)
     with ExitStack() as undo:
         url = arguments.redis_url or undo.enter_context(_embedded_server(arguments)).url
@@ -122,8 +128,9 @@ def start(
         undo.callback(lambda: background_loop.run(core.close()))
         resumed = background_loop.run(_acquire(core, owner, arguments))
         try:
-            if join_ray(detached=detached):
-                undo.callback(cast(Any, ray.shutdown))
+            with nullcontext() if detached else keeping_sigterm():
+                if join_ray(detached=detached):
+                    undo.callback(cast(Any, ray.shutdown))
             if arguments.redis_url is None:
                 _check_single_node()
             node = ray.get_runtime_context().get_node_id()
@@ -167,6 +174,7 @@ def check_start(arguments: StartArguments) -> None:
         background_loop.run(core.close())
 
 
+@short_traceback
 def connect(redis_url: str | None = None, instance: str | None = None) -> Client:
     """Connect to a running instance: a detached one, or that of the backend in which this is called. Needs no Ray.
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..broker.errors import PenstockError
 from ..broker.registry.records import BackendRecord, EndpointRecord, Snapshot
 from ..broker.wire.keys import Keys
+from ..handles._tracebacks import short_traceback
 from ..handles.async_handle import AsyncServeHandle
 from ..handles.calls.request_client import Links
 from ..handles.calls.shared_client import SharedClient, open_clients, provide_links
@@ -34,6 +35,7 @@ NAME = "local"
 """Name of the instance, the backend and the endpoint."""
 
 
+@short_traceback
 def local(
     func_or_class: Target,
     *init_args: Any,

@@ -51,14 +51,13 @@ def run(
             wrong(f"{program} chooses its own HTTP options: serve.start(http_options={http!r})")
     elif arguments:
         wrong(f"only a script takes arguments: {' '.join(arguments)}")
+    if program.endswith((".py", ".yaml", ".yml")) and not os.path.isfile(program):
+        wrong(f"there is no file {program!r}")
     with slow_imports():  # Ray takes a second: not for --help.
         from .program import check_program
         from .server import run_program
 
-    if not program.endswith((".yaml", ".yml")):
-        with usage_errors():
-            check_program(program)
-    elif not os.path.isfile(program):
-        wrong(f"there is no file {program!r}")
     with usage_errors():
+        if not program.endswith((".yaml", ".yml")):
+            check_program(program)
         sys.exit(run_program(program, arguments, redis_url, instance, http, reload=reload))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from types import FrameType
 from typing import Any
 
 from ...broker.defaults import INSTANCE
@@ -103,6 +106,8 @@ class _Server:
 
         def on_wait(client: Client) -> None:
             self._has_waited = True
+            if threading.current_thread() is threading.main_thread():  # Only that one may set handlers.
+                signal.signal(signal.SIGTERM, _interrupt)
             _show_routes(client)
             if self._reload and not watching:
                 watching.append(Thread(target=self._reload_forever, args=(client,), name="reload", daemon=True))
@@ -146,11 +151,19 @@ class _Server:
         environ = {**os.environ, REDIS_URL: client.redis_url, INSTANCE: client.instance}
         command = [sys.executable, "-c", _AGAIN, self._program, *self._arguments]
         with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL) as loading:
-            while not self._stop.is_set():
-                with suppress(subprocess.TimeoutExpired):
-                    return loading.wait(timeout=0.1) == 0
-            loading.terminate()
+            try:
+                while not self._stop.is_set():
+                    with suppress(subprocess.TimeoutExpired):
+                        return loading.wait(timeout=0.1) == 0
+            finally:
+                loading.terminate()
         return False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM as Ctrl-C, once: after that, the instance ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _show_routes(client: Client) -> None:

@@ -1,6 +1,5 @@
 """Output in a REPL: tracebacks that end in their own line, and objects that describe themselves."""
 
-import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ from penstock import handles
 from penstock.handles import AsyncServeHandle, Response, ServeHandle
 from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, EndpointNotFound
+from tests.frames import frames_below
 from tests.handles.site import INSTANCE, Site, echo
 from tests.notebooks import shown_in_notebook
 
@@ -35,9 +35,7 @@ def test_an_error_shows_the_users_line_and_at_most_two_frames_of_the_library(
     error, call = _MISTAKES[case]
     with pytest.raises(error) as raised:
         call(connected)
-    frames = traceback.extract_tb(raised.value.__traceback__)
-    users = [n for n, frame in enumerate(frames) if frame.filename == __file__]
-    assert len(frames) - 1 - users[-1] <= 2, "".join(traceback.format_list(frames))
+    assert frames_below(__file__, raised.value) <= 2
 
 
 def test_a_handle_shows_the_options_that_were_set_and_no_header_value() -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from penstock import serve
-from penstock.handles.errors import ConfigError
+from penstock.handles.errors import BrokerUnavailable, ConfigError
 from penstock.proxy.pages.admin_token import digest_of
 from penstock.serve.ray_cluster import join_address
 from penstock.serve.start_arguments import StartArguments
+from penstock.testing import local
+from tests.frames import frames_below
 
 START = """
 import json, sys
@@ -100,6 +102,40 @@ def test_a_ray_cluster_that_cannot_be_reached_is_an_error_at_once() -> None:
     assert time.monotonic() - began_s < 10
     with pytest.raises(ConfigError, match="RAY_ADDRESS 'host:port' is not an address such as"):
         join_address("host:port")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"http_options": {"prot": 1}}, "HTTPOptions has no field 'prot'; did you mean 'port'?"),
+        ({"http_options": {"port": 70000}}, "HTTPOptions.port must be less than or equal to 65535, not 70000"),
+        ({"detached": 1}, "detached must be a bool, not int"),
+        ({"redis_url": "http://localhost"}, "'http://localhost' is not a Redis URL"),
+    ],
+)
+def test_the_error_of_a_wrong_start_shows_the_users_line(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, TypeError)) as raised:
+        serve.start(**arguments)
+    assert says in str(raised.value)
+    assert frames_below(__file__, raised.value) <= 2
+
+
+def test_a_mistake_in_the_arguments_of_a_local_backend_shows_the_users_line() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'num_replicas'") as raised:
+        local(len, config={"replicas": 4})
+    assert frames_below(__file__, raised.value) <= 2
+
+
+def test_a_broker_that_refuses_connections_is_an_error_at_once(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        port = closed.getsockname()[1]
+        for url in (f"redis://:secret@127.0.0.1:{port}", f"unix://{tmp_path}/nothing.sock", "redis://no.such.invalid"):
+            began_s = time.monotonic()
+            with pytest.raises(BrokerUnavailable) as raised:
+                serve.start(redis_url=url)
+            assert time.monotonic() - began_s < 4, "it was tried again and again"
+            assert "secret" not in str(raised.value)
 
 
 def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_starts(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from penstock.broker.registry.reports import ReplicaReport
 from penstock.handles import background_loop
 from penstock.handles.errors import BackendError, BackendNotFound, ConfigError, EndpointNotFound
 from penstock.serve.instance import Instance
+from tests.frames import frames_below
 from tests.serve.backends import SMALL
 
 # An untyped client, for calls with deliberately wrong types.
@@ -223,6 +224,7 @@ def test_a_wrong_call_changes_nothing(
     with pytest.raises(kind) as raised:
         call(standing)
     assert says in str(raised.value)
+    assert frames_below(__file__, raised.value) <= 2
     after = state(standing)
     assert without_config_version(after) == without_config_version(before)
 

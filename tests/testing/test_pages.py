@@ -1,8 +1,9 @@
-"""The examples of pages that need no instance, run as a user runs them."""
+"""The examples of pages that need no Ray, run as a user runs them."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
 import subprocess
@@ -16,9 +17,12 @@ import httpx
 import pytest
 
 from penstock import serve
+from penstock.serve.start_arguments import StartArguments
 from penstock.testing import local
+from tests.handles.site import Site
 
 DOCS = Path(__file__).parents[2] / "docs"
+README = DOCS.parent / "README.md"
 
 
 def blocks(page: str) -> list[str]:
@@ -40,12 +44,13 @@ def test_the_tests_of_the_page_about_testing_pass(tmp_path: Path) -> None:
 
 
 def test_the_example_of_multiplexing_answers() -> None:
-    code, _ = blocks("multiplexing.md")
+    code, call = blocks("multiplexing.md")
     names: dict[str, Any] = {}
     exec(compile(code, "docs/multiplexing.md", "exec"), names)
     with local(names["Translator"]) as backend:
         handle = backend.handle
-        assert handle.options(model_id="de-en").remote("Wasser").result() == {"model": "de-en", "data": "Wasser"}
+        future = eval(call, {"handle": handle})
+        assert future.result() == {"model": "de-en", "data": "Wasser"}
 
 
 def test_the_examples_of_streaming_print_the_tokens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,3 +94,31 @@ def test_the_examples_of_retries_are_answered_after_errors_that_pass() -> None:
     answers[:] = [httpx.Response(429, headers={"retry-after": "0"}), httpx.Response(200, text="short")]
     with local(names["summarise"]) as backend:
         assert backend.handle.remote("long").result(timeout=30) == "short"
+
+
+def test_the_thin_client_of_the_readme_calls_the_backend_of_its_first_example(
+    redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, thin = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(first.partition("with serve.start")[0], "README.md", "exec"), names)
+    site = Site(redis_url)
+    try:
+        site.serve(names["greet"], "greet")
+        exec(compile(thin.replace("redis://broker:6379", redis_url), "README.md", "exec"), {})
+    finally:
+        site.close()
+    assert capsys.readouterr().out == "{'hello': 'thin client'}\n"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_starts_of_the_page_on_security_have_valid_arguments(number: int) -> None:
+    checked: list[StartArguments] = []
+
+    class Checks:
+        def start(self, **given: Any) -> None:
+            defaults = dict.fromkeys(inspect.signature(StartArguments.checked).parameters)
+            checked.append(StartArguments.checked(**{**defaults, "detached": False, **given}))
+
+    exec(compile(blocks("security.md")[number], "docs/security.md", "exec"), {"serve": Checks()})
+    assert len(checked) == 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.serve.cli.conftest import Penstock
+from penstock.broker.embedded.server import EmbeddedServer
+from tests.serve.cli.conftest import COMMAND, Penstock, environment, running
+from tests.serve.cli.test_status import declare
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,17 @@ def test_a_script_that_starts_nothing_is_told_what_to_do(penstock: Penstock, tmp
     assert failed.code == 2
     assert "has started no instance: call serve.start() in it and leave it open" in failed.err
     assert "penstock run app:NAME" in failed.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_waits_ends_with_exit_code_0_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "app.py"
+    script.write_text("from penstock import serve\nclient = serve.connect()\nclient.wait()\nprint('after')\n")
+    with EmbeddedServer.start() as server:
+        asyncio.run(declare(server.url))
+        with running([*COMMAND, "run", str(script)], environment(server.url)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "serving without HTTP\n"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "after\n", "")
