@@ -39,7 +39,7 @@ class AccessLog:
             took_s: seconds from the head of the request to the end of the response.
             request_id: the id that the response carries.
             endpoint: the endpoint that took the request.
-            backend: the backend that it was sent to; empty if it was sent to none, or is a kept request.
+            backend: the backend that it was sent to; empty if it was sent to none.
         """
         # Anything may stand in a path, percent-encoded: a line feed would begin a line of the client's own.
         shown_path = path if path.isascii() and path.isprintable() else ascii(path)[1:-1]

@@ -64,6 +64,7 @@ class ProxiedRequest:
         "endpoint",
         "headers",
         "is_counted",
+        "kept_by",
         "params",
         "request_id",
         "reserved_bytes",
@@ -80,6 +81,8 @@ class ProxiedRequest:
         self.endpoint: EndpointRecord | None = None
         self.params: dict[str, PathParam] = {}
         self.call: Call | None = None
+        self.kept_by = ""
+        """The backend of a kept request, which has no call."""
         self.status = CLIENT_CLOSED_REQUEST
         """Status of the response; until there is one, that of a client that disconnected."""
         self.is_counted = False
@@ -360,7 +363,7 @@ class App:
                     took_s,
                     request_id=request.request_id,
                     endpoint=request.endpoint,
-                    backend="" if call is None else call.backend,
+                    backend=request.kept_by if call is None else call.backend,
                 )
 
     def _route_path(self, path: str) -> str:
@@ -425,6 +428,7 @@ class App:
         """
         endpoint = request.endpoint
         assert endpoint is not None
+        call: KeptCall | None = None
         try:
             if (call := KeptCall.of(request.scope["headers"])) is None:
                 return None
@@ -443,6 +447,8 @@ class App:
             raise
         except Exception as e:
             return self.response_to(request, e)
+        finally:
+            request.kept_by = "" if call is None else call.backend
 
     async def _until_disconnect(self, response: Coroutine[Any, Any, HTTPResponse], receive: Receive) -> HTTPResponse:
         """Return the response, or cancel it when the client disconnects.

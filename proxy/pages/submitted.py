@@ -28,10 +28,12 @@ _RETRY_AFTER_S = 1
 class KeptCall:
     """The headers that make a request a kept one: it is submitted, or has a key."""
 
-    __slots__ = ("key", "preferences")
+    __slots__ = ("backend", "key", "preferences")
 
     def __init__(self, key: IdempotencyKey | None, preferences: Preferences) -> None:
         self.key, self.preferences = key, preferences
+        self.backend = ""
+        """The backend that has it, once it is accepted."""
 
     @classmethod
     def of(cls, headers: RawHeaders) -> KeptCall | None:
@@ -101,6 +103,7 @@ class SubmittedRequests:
         except asyncio.CancelledError:
             submitting.add_done_callback(self._forget)
             raise
+        call.backend = ticket.backend
         response = await self._answer(ticket, prefers_async, wait_s - (self._loop.time() - began_s))
         return response._replace(headers=[*response.headers, _REPLAYED]) if ticket.is_replayed else response
 

@@ -45,6 +45,18 @@ async def test_each_request_is_a_line_with_its_outcome(redis_url: str, lines: Li
     assert "secret" not in json.dumps(found)
 
 
+async def test_the_line_of_a_submitted_request_has_its_backend(redis_url: str, lines: Lines) -> None:
+    async with running(redis_url, access_log=True) as site:
+        await site.endpoint("/later", None, max_queued_requests=1)
+        for expected in (202, 503):  # the second one is refused, so no backend has it
+            assert (await site.http.post("/later", headers={"prefer": "respond-async"})).status_code == expected
+        await wait_until_async(lambda: len(lines.records) == 2)
+    accepted, refused = (record.getMessage() for record in lines.records)
+    assert accepted.startswith("POST /later 202 ")
+    assert accepted.endswith(" ms e")
+    assert refused.endswith(" ms -")
+
+
 @pytest.mark.parametrize("way", WAYS)
 async def test_errors_are_lines_with_their_status(redis_url: str, lines: Lines, way: str) -> None:
     def failing(entry: Entry) -> Reply:
