@@ -90,40 +90,40 @@ class KeptReplyFuture(asyncio.Future[Any]):
 class _CheckedReplyFuture(AsyncReplyFuture):
     """A future that warns when it is dropped without being read: the second ``await`` was probably forgotten."""
 
-    __slots__ = ("_is_read", "endpoint")
+    __slots__ = ("endpoint", "is_read")
     endpoint: str
     """Name of the called endpoint, for the warning."""
-    _is_read: bool
+    is_read: bool
 
     def __await__(self) -> Generator[Any, None, Any]:
-        self._is_read = True
+        self.is_read = True
         return super().__await__()
 
     # `asyncio.wait` and its like add callbacks, `asyncio.gather` and `asyncio.shield` read the result in theirs.
 
     def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
-        self._is_read = True
+        self.is_read = True
         super().add_done_callback(*args, **kwargs)
 
     def result(self) -> Any:
-        self._is_read = True
+        self.is_read = True
         return super().result()
 
     def exception(self) -> BaseException | None:
-        self._is_read = True
+        self.is_read = True
         return super().exception()
 
     def cancel(self, msg: Any | None = None) -> bool:
-        self._is_read = True
+        self.is_read = True
         return super().cancel(msg)
 
     def mark_read(self) -> None:
-        self._is_read = True
+        self.is_read = True
         super().mark_read()
 
     def __del__(self) -> None:
         global _has_warned
-        if not self._is_read and not _has_warned and not sys.is_finalizing():
+        if not self.is_read and not _has_warned and not sys.is_finalizing():
             _has_warned = True
             warnings.warn(
                 f"a reply of endpoint {self.endpoint!r} was never read: remote() returns a future once the request is "
@@ -146,7 +146,7 @@ def new_reply_future(endpoint: str, loop: asyncio.AbstractEventLoop) -> AsyncRep
         future = AsyncReplyFuture(loop=loop)
     else:
         future = checked = _CheckedReplyFuture(loop=loop)
-        checked.endpoint, checked._is_read = endpoint, False
+        checked.endpoint, checked.is_read = endpoint, False
     future.call = None
     return future
 

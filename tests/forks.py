@@ -149,7 +149,7 @@ class _Forking:
         self._ended, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno())
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, _do_nothing)
         for file in (self._listening, self._ended, sys.stdin.buffer):
             self._selector.register(file, selectors.EVENT_READ)
         self._launchers: dict[int, socket.socket] = {}
@@ -201,6 +201,10 @@ class _Forking:
         self._selector.close()
         for file in (self._listening, self._ended, self._wakeup, *self._launchers.values()):
             file.close()
+
+
+def _do_nothing(*_: object) -> None:
+    """Handle SIGCHLD: a signal that is ignored would not wake the selector."""
 
 
 def _main(path: str, first: str, *imports: str) -> None:

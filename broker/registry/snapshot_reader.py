@@ -113,7 +113,10 @@ class SnapshotReader:
 def _all(kind: type[T], before: Mapping[str, T], flat: list[bytes]) -> Mapping[str, T]:
     """Return all records of a hash, names and values in turn; those that are as ``before`` are the same objects."""
     records = {name: read_record(kind, name, raw) for name, raw in parse_objects(flat).items()}
-    return {name: old if (old := before.get(name)) == record else record for name, record in records.items()}
+    return {
+        name: old if (old := before.get(name)) is not None and old == record else record
+        for name, record in records.items()
+    }
 
 
 def _changed(kind: type[T], before: Mapping[str, T], names: list[bytes], values: list[bytes | None]) -> Mapping[str, T]:

@@ -89,7 +89,7 @@ class Submitted(NotebookTable):
         return repr(self._request).replace("AsyncSubmitted", "Submitted", 1)
 
     def _notebook_fields(self) -> Mapping[str, object]:
-        return self._request._notebook_fields()
+        return self._request._notebook_fields()  # pyright: ignore[reportPrivateUsage] - of the object that it wraps
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._request.__reduce__()[1]

@@ -43,7 +43,11 @@ async def test_the_script_of_curl_asks_repeats_submits_and_fetches(redis_url: st
 
 async def test_a_large_body_is_sent_once_curl_is_told_to_continue(redis_url: str) -> None:
     program("curl", "curl")
-    async with behind_proxies(redis_url, lambda request: str(len(request.data)), name="size") as [(_, address)]:
+
+    def size_of(request: Any) -> str:
+        return str(len(request.data))
+
+    async with behind_proxies(redis_url, size_of, name="size") as [(_, address)]:
         size = 3_000_000
         send = "head -c $1 /dev/zero | curl --silent --include --data-binary @- -H 'Content-Type: a/b' $2"
         code, output = await run("sh", "-c", send, "sh", str(size), f"http://{address}/size")

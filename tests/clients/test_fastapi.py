@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from starlette.testclient import TestClient
@@ -24,7 +25,7 @@ def site(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def test_a_page_calls_the_backend_of_the_quick_start(site: Site) -> None:
     site.serve(quick_start()({"good": 1, "bad": -1}), "sentiment")
-    with TestClient(example("web").app) as http:
+    with cast("Any", TestClient(example("web").app)) as http:
         response = http.get("/reviews", params={"text": "a good day"})
         assert response.json() == {"text": "a good day", "score": 1}
         assert http.get("/reviews").status_code == 422  # FastAPI validates
@@ -34,7 +35,7 @@ def test_a_full_queue_is_503_with_retry_after(site: Site) -> None:
     site.declare("sentiment", max_queued_requests=1)
     with handles.connect() as connection:
         connection.get_handle("sentiment").submit({"text": "queued"})
-    with TestClient(example("web").app) as http:
+    with cast("Any", TestClient(example("web").app)) as http:
         response = http.get("/reviews", params={"text": "good"})
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1

@@ -18,7 +18,11 @@ async def test_the_configuration_of_the_page_scrapes_what_a_proxy_counts(redis_u
     page = (DOCS / "monitoring.md").read_text(encoding="utf-8")
     (config,) = re.findall(r"```yaml\n(scrape_configs:\n.*?)```", page, re.DOTALL)
     jobs: list[dict[str, Any]] = yaml.safe_load(config)["scrape_configs"]
-    async with behind_proxies(redis_url, lambda request: "x", name="e") as [(_, address)]:
+
+    def answer(request: Any) -> str:
+        return "x"
+
+    async with behind_proxies(redis_url, answer, name="e") as [(_, address)]:
         async with httpx.AsyncClient() as http:
             for _ in range(3):
                 assert (await http.get(f"http://{address}/e")).text == "x"

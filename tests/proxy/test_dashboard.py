@@ -200,9 +200,8 @@ async def furnish(site: Site) -> None:
         "broken": {"state": "failed", "done": 10, "total": 50, "errors": 10, "started_ms": now_ms - 90_000_000},
     }
     for name, fields in jobs.items():
-        report = JobReport(
-            **{"endpoint": "alpha", "started_ms": now_ms, "at_ms": recent_ms, "ttl_s": 3600.0, **fields}, job=name
-        )
+        known: dict[str, Any] = {"endpoint": "alpha", "started_ms": now_ms, "at_ms": recent_ms, "ttl_s": 3600.0}
+        report = JobReport(**{**known, **fields}, job=name)
         await registry.put_report(f"job:{name}", report)
     silent = JobReport(job="silent", endpoint="beta", done=7, at_ms=now_ms - 60_000, started_ms=now_ms, ttl_s=3600.0)
     await registry.put_report("job:silent", silent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,9 +67,9 @@ def test_a_job_that_is_left_early_has_stopped_and_one_that_cannot_go_on_has_fail
     site: Site, connected: Connection
 ) -> None:
     site.serve(echo)
-    results: Iterator[Any] = iter(connected.batch("ask", job="j").map(n for n in range(5_000)))
+    results: Any = iter(connected.batch("ask", job="j").map(n for n in range(5_000)))
     next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert part_of(reported(site), "state", "total") == ("stopped", None)
     with pytest.raises(Exception, match="belongs to another input"):
         list(connected.batch("ask", job="j").map(["other"] * 5_000))
