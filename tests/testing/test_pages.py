@@ -118,7 +118,8 @@ def test_the_starts_of_the_page_on_security_have_valid_arguments(number: int) ->
     class Checks:
         def start(self, **given: Any) -> None:
             defaults = dict.fromkeys(inspect.signature(StartArguments.checked).parameters)
-            checked.append(StartArguments.checked(**{**defaults, "detached": False, **given}))
+            arguments: dict[str, Any] = {**defaults, "detached": False, **given}
+            checked.append(StartArguments.checked(**arguments))
 
     exec(compile(blocks("security.md")[number], "docs/security.md", "exec"), {"serve": Checks()})
     assert len(checked) == 1
