@@ -118,6 +118,8 @@ class Client(Connection):
     ) -> None:
         """Deploy code as a new backend; return when all replicas are ready, however long their start takes.
 
+        Where Ray's autoscaler adds nodes, it also waits for those, for 15 minutes at most.
+
         Args:
             tag: the name of the backend: 1 to 128 letters, digits, ``_``, ``.``, ``-`` or ``#``.
             func_or_class: a function of one `Request`, ``async def`` or not; a class whose instances are such

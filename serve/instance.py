@@ -6,9 +6,8 @@ It needs no Ray, because the controller reports the outcome of each change in th
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +20,8 @@ from ..broker.transport.connection import RedisConnection
 from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.calls.shared_client import SharedClient
-from ..handles.errors import BackendError, from_wire
-from ..workers.runtime_env import WORKING_DIR
 from . import registry_changes
+from .rollout_wait import RolloutWait
 from .settings import Settings
 from .status import Status
 from .status_reader import StatusReader
@@ -40,13 +38,6 @@ _LIVE_S = 30.0
 """A healthy proxy follows the registry within a second; one that has not followed after this time is not healthy."""
 
 _END_S = 60.0
-_SLOW_START_S = 30.0
-_STILL_STARTING = (
-    "backend %r is still starting after %g s: %d of %d replicas are ready. Their constructors may be slow, or other "
-    "actors may hold the resources that they need; `ray status` shows those"
-)
-
-log = logging.getLogger(__name__)
 
 
 class AlreadyRunning(ConfigError):
@@ -223,28 +214,16 @@ class Instance:
             ConfigError: the cluster does not have the resources.
             PenstockError: another client changed the backend meanwhile.
         """
-        started_s, has_warned = time.monotonic(), False
+        wait = RolloutWait(record, time.monotonic())
 
         async def is_rolled_out() -> bool:
-            nonlocal has_warned
             status = await self._status_of(record.tag)
-            if status is not None and (status.version, status.config_version) == (
-                record.version,
-                record.config_version,
-            ):
-                if status.rolled_out:
-                    return True
-                if status.failing:
-                    raise _with_hint(from_wire(status.failing), record.runtime_env or {})
-                if status.lacking:
-                    raise ConfigError(f"backend {record.tag!r}: {status.lacking}")
-            elif (await self.snapshot()).backends.get(record.tag) != record:
-                raise PenstockError(f"another client changed or deleted the backend {record.tag!r} meanwhile")
-            if not has_warned and time.monotonic() - started_s > _SLOW_START_S:
-                has_warned = True
-                ready, wanted = (0, 0) if status is None else (status.ready, status.wanted)
-                log.warning(_STILL_STARTING, record.tag, _SLOW_START_S, ready, wanted)
-            return False
+            of_record = (record.version, record.config_version)
+            if status is None or (status.version, status.config_version) != of_record:
+                if (await self.snapshot()).backends.get(record.tag) != record:
+                    raise PenstockError(f"another client changed or deleted the backend {record.tag!r} meanwhile")
+                status = None
+            return wait.is_over(status, time.monotonic())
 
         await self._wait_until(is_rolled_out, f"backend {record.tag!r} was not rolled out")
 
@@ -368,16 +347,3 @@ class Instance:
                         f"{complaint}: the instance {self.name!r} has lost its controller; serve.start resumes it"
                     )
             await asyncio.sleep(_POLL_S)
-
-
-def _with_hint(error: PenstockError, runtime_env: Mapping[str, Any]) -> PenstockError:
-    """Return the error of a replica's start; that of a missing module with the way to provide it."""
-    if not isinstance(error, BackendError) or error.type_name != "ModuleNotFoundError":
-        return error
-    hint = "name the directory of a module of yours as working_dir, or the module in py_modules, of runtime_env"
-    if (working_dir := runtime_env.get(WORKING_DIR)) is not None:
-        hint = (
-            f"the working_dir of runtime_env, {working_dir!r}, does not contain it: name the directory that does; a "
-            "relative one begins at the current directory of the process that deploys"
-        )
-    return BackendError(error.type_name, f"{error.message}; {hint}", error.traceback, error.status)

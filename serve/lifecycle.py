@@ -28,11 +28,12 @@ from ..runtime.sigterm import keeping_sigterm
 from ..workers.actor import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
-from .controller.actors import actor_name, address_of, alive_nodes, error_of
+from .controller.actors import actor_name, error_of
 from .controller.controller import LEASE_S
 from .controller.controller_actor import Actor
 from .instance import AlreadyRunning, Instance
 from .ray_cluster import is_remote, join_ray
+from .ray_nodes import address_of, alive_nodes
 from .settings import Settings
 from .start_arguments import StartArguments, broker_url, check_broker_listens, instance_name
 from .status_reader import no_instance

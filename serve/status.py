@@ -31,6 +31,7 @@ class Status(dict[str, Any]):
     - ``rolled_out``: whether this version and configuration were complete at some time;
     - ``failing``: the error of a replica that could not start, with the last lines of its traceback, or None;
     - ``lacking``: the resources that the cluster does not have, or None;
+    - ``waits_for_nodes``: the same where Ray's autoscaler adds nodes for them, or None;
     - ``refused``: the last change that was undone, and why; None once a later one is rolled out;
     - ``queued``, ``in_progress``: numbers of requests, and ``queued_bytes``, the bytes of both;
     - ``dead_letters``, and ``dead_letters_dropped``: those dropped because there were too many or they were too old;
@@ -116,6 +117,8 @@ def _troubles(backend: Mapping[str, Any]) -> list[str]:
         troubles.append(f"is failing: {backend['failing']}")
     if backend["lacking"]:
         troubles.append(f"lacks resources: {backend['lacking']}")
+    if backend["waits_for_nodes"]:
+        troubles.append(f"waits for nodes: {backend['waits_for_nodes']}")
     if backend["refused"]:
         troubles.append(f"refused {backend['refused']}")
     return troubles

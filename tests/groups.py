@@ -15,14 +15,14 @@ BROKERS = "brokers"
 """The fixture that starts brokers, on which those that give a broker to a test depend."""
 
 _GROUPS = {
-    "several nodes": r"tests/serve/test_(every_node|head|leaving_nodes)\.py",
+    "several nodes": r"tests/serve/test_(every_node|growing|head|leaving_nodes)\.py",
     "ray, and faults": r"""(?x)tests/(
         faults/test_(?!(phases|refused_writes|streams)\.)\w+\.py
       | faults/test_refused_writes\.py::test_refusals_of_writes_
       | serve/test_(asgi|examples|http_options|lifetimes|run|users)\.py
     )""",
     "ray": r"""(?x)tests/serve/(
-        test_(?!(config|forks|registry_changes|starting|status_warnings|validation)\.)\w+\.py
+        test_(?!(config|forks|registry_changes|rollout_wait|starting|status_warnings|validation)\.)\w+\.py
       | cli/test_lifetime\.py | controller/test_(actors|controller)\.py
     )""",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
@@ -42,7 +42,7 @@ _SLOW = re.compile(
     | proxy/test_server
     | security/\w+
     | serve/cli/\w+
-    | serve/test_(every_node|examples|forks|head|leaving_nodes|lifetimes|starting)
+    | serve/test_(every_node|examples|forks|growing|head|leaving_nodes|lifetimes|starting)
     | test_benchmarks
     | workers/test_(actor|streams)
     )\.py""",

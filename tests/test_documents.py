@@ -38,3 +38,20 @@ def test_every_constant_of_the_tuning_page_is_where_it_says() -> None:
         text = (ROOT / file).read_text(encoding="utf-8")
         for name in re.findall(r"[A-Z_]+", names):
             assert re.search(rf"^{name}\b.* = ", text, re.MULTILINE), f"{file} has no {name}"
+
+
+def test_every_constant_with_a_unit_is_on_the_tuning_page() -> None:
+    """A public constant is named in other modules or by its page, so an operator may meet it."""
+    page = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[A-Z][A-Z_]+", page))
+    files = [file for name in _FOLDERS.split("|")[:7] for file in (ROOT / name).rglob("*.py")]
+    found = [
+        (str(file.relative_to(ROOT)), constant)
+        for file in files
+        for constant in re.findall(
+            r"(?m)^([A-Z][A-Z_]*_(?:S|MS|BYTES|CHARS|ROWS))\b[^=\n]* = ", file.read_text("utf-8")
+        )
+    ]
+    assert len(found) > 40
+    not_bounds = [(file, constant) for file, constant in found if not constant.endswith("BOUNDS_S")]  # of histograms
+    assert [(file, constant) for file, constant in not_bounds if constant not in named] == []

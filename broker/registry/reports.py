@@ -91,7 +91,9 @@ class BackendStatus:
     failing: dict[str, Any] | None = None
     """The error of the last replica that could not start, as ``to_wire`` writes it."""
     lacking: str | None = None
-    """The resources that are missing in the cluster."""
+    """The resources that are missing in the cluster, and for which no node will be added."""
+    waits_for_nodes: str | None = None
+    """The resources that are missing in the cluster, and for which Ray's autoscaler may add nodes."""
     restarts: int = 0
     """How many replicas have failed after they were ready, and were replaced."""
     refused: RefusedChange | None = None

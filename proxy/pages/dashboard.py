@@ -163,7 +163,7 @@ def _backend(state: InstanceState, tag: str) -> dict[str, Any]:
         "ready": 0 if status is None else status.ready,
         "wanted": 0 if status is None else status.wanted,
         "failing": str(from_wire(status.failing)) if status is not None and status.failing else None,
-        "lacking": None if status is None else status.lacking,
+        "lacking": None if status is None else status.lacking or status.waits_for_nodes,
     }
 
 

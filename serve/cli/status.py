@@ -88,6 +88,6 @@ def _fitted(shown: RenderableType, console: Console) -> RenderableType:
 def _colored(look: Status) -> Text:
     text = Text(str(look), no_wrap=True, overflow="ellipsis")
     text.highlight_regex(
-        r"(?m)^(\S+ (is failing|lacks resources|refused version|controller is)|warning:) .*$", "yellow"
+        r"(?m)^(\S+ (is failing|lacks resources|waits for nodes|refused version|controller is)|warning:) .*$", "yellow"
     )
     return text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, cast
@@ -18,13 +17,10 @@ from ray.exceptions import ActorAlreadyExistsError, ActorUnavailableError, RayAc
 
 from ...handles.errors import BackendError, PenstockError
 from ...workers.actor import NAMESPACE
-from .placement import Node
 
 log = logging.getLogger(__name__)
 
 _CONCURRENCY = 1000
-_HEAD = "node:__internal_head__"
-"""A resource of Ray's head."""
 _RETRY_S = 0.5
 _DRAIN_MARGIN_S = 5.0
 """An actor that has not drained this long after its time is killed."""
@@ -33,44 +29,6 @@ _DRAIN_MARGIN_S = 5.0
 def actor_name(instance: str, kind: str, name: str = "") -> str:
     """Return the name of an actor within Ray's namespace `NAMESPACE`."""
     return f"penstock:{instance}:{kind}:{name}" if name else f"penstock:{instance}:{kind}"
-
-
-def alive_nodes() -> list[Node]:
-    """Return the nodes of the cluster that are alive. Blocks for long while Ray's head is away."""
-    found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())
-    draining = _draining_nodes()
-    return [_node(node, draining.get(node["NodeID"])) for node in found if node["Alive"]]
-
-
-def _draining_nodes() -> dict[str, int]:
-    """Return the nodes that drain, with their deadlines (Unix time in ms, or 0); none if this Ray does not tell."""
-    try:
-        from ray._private.state import state
-    except ImportError:
-        return {}
-    return cast("dict[str, int]", cast(Any, state).get_draining_nodes())
-
-
-def address_of(node_id: str) -> str:
-    """Return the address of a node; empty if there is none of that id."""
-    found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())
-    return next((str(node["NodeManagerAddress"]) for node in found if node["NodeID"] == node_id), "")
-
-
-def _node(fields: Mapping[str, Any], deadline_ms: int | None) -> Node:
-    """Return a node of Ray, which is drained until ``deadline_ms``; 0 means that there is no deadline."""
-    resources = fields["Resources"]
-    drained_by_s = None
-    if deadline_ms is not None:
-        left_s = deadline_ms / 1000 - time.time() if deadline_ms else math.inf
-        drained_by_s = time.monotonic() + left_s
-    return Node(
-        fields["NodeID"],
-        resources,
-        address=fields["NodeManagerAddress"],
-        is_head=_HEAD in resources,
-        drained_by_s=drained_by_s,
-    )
 
 
 class ManagedActor:

@@ -21,6 +21,8 @@ def describe(backend: DesiredBackend, observed: ObservedState, failing: dict[str
         and not backend.outdated(replicas, ActorState.STARTING, ActorState.READY)
         and not any(replica.may_claim for replica in backend.outdated(replicas, ActorState.DRAINING))
     )
+    missing = lacking(backend, observed)
+    may_come = observed.growth is not None and observed.growth.may_bring(backend.resources)
     return BackendStatus(
         version=backend.version,
         config_version=backend.config_version,
@@ -29,7 +31,8 @@ def describe(backend: DesiredBackend, observed: ObservedState, failing: dict[str
         starting=len(starting),
         rolled_out=is_complete or backend.rollout in observed.rolled_out,
         failing=failing,
-        lacking=lacking(backend, observed),
+        lacking=None if may_come or not observed.knows_growth else missing,
+        waits_for_nodes=missing if may_come else None,
     )
 
 
@@ -38,12 +41,12 @@ def refused_change(before: BackendStatus | None, now: BackendStatus) -> RefusedC
     if before is None:
         return None
     if (before.version, before.config_version) != (now.version, now.config_version):
-        has_trouble = before.failing or before.lacking
+        has_trouble = before.failing or before.lacking or before.waits_for_nodes
         if has_trouble and not before.rolled_out:
             return RefusedChange(
                 version=before.version,
                 failing=before.failing,
-                lacking=before.lacking,
+                lacking=before.lacking or before.waits_for_nodes,
                 undone_by=now.config_version,
             )
     known = before.refused

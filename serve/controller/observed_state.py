@@ -20,11 +20,12 @@ from ...broker.registry.reports import BackendStatus, ProxyReport, ReplicaReport
 from ...broker.registry.store import Registry
 from ...handles.errors import to_wire
 from ...proxy.options import ProxyOptions
+from ..ray_nodes import alive_nodes, growth
 from ..settings import Settings
-from .actors import ActorPool, ManagedActor, alive_nodes
+from .actors import ActorPool, ManagedActor
 from .backend_status import describe, refused_change
 from .backoff import NO_FAILURES, Failures
-from .placement import Amounts, Node, head_only_node, resources_of
+from .placement import Amounts, Growth, Node, NodeUse, head_only_node, resources_of
 from .state import (
     ActorState,
     DesiredBackend,
@@ -44,6 +45,8 @@ _DRAIN_S = 60.0
 """Seconds that a node takes to drain which Ray drains without a deadline."""
 _LEAST_DRAIN_S = 10.0
 """Seconds that a proxy has for its requests, after its delay, on a node that leaves before another proxy is ready."""
+_AUTOSCALER_START_S = 10.0
+"""Ray has no autoscaler if there was none for this long; it starts some seconds after the cluster."""
 _HEAD_TIMEOUT_S = 1.0
 """Ray's head counts as away when it has not answered within this time."""
 
@@ -69,7 +72,13 @@ class StateObserver:
         """Whether Ray's head answers. Without it no actor can be started, found or ended, and calls to it block."""
         self._proven: set[Version] = set()
         self._nodes_at_s = -_NODES_EVERY_S
-        self._nodes_query: asyncio.Future[list[Node]] | None = None
+        self._nodes_query: asyncio.Future[tuple[list[Node], Growth | None, bool]] | None = None
+        self._growth: Growth | None = None
+        """What Ray's autoscaler may add."""
+        self._knows_growth, self._began_s = False, time.monotonic()
+        self._has_grown = False
+        """Whether Ray's autoscaler has been seen to add nodes, so that it also removes idle ones."""
+        self._node_use = NodeUse()
         self._drained_by_s: dict[str, float] = {}
         """When each node that leaves must be empty."""
         self._start_node_seen_s = time.monotonic()
@@ -123,13 +132,18 @@ class StateObserver:
             if time.monotonic() - self._nodes_at_s < _NODES_EVERY_S:
                 return
             # On a thread and with a timeout, because the call blocks for long while Ray's head is away.
-            self._nodes_query = asyncio.ensure_future(asyncio.to_thread(alive_nodes))
+            self._nodes_query = asyncio.ensure_future(asyncio.to_thread(_query_nodes, self._growth))
         await asyncio.wait([self._nodes_query], timeout=_HEAD_TIMEOUT_S)
         answers = False
         if self._nodes_query.done():
             query, self._nodes_query = self._nodes_query, None
             if answers := query.exception() is None:
-                self.nodes, self._nodes_at_s = self._with_drain_times(query.result()), time.monotonic()
+                nodes, self._growth, is_told = query.result()
+                self._knows_growth = (
+                    self._knows_growth or is_told or time.monotonic() - self._began_s > _AUTOSCALER_START_S
+                )
+                self._has_grown = self._has_grown or (self._growth is not None and self._growth.adds_nodes)
+                self.nodes, self._nodes_at_s = self._with_drain_times(nodes), time.monotonic()
         if answers != self.head_answers:
             self.head_answers = answers
             if answers:
@@ -171,7 +185,8 @@ class StateObserver:
             self._start_node_seen_s = now_s
         nodes: list[str] = []
         if options["location"] == "EveryNode":
-            nodes = [node.id for node in self.nodes if node.stays]
+            idle = self._node_use.idle(self.nodes, self._nodes_of_replicas(), now_s) - {settings.node}
+            nodes = [node.id for node in self.nodes if node.stays and not (self._has_grown and node.id in idle)]
         elif options["location"] == "HeadOnly":
             gone_s = now_s - self._start_node_seen_s
             chosen = head_only_node(self.nodes, settings.node, settings.address, gone_s)
@@ -184,6 +199,9 @@ class StateObserver:
             port=options["port"],
             drain_s=limits.drain_delay_s + min(limits.request_timeout_s, _LEAST_DRAIN_S),
         )
+
+    def _nodes_of_replicas(self) -> set[str]:
+        return {self._report_of(name).node for name, member in self._replicas.members.items() if not member.gone}
 
     def can_leave(self, node_id: str) -> bool:
         """Return whether a node leaves, has neither replicas nor proxies of the instance, and another node stays."""
@@ -214,6 +232,8 @@ class StateObserver:
             proxy_failures=self._proxy_failures,
             proven=frozenset(self._proven),
             rolled_out=self.rolled_out,
+            growth=self._growth,
+            knows_growth=self._knows_growth,
             reported=frozenset(self.statuses),
         )
 
@@ -344,6 +364,15 @@ class StateObserver:
             if self._version_of(name) == backend.key and report.refused == backend.config_version:
                 return report.error
         return None
+
+
+def _query_nodes(known: Growth | None) -> tuple[list[Node], Growth | None, bool]:
+    """Return the nodes that are alive, what Ray's autoscaler may add to them, and whether Ray tells; else ``known``."""
+    nodes = alive_nodes()
+    try:
+        return nodes, growth(), True
+    except LookupError:
+        return nodes, known, False
 
 
 def _state(member: ManagedActor, report: ReplicaReport | ProxyReport) -> ActorState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ Amounts = Mapping[str, float]
 
 DEFAULT_CPUS = 1
 """CPUs that a replica reserves unless its ``ray_actor_options`` give another number."""
+
+_RAY_UNIT = 1e-4
+"""The least amount of a resource that Ray knows."""
 
 _ROUNDING = 1e-9  # Three replicas of 0.1 CPU leave room for seven more.
 
@@ -31,6 +34,24 @@ class Node:
     @property
     def stays(self) -> bool:
         return self.drained_by_s is None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What Ray's autoscaler may add to the cluster."""
+
+    refused: Sequence[Amounts] = ()
+    """Resources that are waited for, and for which it adds no node: no type of node has them, or a limit is reached."""
+    adds_nodes: bool = False
+    """Whether it adds nodes now, or is known to do so."""
+
+    def may_bring(self, needed: Amounts) -> bool:
+        """Return whether it may add a node for a replica that waits for ``needed``."""
+        return not any(_is_same(needed, amounts) for amounts in self.refused)
+
+
+def _is_same(one: Amounts, other: Amounts) -> bool:
+    return one.keys() == other.keys() and all(abs(one[name] - other[name]) < _RAY_UNIT for name in one)
 
 
 HEAD_ONLY_GRACE_S = 10.0
@@ -58,6 +79,32 @@ def head_only_node(nodes: Iterable[Node], node_id: str, address: str, gone_s: fl
     if staying and (leaves or gone_s >= HEAD_ONLY_GRACE_S):
         return staying[0].id
     return None
+
+
+IDLE_NODE_S = 30.0
+"""How long a node that Ray's autoscaler may remove keeps its proxies after its last replica (``"EveryNode"``)."""
+
+
+class NodeUse:
+    """When each node last had a replica. The caller passes the clock.
+
+    Ray's autoscaler removes no node on which an actor runs, so a proxy alone would hold its node forever.
+    """
+
+    def __init__(self) -> None:
+        self._used_at_s: dict[str, float] = {}
+
+    def idle(self, nodes: Iterable[Node], used: Set[str], now_s: float) -> set[str]:
+        """Return those of ``nodes`` that have been without a replica for `IDLE_NODE_S`; never Ray's head.
+
+        Args:
+            nodes: the nodes that are alive. A new one counts as used when it is first seen.
+            used: the ids of those that have replicas now.
+            now_s: the time.
+        """
+        nodes = list(nodes)
+        self._used_at_s = {node.id: now_s if node.id in used else self._used_at_s.get(node.id, now_s) for node in nodes}
+        return {node.id for node in nodes if not node.is_head and now_s - self._used_at_s[node.id] >= IDLE_NODE_S}
 
 
 def resources_of(actor_options: Mapping[str, Any]) -> dict[str, float]:

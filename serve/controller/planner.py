@@ -6,7 +6,9 @@
 - it never starts more replicas of a version than are desired;
 - it never stops the last ready replica of a backend before one of the desired version is ready, unless the backend was
   deleted or should have no replicas, or the replica's node leaves and its time is over;
-- during a rollout, the ready replicas of both versions together never become fewer than are desired.
+- during a rollout, the ready replicas of both versions together never become fewer than are desired;
+- it starts no more replicas than fit onto the nodes, except on a cluster that can grow: there they wait in Ray, where
+  its autoscaler sees them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .backoff import NO_FAILURES
-from .placement import Node, count_fits, describe_shortage, unused
+from .placement import Growth, Node, count_fits, describe_shortage, unused
 from .state import ActorState, DesiredBackend, DesiredProxies, DesiredState, ObservedReplica, ObservedState
 
 _DRAIN_MARGIN_S = 2.0
@@ -117,8 +119,9 @@ def lacking(backend: DesiredBackend, observed: ObservedState) -> str | None:
     replicas = _staying(observed.replicas_by_backend().get(backend.tag, []), observed)
     placed = backend.current(replicas, ActorState.STARTING, ActorState.READY)
     count = backend.replicas
-    if backend.outdated(replicas, ActorState.READY, ActorState.DRAINING):
-        count = min(count, len(placed) + 1)
+    if _is_replacing(backend, replicas):
+        # Where the cluster can grow, the one that waits for room has been started.
+        count = min(count, len(placed) + 1 if observed.growth is None else max(len(placed), 1))
     left = _unused(observed, without=placed)
     if count <= count_fits(backend.resources, left):
         return None
@@ -182,11 +185,30 @@ def _start(backend: DesiredBackend, replicas: Iterable[ObservedReplica], observe
     failures = observed.failures.get(backend.key, NO_FAILURES)
     if missing <= 0 or not failures.allows_start(observed.now_s, proven=backend.key in observed.proven):
         return []
+    fitting = count_fits(backend.resources, _unused(observed))
+    if observed.growth is not None:
+        fitting = max(fitting, _waiting(backend, staying, observed.growth))
     # A rollout that does not fit as a whole is refused. One that was complete and lost a node gets what there is.
-    if backend.rollout not in observed.rolled_out and lacking(backend, observed) is not None:
+    elif backend.rollout not in observed.rolled_out and lacking(backend, observed) is not None:
         return []
-    fitting = min(missing, count_fits(backend.resources, _unused(observed)))
-    return [StartReplica(backend.tag, backend.version)] * int(fitting)
+    return [StartReplica(backend.tag, backend.version)] * int(min(missing, fitting))
+
+
+def _waiting(backend: DesiredBackend, replicas: Sequence[ObservedReplica], growth: Growth) -> int:
+    """Return how many more replicas may be started without room for them.
+
+    In a rollout it is one at a time, as the old version gives up its resources; the cluster would grow to twice its
+    size otherwise. Where the autoscaler adds no node now, one goes on asking.
+    """
+    most = backend.replicas
+    if _is_replacing(backend, replicas) or not growth.may_bring(backend.resources):
+        most = 1
+    return most - len(backend.current(replicas, ActorState.STARTING))
+
+
+def _is_replacing(backend: DesiredBackend, replicas: Iterable[ObservedReplica]) -> bool:
+    """Return whether replicas of another version hold resources that they are about to give up."""
+    return bool(backend.outdated(replicas, ActorState.READY, ActorState.DRAINING))
 
 
 def _stop(backend: DesiredBackend, replicas: Sequence[ObservedReplica], observed: ObservedState) -> list[ReplicaStep]:
@@ -220,7 +242,7 @@ def _must_go(replica: ObservedReplica, backend: DesiredBackend, observed: Observ
     left_s = observed.time_left_s(replica.node)
     if left_s is not None and left_s < backend.grace_s + _DRAIN_MARGIN_S:
         return True
-    if count_fits(backend.resources, observed.staying_nodes) > 0:
+    if observed.growth is not None or count_fits(backend.resources, observed.staying_nodes) > 0:
         return False  # another one may become ready
     # The cluster is about to end. The requests that leaving proxies have accepted can still be answered.
     return not any(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .backoff import Failures
-from .placement import Amounts, Node
+from .placement import Amounts, Growth, Node
 
 Version = tuple[str, str]
 """A backend's tag and a version of its code."""
@@ -127,6 +127,10 @@ class ObservedState:
     """Versions of which a replica was ready at some time."""
     rolled_out: frozenset[Rollout] = frozenset()
     """Rollouts that were complete at some time."""
+    growth: Growth | None = None
+    """What Ray's autoscaler may add; None if the cluster has none."""
+    knows_growth: bool = True
+    """False as long as Ray has not told, in the first seconds of a cluster."""
     reported: frozenset[str] = frozenset()
     """Backends with a status in the registry. The queue of one that was deleted may still hold requests."""
 

@@ -52,6 +52,60 @@ _ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "4",
 }
 
+_HEAD_ID = "f" * 51 + "0" * 5
+_HEAD_TYPE = "ray.head.default"
+"""The id and the type that Ray's provider of nodes for tests gives the head."""
+
+_AUTOSCALER_ENVIRONMENT = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
+}
+
+
+def _autoscaler(address: str) -> dict[str, Any]:
+    """Return a configuration of Ray's autoscaler, whose nodes are processes on this machine.
+
+    As an external provider, because Ray's wheel lacks the defaults that belong to its name.
+    """
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    node: dict[str, Any] = {"resources": {"CPU": _CPUS, "object_store_memory": 100 << 20}, "node_config": {}}
+    empty: list[str] = []
+    return {
+        "cluster_name": "tests",
+        # What a provider of its own must give, all of it without a meaning here.
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": empty,
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": empty,
+        "rsync_filter": empty,
+        "upscaling_speed": 1.0,
+        **{f"{kind}_commands": empty for kind in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{kind}_start_ray_commands": empty for kind in ("head", "worker")},
+        "max_workers": 2,
+        "idle_timeout_minutes": 0.05,
+        "head_node_type": _HEAD_TYPE,
+        "available_node_types": {
+            _HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "worker": {**node, "min_workers": 0, "max_workers": 2},
+        },
+        "provider": {
+            "type": "external",
+            "module": module,
+            "gcs_address": address,
+            "head_node_id": _HEAD_ID,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+    }
+
+
 _SCRIPT = """
 import json, os, sys
 import ray
@@ -123,7 +177,7 @@ class Node:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-            if starting.wait(60):
+            if starting.wait(120):
                 log.seek(0)
                 pytest.fail(f"ray start {' '.join(arguments)} failed:\n{log.read()}")
 
@@ -150,9 +204,9 @@ class Node:
 class Cluster:
     """A head node, and the nodes that are added."""
 
-    def __init__(self, *, keep_ray_state: bool = False) -> None:
-        """With ``keep_ray_state``, Ray's own state lies in a Redis too, and the head is nothing but a head."""
-        self._keep_ray_state = keep_ray_state
+    def __init__(self, *, keep_ray_state: bool = False, grows: bool = False) -> None:
+        """See `cluster`."""
+        self._keep_ray_state, self._grows = keep_ray_state, grows
         self._ending = ExitStack()
         self._added = 0
 
@@ -194,6 +248,11 @@ class Cluster:
         # Ray sees the processes of all nodes, because they share this machine, and takes them for those of the head.
         Path(self._folder, "ray_current_cluster").unlink(missing_ok=True)
         arguments = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
+        if self._grows:
+            path = Path(self._folder, "autoscaler.json")
+            path.write_text(json.dumps(_autoscaler(f"{self.head.address}:{_RAY_PORT}")))
+            self.head.start_ray(*arguments, f"--autoscaling-config={path}", cpus=1, **_AUTOSCALER_ENVIRONMENT)
+            return
         if not self._keep_ray_state:
             self.head.start_ray(*arguments)
             return
@@ -205,8 +264,12 @@ class Cluster:
     def add_node(self) -> Node:
         """Add a node, and return it when it has joined."""
         node = self.plug_in()
-        node.start_ray(f"--address={self.head.address}:{_RAY_PORT}")
+        self.join(node)
         return node
+
+    def join(self, node: Node) -> None:
+        """Start Ray on a node, also after it was killed; return when it has joined."""
+        node.start_ray(f"--address={self.head.address}:{_RAY_PORT}")
 
     def plug_in(self) -> Node:
         """Add a node on which nothing runs yet."""
@@ -220,14 +283,14 @@ class Cluster:
 
     @contextmanager
     def instance(
-        self, *, on: Node | None = None, detached: bool = False, **http_options: Any
+        self, *, on: Node | None = None, detached: bool = False, name: str = "default", **http_options: Any
     ) -> Generator[serve.Client]:
         """Start an instance from a script, on the head unless told otherwise.
 
         Yields a client of it in this process, which has no Ray there. A detached one has seen the end of its script.
         """
         node = on or self.head
-        options = {"redis_url": self.redis_url, "detached": detached, "http_options": http_options}
+        options = {"redis_url": self.redis_url, "instance": name, "detached": detached, "http_options": http_options}
         script = node.run(
             *(sys.executable, "-c", _SCRIPT, node.address, json.dumps(options)),
             stdin=subprocess.PIPE,
@@ -237,11 +300,11 @@ class Cluster:
         )
         with script:
             try:
-                started = json.loads(_first_line(script, within_s=60))
+                started = json.loads(_first_line(script, within_s=120))
                 if detached:
                     _, errors = script.communicate("", timeout=30)
                     assert script.returncode == 0, errors
-                with serve.connect(self.near_url) as client:
+                with serve.connect(self.near_url, name) as client:
                     assert client.http_url == started["http_url"]
                     yield client
                     client.shutdown()
@@ -252,7 +315,7 @@ class Cluster:
                 script.kill()
 
     def reports(self, kind: type[ReportT]) -> dict[str, ReportT]:
-        """Return the latest reports of the instance's replicas or proxies."""
+        """Return the latest reports of the replicas or proxies of the instance ``default``."""
 
         async def read() -> dict[str, ReportT]:
             instance = await Instance(self.near_url, "default").open()
@@ -269,8 +332,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, keep_ray_state: bool = False) -> Generator[Cluster]:
+def cluster(*, keep_ray_state: bool = False, grows: bool = False) -> Generator[Cluster]:
     """Start a `Cluster`; remove all its processes, files and networks at the end.
+
+    With ``keep_ray_state``, Ray's own state lies in a Redis too, and the head is nothing but a head. With ``grows``,
+    the head has one CPU, and Ray's autoscaler adds at most two nodes of 4 CPUs, in the network of the head.
 
     Without the right to make networks, the test is skipped; in CI (``CI=true``) that is a failure.
     """
@@ -279,7 +345,7 @@ def cluster(*, keep_ray_state: bool = False) -> Generator[Cluster]:
             pytest.fail(f"CI must test on a cluster of several nodes: {reason}")
         pytest.skip(reason)
     _sweep()
-    with Cluster(keep_ray_state=keep_ray_state) as cluster:
+    with Cluster(keep_ray_state=keep_ray_state, grows=grows) as cluster:
         yield cluster
 
 

@@ -200,3 +200,42 @@ def test_a_second_signal_ends_a_node_at_once(machines: Cluster, client: serve.Cl
         _, log = running.communicate(timeout=60)
         assert (running.returncode, log.splitlines()[-1]) == (143, "penstock node: the node has ended: cut short"), log
         assert not node.namespace.pids("ray")
+
+
+def answering_at_once() -> Callable[[serve.Request], Awaitable[str]]:
+    async def answer(request: serve.Request) -> str:
+        return "well"
+
+    return answer
+
+
+def test_the_one_proxy_moves_to_the_head_when_its_node_dies_and_back_when_that_returns(machines: Cluster) -> None:
+    node, port = machines.add_node(), PORT + 100
+    there, at_head = (f"http://{address}:{port}" for address in (node.address, machines.head.address))
+    options: dict[str, Any] = {"host": "0.0.0.0", "port": port, "drain_delay_s": 0.1}
+    with (
+        machines.instance(on=node, detached=True, name="one", location="HeadOnly", **options) as client,
+        httpx.Client(timeout=30) as http,
+    ):
+        client.create_backend("f", answering_at_once(), config={"num_replicas": 2}, ray_actor_options=SMALL)
+        client.create_endpoint("e", backend="f", route="/e")
+
+        def answers(url: str) -> bool:
+            try:
+                return bool(machines.call(http.get, f"{url}/e").text == "well")
+            except httpx.TransportError:
+                return False
+
+        def moved() -> list[str]:
+            return [warning for warning in client.status()["warnings"] if warning.startswith("HTTP is ")]
+
+        assert answers(there)
+        assert not moved()
+        (started_on,) = (proxy["node"] for proxy in client.status()["proxies"].values())
+        node.kill()
+        wait_until(lambda: answers(at_head), timeout_s=120)
+        reason = f"node {started_on[:12]} ({node.address}), which started the instance, is gone"
+        wait_until(lambda: moved() == [f"HTTP is served at {at_head}, because {reason}"])
+        machines.join(node)
+        wait_until(lambda: answers(there))
+        wait_until(lambda: not moved())

@@ -147,6 +147,7 @@ def test_the_status_prints_as_a_table() -> None:
                 **backend,
                 "failing": 'ValueError: no\n  File "model.py"',
                 "lacking": None,
+                "waits_for_nodes": "2 replicas with CPU 4 each requested, room for 1",
                 "refused": "version b2c3: 1 replica with GPU 1 each requested, room for 0",
             }
         },
@@ -171,6 +172,8 @@ def test_the_status_prints_as_a_table() -> None:
         "model is failing: ValueError: no",
         '      File "model.py"',
         "",
+        "model waits for nodes: 2 replicas with CPU 4 each requested, room for 1",
+        "",
         "model refused version b2c3: 1 replica with GPU 1 each requested, room for 0",
         "",
         "endpoint  route         methods   traffic",
@@ -190,7 +193,7 @@ def test_the_status_prints_as_a_table() -> None:
 def test_a_table_fits_a_terminal(starting: int, said: str) -> None:
     counts = {"queued": 10_000, "in_progress": 100, "dead_letters": 7, "served": 1_234_567, "failed": 12}
     backend = {"version": "a1b2c3d4", "wanted": 2, "ready": 2, "starting": starting, "mean_run_ms": 2.125, **counts}
-    backend |= {"failing": None, "lacking": None, "refused": None}
+    backend |= {"failing": None, "lacking": None, "waits_for_nodes": None, "refused": None}
     status = Status(backends={"sentiment": backend}, endpoints={}, proxies={}, controller="alive")
     assert "2 of 2" in str(status)
     assert said in f"{status}\n"

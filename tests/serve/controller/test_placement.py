@@ -6,7 +6,10 @@ from hypothesis import given, strategies as st
 
 from penstock.serve.controller.placement import (
     HEAD_ONLY_GRACE_S,
+    IDLE_NODE_S,
+    Growth,
     Node,
+    NodeUse,
     count_fits,
     describe_shortage,
     head_only_node,
@@ -94,3 +97,30 @@ def test_the_one_proxy_follows_the_node_of_start_its_address_and_then_the_head(
 
 def test_without_a_known_address_only_the_id_counts() -> None:
     assert head_only_node([Node("a", {}), HEAD], "start", "", 0.0) is None
+
+
+def test_an_autoscaler_may_bring_a_node_unless_it_refuses_just_these_resources() -> None:
+    growth = Growth(refused=[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 4.0}])
+    assert not growth.may_bring({"CPU": 4})
+    assert not growth.may_bring({"GPU": 1, "CPU": 1})
+    assert growth.may_bring({"CPU": 1})
+    assert growth.may_bring({"CPU": 4, "GPU": 1})
+    assert growth.may_bring({})
+
+
+def test_a_node_is_idle_some_time_after_its_last_replica() -> None:
+    use, nodes = NodeUse(), [HEAD, START, OTHER]
+    assert use.idle(nodes, {"start"}, 100.0) == set()
+    assert use.idle(nodes, {"start"}, 100.0 + IDLE_NODE_S - 1) == set()
+    assert use.idle(nodes, {"start"}, 100.0 + IDLE_NODE_S) == {"another"}
+    late_s = 100.0 + 2 * IDLE_NODE_S
+    assert use.idle(nodes, set(), late_s) == {"start", "another"}
+    assert use.idle(nodes, {"another"}, late_s + 1) == {"start"}
+
+
+def test_a_node_that_joins_again_is_not_idle() -> None:
+    use = NodeUse()
+    use.idle([OTHER], set(), 0.0)
+    assert use.idle([OTHER], set(), IDLE_NODE_S) == {"another"}
+    assert use.idle([], set(), IDLE_NODE_S + 1) == set()
+    assert use.idle([OTHER], set(), IDLE_NODE_S + 2) == set()

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from penstock.broker.registry.reports import RefusedChange
 from penstock.serve.controller.backend_status import describe, refused_change
 from penstock.serve.controller.backoff import STEADY_AFTER_S, Failures
-from penstock.serve.controller.placement import Node, count_fits
+from penstock.serve.controller.placement import Growth, Node, count_fits
 from penstock.serve.controller.planner import (
     DrainProxy,
     DrainReplica,
@@ -43,6 +43,7 @@ _drain_times = st.sampled_from([None, None, 90.0, 115.0, 150.0, 10_000.0])
 
 TAGS, VERSIONS, NODES = ("f", "g"), ("v1", "v2"), ("node-a", "node-b", "node-c")
 ROOMY = (Node("node-a", {"CPU": 100.0}),)
+LEAVING, STAYING = Node("node-a", {"CPU": 4.0}, drained_by_s=160.0), Node("node-b", {"CPU": 4.0})
 
 _numbers = itertools.count()
 
@@ -125,6 +126,7 @@ def seen_states(draw: st.DrawFn) -> ObservedState:
         failures=draw(st.dictionaries(keys, st.builds(Failures, st.integers(0, 50), st.floats(0, 100)))),
         proven=frozenset(draw(st.sets(keys))),
         rolled_out=frozenset((*key, 1) for key in draw(st.sets(keys))),
+        growth=draw(st.sampled_from([None, None, Growth(), Growth(refused=[{"CPU": 1.0}])])),
         reported=frozenset(draw(st.sets(st.sampled_from(TAGS)))),
     )
 
@@ -265,7 +267,7 @@ def test_it_never_stops_the_last_ready_replicas_before_new_ones_are_ready(
 @given(desired_states(), seen_states())
 def test_it_starts_no_more_replicas_than_fit_onto_the_nodes(desired: DesiredState, seen: ObservedState) -> None:
     for tag, wanted in desired.backends.items():
-        alone = replace(seen, replicas=[])
+        alone = replace(seen, replicas=[], growth=None)
         started = [s for s in plan(want(wanted), alone) if isinstance(s, StartReplica)]
         held = (
             sum(int(node.resources["CPU"] / wanted.resources["CPU"]) for node in seen.nodes if node.stays)
@@ -373,6 +375,92 @@ def test_a_backend_that_fits_in_part_is_not_started_unless_it_was_complete_befor
     assert lacking(many, apply(plan(want(many), lost_a_node), lost_a_node, want(many))) == says
 
 
+# -- clusters that Ray's autoscaler enlarges
+
+SMALL_NODE = (Node("node-a", {"CPU": 1.0}),)
+
+
+def test_on_a_cluster_that_can_grow_replicas_without_room_are_started_and_wait_in_ray() -> None:
+    desired = want(backend(replicas=3))
+    seen = see(nodes=SMALL_NODE, growth=Growth())
+    assert plan(desired, seen) == [StartReplica("f", "v1")] * 3
+    after = apply(plan(desired, seen), seen, desired)
+    assert plan(desired, after) == []
+    status = describe(desired.backends["f"], after, None)
+    assert status.waits_for_nodes == "3 replicas with CPU 1 each requested, room for 1: node node-a has CPU 1"
+    assert status.lacking is None
+    grown = replace(after, nodes=[*SMALL_NODE, Node("node-b", {"CPU": 2.0})])
+    assert describe(desired.backends["f"], grown, None).waits_for_nodes is None
+
+
+def test_a_change_that_waits_for_nodes_can_be_undone() -> None:
+    desired = want(backend(replicas=3))
+    seen = see(replica(ActorState.READY), nodes=SMALL_NODE, growth=Growth())
+    waiting = apply(plan(desired, seen), seen, desired)
+    assert len(waiting.replicas) == 3
+    fewer = want(backend(replicas=1))
+    assert apply(plan(fewer, waiting), waiting, fewer).replicas[0] == seen.replicas[0]
+    killed = [step.id for step in plan(fewer, waiting) if isinstance(step, KillReplica)]
+    assert killed == [replica.id for replica in reversed(waiting.replicas[1:])]
+    assert len(plan(want(), waiting)) == 3
+
+
+def test_a_rollout_on_a_full_cluster_that_can_grow_asks_for_room_for_one_replica() -> None:
+    old = [replica(ActorState.READY, "v1") for _ in range(2)]
+    desired = want(backend(version="v2", replicas=2))
+    seen = see(*old, nodes=[Node("node-a", {"CPU": 2.0})], growth=Growth())
+    assert plan(desired, seen) == [StartReplica("f", "v2")]
+    waiting = apply(plan(desired, seen), seen, desired)
+    assert plan(desired, waiting) == []
+    status = describe(desired.backends["f"], waiting, None)
+    assert (status.waits_for_nodes or "").startswith("1 replica with CPU 1 each requested, room for 0: ")
+
+
+def test_what_the_autoscaler_refuses_is_missing_and_one_replica_goes_on_asking() -> None:
+    desired, refusing = want(backend(replicas=3)), Growth(refused=[{"GPU": 1.0}, {"CPU": 1.00001}])
+    seen = see(nodes=SMALL_NODE, growth=refusing, rolled_out=frozenset({("f", "v1", 1)}))
+    assert plan(desired, seen) == [StartReplica("f", "v1")]
+    seen = see(replica(ActorState.READY), nodes=SMALL_NODE, growth=refusing)
+    assert plan(desired, seen) == [StartReplica("f", "v1")]
+    waiting = apply(plan(desired, seen), seen, desired)
+    assert plan(desired, waiting) == []
+    status = describe(desired.backends["f"], waiting, None)
+    assert status.lacking == "3 replicas with CPU 1 each requested, room for 1: node node-a has CPU 1"
+    assert status.waits_for_nodes is None
+
+
+def test_before_ray_tells_whether_it_adds_nodes_nothing_is_started_or_refused() -> None:
+    seen = see(nodes=SMALL_NODE, knows_growth=False)
+    assert plan(want(backend(replicas=3)), seen) == []
+    status = describe(backend(replicas=3), seen, None)
+    assert (status.lacking, status.waits_for_nodes, status.rolled_out) == (None, None, False)
+
+
+def test_an_undone_change_that_waited_for_nodes_is_reported_with_what_was_missing() -> None:
+    waiting = describe(backend(replicas=3), see(nodes=SMALL_NODE, growth=Growth()), None)
+    back = describe(replace(backend(), config_version=2), see(replica(ActorState.READY), nodes=SMALL_NODE), None)
+    refused = refused_change(waiting, back)
+    assert refused is not None
+    assert refused.lacking == waiting.waits_for_nodes
+
+
+def test_a_replica_on_a_node_that_drains_waits_for_a_node_that_may_come() -> None:
+    leaving = replica(ActorState.READY)
+    seen = see(leaving, nodes=[LEAVING], now_s=100.0)
+    assert plan(want(backend()), seen) == [DrainReplica(leaving.id, 20.0)]
+    assert plan(want(backend()), replace(seen, growth=Growth())) == [StartReplica("f", "v1")]
+
+
+def test_a_node_that_returns_gets_what_is_missing_and_takes_no_running_replica_over() -> None:
+    node_a, node_b = Node("node-a", {"CPU": 2.0}), Node("node-b", {"CPU": 2.0})
+    desired, rolled_out = want(backend(replicas=3)), frozenset({("f", "v1", 1)})
+    left = see(*(replica(ActorState.READY) for _ in range(2)), nodes=[node_a], rolled_out=rolled_out)
+    assert plan(desired, left) == []
+    assert plan(desired, replace(left, nodes=[node_a, node_b])) == [StartReplica("f", "v1")]
+    crowded = see(*(replica(ActorState.READY) for _ in range(3)), nodes=[ROOMY[0], node_b], rolled_out=rolled_out)
+    assert plan(desired, crowded) == []
+
+
 def test_a_replica_that_died_is_forgotten_and_replaced_in_one_pass() -> None:
     gone = replica(ActorState.GONE)
     seen = see(gone, failures={("f", "v1"): Failures(1, 0.0)}, proven=frozenset({("f", "v1")}))
@@ -463,9 +551,6 @@ def test_proxies_follow_the_nodes() -> None:
         DrainProxy("node-a.0")
     ]
     assert plan(want(http=DesiredProxies()), see(proxies=[leaving])) == [DrainProxy("node-a.0")]
-
-
-LEAVING, STAYING = Node("node-a", {"CPU": 4.0}, drained_by_s=160.0), Node("node-b", {"CPU": 4.0})
 
 
 def test_replicas_of_a_node_that_drains_are_replaced_before_they_drain() -> None:
