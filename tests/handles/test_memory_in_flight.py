@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import tracemalloc
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -23,7 +23,7 @@ def held_bytes() -> int:
 @pytest.mark.parametrize("options", [{}, {"timeout_s": 600}, {"shard_key": "me"}])
 async def test_a_call_in_flight_takes_little_memory(site: Site, options: dict[str, Any]) -> None:
     site.declare("ask")
-    handle: Any = AsyncServeHandle(site.url, INSTANCE, "ask").options(**options)
+    handle = cast("Any", AsyncServeHandle(site.url, INSTANCE, "ask")).options(**options)
 
     async def queue(count: int) -> list[asyncio.Future[Any]]:
         return [future for _ in range(count // 100) for future in await asyncio.gather(*(call() for _ in range(100)))]
