@@ -1,12 +1,14 @@
 """``options(return_type="object_ref")``: results for ``ray.get``, ``ray.wait`` and ``await``."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 import ray
 
 from penstock import serve
+from tests.brokers import Brokers, clean
 from tests.waiting import wait_until
 
 SMALL = {"num_cpus": 0.1}
@@ -33,10 +35,18 @@ class Served:
         return self.cancelled
 
 
+@pytest.fixture(scope="module")
+def client(cluster: str, brokers: Brokers) -> Iterator[serve.Client]:
+    with clean(brokers.url("embedded")) as url:
+        client = serve.start(redis_url=url, instance="refs", http_options={"location": None})
+        client.create_backend("served", Served, ray_actor_options=SMALL)
+        client.create_endpoint("served", backend="served")
+        yield client
+        client.shutdown()
+
+
 @pytest.fixture
 def handle(client: serve.Client) -> serve.ServeHandle:
-    client.create_backend("served", Served, ray_actor_options=SMALL)
-    client.create_endpoint("served", backend="served")
     return client.get_handle("served")
 
 
