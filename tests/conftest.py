@@ -83,7 +83,12 @@ def cluster() -> Iterator[str]:
 
     # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
     there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
+    with pytest.MonkeyPatch.context() as environ:
+        # As in a Ray that Penstock starts. At Ray's default, 15, the tests that compute leave its workers no time.
+        environ.setenv("RAY_worker_niceness", "0")
+        # Prestarted Python processes would slow down the ones that are needed.
+        environ.setenv("RAY_prestart_worker_first_driver", "0")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
