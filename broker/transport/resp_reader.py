@@ -11,6 +11,11 @@ import hiredis
 
 _READ_BYTES = 256 * 1024
 """At least what a Unix socket buffers by default (212,992): the rest would wait for another tick of the loop."""
+_KEPT_BYTES = 2 * _READ_BYTES
+"""How much memory the parser keeps from one reply to the next: what one read needs.
+
+By default it frees more than 16 KiB, and each reply with a body would need new memory from the system.
+"""
 _INCOMPLETE = object()
 """Returned by the parser when it needs more data."""
 _LINE_END = b"\r\n"
@@ -42,6 +47,7 @@ class RespReader(asyncio.BufferedProtocol):
         self._transport, self._former = transport, transport.get_protocol()
         self._on_reply, self._is_body_next = on_reply, is_body_next
         self._parser = hiredis.Reader(replyError=reply_error, notEnoughData=_INCOMPLETE)
+        self._parser.setmaxbuf(_KEPT_BYTES)
         # hiredis accepts any buffer; its annotation is too narrow.
         self._feed = cast("Callable[[bytearray, int, int], None]", self._parser.feed)
         self._buffer = bytearray(_READ_BYTES)
@@ -113,7 +119,8 @@ class RespReader(asyncio.BufferedProtocol):
     def _parse_with_bodies(self, nbytes: int) -> None:
         """Parse ``nbytes`` of the buffer; let the rest of an incomplete body be read into its final buffer.
 
-        The body's length must be read before the parser gets it, so whatever precedes it is parsed line by line.
+        The body's length must be read before the parser gets it, so whatever precedes it is parsed line by line. A body
+        that has arrived whole is copied once; the parser would copy it twice.
         """
         if self._body is not None and self._body.missing:
             self._body.advance(nbytes)
@@ -125,26 +132,33 @@ class RespReader(asyncio.BufferedProtocol):
             elif not self.bulky:
                 self._parse(at, nbytes)
                 return
-            elif self._is_between_replies and self._is_body_next() and self._start_body(at, nbytes):
-                return
+            elif self._is_between_replies and self._is_body_next() and (end := self._read_body(at, nbytes)):
+                at = end
             else:
                 end = self._buffer.find(_LINE_END, at, nbytes)
                 end = nbytes if end < 0 else end + len(_LINE_END)
                 self._parse(at, end)
                 at = end
 
-    def _start_body(self, at: int, end: int) -> bool:
-        """Return whether a body starts at ``at`` and continues beyond ``end``; if so, copy what has arrived."""
+    def _read_body(self, at: int, end: int) -> int:
+        """Deliver the body that starts at ``at``, or begin it if it continues beyond ``end``.
+
+        Returns where the buffer is to be read on; 0 if no body starts at ``at``, or its end cannot be seen.
+        """
         content_at = self._buffer.find(_LINE_END, at, end) + len(_LINE_END)
         if self._buffer[at] != _BULK_STRING or content_at < len(_LINE_END):
-            return False
+            return 0
         length, arrived = int(self._buffer[at + 1 : content_at]), end - content_at
-        if length <= arrived:
-            return False
-        self._body = _Body(length)
-        self._body.missing[:arrived] = self._view[content_at:end]
-        self._body.advance(arrived)
-        return True
+        if length > arrived:
+            self._body = _Body(length)
+            self._body.missing[:arrived] = self._view[content_at:end]
+            self._body.advance(arrived)
+            return end
+        content_end = content_at + length
+        if length < 0 or content_end + len(_LINE_END) > end:
+            return 0
+        self._on_reply(bytes(self._view[content_at:content_end]))
+        return content_end + len(_LINE_END)
 
     def _finish_body(self, nbytes: int) -> int:
         """Skip the line end behind a body and deliver the body once it is complete; return the bytes skipped."""
