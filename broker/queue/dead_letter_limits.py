@@ -9,6 +9,11 @@ from ..transport.commands import Script
 MAX_AGE_S = 14 * 24 * 3600
 """Replicas drop dead letters that are older, once a minute."""
 
+BODY_TTL_MS = (MAX_AGE_S + 24 * 3600) * 1000
+"""Expiry of the large body of a dead letter, and of a request without a deadline, which may become one. The letter is
+dropped earlier, with its body.
+"""
+
 DROPPED_FIELD = b"dead_dropped"
 """The field of the backend's sums that counts dropped dead letters; see ``broker/queue/stats.py``."""
 

@@ -21,6 +21,7 @@ from ..wire._fields import BODY_FIELD, KEEP_FIELD, SIZE_FIELD
 from ..wire.kept import PENDING_S, QUEUED, RUNNING
 from ..wire.keys import Keys
 from ..wire.requests import Entry
+from .dead_letter_limits import BODY_TTL_MS
 from .group.dead_letter_writer import HISTORY
 from .publisher import QueueFull, refusal
 from .queued_bytes import NO_LIMIT, RECOUNT, SET_ASIDE, SMALL
@@ -194,6 +195,9 @@ class DeadLetterStream:
         large = await self.body(letter) if letter.entry.large else b""
         if large is None:
             raise PenstockError(f"the body of the dead letter {letter.id} has expired")
+        if letter.entry.large:
+            key = self._keys.body(self._backend, letter.entry.id)
+            self._connection.post(_ignore_result, "PEXPIRE", key, BODY_TTL_MS, repeat=True)
         entry = replace(letter.entry, header=replace(letter.entry.header, deadline_ms=0))
         raw = entry.raw()._replace(large_bytes=len(large))
         fields = raw.fields()
@@ -219,6 +223,10 @@ class DeadLetterStream:
             choice = keys.key_backend(key[0].decode())
             await self._connection.send("PEXPIRE", choice, PENDING_S * 1000, repeat=True)
         return str(id_.decode())
+
+
+def _ignore_result(result: Any) -> None:
+    """Ignore an error, such as that of a user whose ACL rules do not allow it: the body expires earlier."""
 
 
 def _read(id_: bytes, fields: list[bytes]) -> DeadLetter:

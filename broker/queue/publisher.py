@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Union
 
+from ..errors import BrokerUnavailable
 from ..transport.commands import COPIED_BYTES, Arg, Script
 from ..transport.connection import RedisConnection
-from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, LARGE_FIELD, SIZE_FIELD, VERSION, VERSION_FIELD
+from ..transport.url import shown_url
+from ..wire._fields import CALLER_FIELD, HEADER_FIELD, ID_FIELD, LARGE, LARGE_FIELD, SIZE_FIELD, VERSION, VERSION_FIELD
 from ..wire.entry_ref import ref_of
 from ..wire.keys import Keys
 from ..wire.requests import RawEntry
@@ -104,7 +107,9 @@ end
 return out
 """)
 
-# Publishes entries of any size.
+# Publishes entries of any size. A fifth key is the beginning of the keys of bodies. An entry whose large body is not
+# stored, because the server refused it, is not appended: its result is nothing, and the age of the oldest entry follows
+# as well. (To a user whose ACL rules do not allow EXISTS, every body counts as stored.)
 _PUBLISH_ANY = Script(f"""#!lua
 {RECOUNT}
 {OLDEST}
@@ -118,16 +123,20 @@ while i <= #ARGV do
   local alike, caller, header = tonumber(ARGV[i]), ARGV[i + 1], ARGV[i + 2]
   i = i + 3
   for _ = 1, alike do
-    local name, value, reserved = ARGV[i + 1], ARGV[i + 2], false
+    local name, value, reserved, missing = ARGV[i + 1], ARGV[i + 2], false, false
     local bytes = #header + #value
     if name == '{LARGE_FIELD.decode()}' then
-      bytes, value = #header + value, '1'
-      local reservation = 'r:' .. redis.sha1hex(ARGV[i])
-      local held = redis.call('HGET', KEYS[4], reservation)
-      if held then
-        redis.call('HDEL', KEYS[4], reservation)
-        held, reserved = string.match(held, '^%d+'), true
-        total, added = total - held, added - held
+      missing = redis.pcall('EXISTS', KEYS[5] .. ARGV[i]) == 0
+      local length = tonumber(value)
+      bytes, value = #header + length, '1'
+      if length > {LARGE} then
+        local reservation = 'r:' .. redis.sha1hex(ARGV[i])
+        local held = redis.call('HGET', KEYS[4], reservation)
+        if held then
+          redis.call('HDEL', KEYS[4], reservation)
+          held, reserved = string.match(held, '^%d+'), true
+          total, added = total - held, added - held
+        end
       end
     end
     bytes = math.max(bytes, {SMALL})
@@ -135,7 +144,9 @@ while i <= #ARGV do
       local counted = recount(KEYS[4], KEYS[2], KEYS[3])
       if counted then total, added = counted, 0 end
     end
-    if depth >= limit then
+    if missing then
+      out[#out + 1], refused = false, true
+    elseif depth >= limit then
       out[#out + 1], refused = depth, true
     elseif not reserved and {SMALL} * math.max(depth, {SET_ASIDE - 1}) + total + bytes > limit_bytes then
       out[#out + 1], refused = -1 - {SMALL} * math.max(depth, {SET_ASIDE - 1}) - total, true
@@ -261,9 +272,7 @@ class Publisher:
     def _flush(self) -> None:
         tick, self._tick = self._tick, {}
         for (backend, limit, limit_bytes, batch), entries in tick.items():
-            # An entry without a limit was accepted before, and the broker lost it: it waits until writes are possible.
             was_accepted = limit == NO_LIMIT
-            wait = {"patient": was_accepted, "prompt": not was_accepted}
             requests, batches = self._keys.requests(backend), self._keys.batch(backend)
             keys = [batches if batch else requests, requests, batches, self._keys.sizes(backend)]
             args: list[Any] = [limit, limit_bytes]
@@ -290,10 +299,29 @@ class Publisher:
                             bulky = True
                 thens.append(then)
                 if size >= _BATCH_BYTES or len(thens) >= _BATCH:
-                    self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky, **wait)
+                    self._post(script, backend, keys, args, thens, bulky=bulky, was_accepted=was_accepted)
                     args, thens, size, bulky, script = [limit, limit_bytes], [], 0, False, _PUBLISH
             if thens:
-                self._connection.post_script(_hand_out(thens), script, keys, args, bulky=bulky, **wait)
+                self._post(script, backend, keys, args, thens, bulky=bulky, was_accepted=was_accepted)
+
+    def _post(
+        self,
+        script: Script,
+        backend: str,
+        keys: list[str],
+        args: list[Arg],
+        thens: list[Callable[[Published], None]],
+        *,
+        bulky: bool,
+        was_accepted: bool,
+    ) -> None:
+        if script is _PUBLISH_ANY:
+            keys = [*keys, self._keys.body(backend, "")]
+        hand_out = partial(_hand_out, thens, self._connection.url)
+        # An entry without a limit was accepted before, and the broker lost it: it waits until writes are possible.
+        self._connection.post_script(
+            hand_out, script, keys, args, bulky=bulky, patient=was_accepted, prompt=not was_accepted
+        )
 
     def reserve(
         self,
@@ -372,23 +400,26 @@ class Publisher:
         signal(self._connection, self._keys, backend, ref)
 
 
-def _hand_out(thens: list[Callable[[Published], None]]) -> Callable[[Any], None]:
-    def hand_out(reply: Any) -> None:
-        results: list[Published] = [reply] * len(thens) if isinstance(reply, Exception) else _read(reply, len(thens))
-        for then, result in zip(thens, results, strict=True):
-            try:
-                then(result)
-            except Exception:
-                log.exception("a publication's continuation failed")
-
-    return hand_out
+def _hand_out(thens: list[Callable[[Published], None]], url: str, reply: Any) -> None:
+    results: list[Published] = [reply] * len(thens) if isinstance(reply, Exception) else _read(reply, len(thens), url)
+    for then, result in zip(thens, results, strict=True):
+        try:
+            then(result)
+        except Exception:
+            log.exception("a publication's continuation failed")
 
 
-def _read(reply: list[Any], count: int) -> list[Published]:
+def _read(reply: list[Any], count: int, url: str) -> list[Published]:
     if len(reply) == count:
         return reply
     after_s = retry_after_s(reply[-1])
-    return [one if isinstance(one, bytes) else refusal(one, after_s) for one in reply[:-1]]
+    return [one if isinstance(one, bytes) else _refused(one, after_s, url) for one in reply[:-1]]
+
+
+def _refused(one: int | None, after_s: float, url: str) -> QueueFull | BrokerUnavailable:
+    if one is None:
+        return BrokerUnavailable(shown_url(url), "it has not stored the body of the request", after_s)
+    return refusal(one, after_s)
 
 
 def refusal(depth: int, after_s: float = _RETRY_S[0]) -> QueueFull:

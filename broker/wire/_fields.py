@@ -13,7 +13,10 @@ from . import exact_json
 
 VERSION = b"1"
 LARGE = 256 * 1024
-"""A body of more bytes travels in a key of its own (claim check), so that a claim of many entries stays small."""
+"""A body of more bytes always travels in a key of its own (claim check), so that a claim of many entries stays small.
+
+Smaller bodies of requests may as well: see ``handles/calls/large_bodies.py``.
+"""
 LARGEST = 512 * 1024 * 1024
 """Redis's default limit of one value (``proto-max-bulk-len``). For a longer one it closes the whole connection."""
 VALUE_COST = 128

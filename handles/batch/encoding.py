@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, cast
 
 from ...broker.registry.records import Snapshot
 from ...broker.wire import exact_json
-from ...broker.wire._fields import LARGE
 from ...broker.wire.requests import Header, RawEntry
+from ..calls.large_bodies import LEAST_LARGE
 from ..calls.request_client import RequestClient
 from ..codec import encode, load_json
 from ..options import CallOptions
@@ -78,7 +78,7 @@ class ItemEncoder:
         """
         header = self._header(item, deadline_ms)
         size = len(item.body)
-        if size > LARGE:
+        if size > LEAST_LARGE:  # a batch keeps many items in flight
             return RawEntry(id_.encode(), self._client.wire_id, header, None, size)
         return RawEntry(id_.encode(), self._client.wire_id, header, item.body)
 

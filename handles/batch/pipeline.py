@@ -13,11 +13,10 @@ from typing import Any
 
 from ...broker.registry.records import EndpointRecord
 from ...broker.registry.reports import ReplicaReport
-from ...broker.wire._fields import LARGE
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header, RawEntry
 from ..calls.call import Call, queue_limits
-from ..calls.large_bodies import check_size
+from ..calls.large_bodies import LEAST_LARGE, check_size
 from ..calls.request_client import RequestClient
 from ..errors import BrokerUnavailable, EndpointNotFound, NotPermitted, Overloaded, PenstockError, RequestTimeout
 from ..options import CallOptions, check_call_method
@@ -89,9 +88,9 @@ class _ItemCall(Call):
     def __init__(
         self, pipeline: BatchPipeline, client: RequestClient, id_: str, raw: RawEntry, index: int, item: EncodedItem
     ) -> None:
-        size = len(item.body)
+        size, large = len(item.body), item.body if raw.body is None else b""
         # Without an ``on_outcome`` of its own, which would lead back here: there are many items.
-        super().__init__(client.in_flight, id_, raw, _ignore, body=item.body if size > LARGE else b"", batch=True)
+        super().__init__(client.in_flight, id_, raw, _ignore, body=large, batch=True)
         self.pipeline, self.index, self.options, self.size_bytes = pipeline, index, item.options, size
         timeout_s = item.options.timeout_s
         self.expires_s = None if timeout_s is None else client.loop.time() + timeout_s
@@ -296,7 +295,7 @@ class BatchPipeline:
         if item.error is not None:
             raise item.error
         client, timeout_s = self._client, item.options.timeout_s
-        check_size(item.body, client.longest if len(item.body) > LARGE else None)
+        check_size(item.body, client.longest if len(item.body) > LEAST_LARGE else None)
         id_ = client.next_id() if self._job is None else self._job.id_of(index)
         raw = self._encoder.request(id_, item, 0 if timeout_s is None else client.deadline_ms(timeout_s))
         return _ItemCall(self, client, id_, raw, index, item)

@@ -1,4 +1,4 @@
-"""Publishing of calls: reserves room for a large body and stores it, then appends the request.
+"""Publishing of calls: stores a large body, for which it may have to reserve room, then appends the request.
 
 A call whose request the broker refuses ends here. A call whose connection broke before the broker answered stays in
 flight with ``fate_unknown`` set, until `Recovery` finds out whether its request is on the stream.
@@ -10,16 +10,15 @@ from functools import partial
 from typing import Any
 
 from ...broker.errors import StringTooLong
+from ...broker.queue.dead_letter_limits import BODY_TTL_MS
 from ...broker.queue.publisher import Published, Publisher, QueueFull
 from ...broker.queue.queued_bytes import NO_LIMIT
 from ...broker.transport.connection import FateUnknown, RedisConnection
 from ...broker.transport.url import shown_url
 from ..errors import BrokerFull, BrokerRefused, BrokerUnavailable, NotPermitted, Overloaded, PenstockError
 from .call import Call, CallsInFlight, QueueLimits
-from .large_bodies import LargeBodies, too_long
+from .large_bodies import RESERVED, LargeBodies, too_long
 
-_BODY_TTL_MS = 24 * 3600 * 1000
-"""Expiry of the stored body of a request without a deadline."""
 _BODY_SLACK_MS = 60_000
 """A stored body outlives the deadline of its request by this much."""
 
@@ -40,7 +39,10 @@ class CallPublisher:
         if not call.body:
             self._append(call, call.limits)
             return
-        # The body is stored only if there is room for it.
+        if len(call.body) <= RESERVED:
+            self._store_body(call)
+            self._append(call, call.limits)
+            return
         on_reserved = partial(self._on_reserved, call)
         requests, size = call.limits
         self._publisher.reserve(call.backend, call.raw, requests, on_reserved, batch=call.batch, limit_bytes=size)
@@ -93,7 +95,7 @@ class CallPublisher:
             self._connection.flush_if_idle()
 
     def _store_body(self, call: Call, *, patient: bool = False) -> None:
-        ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else _BODY_TTL_MS
+        ttl_ms = int(call.timeout_s * 1000) + _BODY_SLACK_MS if call.timeout_s else BODY_TTL_MS
         on_stored = partial(self._on_body_stored, call)
         self._bodies.store_request_body(call.backend, call.id, call.body, ttl_ms, on_stored, patient=patient)
 

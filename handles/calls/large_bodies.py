@@ -1,4 +1,10 @@
-"""Large bodies of requests and replies: each is stored in a key of its own, with an expiry (claim check)."""
+"""Large bodies of requests and replies: each is stored in a key of its own, with an expiry (claim check).
+
+A body in an entry passes through Lua, which copies it twice and hashes it, and through the stream, which copies it
+twice more. A body in a key of its own is copied by the kernel alone, but costs three more commands, and the replica
+one more round trip. So the size from which a request's body is large depends on how busy its caller is: under load the
+work of the broker counts, without load the round trip.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,30 @@ from collections.abc import Callable
 from typing import Any
 
 from ...broker.transport.connection import RedisConnection
-from ...broker.wire._fields import LARGEST
+from ...broker.wire._fields import LARGE, LARGEST
 from ...broker.wire.keys import Keys
 from ..errors import PayloadTooLarge
+
+LEAST_LARGE = 64 * 1024
+"""A busy caller keeps bodies of at most this many bytes in the entries of its requests."""
+LEAST_LARGE_ALONE = 128 * 1024
+"""So does a caller with few calls in flight."""
+BUSY_CALLS = 4
+"""With so many calls in flight a caller is busy."""
+RESERVED = LARGE
+"""A body of more bytes is stored only after room for it was reserved. A smaller one is sent together with its entry, as
+those are that lie in it: if the entry is refused, the body is deleted.
+"""
+
+
+def is_large(size: int, calls_in_flight: int) -> bool:
+    """Return whether a request's body of ``size`` bytes is stored in a key of its own.
+
+    Args:
+        size: the number of its bytes.
+        calls_in_flight: how many other calls of the caller await their replies.
+    """
+    return size > (LEAST_LARGE if calls_in_flight >= BUSY_CALLS else LEAST_LARGE_ALONE)
 
 
 def _ignore_result(result: Any) -> None:

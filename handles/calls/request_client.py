@@ -25,7 +25,6 @@ from ...broker.registry.watcher import Watcher
 from ...broker.transport.connection import RedisConnection
 from ...broker.transport.dial import user_of
 from ...broker.transport.url import shown_url
-from ...broker.wire._fields import LARGE
 from ...broker.wire.call_ids import new_ids
 from ...broker.wire.keys import Keys
 from ...broker.wire.requests import Header, RawEntry
@@ -35,7 +34,7 @@ from . import tracing, traffic
 from .call import Call, CallOutcome, CallsInFlight, queue_limits
 from .call_publisher import CallPublisher
 from .kept.kept_requests import KeptRequests
-from .large_bodies import LargeBodies, check_size
+from .large_bodies import LEAST_LARGE, LargeBodies, check_size, is_large
 from .pickle_policy import PicklePolicy
 from .recovery import Recovery
 from .reply_receiver import FindReceiver, ReplyReceiver
@@ -330,7 +329,7 @@ class RequestClient:
             PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
             TypeError: the header holds a value that JSON cannot represent.
         """
-        large = len(body) > LARGE
+        large = len(body) > LEAST_LARGE and is_large(len(body), len(self.in_flight.by_id))
         if large:
             check_size(body, self.longest)
         id_ = self.next_id()

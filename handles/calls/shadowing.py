@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from ...broker.queue.dead_letter_limits import BODY_TTL_MS
 from ...broker.queue.publisher import Published, Publisher, QueueFull
 from ...broker.registry.records import EndpointRecord
 from ...broker.registry.watcher import Watcher
-from ...broker.wire._fields import LARGE
 from ...broker.wire.requests import Header, RawEntry
 from .call import QueueLimits, queue_limits
-from .large_bodies import LargeBodies
-
-_BODY_TTL_MS = 600_000
+from .large_bodies import LEAST_LARGE, RESERVED, LargeBodies
 
 
 @dataclass(slots=True)
@@ -45,12 +43,15 @@ class ShadowTraffic:
                 continue
             id_ = self._next_id()
             limits = queue_limits(backend, batch=batch)
-            if len(body) <= LARGE:
+            if len(body) <= LEAST_LARGE:  # nobody waits for the reply to a copy
                 raw = RawEntry(id_.encode(), b"", header.dump(), body)
                 on_published = partial(self._on_published, tag, None)
                 self._publisher.publish(tag, raw, limits.requests, on_published, batch=batch, limit_bytes=limits.bytes)
                 continue
             raw = RawEntry(id_.encode(), b"", header.dump(), None, len(body))
+            if len(body) <= RESERVED:
+                self._store_and_publish(tag, raw, body, limits, batch)
+                continue
             on_reserved = partial(self._on_reserved, tag, raw, body, limits, batch)
             self._publisher.reserve(tag, raw, limits.requests, on_reserved, batch=batch, limit_bytes=limits.bytes)
 
@@ -65,9 +66,12 @@ class ShadowTraffic:
     ) -> None:
         if result is not None:
             self._stats_of(tag).refused += 1
-            return
+        else:
+            self._store_and_publish(tag, raw, body, limits, batch)
+
+    def _store_and_publish(self, tag: str, raw: RawEntry, body: bytes, limits: QueueLimits, batch: bool) -> None:
         request = raw.id.decode()
-        self._bodies.store_request_body(tag, request, body, _BODY_TTL_MS)
+        self._bodies.store_request_body(tag, request, body, BODY_TTL_MS)
         on_published = partial(self._on_published, tag, request)
         self._publisher.publish(tag, raw, limits.requests, on_published, batch=batch, limit_bytes=limits.bytes)
 

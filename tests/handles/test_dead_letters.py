@@ -9,6 +9,7 @@ from redis import Redis
 
 from penstock import handles
 from penstock.broker.embedded.server import EmbeddedServer
+from penstock.broker.queue.dead_letter_limits import MAX_AGE_S
 from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Entry, Header
@@ -102,6 +103,17 @@ def test_a_dead_letter_whose_body_has_expired_cannot_be_replayed(site: Site, con
         assert letters.body(letters.get(id_)) == bytes(LARGE + 1)
         letters.drop(id_)
         assert not redis.exists(KEYS.body("model", "caller-2"))
+
+
+def test_a_replayed_request_keeps_its_large_body_as_long_as_a_new_one(site: Site, connected: Connection) -> None:
+    site.declare()
+    letters = connected.dead_letters("model")
+    id_ = bury(site, Entry("caller-2", "gone", Header(codec="bytes"), large=True))
+    with Redis.from_url(site.url) as redis:
+        redis.set(KEYS.body("model", "caller-2"), bytes(LARGE + 1), px=60_000)
+        letters.replay(id_)
+        assert redis.ttl(KEYS.body("model", "caller-2")) > MAX_AGE_S
+        redis.delete(KEYS.body("model", "caller-2"), KEYS.batch("model"))
 
 
 def test_a_full_queue_refuses_a_replay_and_the_dead_letter_stays(site: Site, connected: Connection) -> None:

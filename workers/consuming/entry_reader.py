@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
-from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
+from ...broker.errors import WireError
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.pending_entries import RedeliveredEntry
 from ...broker.transport.connection import RedisConnection
@@ -61,13 +62,15 @@ class EntryReader:
         self._backend, self._replica = backend, replica
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def apply(self, settings: ConsumerSettings) -> None:
         """Apply a changed configuration."""
         self._max_dead_letters = settings.max_dead_letters
 
     def close(self) -> None:
-        """Stop fetching bodies."""
+        """Start no claim whose body arrives later."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
 
@@ -115,8 +118,7 @@ class EntryReader:
             self._drop(claim)
             self._in_progress.release(claim)
         elif entry.large:
-            self._scheduler.batching.loading.add(claim)
-            self._spawn(self._load_claimed(claim))
+            self._load(claim)
         else:
             self._scheduler.offer_again(claim)
 
@@ -131,13 +133,41 @@ class EntryReader:
 
     async def load_body(self, claim: Claim) -> None:
         """Fetch the large body of a claim, then offer the claim to the scheduler."""
-        entry = claim.entry
-        key = self._keys.body(self._backend, entry.id)
+        loaded: asyncio.Future[None] = self._loop.create_future()
+
+        def on_body(body: Any) -> None:
+            self._on_body(claim, body)
+            if not loaded.done():
+                loaded.set_result(None)
+
+        self._fetch(claim, on_body)
+        await loaded
+
+    def _load(self, claim: Claim) -> None:
+        """Fetch the large body of a claim that a batch may wait for, then offer the claim to the scheduler."""
+        self._scheduler.batching.loading.add(claim)
+        self._fetch(claim, partial(self._on_awaited_body, claim))
+
+    def _fetch(self, claim: Claim, then: Callable[[Any], None]) -> None:
+        key = self._keys.body(self._backend, claim.entry.id)
+        self._commands.post(then, "GET", key, repeat=True, patient=True, bulky_reply=True)
+
+    def _on_awaited_body(self, claim: Claim, body: Any) -> None:
+        if self._is_closed:
+            return
         try:
-            body = await self._commands.send("GET", key, repeat=True, patient=True, bulky_reply=True)
-        except (BrokerUnavailable, BrokerRefused) as e:
+            self._on_body(claim, body)
+        finally:
+            self._scheduler.batching.loaded(claim)
+            self._scheduler.start_waiting()
+            self._replies.claim()  # the claim may have been dropped
+
+    def _on_body(self, claim: Claim, body: Any) -> None:
+        """Offer a claim to the scheduler. ``body`` is its body, None if that has expired, or an exception."""
+        entry = claim.entry
+        if isinstance(body, Exception):
             # The entry stays pending in this replica's name, where `StrayClaims` finds it.
-            log.warning("cannot fetch the body of request %s: %s", entry.shown_id, e)
+            log.warning("cannot fetch the body of request %s: %s", entry.shown_id, body)
             self._in_progress.release(claim)
             return
         if body is None:
@@ -168,18 +198,9 @@ class EntryReader:
         if (claim := self.hold(ref, entry, now_ms, now_s)) is None:
             return
         if entry.large:
-            self._scheduler.batching.loading.add(claim)
-            self._spawn(self._load_claimed(claim))
+            self._load(claim)
         else:
             self._scheduler.offer(claim)
-
-    async def _load_claimed(self, claim: Claim) -> None:
-        try:
-            await self.load_body(claim)
-        finally:
-            self._scheduler.batching.loaded(claim)
-            self._scheduler.start_waiting()
-            self._replies.claim()  # the claim may have been dropped
 
     def _bury(self, ref: bytes, fields: list[bytes], error: Exception) -> None:
         log.error("entry %s of %r cannot be read and goes to the dead letters: %s", ref.decode(), self._backend, error)

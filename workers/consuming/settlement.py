@@ -12,7 +12,6 @@ from ...broker.wire._fields import LARGE
 from ...broker.wire.entry_ref import id_of
 from ...broker.wire.keys import Keys
 from ...broker.wire.replies import Reply
-from ...broker.wire.requests import Entry
 from ...handles.calls.large_bodies import too_long as too_long_of
 from ...handles.errors import BackendError, PayloadTooLarge, PenstockError, StreamBroken, to_wire
 from ..claim import Claim
@@ -52,6 +51,8 @@ class Settlement:
         self._commands, self._group, self._keys = commands, group, keys
         self._backend, self._replica = backend, replica
         self._settled: list[bytes] = []
+        self._bodies: list[str] = []
+        """The keys of large bodies of settled entries, deleted behind these."""
         self._replies: list[tuple[Claim, Reply]] = []
         """Small replies, combined and written when their entries are settled."""
 
@@ -101,7 +102,7 @@ class Settlement:
         """Acknowledge and delete the entry of a claim and its large body, behind its reply in the same write."""
         self.settle_ref(claim.ref)
         if claim.entry.large:
-            self._drop_body(claim.entry)
+            self._bodies.append(self._keys.body(self._backend, claim.entry.id))
 
     def settle_ref(self, ref: bytes) -> None:
         """Acknowledge and delete an entry that has no body to delete."""
@@ -116,6 +117,9 @@ class Settlement:
             self._reply_together()
         if settled:
             self._group.acknowledger.settle(settled)
+        if self._bodies:
+            bodies, self._bodies = self._bodies, []
+            self._commands.post(_log_failure, "UNLINK", *bodies, repeat=True, patient=True)
 
     def break_off(self, claim: Claim, reason: str) -> None:
         """Fail a streamed reply with `StreamBroken` and settle its entry: a begun stream must not run again."""
@@ -132,10 +136,6 @@ class Settlement:
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
             self._group.replies.send(entry.caller, reply.fields())
-
-    def _drop_body(self, entry: Entry) -> None:
-        key = self._keys.body(self._backend, entry.id)
-        self._commands.post(_log_failure, "UNLINK", key, repeat=True, patient=True)
 
 
 def _queue_ms(ref: bytes, reply: Reply, now_ms: float) -> float:

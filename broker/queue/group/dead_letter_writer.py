@@ -8,8 +8,9 @@ from typing import cast
 import orjson
 
 from ...transport.commands import Arg, Script
+from ...wire._fields import ID_FIELD, LARGE_FIELD
 from ...wire.entry_ref import id_of, is_batch
-from ..dead_letter_limits import DEAD_FIELD, DROP, DROP_OLDEST, DeadLetterReason
+from ..dead_letter_limits import BODY_TTL_MS, DEAD_FIELD, DROP, DROP_OLDEST, DeadLetterReason
 from ..queued_bytes import RELEASE
 from .member import GROUP, Member
 from .pending_entries import RedeliveredEntry
@@ -24,14 +25,16 @@ _MOST_BYTES = 1024 * 1024
 
 # Settles an entry and appends it to the dead letters. KEYS: the stream, the dead letters, the entry's history, the
 # records of sizes, the backend's sums. ARGV: group, the entry's id, its ref, the most dead letters to keep, the
-# beginning of the keys of bodies, the name of the field for the history, the name of the sum to count it in, then the
-# history and the fields. Does nothing if the entry is settled already.
+# beginning of the keys of bodies, the name of the field for the history, the name of the sum to count it in, the id of
+# a request with a large body or nothing, then the history and the fields. Does nothing if the entry is settled already.
+# A large body is kept for as long as its letter, unless the user's ACL rules do not allow PEXPIRE.
 _ADD = Script(f"""#!lua flags=allow-oom
 {RELEASE}
 {DROP_OLDEST}
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[2], '*', ARGV[6], unpack(ARGV, 8))
+redis.call('XADD', KEYS[2], '*', ARGV[6], unpack(ARGV, 9))
+if ARGV[8] ~= '' then redis.pcall('PEXPIRE', ARGV[5] .. ARGV[8], {BODY_TTL_MS}) end
 redis.call('HINCRBY', KEYS[5], ARGV[7], 1)
 drop_oldest(KEYS[2], KEYS[5], tonumber(ARGV[4]), ARGV[5])
 redis.call('DEL', KEYS[3])
@@ -83,7 +86,7 @@ class DeadLetterWriter:
             [self._member.streams[is_batch(ref)], self._dead, history_key, self._sizes, self._sums],
             [
                 *(GROUP, id_of(ref), ref, max_dead_letters, self._body_prefix),
-                *(HISTORY, DEAD_FIELD + reason.encode(), history, *_cut(entry.fields)),
+                *(HISTORY, DEAD_FIELD + reason.encode(), _id_of_large(entry.fields), history, *_cut(entry.fields)),
             ],
             repeat=True,
             patient=True,
@@ -93,6 +96,12 @@ class DeadLetterWriter:
         """Drop dead letters that are too many or too old."""
         args: list[Arg] = [max_dead_letters, self._body_prefix]
         await self._member.commands.run_script(DROP, [self._dead, self._sums], args, repeat=True)
+
+
+def _id_of_large(fields: list[bytes]) -> bytes:
+    """Return the id of a request with a large body; empty for another one."""
+    named = dict(zip(fields[::2], fields[1::2], strict=False))
+    return named.get(ID_FIELD, b"") if named.get(LARGE_FIELD) == b"1" else b""
 
 
 def _cut(fields: list[bytes]) -> list[bytes]:

@@ -63,6 +63,9 @@ async def test_entries_of_one_tick_keep_their_own_fields(
         for body, large in ((b"one", False), (b"", False), (b"", True))
     ]
     published = [asyncio.get_running_loop().create_future() for _ in sent]
+    for one in sent:
+        if one.large:
+            await commands.send("SET", keys.body(TAG, one.id), b"")
     for one, future in zip(sent, published, strict=True):
         publishers[0].publish(TAG, one.raw(), 100, future.set_result)
     refs = await asyncio.gather(*published)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from penstock.broker.errors import BrokerUnavailable
 from penstock.broker.queue.consumer_group import ConsumerGroup
 from penstock.broker.queue.counts.queue_depth import read_depth
 from penstock.broker.queue.dead_letters import DeadLetterStream
@@ -47,6 +48,12 @@ def publish(
     future: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
     publisher.publish(TAG, raw, limit, future.set_result, batch=batch, limit_bytes=limit_bytes)
     return future
+
+
+async def store(commands: RedisConnection, keys: Keys, *raws: RawEntry) -> None:
+    """Store the bodies of large requests."""
+    for raw in raws:
+        await commands.send("SET", keys.body(TAG, raw.id.decode()), bytes(raw.large_bytes), "PX", 60_000)
 
 
 def reserve(publisher: Publisher, raw: RawEntry, limit_bytes: int) -> asyncio.Future[QueueFull | Exception | None]:
@@ -251,6 +258,7 @@ async def test_a_body_is_stored_only_if_there_is_room(
     assert all(isinstance(answer, QueueFull) and answer.in_bytes for answer in answers if answer is not None)
     assert await reserve(publishers[0], reserved[0], limit_bytes) is None  # repeated by the connection
     assert isinstance(await publish(publishers[0], entry("other", MIDDLE), limit_bytes), QueueFull)
+    await store(commands, keys, *reserved[:2])
     for raw in reserved[:2]:
         await accepted(publish(publishers[0], raw, limit_bytes))
     assert await queued_bytes() == 3 * charge_of(raws[0])
@@ -261,6 +269,38 @@ async def test_a_body_is_stored_only_if_there_is_room(
 
     await wait_until_async(is_forgotten)
     assert await reserve(publishers[1], raws[9], limit_bytes) is None
+
+
+async def test_bodies_without_a_reservation_are_charged_exactly(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys, queued_bytes: Callable[[], Awaitable[int]]
+) -> None:
+    raws = [entry(str(n))._replace(body=None, large_bytes=100_000) for n in range(20)]
+    await store(commands, keys, *raws)
+    limit_bytes = 7 * charge_of(raws[0]) + ASIDE
+    results = await asyncio.gather(*[publish(publishers[n % 5], raw, limit_bytes) for n, raw in enumerate(raws)])
+    assert sum(isinstance(result, bytes) for result in results) == 7
+    assert all(result.in_bytes for result in results if isinstance(result, QueueFull))
+    assert await queued_bytes() == 7 * charge_of(raws[0])
+
+
+async def test_a_request_whose_body_is_not_stored_is_not_accepted(
+    publishers: list[Publisher], commands: RedisConnection, keys: Keys, queued_bytes: Callable[[], Awaitable[int]]
+) -> None:
+    for large_bytes in (100_000, 1_000_000):
+        stored, missing = (entry(id_)._replace(body=None, large_bytes=large_bytes) for id_ in ("stored", "missing"))
+        await store(commands, keys, stored)
+        # In one call of the script, with a small one behind them.
+        published = [publish(publishers[0], raw, 10_000_000) for raw in (stored, missing, entry("small"))]
+        first, refused, last = await asyncio.gather(*published)
+        assert isinstance(first, bytes)
+        assert isinstance(refused, BrokerUnavailable)
+        assert "has not stored the body" in str(refused)
+        assert isinstance(last, bytes)
+        assert [fields[3] for _, fields in await commands.send("XRANGE", keys.requests(TAG), first, last)] == [
+            b"stored",
+            b"small",
+        ]
+    assert await queued_bytes() == sum(max(SMALL, size + len(Header().dump())) for size in (100_000, 1_000_000, 0, 0))
 
 
 async def test_the_reservation_of_a_dead_caller_expires(
@@ -280,6 +320,7 @@ async def test_the_reservation_of_a_dead_caller_expires(
         return await reserve(publishers[1], successor, limit_bytes) is None
 
     await wait_until_async(fits)
+    await store(commands, keys, dead, successor)
     await accepted(publish(publishers[1], successor, limit_bytes))
     # A reservation that was only late is checked again.
     assert isinstance(await publish(publishers[0], dead, limit_bytes), QueueFull)

@@ -19,6 +19,7 @@ from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Header
 from penstock.handles.calls.call import Call, CallOutcome
+from penstock.handles.calls.large_bodies import BUSY_CALLS, LEAST_LARGE, LEAST_LARGE_ALONE
 from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import (
@@ -33,6 +34,8 @@ from penstock.handles.errors import (
 from tests.handles.site import CONFIG, INSTANCE, Lingering, Site, echo
 from tests.waiting import wait_until_async
 
+APART = LEAST_LARGE_ALONE + 1
+"""The size of a body that has a key of its own, and no reservation."""
 BACKEND = BackendRecord(tag="model", version="1", code="", config=BackendSpec(**CONFIG))
 
 
@@ -107,10 +110,11 @@ async def test_a_refusal_names_the_length_of_the_queue_and_its_limit(site: Site,
     await wait_until_async(lambda: site.depth() == 0)
 
 
-async def test_a_refused_large_request_leaves_no_body(site: Site, caller: RequestClient) -> None:
+@pytest.mark.parametrize("size", [APART, LARGE + 1])
+async def test_a_refused_large_request_leaves_no_body(site: Site, caller: RequestClient, size: int) -> None:
     full = BackendRecord(tag="model", version="1", code="", config=BackendSpec(max_queued_requests=0))
     with pytest.raises(Overloaded):
-        await send(caller, bytes(LARGE + 1), backend=full)[1]
+        await send(caller, bytes(size), backend=full)[1]
     await wait_until_async(lambda: site.keys_left() == set())
 
 
@@ -133,14 +137,41 @@ async def test_bodies_of_refused_requests_are_not_stored(site: Site, caller: Req
     await wait_until_async(lambda: site.depth() == 0 and site.keys_left() == set())
 
 
+async def test_a_busy_caller_keeps_smaller_bodies_apart_from_their_entries(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    body = bytes(LEAST_LARGE + 1)
+    calls: list[tuple[Call, asyncio.Future[Reply]]] = []
+    for expected in [0] * BUSY_CALLS + [1, 2]:
+        calls.append(send(caller, body))
+        await calls[-1][0].accepted()
+        assert len(site.keys_left() - {caller.keys.sizes("model")}) == expected
+    for call, outcome in calls:
+        assert call.cancel()
+        outcome.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
+
+
+async def test_a_body_outlives_the_deadline_of_its_request_by_a_minute(site: Site, caller: RequestClient) -> None:
+    site.declare()
+    with Redis.from_url(site.url) as redis:
+        for timeout_s, least_s, most_s in ((30.0, 30, 90), (None, 14 * 86_400, 15 * 86_400)):
+            call, outcome = send(caller, bytes(APART), timeout_s=timeout_s)
+            await call.accepted()
+            assert least_s < redis.ttl(caller.keys.body("model", call.id)) <= most_s
+            assert call.cancel()
+            outcome.cancel()
+    await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
+
+
+@pytest.mark.parametrize("size", [APART, LARGE + 1])
 async def test_a_request_that_is_cancelled_before_its_body_is_stored_leaves_nothing(
-    site: Site, caller: RequestClient
+    site: Site, caller: RequestClient, size: int
 ) -> None:
     site.declare()
-    call, outcome = send(caller, bytes(LARGE + 1))
+    call, outcome = send(caller, bytes(size))
     assert call.cancel()
     outcome.cancel()
-    other, answer = send(caller, bytes(LARGE + 1))
+    other, answer = send(caller, bytes(size))
     await other.accepted()
     assert site.depth() == 1
     other.cancel()
@@ -259,7 +290,7 @@ async def test_cancelling_a_running_request_cancels_it(site: Site, caller: Reque
 
 async def test_large_bodies_travel_both_ways_and_leave_nothing(site: Site, caller: RequestClient) -> None:
     site.serve(echo)
-    bodies = [os.urandom(size) for size in (LARGE, LARGE + 1, 5 * LARGE)]
+    bodies = [os.urandom(size) for size in (LEAST_LARGE, APART, LARGE, LARGE + 1, 5 * LARGE)]
     replies = await asyncio.gather(*[send(caller, body)[1] for body in bodies])
     assert [reply.body for reply in replies] == bodies
     await wait_until_async(lambda: site.depth() == 0 and not site.keys_left())
@@ -320,14 +351,14 @@ async def test_shadow_backends_get_copies_whose_replies_go_nowhere(site: Site, c
     site.serve(shadow, tag="candidate", name="other")
     site.send_traffic("ask", {"model": 1.0}, {"candidate": 1.0, "gone": 1.0})
     await caller.watcher.wait_for(3, 5)
-    bodies = [b"small", bytes(LARGE + 1)]
+    bodies = [b"small", bytes(LEAST_LARGE + 1), bytes(LARGE + 1)]
     for body in bodies:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         caller.dispatch(caller.snapshot.endpoints["ask"], Header(codec="bytes"), body, future.set_result)
         assert (await future).body == body
     await wait_until_async(lambda: received == bodies)
     await wait_until_async(lambda: site.depth("candidate") == 0 and not site.keys_left())
-    assert (caller.shadows.stats["candidate"].queued, caller.shadows.stats["candidate"].refused) == (2, 0)
+    assert (caller.shadows.stats["candidate"].queued, caller.shadows.stats["candidate"].refused) == (3, 0)
 
 
 # -- broken connections
@@ -341,7 +372,7 @@ async def test_requests_are_answered_while_connections_are_cut(site: Site, calle
     async def keep_asking(n: int) -> None:
         nonlocal answered
         while answered < 3_000:
-            body = b"%d" % n if n % 10 else bytes(LARGE + 1)
+            body = bytes((LARGE if n % 20 else LEAST_LARGE) + 1) if n % 10 == 0 else b"%d" % n
             reply = await asyncio.wait_for(send(caller, body)[1], 15)
             assert (reply.error, reply.body) == (None, body)
             answered += 1
@@ -360,7 +391,7 @@ async def test_requests_that_redis_lost_are_published_again(durable: EmbeddedSer
     site.declare()
     caller = RequestClient(durable.url, INSTANCE)
     await caller.open()
-    bodies = [b"small", bytes(LARGE + 1)]
+    bodies = [b"small", bytes(APART), bytes(LARGE + 1)]
     calls = [send(caller, body) for body in bodies]
     await asyncio.gather(*[call.accepted() for call, _ in calls])
     with Redis.from_url(durable.url) as redis:
