@@ -50,7 +50,9 @@ class DrainsOnSigterm:
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         self = super().__new__(cls)
-        if threading.current_thread() is threading.main_thread():
+        # `ray.remote` makes an instance of a class that it derives, in every process that imports the actor.
+        is_actor = all(base.__name__ != "ActorClass" for base in cls.__mro__)
+        if is_actor and threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGTERM)
 
             def handle(number: int, frame: Any) -> None:

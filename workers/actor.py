@@ -344,7 +344,8 @@ async def outlast(name: str) -> None:
         try:
             # In a thread, as it blocks for long while Ray's head node is down.
             actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
-            await actor.attend.remote()
+            # Without retries: Ray would report one on the terminal of the script, even where the instance has ended.
+            await actor.attend.options(max_task_retries=0).remote()
         except (ValueError, ActorDiedError):  # a ValueError: there is none of that name
             return
         except RayError as e:

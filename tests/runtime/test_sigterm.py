@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
 
@@ -50,3 +51,18 @@ def test_a_start_that_fails_leaves_the_handler_as_it_was() -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_that_imports_the_actors_ends_on_sigterm() -> None:
+    """Ray makes instances of actor classes there; only in an actor is the signal handled."""
+    program = """
+        import os, signal
+        from penstock.serve.controller import controller_actor, proxy_actor
+        from penstock.workers import actor
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("ignored")
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", dedent(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (-signal.SIGTERM, ""), ran.stderr

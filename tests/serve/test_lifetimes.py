@@ -117,7 +117,16 @@ def joined(cluster: str) -> dict[str, str]:
 )
 def test_the_instance_ends_with_the_script(then: str, redis_url: str, joined: dict[str, str]) -> None:
     with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", then, **joined) as running:
-        running.ended()
+        assert "attend" not in running.ended(), "Ray reports the end of the controller as an error"
+        wait_until(running.nothing_runs)
+        assert keys(redis_url) == []
+
+
+def test_sigterm_ends_the_instance_and_then_the_script_with_status_143(redis_url: str, joined: dict[str, str]) -> None:
+    with script(f"redis_url={redis_url!r}, http_options={{'port': 0}}", "client.wait()", **joined) as running:
+        running.process.terminate()
+        assert "Traceback" not in running.ended()
+        assert running.process.returncode == 143
         wait_until(running.nothing_runs)
         assert keys(redis_url) == []
 
@@ -142,12 +151,14 @@ def test_a_ray_that_start_started_ends_too() -> None:
     then = """
         client.shutdown()
         import ray
-        print(ray.is_initialized())
+        print(ray.is_initialized(), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
     """
     with script("http_options={'port': 0}", then, RAY_ADDRESS="") as running:
         assert running.process.stdout is not None
         assert running.process.stdout.read() == "False\n"
         assert "Traceback" not in running.ended()
+        assert running.process.returncode == -signal.SIGTERM, "a handler of Ray's is left"
         wait_until(running.nothing_runs)
 
 

@@ -94,3 +94,6 @@ def test_a_function_of_a_module_is_served_at_the_root(cluster: str, redis_url: s
     with running(["--http-port", "0", "penstock_run_app:greet"], tmp_path, redis_url, cluster) as run:
         run.wait_for("GET,POST / -> greet")
         assert run.get("/?name=Ada") == "Ada"
+        run.process.terminate()
+        assert run.process.wait(timeout=60) == 0
+    assert "Traceback" not in run.output()
