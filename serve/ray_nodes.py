@@ -50,17 +50,17 @@ def growth() -> Growth | None:
         LookupError: Ray does not tell, as in the first seconds of a cluster.
     """
     try:
-        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.autoscaler.v2 import utils
 
-        return _growth_by_v2() if cast(Any, is_autoscaler_v2)() else _growth_by_v1()
+        return _growth_by_v2() if cast(Any, utils).is_autoscaler_v2() else _growth_by_v1()
     except Exception as e:  # None of this is documented. An instance serves without it, on the nodes that there are.
         raise LookupError(f"Ray does not tell of its autoscaler: {e!r}") from e
 
 
 def _growth_by_v1() -> Growth | None:
-    from ray.experimental.internal_kv import _internal_kv_get
+    from ray.experimental import internal_kv
 
-    status = json.loads(cast(Any, _internal_kv_get)(_STATUS_OF_V1))
+    status = json.loads(cast(Any, internal_kv)._internal_kv_get(_STATUS_OF_V1))
     types = status["autoscaler_report"]["active_nodes"]
     if not types:
         raise LookupError("no report of a node")

@@ -93,8 +93,7 @@ def measure(workload: str, kib: int, connections: int, rounds: int, port: int) -
         script.write_text(f'wrk.method = "POST"\nwrk.body = string.rep("x", {kib * 1024})\n')
         program = [sys.executable, __file__, "--workload", workload, "--port", str(port)]
         processes = [subprocess.Popen([*program, "--part", part, "--url", broker.url]) for part in ("proxy", "replica")]
-        pids = dict(zip(("proxy", "replica"), (process.pid for process in processes), strict=True))
-        pids["valkey"] = broker.pid or 0
+        pids = {"proxy": processes[0].pid, "replica": processes[1].pid, "valkey": broker.pid or 0}
         url = f"http://127.0.0.1:{port}/"
         try:
             wait_for(url)

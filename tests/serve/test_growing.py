@@ -41,7 +41,7 @@ def nodes(machines: Cluster) -> int:
 def test_a_backend_that_does_not_fit_waits_until_a_node_was_added(machines: Cluster, client: serve.Client) -> None:
     with ThreadPoolExecutor() as threads:
         creating = threads.submit(client.create_backend, "f", answering(), ray_actor_options={"num_cpus": 2})
-        wait_until(lambda: (client.status()["backends"].get("f") or {}).get("waits_for_nodes"))
+        wait_until(lambda: bool(client.status()["backends"].get("f", {}).get("waits_for_nodes")))
         status = client.status()
         missing = "1 replica with CPU 2 each requested, room for 0: "
         assert status["backends"]["f"]["waits_for_nodes"].startswith(missing)
