@@ -110,7 +110,7 @@ def wait_for_proxy(machines: Cluster, node: Node) -> str:
     def there() -> list[str]:
         return [report.node for report in machines.reports(ProxyReport).values() if report.url == url]
 
-    wait_until(there)
+    wait_until(there, timeout_s=120)  # a node, a worker of Ray and a proxy start meanwhile
     return there()[0]
 
 

@@ -433,7 +433,7 @@ def test_the_next_start_removes_the_directory_of_processes_that_were_all_killed(
     owner.process.send_signal(signal.SIGSTOP)
     os.killpg(owner.watchdog_pid, signal.SIGKILL)
     owner.kill()
-    wait_until(lambda: not running(owner.server_pid), timeout_s=SOON_S)
+    wait_until(lambda: not running(owner.server_pid) and not running(owner.watchdog_pid), timeout_s=SOON_S)
     assert directory_of(owner.url).exists()
     start()
     assert not directory_of(owner.url).exists()
