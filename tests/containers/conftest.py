@@ -12,6 +12,7 @@ from penstock import serve
 from tests.brokers import images, no_docker
 from tests.containers.project import Project, free_subnet
 from tests.containers.python_image import python_image
+from tests.guarded import free_port
 
 PASSWORD = "of-the-test"
 _PACKAGES = ("penstock[serve]", "scikit-learn", "httpx")
@@ -40,8 +41,9 @@ def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Pr
         "PENSTOCK_REDIS_IMAGE": images()["valkey"],
         "PENSTOCK_LB_IMAGE": images()["haproxy"],
         "PENSTOCK_REDIS_PASSWORD": PASSWORD,
-        "PENSTOCK_REDIS_PORT": "0",
-        "PENSTOCK_HTTP_PORT": "0",
+        # Not 0: a container that is started again would get other ports.
+        "PENSTOCK_REDIS_PORT": str(free_port()),
+        "PENSTOCK_HTTP_PORT": str(free_port()),
         "PENSTOCK_SUBNET": free_subnet(),
     }
     with tempfile.TemporaryDirectory(prefix=name) as folder, python_image(name, Path(folder), _PACKAGES) as python:

@@ -213,3 +213,4 @@ async def test_entries_that_a_job_did_not_send_are_not_its_items(site: Site, bro
     await site.serve(echo)
     producer = handles.BatchProducer(broker.url("proxy"), "f", job="j", window=10)  # may read the request streams
     assert [result.value async for result in producer.map(range(3))] == [0, 1, 2]
+    assert broker.denied() == ["proxy: key penstock:default:{registry}:reports:jobs"]  # it has no jobs to report
