@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,12 +54,12 @@ async def run_replica(url: str) -> None:
     await asyncio.Event().wait()
 
 
-async def run_proxy(url: str, port: int, workload: str) -> None:
+async def declare(url: str, workload: str) -> None:
+    """Write the backend and its endpoint into the registry."""
     from penstock.broker.registry.records import BackendRecord, Change, EndpointRecord
     from penstock.broker.registry.store import Registry
     from penstock.broker.transport.connection import RedisConnection
     from penstock.broker.wire.keys import Keys
-    from penstock.proxy.proxy import Proxy
     from penstock.workers.executing import user_code
 
     connection = await RedisConnection(url).open()
@@ -68,6 +69,11 @@ async def run_proxy(url: str, port: int, workload: str) -> None:
     endpoint = EndpointRecord(name=ENDPOINT, route="/", methods=("POST",), traffic={ENDPOINT: 1.0})
     await registry.change(lambda _: Change({ENDPOINT: backend}, {ENDPOINT: endpoint}))
     await connection.close()
+
+
+async def run_proxy(url: str, port: int) -> None:
+    from penstock.proxy.proxy import Proxy
+
     await Proxy(url, "default", "proxy", {"port": port}).ready()
     await asyncio.Event().wait()
 
@@ -91,7 +97,8 @@ def measure(workload: str, kib: int, connections: int, rounds: int, port: int) -
     with EmbeddedServer.start() as broker, tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "post.lua"
         script.write_text(f'wrk.method = "POST"\nwrk.body = string.rep("x", {kib * 1024})\n')
-        program = [sys.executable, __file__, "--workload", workload, "--port", str(port)]
+        asyncio.run(declare(broker.url, workload))
+        program = [sys.executable, __file__, "--port", str(port)]
         processes = [subprocess.Popen([*program, "--part", part, "--url", broker.url]) for part in ("proxy", "replica")]
         pids = {"proxy": processes[0].pid, "replica": processes[1].pid, "valkey": broker.pid or 0}
         url = f"http://127.0.0.1:{port}/"
@@ -124,11 +131,12 @@ def main() -> None:
     parser.add_argument("--url", help=argparse.SUPPRESS)
     job = parser.parse_args()
     if job.part is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its parts end too
         measure(job.workload, job.kib, job.connections, job.rounds, job.port)
         return
     import uvloop
 
-    uvloop.run(run_replica(job.url) if job.part == "replica" else run_proxy(job.url, job.port, job.workload))
+    uvloop.run(run_replica(job.url) if job.part == "replica" else run_proxy(job.url, job.port))
 
 
 if __name__ == "__main__":
