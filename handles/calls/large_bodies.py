@@ -16,7 +16,7 @@ from ...broker.wire._fields import LARGE, LARGEST
 from ...broker.wire.keys import Keys
 from ..errors import PayloadTooLarge
 
-LEAST_LARGE = 64 * 1024
+LEAST_LARGE = 112 * 1024
 """A busy caller keeps bodies of at most this many bytes in the entries of its requests."""
 LEAST_LARGE_ALONE = 128 * 1024
 """So does a caller with few calls in flight."""
