@@ -120,6 +120,11 @@ def measure(workload: str, kib: int, connections: int, rounds: int, port: int) -
     print(f"{workload}, {kib} KiB, {connections} connections: {medians['requests/s']:,.0f} requests/s; {cost}")
 
 
+def leave(number: int, frame: object) -> None:
+    """Exit, so that the parts are ended too."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=("image", "echo"), default="image")
@@ -131,7 +136,7 @@ def main() -> None:
     parser.add_argument("--url", help=argparse.SUPPRESS)
     job = parser.parse_args()
     if job.part is None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its parts end too
+        signal.signal(signal.SIGTERM, leave)
         measure(job.workload, job.kib, job.connections, job.rounds, job.port)
         return
     import uvloop
