@@ -1,4 +1,4 @@
-"""What a notebook shows of an object: the texts in its tables and paragraphs."""
+"""Texts of an object in a notebook: those of its tables and paragraphs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Images on a GPU: what the device does in a plain loop, and what is left of it behind each server.
+"""Images on a GPU: the rate of a plain loop on the device, and the share of it that each server reaches.
 
 Each server takes batches of up to 64 on one replica or worker. The model notes each call in the scratch folder of its
 program: the size of the batch, and for how long the code ran.
 """
 
-# ruff: noqa: RUF001  (dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (dashes in tables)
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of images in a loop, without a server: what the device can do. A line of JSON for each workload."""
+"""The model of images in a loop, without a server: the rate of the device. A line of JSON for each workload."""
 
 from __future__ import annotations
 

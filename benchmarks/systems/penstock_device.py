@@ -1,4 +1,4 @@
-"""How busy replicas keep a simulated GPU, with one and with two concurrent batches, and whom that makes wait.
+"""Utilization of a simulated GPU with one and with two concurrent batches, and the waits of other requests.
 
 Runs by itself, without Ray and without a GPU. A call gives its batch to the device and waits. The device computes the
 batches in this order, for 20 ms each, without the interpreter lock; before and after that, the code needs the processor
@@ -7,7 +7,7 @@ replica is kept full. Then requests reach two replicas at random moments, at hal
 Prints a table, and all it has seen as lines of JSON.
 """
 
-# ruff: noqa: RUF001  (dashes are what a reader of tables expects)
+# ruff: noqa: RUF001  (dashes in tables)
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class ShadowTraffic:
                 continue
             id_ = self._next_id()
             limits = queue_limits(backend, batch=batch)
-            if len(body) <= LEAST_LARGE:  # nobody waits for the reply to a copy
+            if len(body) <= LEAST_LARGE:  # a copy has no caller that waits
                 raw = RawEntry(id_.encode(), b"", header.dump(), body)
                 on_published = partial(self._on_published, tag, None)
                 self._publisher.publish(tag, raw, limits.requests, on_published, batch=batch, limit_bytes=limits.bytes)

@@ -9,7 +9,7 @@ import re
 from ...broker.errors import ConfigError
 
 LEAST_CHARS = 16
-"""The length of the shortest token that is allowed: what is random and this long cannot be guessed."""
+"""The length of the shortest token that is allowed: a random token of this length cannot be guessed."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ALLOWED = re.compile(r"[\x21-\x7e]+")

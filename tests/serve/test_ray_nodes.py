@@ -1,4 +1,4 @@
-"""What Ray tells of its autoscaler. A cluster that version 2 enlarges is in test_growing.py."""
+"""Reports of Ray's autoscaler. A cluster that version 2 enlarges is in test_growing.py."""
 
 import json
 

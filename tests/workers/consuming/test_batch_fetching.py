@@ -1,4 +1,4 @@
-"""How early the next batch is claimed: as recent claims took, with the large bodies that were fetched for them."""
+"""Lead of the next batch: the time of recent claims, with that of the large bodies fetched for them."""
 
 from __future__ import annotations
 
