@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from tests.faults.table import Row
+from tests.loop_thread import running_beside
 
 _REPEATED_FOR_S = 120.0
 """How long a client repeats what was refused."""
@@ -115,20 +116,6 @@ class Traffic:
 @contextmanager
 def traffic(url: str, body: object, rate: float) -> Generator[Outcomes]:
     """Send a body to ``url``, ``rate`` times a second, while the block runs; then wait for all outcomes."""
-    running, failures = Traffic(url, body, rate), list[BaseException]()
-
-    def run() -> None:
-        try:
-            asyncio.run(running.run())
-        except BaseException as e:
-            failures.append(e)
-
-    thread = threading.Thread(target=run, name="traffic")
-    thread.start()
-    try:
+    running = Traffic(url, body, rate)
+    with running_beside(running.run, "traffic", running.end):
         yield running.outcomes
-    finally:
-        running.end()
-        thread.join()
-    if failures:
-        raise failures[0]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import cast
 from urllib.parse import urlsplit
 
+from tests.loop_thread import running_beside
+
 _HOST = b"host: hostile\r\n"
 _CALL = b'POST /job HTTP/1.1\r\n%bcontent-type: application/json\r\ncontent-length: 9\r\n\r\n"hostile"' % _HOST
 _NOWHERE = b"GET /nowhere HTTP/1.1\r\n%b\r\n" % _HOST
@@ -97,20 +99,5 @@ class Hostile:
 def hostile(url: str) -> Generator[Hostile]:
     """Have hostile clients at the server at ``url``. What one of them found wrong is raised at the end."""
     clients = Hostile(url)
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(clients.run())
-        except BaseException as e:
-            failure.append(e)
-
-    thread = threading.Thread(target=run, name="hostile clients")
-    thread.start()
-    try:
+    with running_beside(clients.run, "hostile clients", clients.stop.set):
         yield clients
-    finally:
-        clients.stop.set()
-        thread.join()
-    if failure:
-        raise failure[0]
