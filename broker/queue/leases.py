@@ -1,8 +1,6 @@
-"""Leases: proofs that a replica or a proxy is alive, which their owner renews.
+"""Leases: keys with an expiry which prove that a replica or a proxy is alive, and which their owner renews.
 
-The lease of a proxy is a key with an expiry (`Lease`). The leases of a backend's replicas are one sorted set: the
-score of a replica is the time of its last renewal by the broker's clock. So those that have expired are found without
-looking at the others (`broker/queue/group/replica_lease.py`).
+`Lease` is that of a proxy. That of a replica also finds dead replicas: `broker/queue/group/replica_lease.py`.
 
 A lease is renewed even while user code blocks the event loop: by a thread with a connection of its own. Only code that
 holds the interpreter lock for longer than the lease does delays the renewal. In that case another replica redelivers

@@ -23,6 +23,7 @@ import orjson
 import pytest
 from redis import Redis
 
+from penstock.broker.queue.leases import TTL_S
 from penstock.broker.wire.keys import Keys
 from tests.forks import shared_forks
 from tests.handles.site import INSTANCE, Site
@@ -325,7 +326,8 @@ def _dying_replicas(url: str) -> Generator[list[int]]:
         return replica
 
     def kill_some(replicas: list[subprocess.Popen[bytes]]) -> None:
-        while not ended.wait(random.uniform(0.0, 1.0)):
+        # Most live longer than a lease: one that has held its own for less redelivers nothing.
+        while not ended.wait(random.uniform(0.0, 1.5 * TTL_S)):
             dying = replicas.pop(0)
             _kill(dying)
             killed.append(dying.pid)
