@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 _PACKAGES = {
     "cli": ("click", "rich"),
     "serve": (
@@ -37,3 +40,21 @@ def explain(error: ModuleNotFoundError, what: str) -> str | None:
         if package in packages:
             return f"{what} needs the package {package}: pip install 'penstock[{extra}]'"
     return None
+
+
+def needed(module: str, what: str) -> ModuleType:
+    """Import a module of an extra.
+
+    Args:
+        module: the absolute name of the module.
+        what: what needs it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message names the extra.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as e:
+        if (message := explain(e, what)) is None:
+            raise
+        raise ModuleNotFoundError(message, name=e.name, path=e.path) from None

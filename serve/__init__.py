@@ -1,13 +1,13 @@
 """The public API of serving processes: start, connect, Client and its configuration.
 
-The names are defined in `_api`, which is imported on first use. It imports Ray, which takes a second, and some commands
-of `penstock.serve.cli` do not need Ray.
+The names are defined in `_api`, which is imported on first use: some commands of `penstock.serve.cli` do not need it.
+Ray, whose import takes a second, is imported where it is needed, so that a wrong argument is reported without it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..runtime.extras import explain
+from ..runtime.extras import needed
 
 if TYPE_CHECKING:
     from ._api import (
@@ -52,12 +52,9 @@ else:
         if name not in __all__ and name != "ControllerActor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         # All names come from one module, so that threads that import them at the same time wait for one import lock.
-        try:
-            api = import_module("._api", __name__)
-        except ModuleNotFoundError as e:
-            if (message := explain(e, __name__)) is None:
-                raise
-            raise ModuleNotFoundError(message, name=e.name, path=e.path) from None
+        api = needed(f"{__name__}._api", __name__)
+        if name == "ControllerActor":
+            return import_module(".controller.controller_actor", __name__).ControllerActor
         return getattr(api, name)
 
 

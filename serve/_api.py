@@ -26,7 +26,6 @@ from ..workers.multiplexed import get_multiplexed_model_id, multiplexed
 from ..workers.retry import Retry
 from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
-from .controller.controller_actor import ControllerActor
 from .lifecycle import connect, start
 from .status import Status
 from .validation import ALL_METHODS
@@ -45,7 +44,6 @@ __all__ = [
     "BatchProgress",
     "BatchResult",
     "Client",
-    "ControllerActor",
     "DeadLetter",
     "DeadLetters",
     "HTTPOptions",

@@ -1,45 +1,38 @@
 """Start of an instance, and connecting to a running one.
 
-Everything that can be checked without Ray is checked before Ray is started, which takes many seconds.
+Everything that can be checked without Ray is checked before Ray is imported and started, which takes many seconds.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from secrets import token_hex
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
-
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..broker.defaults import needed_url
 from ..broker.embedded.server import EmbeddedServer
 from ..broker.errors import ConfigError, EmbeddedServerError
+from ..broker.transport.dial import check_listens
 from ..broker.transport.url import REDIS_URL, shown_url
 from ..handles import background_loop
 from ..handles._tracebacks import short_traceback
+from ..runtime.extras import needed
 from ..runtime.sigterm import keeping_sigterm
-from ..workers.actor import NAMESPACE
 from .client import Client
 from .config import HTTPOptions
-from .controller.actors import actor_name, error_of
-from .controller.controller import LEASE_S
-from .controller.controller_actor import Actor
-from .instance import AlreadyRunning, Instance
-from .ray_cluster import is_remote, join_ray
-from .ray_nodes import address_of, alive_nodes
-from .settings import Settings
-from .start_arguments import StartArguments, broker_url, check_broker_listens, instance_name
+from .instance import Instance
+from .settings import LEASE_S, Settings
+from .start_arguments import StartArguments, broker_url, instance_name
 from .status_reader import no_instance
 
-_CONTROLLER_CONCURRENCY = 10_000
-"""Every replica and every proxy has a call pending on the controller."""
+_RAY_CLIENT = "ray://"
+"""How the address of a Ray cluster begins to which a process connects through Ray Client."""
 
 _started: WeakValueDictionary[str, Client] = WeakValueDictionary()
 """The clients that `start` returned in this process, by instance."""
@@ -121,7 +114,7 @@ def start(
         return _instead_of_start[0](arguments)
     _check_not_started(arguments)
     if arguments.redis_url is not None:
-        check_broker_listens(arguments.redis_url)
+        check_listens(arguments.redis_url)
     owner = token_hex(8)
     with ExitStack() as undo:
         url = arguments.redis_url or undo.enter_context(_embedded_server(arguments)).url
@@ -129,12 +122,18 @@ def start(
         undo.callback(lambda: background_loop.run(core.close()))
         resumed = background_loop.run(_acquire(core, owner, arguments))
         try:
+            # Not above: the import of Ray takes a second, and what was wrong so far needed none.
+            needed("ray", "serve.start")
+            from .controller.controller_actor import end_controller, start_controller, wait_until_ready
+            from .ray_cluster import join_ray, leave_ray
+            from .ray_nodes import address_of, own_node
+
             with nullcontext() if detached else keeping_sigterm():
                 if join_ray(detached=detached):
-                    undo.callback(cast(Any, ray.shutdown))
+                    undo.callback(leave_ray)
             if arguments.redis_url is None:
                 _check_single_node()
-            node = ray.get_runtime_context().get_node_id()
+            node = own_node()
             settings = Settings(
                 owner=owner,
                 node=node,
@@ -143,22 +142,29 @@ def start(
                 detached=detached,
             )
             background_loop.run(_write_settings(core, settings, arguments.middlewares))
-            controller = _start_controller(
-                core, settings, replica_redis_url or url, proxy_redis_url or url, arguments.environment
+            controller = start_controller(
+                url,
+                arguments.instance,
+                replica_redis_url or url,
+                proxy_redis_url or url,
+                arguments.environment,
+                node=node,
+                detached=detached,
             )
         except BaseException:
             background_loop.run(_release(core, owner, resumed))
             raise
         try:
-            http_url = background_loop.run(_wait_until_ready(core, controller))
+            background_loop.run(wait_until_ready(controller))
+            http_url = background_loop.run(_keep_port(core))
         except BaseException:
             try:
                 background_loop.run(core.end(erase=not resumed))
             finally:
-                _kill(controller)
+                end_controller(controller)
             raise
         if not detached:  # A detached instance ends by `shutdown` alone, and not with this process.
-            undo.callback(_kill, controller)
+            undo.callback(end_controller, controller)
         client = Client(core, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
         _started[arguments.instance] = client
         return client
@@ -166,7 +172,9 @@ def start(
 
 def check_start(arguments: StartArguments) -> None:
     """Raise what `start` would raise with ``arguments`` before it needs Ray. The broker must not be embedded."""
-    core = background_loop.run(Instance(needed_url(arguments.redis_url), arguments.instance).open())
+    url = needed_url(arguments.redis_url)
+    check_listens(url)
+    core = background_loop.run(Instance(url, arguments.instance).open())
     try:
         owner = token_hex(8)
         background_loop.run(_acquire(core, owner, arguments))
@@ -222,13 +230,31 @@ async def _acquire(core: Instance, owner: str, arguments: StartArguments) -> boo
     await core.acquire(owner, LEASE_S)
     if await Settings.read(core.registry) is not None:
         return True  # The proxies of its previous run may still be ending, so the port is not checked yet.
-    if not is_remote():
+    if not _is_remote():
         try:
             arguments.check_http_address()
         except BaseException:
             await core.registry.disown(owner)
             raise
     return False
+
+
+def _is_remote() -> bool:
+    """Return whether this process is, or will be, connected to Ray through Ray Client, from another machine."""
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return bool(ray.util.client.ray.is_connected())
+    return os.environ.get("RAY_ADDRESS", "").startswith(_RAY_CLIENT)
+
+
+def _check_single_node() -> None:
+    from .ray_nodes import alive_nodes
+
+    if (nodes := len(alive_nodes())) > 1:
+        raise ConfigError(
+            f"an embedded server can be reached from one machine only, and this Ray cluster has {nodes} nodes: give "
+            f"the redis_url of a server that all nodes reach, or set {REDIS_URL}"
+        )
 
 
 async def _write_settings(core: Instance, settings: Settings, middlewares: bytes) -> None:
@@ -246,64 +272,14 @@ async def _release(core: Instance, owner: str, resumed: bool) -> None:
         await core.registry.erase()
 
 
-async def _wait_until_ready(core: Instance, controller: Any) -> str | None:
-    """Wait for the proxies; return the URL of one."""
-    try:
-        await controller.ready.remote()
-    except RayError as e:
-        raise error_of(e) from None
+async def _keep_port(core: Instance) -> str | None:
+    """Return the URL of a proxy. A proxy that is restarted uses the port that the first one picked, also for port 0."""
     http_url = await core.http_url()
     settings = await Settings.read(core.registry)
     if settings is not None and http_url is not None:
-        # With port 0, a proxy that is restarted must use the port that the first one picked.
         http = {**settings.http, "port": urlsplit(http_url).port}
         await replace(settings, http=http).write(core.registry)
     return http_url
-
-
-def _start_controller(
-    core: Instance,
-    settings: Settings,
-    replica_redis_url: str,
-    proxy_redis_url: str,
-    environment: Mapping[str, str],
-) -> Any:
-    options: dict[str, Any] = {
-        "name": actor_name(core.name, "controller"),
-        "namespace": NAMESPACE,
-        "lifetime": "detached" if settings.detached else "non_detached",
-        "num_cpus": 0,
-        # One byte, because Ray places an actor without resources on any node, despite its scheduling strategy.
-        "memory": 1,
-        "max_restarts": -1,
-        "max_task_retries": -1,
-        "max_concurrency": _CONTROLLER_CONCURRENCY,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=settings.node, soft=True),
-    }
-    try:
-        return Actor.options(**options).remote(
-            core.redis_url, core.name, replica_redis_url, proxy_redis_url, environment
-        )
-    except ValueError:  # Ray's error for a name that is in use.
-        raise AlreadyRunning(
-            f"the instance {core.name!r} is already running in this Ray cluster, on another Redis: another name "
-            "(instance=...) starts one beside it"
-        ) from None
-
-
-def _kill(controller: Any) -> None:
-    """End the controller, and with it any actor of its instance that is left."""
-    with suppress(RayError, ValueError):  # It has ended already.
-        if ray.is_initialized():
-            ray.kill(controller)
-
-
-def _check_single_node() -> None:
-    if (nodes := len(alive_nodes())) > 1:
-        raise ConfigError(
-            f"an embedded server can be reached from one machine only, and this Ray cluster has {nodes} nodes: give "
-            f"the redis_url of a server that all nodes reach, or set {REDIS_URL}"
-        )
 
 
 def _embedded_server(arguments: StartArguments) -> EmbeddedServer:

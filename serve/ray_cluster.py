@@ -19,7 +19,6 @@ import ray
 from ..broker.errors import ConfigError, PenstockError
 from ..runtime.processes import descendants, kill
 
-_RAY_CLIENT = "ray://"
 _REACHABLE_S = 1.5
 """How long a node of a Ray cluster may take to accept a connection."""
 
@@ -28,13 +27,6 @@ NICENESS = "RAY_worker_niceness"
 
 DEFAULT_NICENESS = 0
 """Ray's own default is 15. On a busy machine that leaves replicas hardly any time: a p50 of 0.3 s became 24 s."""
-
-
-def is_remote() -> bool:
-    """Return whether this process is, or will be, connected to Ray through Ray Client, from another machine."""
-    if ray.is_initialized():
-        return bool(cast(Any, ray.util).client.ray.is_connected())
-    return os.environ.get("RAY_ADDRESS", "").startswith(_RAY_CLIENT)
 
 
 def join_ray(*, detached: bool) -> bool:
@@ -59,6 +51,11 @@ def join_ray(*, detached: bool) -> bool:
             "and RAY_ADDRESS is not set; `ray start --head` starts one"
         )
     return True
+
+
+def leave_ray() -> None:
+    """Disconnect this process from Ray. A local cluster that `join_ray` has started ends."""
+    cast(Any, ray.shutdown)()
 
 
 def join_address(address: str, **options: Any) -> None:

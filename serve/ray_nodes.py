@@ -33,6 +33,11 @@ def alive_nodes() -> list[Node]:
     return [_node(node, draining.get(node["NodeID"])) for node in found if node["Alive"]]
 
 
+def own_node() -> str:
+    """Return the id of the node to which this process is connected."""
+    return str(cast(Any, ray).get_runtime_context().get_node_id())
+
+
 def address_of(node_id: str) -> str:
     """Return the address of a node; empty if there is none of that id."""
     found = cast("list[dict[str, Any]]", cast(Any, ray).nodes())

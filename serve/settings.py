@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, cast
+from typing import Any
 
-from ray import cloudpickle
 from starlette.middleware import Middleware
 
 from ..broker.registry.store import Registry
+from ..workers.pickling import dumps, loads
 from .config import HTTPOptions
+
+LEASE_S = 5.0
+"""Expiry of the instance's ownership, which the controller renews. Ray restarts a controller in less time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class Settings:
     async def http_options(self, registry: Registry) -> HTTPOptions:
         middlewares: list[Middleware] = []
         if self.middlewares:
-            middlewares = cast(Any, cloudpickle).loads(await registry.get_code(self.middlewares))
+            middlewares = loads(await registry.get_code(self.middlewares))
         return HTTPOptions(**self.http, middlewares=middlewares)
 
 
@@ -59,7 +62,7 @@ def dump_http(options: HTTPOptions) -> tuple[dict[str, Any], bytes]:
     if not options.middlewares:
         return plain, b""
     try:
-        return plain, cast(bytes, cast(Any, cloudpickle).dumps(options.middlewares))
+        return plain, dumps(options.middlewares)
     except Exception as e:  # Pickling runs code of the objects.
         raise TypeError(f"HTTPOptions.middlewares must be picklable, because they run in the proxies: {e}") from e
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from redis.asyncio.connection import parse_url
-
 from ..broker.defaults import ADMIN_TOKEN, default_instance, default_url
-from ..broker.errors import BrokerUnavailable, ConfigError
+from ..broker.errors import ConfigError
 from ..broker.transport.dial import user_of
-from ..broker.transport.url import REDIS_URL, redis_options, sentinel_service, shown_url
+from ..broker.transport.url import REDIS_URL, shown_url
 from ..broker.wire.keys import Keys
 from ..handles.json_bounds import MAX_ITEMS_VARIABLE
-from ..proxy.server import PortInUse, bind
 from ..runtime.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, LogOptions
 from .config import HTTPOptions
 from .settings import dump_http
 from .validation import check_memory
-
-_LISTENS_S = 1.0
-"""How long to wait for a connection that is neither made nor refused."""
 
 _ADOPTED = (LEVEL_VARIABLE, FORMAT_VARIABLE, MAX_ITEMS_VARIABLE)
 
@@ -94,6 +87,8 @@ class StartArguments:
         """
         if self.http.location == "NoServer":
             return
+        from ..proxy.server import PortInUse, bind  # with uvicorn: not for a wrong argument
+
         try:
             for sock in bind(self.http.host, self.http.port, shared=False):
                 sock.close()
@@ -127,25 +122,6 @@ def broker_url(given: object) -> str | None:
     if not isinstance(given, str | None):
         raise TypeError(f"redis_url must be a str, not {type(given).__name__}")
     return given or default_url()
-
-
-def check_broker_listens(url: str) -> None:
-    """Raise `BrokerUnavailable` if a connection to the broker is refused. A `RedisConnection` would retry for 5 s."""
-    if sentinel_service(url) is not None:
-        return  # Its own connection asks one sentinel after the other.
-    options = redis_options(url, parse_url)
-    try:
-        if (path := options.get("path")) is not None:
-            with socket.socket(socket.AF_UNIX) as connecting:
-                connecting.settimeout(_LISTENS_S)
-                connecting.connect(path)
-        else:
-            address = options.get("host", "localhost"), int(options.get("port", 6379))
-            socket.create_connection(address, timeout=_LISTENS_S).close()
-    except TimeoutError:
-        return  # It may be slow. The connection that follows waits longer.
-    except OSError as e:
-        raise BrokerUnavailable(shown_url(url), e.strerror or str(e)) from None
 
 
 def _adopted_environment() -> dict[str, str]:

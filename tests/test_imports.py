@@ -105,6 +105,14 @@ def test_calling_loads_nothing_that_only_serving_needs() -> None:
     assert not loaded & {"ray", "httptools", "starlette", "uvicorn", "pydantic"}
 
 
+def test_the_api_of_serving_loads_no_ray() -> None:
+    """Its import takes a second, and `serve.start` reports a wrong argument without it."""
+    code = "import sys; from penstock import serve; print(serve.start, serve.Client, *sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert "penstock.serve.lifecycle" in loaded
+    assert not loaded & {"ray", "uvicorn", "yaml", "penstock.serve.controller.controller"}
+
+
 def test_a_replica_loads_nothing_that_only_calling_needs() -> None:
     """Unless its code calls other backends."""
     code = "import sys, penstock.workers.actor; print(*sys.modules)"

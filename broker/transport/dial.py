@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from redis import exceptions as redis_errors
@@ -9,13 +10,15 @@ from redis.asyncio.connection import AbstractConnection, Connection as _TcpConne
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ..errors import NO_CLUSTER, ConfigError
+from ..errors import NO_CLUSTER, BrokerUnavailable, ConfigError
 from .url import redis_options, sentinel_service, shown_url
 
 CONNECT_S = 5.0
 """How long connecting, and each command of the handshake, may take."""
 _CONNECT_TO_PRIMARY_S = 1.5
 """How long connecting to a server that sentinels named may take: a machine that is gone does not answer."""
+_LISTENS_S = 0.5
+"""How long `check_listens` waits for a connection that is neither made nor refused."""
 
 GREETING = "HELLO"
 """The command whose reply describes the server. Every user may send it, whatever the ACL rules are."""
@@ -49,6 +52,30 @@ def _text(value: object) -> str:
 def user_of(url: str) -> str:
     """Return the Redis user in ``url``, or "". Raises `ConfigError` if it is not a Redis URL."""
     return str(redis_options(url, parse_url).get("username") or "")
+
+
+def check_listens(url: str) -> None:
+    """Check at once whether the broker accepts connections. A `RedisConnection` would try again for 5 s.
+
+    Raises:
+        ConfigError: ``url`` is not a Redis URL.
+        BrokerUnavailable: a connection was refused.
+    """
+    if sentinel_service(url) is not None:
+        return  # Its own connection asks one sentinel after the other.
+    options = redis_options(url, parse_url)
+    try:
+        if (path := options.get("path")) is not None:
+            with socket.socket(socket.AF_UNIX) as connecting:
+                connecting.settimeout(_LISTENS_S)
+                connecting.connect(path)
+        else:
+            address = options.get("host", "localhost"), int(options.get("port", 6379))
+            socket.create_connection(address, timeout=_LISTENS_S).close()
+    except TimeoutError:
+        return  # It may be slow. The connection that follows waits longer.
+    except OSError as e:
+        raise BrokerUnavailable(shown_url(url), e.strerror or str(e)) from None
 
 
 def new_connection(url: str, name: str) -> AbstractConnection:

@@ -95,10 +95,9 @@ def start(
     """  # noqa: D301
     if redis_url is None:
         wrong(f"the instance needs a broker that outlives this command: give --redis-url, or set {REDIS_URL}")
-    with slow_imports():  # Ray takes a second: not for --help.
+    with slow_imports():  # pydantic and Starlette take half a second: not for --help.
         from ..instance import AlreadyRunning
         from ..lifecycle import check_start, connect, start as start_instance
-        from ..ray_cluster import join_or_start_lasting_ray
         from ..start_arguments import StartArguments
 
     options: dict[str, Any] = {
@@ -121,6 +120,8 @@ def start(
     with usage_errors():
         try:
             check_start(StartArguments.checked(**options, data_dir=None, max_memory_bytes=None))
+            with slow_imports():  # Ray takes a second: not for a wrong argument.
+                from ..ray_cluster import join_or_start_lasting_ray
             started_ray = join_or_start_lasting_ray()
             client = start_instance(**options)
         except AlreadyRunning:

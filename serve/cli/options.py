@@ -12,6 +12,7 @@ import click
 
 from ...broker.defaults import DEFAULT_INSTANCE, INSTANCE
 from ...broker.errors import ConfigError
+from ...broker.transport.dial import check_listens
 from ...broker.transport.url import REDIS_URL
 from ...broker.wire import exact_json
 from ...handles import connect as connect_thin
@@ -88,18 +89,20 @@ def thin_connection(redis_url: str | None, instance: str) -> Connection:
 
 
 def known_url(redis_url: str | None) -> str:
+    """Return the URL of a broker that accepts connections. Raises what `check_listens` raises."""
     if redis_url is None:
         wrong(f"the broker is not known: give --redis-url, or set {REDIS_URL}")
+    check_listens(redis_url)
     return redis_url
 
 
 def client_of(redis_url: str | None, instance: str) -> Client:
     """Return a client of a running instance."""
-    with slow_imports():  # Ray takes a second: not for --help.
+    with slow_imports():  # pydantic and Starlette take half a second: not for --help.
         from ..lifecycle import connect
 
     with usage_errors():
-        return connect(redis_url, instance)
+        return connect(known_url(redis_url), instance)
 
 
 def write_json(value: Any) -> None:

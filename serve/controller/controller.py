@@ -22,15 +22,12 @@ from ...broker.transport.connection import RedisConnection
 from ...broker.transport.url import shown_url
 from ...broker.wire.keys import Keys
 from ...handles.errors import to_wire
-from ..settings import Settings
+from ..settings import LEASE_S, Settings
 from .actors import ActorPool
 from .reconciler import Reconciler
 from .registry_backup import RegistryBackup
 
 log = logging.getLogger(__name__)
-
-LEASE_S = 5.0
-"""Expiry of the instance's ownership, which each pass renews. Ray restarts a controller in less time."""
 
 _PASS_S = 0.5
 """Longest pause between two passes; changes and events of actors start one at once."""

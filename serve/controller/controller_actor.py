@@ -1,4 +1,4 @@
-"""The Ray actor around the controller."""
+"""The Ray actor around the controller: its class, start and end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...broker.defaults import adopt_environment
 from ...handles.log_context import set_up_logs
+from ...workers.actor import NAMESPACE
+from ..instance import AlreadyRunning
+from ..ray_nodes import own_node
+from .actors import actor_name, error_of
 from .controller import Controller
 
 log = logging.getLogger(__name__)
+
+_CONCURRENCY = 10_000
+"""Every replica and every proxy has a call pending on the controller."""
 
 
 class ControllerActor:
@@ -38,7 +48,7 @@ class ControllerActor:
             replica_redis_url,
             proxy_redis_url,
             environment,
-            node=ray.get_runtime_context().get_node_id(),
+            node=own_node(),
             leave=_restart_actor,
         )
         self._run = loop.create_task(self._connect_and_run(connecting), name="controller")
@@ -91,3 +101,63 @@ def _end_actor(run: asyncio.Task[None]) -> None:
 ControllerActor.__module__ = "penstock.serve"
 Actor: Any = ray.remote(ControllerActor)
 """The actor class. Its arguments are those of `ControllerActor`."""
+
+
+def start_controller(
+    redis_url: str,
+    instance: str,
+    replica_redis_url: str,
+    proxy_redis_url: str,
+    environment: Mapping[str, str],
+    *,
+    node: str,
+    detached: bool,
+) -> Any:
+    """Start the controller of an instance; return its handle at once.
+
+    Args:
+        redis_url: the broker's URL for the controller.
+        instance: the name of the instance.
+        replica_redis_url: the broker's URL for replicas.
+        proxy_redis_url: the broker's URL for proxies.
+        environment: the variables that it adopts.
+        node: the id of the Ray node on which it preferably runs.
+        detached: whether it outlives this process.
+
+    Raises:
+        AlreadyRunning: the Ray cluster has a controller of that name.
+    """
+    options: dict[str, Any] = {
+        "name": actor_name(instance, "controller"),
+        "namespace": NAMESPACE,
+        "lifetime": "detached" if detached else "non_detached",
+        "num_cpus": 0,
+        # One byte, because Ray places an actor without resources on any node, despite its scheduling strategy.
+        "memory": 1,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": _CONCURRENCY,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=True),
+    }
+    try:
+        return Actor.options(**options).remote(redis_url, instance, replica_redis_url, proxy_redis_url, environment)
+    except ValueError:  # Ray's error for a name that is in use.
+        raise AlreadyRunning(
+            f"the instance {instance!r} is already running in this Ray cluster, on another Redis: another name "
+            "(instance=...) starts one beside it"
+        ) from None
+
+
+async def wait_until_ready(controller: Any) -> None:
+    """Return when every proxy serves. Raises `PenstockError` if one cannot, or if the controller has ended."""
+    try:
+        await controller.ready.remote()
+    except RayError as e:
+        raise error_of(e) from None
+
+
+def end_controller(controller: Any) -> None:
+    """End the controller, and with it any actor of its instance that is left."""
+    with suppress(RayError, ValueError):  # It has ended already.
+        if ray.is_initialized():
+            ray.kill(controller)

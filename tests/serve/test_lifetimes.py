@@ -354,6 +354,6 @@ def test_a_wrong_start_is_refused(cluster: str, arguments: dict[str, Any], kind:
 
 
 def test_an_embedded_server_is_refused_on_several_nodes(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["penstock.serve.lifecycle"], "alive_nodes", lambda: [1, 2])
+    monkeypatch.setattr(sys.modules["penstock.serve.ray_nodes"], "alive_nodes", lambda: [1, 2])
     with pytest.raises(ConfigError, match="this Ray cluster has 2 nodes: give the redis_url of a server that all"):
         serve.start()

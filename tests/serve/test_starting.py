@@ -33,6 +33,7 @@ except Exception as e:
 
 from penstock.runtime.processes import descendants
 
+print("imported Ray:", "ray" in sys.modules)
 print("left:", list(descendants().values()))
 """
 
@@ -50,10 +51,24 @@ def started(arguments: dict[str, Any], **environ: str) -> subprocess.CompletedPr
     )
 
 
-def test_a_log_level_that_does_not_exist_is_an_error_before_ray_starts() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"http_options": {"port": "80a"}}, "TypeError: HTTPOptions.port must be a valid integer, not str"),
+        ({"http_option": {}}, "TypeError: start() got an unexpected keyword argument 'http_option'"),
+        ({"redis_url": "localhost:6379"}, "ConfigError: 'localhost:6379' is not a Redis URL: "),
+    ],
+)
+def test_a_wrong_argument_is_an_error_before_ray_is_imported(arguments: dict[str, Any], error: str) -> None:
+    ran = started(arguments)
+    assert ran.stdout.startswith(error)
+    assert "imported Ray: False" in ran.stdout
+
+
+def test_a_log_level_that_does_not_exist_is_an_error_before_ray_is_imported() -> None:
     ran = started({}, PENSTOCK_LOG_LEVEL="LOUD")
     assert "ConfigError: PENSTOCK_LOG_LEVEL must be one of DEBUG, INFO," in ran.stdout
-    assert "starting Ray" not in ran.stderr
+    assert "imported Ray: False" in ran.stdout
 
 
 def checked(**http_options: Any) -> StartArguments:
@@ -138,29 +153,29 @@ def test_a_broker_that_refuses_connections_is_an_error_at_once(tmp_path: Path) -
             assert "secret" not in str(raised.value)
 
 
-def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_starts(tmp_path: Path) -> None:
+def test_a_broker_that_cannot_be_reached_is_an_error_before_ray_is_imported(tmp_path: Path) -> None:
     ran = started({"redis_url": f"unix://{tmp_path}/nothing.sock"})
     assert ran.stdout.startswith("BrokerUnavailable: ")
-    assert "starting Ray" not in ran.stderr
+    assert "imported Ray: False" in ran.stdout
 
 
-def test_a_port_in_use_is_an_error_before_ray_starts() -> None:
+def test_a_port_in_use_is_an_error_before_ray_is_imported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         ran = started({"http_options": {"port": port}})
     assert ran.stdout.startswith(f"ConfigError: cannot serve HTTP on 127.0.0.1:{port}: the port is in use")
-    assert "starting Ray" not in ran.stderr
+    assert "imported Ray: False" in ran.stdout
 
 
 @pytest.mark.parametrize(
     ("host", "message"),
     [("203.0.113.7", "'203.0.113.7' is not an address of this machine"), ("no.such.invalid", "cannot be resolved")],
 )
-def test_a_host_that_is_not_of_this_machine_is_an_error_before_ray_starts(host: str, message: str) -> None:
+def test_a_host_that_is_not_of_this_machine_is_an_error_before_ray_is_imported(host: str, message: str) -> None:
     ran = started({"http_options": {"host": host, "port": 0}})
     assert ran.stdout.startswith("ConfigError: ")
     assert message in ran.stdout
-    assert "starting Ray" not in ran.stderr
+    assert "imported Ray: False" in ran.stdout
 
 
 def test_a_port_in_use_leaves_no_key(redis_url: str) -> None:

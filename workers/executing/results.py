@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from ray import cloudpickle
 from starlette.responses import Response
 from starlette.types import Message
 
 from ...broker.wire._fields import Pairs
 from ...handles.codec import encode as encode_value
+from ..pickling import dumps
 
 
 class Encoded(NamedTuple):
@@ -106,4 +106,4 @@ def _pickled(result: object) -> bytes:
     try:
         return pickle.dumps(result, protocol=5)
     except Exception:  # such as a class of the script that created the backend, which no module here has
-        return cast("bytes", cloudpickle.dumps(result))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+        return dumps(result)

@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
-from ray import cloudpickle
-
 from ..asgi.application import AsgiApplication, check_application, is_application
 from ..import_paths import import_object
+from ..pickling import dumps, loads
 from .accept_batch import accepts_batch, marks, put_marks
 from .methods import CALL, has_method, is_callable_from_outside, is_public, methods_callable_from_outside
 
@@ -43,7 +42,7 @@ class LoadedCode(NamedTuple):
     @classmethod
     def load(cls, blob: bytes) -> LoadedCode:
         """Load what `dump` returned, and import the modules that it names. Raises any error of theirs."""
-        target, args, kwargs, marked = cloudpickle.loads(blob)
+        target, args, kwargs, marked = loads(blob)
         if isinstance(target, tuple):
             app: Any = cast("tuple[str, Any]", target)[1]
             app = import_object(app) if isinstance(app, str) else app
@@ -81,8 +80,7 @@ def dump(
     kwargs: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Pickle a function, a class with its arguments, an ASGI application, or the import path of any of them."""
-    members = (plain_target(target), args, dict(kwargs or {}), marks(target))
-    return cast("bytes", cloudpickle.dumps(members))  # type: ignore[no-untyped-call]  # pyright: ignore[reportPrivateImportUsage, reportUnknownMemberType]
+    return dumps((plain_target(target), args, dict(kwargs or {}), marks(target)))
 
 
 def plain_target(target: Callable[..., Any] | AsgiApplication | str) -> Any:

@@ -40,7 +40,7 @@ def test_help_and_version_import_no_command(option: str) -> None:
     assert not imported_by(option) & {"ray", "redis", "rich", "pydantic", "starlette", "orjson"}
 
 
-@pytest.mark.parametrize("command", ["batch", "call", "dead", "deploy", "shutdown", "start", "status"])
+@pytest.mark.parametrize("command", ["batch", "call", "dead", "deploy", "run", "shutdown", "start", "status"])
 def test_the_help_of_a_command_imports_no_ray(command: str) -> None:
     loaded = imported_by(command, "--help")
     assert "penstock.serve.cli.options" in loaded
@@ -49,14 +49,20 @@ def test_the_help_of_a_command_imports_no_ray(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("click", ["--help"]), ("redis", ["call", "ask"]), ("rich", ["batch", "ask", "-", "-o", "-"]), ("ray", ["start"])],
+    [
+        ("click", ["--help"]),
+        ("redis", ["call", "ask"]),
+        ("rich", ["batch", "ask", "-", "-o", "-"]),
+        ("pydantic", ["start"]),
+        ("ray", ["start", "--http-port", "0"]),
+    ],
 )
 def test_an_interruption_during_an_import_ends_the_command_quietly(
-    module: str, arguments: list[str], tmp_path: Path
+    module: str, arguments: list[str], tmp_path: Path, redis_url: str
 ) -> None:
     """One of the modules that are imported at different times sends SIGINT during its import."""
     (tmp_path / f"{module}.py").write_text(INTERRUPTS)
-    env = {**environment("redis://127.0.0.1:1"), "PYTHONPATH": str(tmp_path)}
+    env = {**environment(redis_url), "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, env=env)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "interrupted\n")
 

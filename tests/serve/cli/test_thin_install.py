@@ -9,6 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from redis import Redis
 
 from tests.handles.site import Site, echo
 from tests.serve.cli.conftest import environment
@@ -45,6 +46,15 @@ def test_the_thin_installation_names_the_extra_that_serving_needs() -> None:
     assert ran.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: penstock.serve needs the package starlette: pip install 'penstock[serve]'"
     )
+
+
+def test_a_start_without_ray_names_its_extra_and_leaves_no_key(redis_url: str) -> None:
+    ran = run_without({"ray"}, "from penstock import serve\nserve.start(http_options={'port': 0})", redis_url)
+    assert ran.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: serve.start needs the package ray: pip install 'penstock[serve]'"
+    )
+    with Redis.from_url(redis_url) as redis:
+        assert redis.keys() == []
 
 
 def test_the_thin_installation_names_the_extra_that_the_command_needs() -> None:
