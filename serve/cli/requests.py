@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime, timezone
+from typing import Any
 
 import click
 
@@ -19,20 +20,34 @@ _SHOWN_PROGRESS = 40
 """Characters of a progress that the list shows."""
 
 
+_FOREVER = float("inf")
+
+
+class _SecondsOrId(click.FloatRange):
+    """Seconds, or the ID that follows ``--wait`` without SECONDS."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            float(value)
+        except ValueError:
+            return value
+        return super().convert(value, param, ctx)
+
+
 @click.command()
-@click.argument("id")
+@click.argument("id", required=False, metavar="ID")
 @which_instance
 @click.option(
     "--wait",
     is_flag=False,
-    flag_value=float("inf"),
+    flag_value=_FOREVER,
     default=0.0,
-    type=click.FloatRange(0),
+    type=_SecondsOrId(0),
     metavar="[SECONDS]",
     help="Wait for the result, at most this long; without SECONDS, until there is one.",
 )
 @as_json
-def result(id: str, redis_url: str | None, instance: str, wait: float, json: bool) -> None:  # noqa: A002
+def result(id: str | None, redis_url: str | None, instance: str, wait: float | str, json: bool) -> None:  # noqa: A002
     """Write the result of the submitted request ID.
 
     \b
@@ -40,6 +55,12 @@ def result(id: str, redis_url: str | None, instance: str, wait: float, json: boo
       ID=$(penstock call transcribe '{"file": "talk.wav"}' --submit)
       penstock result $ID --wait
     """  # noqa: D301
+    if isinstance(wait, str):
+        if id is not None:
+            raise click.BadParameter(f"{wait!r} is not a number of seconds", param_hint="'--wait'")
+        id, wait = wait, _FOREVER  # noqa: A001
+    if id is None:
+        raise click.MissingParameter(param_hint="'ID'", param_type="argument")
     check_text(id=id)
     with thin_connection(redis_url, instance) as connection:
         submitted = connection.submitted(id)
@@ -48,7 +69,7 @@ def result(id: str, redis_url: str | None, instance: str, wait: float, json: boo
                 status = submitted.status()
                 if not status.is_final:
                     wrong(f"the request is {status.status} and has no result yet; --wait waits for it")
-            answer = submitted.result(None if wait == float("inf") else wait)
+            answer = submitted.result(None if wait == _FOREVER else wait)
         except RequestNotFound as e:
             wrong(e)
         except PenstockError as e:

@@ -22,8 +22,24 @@ def test_a_call_is_submitted_and_its_result_written_later(site: Site, penstock: 
     assert "within 0.1 s" in late.err
     site.serve(echo)
     assert penstock("result", id_, "--wait").out == '{"n":[1,null]}\n'
+    assert penstock("result", "--wait", id_).out == '{"n":[1,null]}\n'
+    assert penstock("result", "--wait", "30", id_).out == '{"n":[1,null]}\n'
     assert penstock("result", id_).out == '{"n":[1,null]}\n'
     assert penstock("result", id_, "--json").lines() == [{"result": {"n": [1, None]}}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--wait", "5s", "0a"], "Error: Invalid value for '--wait': '5s' is not a number of seconds\n"),
+        (["--wait"], "Error: Missing argument 'ID'.\n"),
+        ([], "Error: Missing argument 'ID'.\n"),
+    ],
+)
+def test_wrong_arguments_of_result_are_named(penstock: Penstock, arguments: list[str], error: str) -> None:
+    ran = penstock("result", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith(error)
 
 
 def test_a_call_with_a_key_runs_once(site: Site, penstock: Penstock) -> None:
