@@ -8,10 +8,25 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from penstock import serve
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def fixture_of_the_page() -> Any:
+    """Return the fixture of docs/testing.md, for one test instead of a session."""
+    page = (EXAMPLES.parent / "docs" / "testing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n([^`]*^@pytest\.fixture\(scope=[^`]*)^```", page, re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace('scope="session"', 'scope="function"'), "docs/testing.md", "exec"), names)
+    return names["client"]
+
+
+client_of_the_page = fixture_of_the_page()
 
 
 def run(name: str, *arguments: str, cluster: str, folder: Path) -> str:
@@ -68,6 +83,11 @@ def test_the_first_example_of_the_readme_prints_what_stands_below_it(cluster: st
         check=False,
     )
     assert ran.stdout == found[2], ran.stderr
+
+
+def test_the_fixture_of_the_page_on_testing_is_a_client(cluster: str, client_of_the_page: serve.Client) -> None:
+    assert client_of_the_page.http_url is not None
+    assert client_of_the_page.list_backends() == {}
 
 
 def test_an_application_of_fastapi_validates_documents_and_streams(cluster: str, tmp_path: Path) -> None:
