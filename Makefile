@@ -47,7 +47,7 @@ else
 endif
 
 .PHONY: check
-check: $(STAMP) ## Check format, rules and types, and run the tests that need no broker: within a minute
+check: $(STAMP) ## Check format, rules and types, and run the quick tests: within a minute
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-code check-units
 
 .PHONY: check-code

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from tests.brokers import KINDS, Brokers, clean
 from tests.faults.table import TABLE, Row
 from tests.forks import close_shared_forks
-from tests.groups import check_group, groups_first, is_slow, scheduler
+from tests.groups import check_group, groups_first, is_slow, is_slow_module, scheduler
 from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
 from tests.waiting import wait_until
@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):  # one of several processes
         groups_first(items)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no module of slow tests for a run without them."""
+    path = os.path.relpath(collection_path, config.rootpath)
+    return True if config.option.markexpr == "not slow" and is_slow_module(path) else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,18 +37,23 @@ _FIRST = ("ray", "ray, and faults", "containers of redis", "containers of valkey
 
 _SLOW = re.compile(
     r"""tests/(
-      containers/\w+
+      broker/embedded/test_server
+    | broker/transport/test_(cluster|sentinels)
+    | clients/test_openai
+    | containers/\w+
     | handles/files/test_(memory|s3)
+    | handles/test_(broker_deaths|sentinel_failover)
     | proxy/test_server
     | security/\w+
     | serve/cli/\w+
     | serve/test_(every_node|examples|forks|growing|head|leaving_nodes|lifetimes|starting)
-    | test_benchmarks
+    | test_(benchmarks|forks|snippets)
+    | testing/test_(applications|pages)
     | workers/test_(actor|streams)
     )\.py""",
     re.VERBOSE,
 )
-"""Modules whose tests start many processes, or read large files. `make check` leaves them out."""
+"""Modules whose tests start processes, such as brokers, or read large files. `make check` leaves them out."""
 
 
 def group_of(test: str) -> str:
@@ -82,4 +87,9 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 def is_slow(item: pytest.Item) -> bool:
     """Return whether a test needs a broker, a Ray or a container, or is one of a module whose tests take seconds."""
     needs = set(getattr(item, "fixturenames", ()))
-    return bool(needs & {RAY, BROKERS}) or re.match(_SLOW, item.nodeid) is not None
+    return bool(needs & {RAY, BROKERS}) or is_slow_module(item.nodeid)
+
+
+def is_slow_module(path: str) -> bool:
+    """Return whether all tests of a module are slow, so that it need not even be imported for the others."""
+    return re.match(_SLOW, path) is not None

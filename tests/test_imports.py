@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    """Return all nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imports(file: Path) -> Iterator[str]:
     """Yield the absolute name of all that a file imports, wherever in the file it does.
 
@@ -54,7 +61,7 @@ def imports(file: Path) -> Iterator[str]:
     """
     name = module_name(file)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +90,7 @@ def test_a_folder_imports_only_what_lies_below_it(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_the_package_imports_itself_relatively(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names.append(node.module or "")
@@ -138,17 +145,16 @@ def test_no_module_is_loaded_under_its_bare_name() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_private_modules_of_ray_are_imported_only_where_their_absence_is_handled(file: Path) -> None:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
     guarded = {
         node
-        for block in ast.walk(tree)
+        for block in nodes(file)
         if isinstance(block, ast.Try) and any(ast.unparse(h.type or block) == "ImportError" for h in block.handlers)
         for statement in block.body
         for node in ast.walk(statement)
     }
     bare = [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes(file)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray._private") and node not in guarded
     ]
     assert bare == []
