@@ -22,4 +22,4 @@ def loads(pickled: bytes) -> Any:
 
 
 def _cloudpickle() -> Any:
-    return needed("ray", "pickling code").cloudpickle
+    return needed("ray.cloudpickle", "pickling code")
