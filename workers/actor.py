@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 
 from ..broker.defaults import adopt_environment, belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
@@ -346,9 +346,10 @@ async def outlast(name: str) -> None:
             actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
             # Without retries: Ray would report one on the terminal of the script, even where the instance has ended.
             await actor.attend.options(max_task_retries=0).remote()
-        except (ValueError, ActorDiedError):  # a ValueError: there is none of that name
+        except ValueError:  # there is none of that name any more
             return
         except RayError as e:
+            # Also an ActorDiedError: a call gets it from an actor that restarts, as its node has died with it.
             log.debug("cannot watch the actor %s: %s", name, e)
         await asyncio.sleep(_RETRY_S)
 
