@@ -43,7 +43,7 @@ ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
-	@$(BIN)/python -m pytest -m alone tests/faults
+	@$(BIN)/python -m pytest -m alone tests/faults tests/containers
 endif
 
 .PHONY: check

@@ -21,13 +21,21 @@ SERVICE = "orders"
 
 
 class RedisServer:
-    """A server process, whose data is in memory alone."""
+    """A server process at one address of this machine, whose data is in memory alone."""
 
-    def __init__(self, directory: Path, *settings: str, sentinel: bool = False, port: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *settings: str,
+        sentinel: bool = False,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.host = host
         self.port = free_port() if port is None else port
         self.directory = directory / str(self.port)
         self.directory.mkdir(exist_ok=True)
-        settings = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), *settings)
+        settings = ("--port", str(self.port), "--bind", host, "--dir", str(self.directory), *settings)
         # It writes its state into its configuration file.
         config = self.directory / "server.conf"
         if not config.exists():
@@ -37,7 +45,7 @@ class RedisServer:
 
     def client(self, **options: Any) -> Redis:
         """Return a client, which is to be closed."""
-        return Redis(port=self.port, socket_timeout=5, protocol=2, **options)
+        return Redis(self.host, self.port, socket_timeout=5, protocol=2, **options)
 
     def answers(self, **options: Any) -> bool:
         try:
@@ -90,15 +98,16 @@ class Watched:
         replicas: int = 1,
         sentinels: int = 3,
         settings: Sequence[str] = (),
+        host: str = "127.0.0.1",
     ) -> None:
         def start(*arguments: str, sentinel: bool = False) -> RedisServer:
-            server = RedisServer(directory, *arguments, sentinel=sentinel)
+            server = RedisServer(directory, *arguments, "--protected-mode", "no", sentinel=sentinel, host=host)
             running.callback(server.kill)
             return server
 
         common = ("--save", "", "--repl-diskless-sync-delay", "0", *settings)
         primary = start(*common)
-        following = ("--replicaof", f"127.0.0.1 {primary.port}")
+        following = ("--replicaof", f"{host} {primary.port}")
         self.servers = [primary, *(start(*common, *following) for _ in range(replicas))]
         wait_until(lambda: all(server.answers() for server in self.servers), timeout_s=10)
         wait_until(lambda: self._replicas_of(primary) == replicas)
@@ -106,14 +115,14 @@ class Watched:
         wait_until(lambda: all(sentinel.answers() for sentinel in self.sentinels), timeout_s=10)
         for sentinel in self.sentinels:
             with sentinel.client() as redis:
-                redis.execute_command("SENTINEL", "MONITOR", SERVICE, "127.0.0.1", primary.port, sentinels // 2 + 1)
+                redis.execute_command("SENTINEL", "MONITOR", SERVICE, host, primary.port, sentinels // 2 + 1)
                 for option in (("down-after-milliseconds", 500), ("failover-timeout", 3000)):
                     redis.execute_command("SENTINEL", "SET", SERVICE, *option)
         wait_until(lambda: all(self._knows_all(sentinel) for sentinel in self.sentinels), timeout_s=30)
 
     @property
     def url(self) -> str:
-        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        hosts = ",".join(f"{sentinel.host}:{sentinel.port}" for sentinel in self.sentinels)
         return f"redis+sentinel://{hosts}/{SERVICE}"
 
     @property

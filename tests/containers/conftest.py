@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -33,8 +32,8 @@ def docker_compose() -> None:
 @pytest.fixture(scope="session")
 def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Project]:
     """compose.yaml with one worker, up and healthy, whose image was built of this tree."""
-    if not os.environ.get("PENSTOCK_TEST_FAULTS"):
-        pytest.skip("several Rays in containers take minutes: `make faults`, or PENSTOCK_TEST_FAULTS=short")
+    if sys.platform != "linux":
+        pytest.skip("elsewhere than on Linux this machine has no address in the containers' network")
     name = f"penstock-test-{os.getpid()}"
     environment = {
         "PENSTOCK_IMAGE": name,
@@ -46,7 +45,7 @@ def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Pr
         "PENSTOCK_HTTP_PORT": str(free_port()),
         "PENSTOCK_SUBNET": free_subnet(),
     }
-    with tempfile.TemporaryDirectory(prefix=name) as folder, python_image(name, Path(folder), _PACKAGES) as python:
+    with python_image(name, _PACKAGES) as python:
         project = Project(name, {**environment, **python})
         failed_before, is_up = request.session.testsfailed, False
         try:

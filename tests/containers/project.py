@@ -34,12 +34,14 @@ class Project:
         self.compose("build", "--quiet", "head")
 
     def up(self, *, workers: int) -> None:
-        """Bring up what is not up, with so many workers, and wait until every service is healthy."""
-        self.compose("up", "--detach", "--wait", "--no-build", "--scale", f"worker={workers}")
-
-    def scale(self, workers: int) -> None:
-        """Start or stop workers until there are so many, and wait until they are healthy."""
-        self.compose("up", "--detach", "--wait", "--no-build", "--no-deps", "--scale", f"worker={workers}", "worker")
+        """Bring up what is not up, with so many workers and no more, and wait until every service is healthy."""
+        command = ("up", "--detach", "--wait", "--no-build", "--scale", f"worker={workers}")
+        try:
+            self.compose(*command)
+        except AssertionError:
+            # Ray ends a node whose agents take more than 15 s to start, as on a busy machine. Its container starts
+            # again, and to Docker Compose one that ended is unhealthy.
+            self.compose(*command)
 
     def workers(self) -> list[str]:
         """Return the names of the workers that run, in their order."""
@@ -53,12 +55,25 @@ class Project:
         """Return host and port at which this machine reaches a published port."""
         return self.compose("port", service, str(port)).strip()
 
+    def gateway(self) -> str:
+        """Return the address at which the containers reach this machine."""
+        return f"{self._environment['PENSTOCK_SUBNET']}.1"
+
+    def ip(self, container: str) -> str:
+        """Return the address at which this machine and the other containers reach a container."""
+        (network,) = inspect(container)["NetworkSettings"]["Networks"].values()
+        return str(network["IPAddress"])
+
     def wait_until_healthy(self, container: str) -> None:
         wait_until(lambda: inspect(container)["State"]["Health"]["Status"] == "healthy", timeout_s=_COMMAND_S)
 
     def logs(self) -> str:
         """Return the last lines of every container, and the states of all."""
-        return self.compose("ps", "--all") + self.compose("logs", "--no-color", "--tail=40")
+        return self.compose("ps", "--all") + self.compose("logs", "--no-color", "--timestamps", "--tail=80")
+
+    def take_down(self) -> None:
+        """Remove the containers, and keep their volumes."""
+        self.compose("down")
 
     def down(self) -> None:
         """Remove the containers, networks, volumes, and the image that was built."""
@@ -84,6 +99,11 @@ def inspect(container: str) -> dict[str, Any]:
     return found[0]
 
 
+def logs(*containers: str) -> list[str]:
+    """Return the lines of both outputs of containers."""
+    return [line for container in containers for line in _run("docker", "logs", container, both=True).splitlines()]
+
+
 def free_subnet() -> str:
     """Return the first three numbers of addresses (/24) that no network of this machine has."""
     taken = re.findall(r"inet (10\.213\.\d+)\.", _run("ip", "-4", "-oneline", "address"))
@@ -91,7 +111,8 @@ def free_subnet() -> str:
     return next(subnet for n in range(250) if (subnet := f"10.213.{(start + n) % 250}") not in taken)
 
 
-def _run(*command: str, env: Mapping[str, str] | None = None) -> str:
+def _run(*command: str, env: Mapping[str, str] | None = None, both: bool = False) -> str:
+    """Return what a command writes to stdout, or to ``both`` outputs."""
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, env=env)
     assert ran.returncode == 0, f"{' '.join(command[:8])} …: {ran.stderr or ran.stdout}"
-    return ran.stdout
+    return ran.stdout + ran.stderr if both else ran.stdout

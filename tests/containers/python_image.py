@@ -1,17 +1,20 @@
-"""A base image for the Dockerfile, made of this machine's Python and of wheels: for engines that reach no registry.
+"""A base image for the Dockerfile, made of this machine's Python and packages: for engines that reach no registry.
 
-It stands for an image such as ``python:3.12-slim``. Its pip installs from the image's own folder of wheels, without a
-network.
+It stands for an image such as ``python:3.12-slim``. What Penstock requires is installed in it already, so that its pip
+needs no network and unpacks next to nothing.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tempfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from importlib.metadata import distribution
@@ -26,23 +29,24 @@ _WHEELS = "/wheels"
 _LABEL = "penstock.test"
 """What is built on the image has its label."""
 _SHELL = ("sh", "bash", "ls")
-_SKIPPED = shutil.ignore_patterns("test", "tests", "idlelib", "site-packages", "dist-packages", "config-*", "*.a")
+_SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "jars", "rllib"}
+"""Names of folders that no process of the cluster reads, and of those that are added by distributions."""
 _BUILD = "setuptools>=77"
 """What builds Penstock's wheel: pyproject.toml's ``build-system``."""
 
 
 @contextmanager
-def python_image(name: str, folder: Path, packages: Iterable[str]) -> Generator[dict[str, str]]:
+def python_image(name: str, packages: Iterable[str]) -> Generator[dict[str, str]]:
     """Yield the variables of compose.yaml for a build: with a base image of this machine, if no other can be had.
 
-    That image can install ``packages``, which are requirements that are installed here. It is removed in the end, and
-    with it what was built on it and has no name any more.
+    That image has ``packages``, which are requirements that are installed here. It is removed in the end, and with it
+    what was built on it and has no name any more.
     """
     if image := images()["python"]:
         yield {"PYTHON_IMAGE": image}
         return
     base = f"{name}-python"
-    _make(base, folder, packages)
+    _make(base, packages)
     try:
         # The engine's own builder finds an image that no registry has, and needs no plugin.
         yield {"PYTHON_IMAGE": base, "DOCKER_BUILDKIT": "0"}
@@ -51,23 +55,8 @@ def python_image(name: str, folder: Path, packages: Iterable[str]) -> Generator[
         docker("image", "prune", "--force", f"--filter=label={_LABEL}={base}")
 
 
-def _make(name: str, folder: Path, packages: Iterable[str]) -> None:
-    python, packages_folder = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"), "site-packages")
-    image = _Files(folder)
-    for program in _SHELL:
-        image.add_program(Path(shutil.which(program) or program), Path("/bin", program))
-    image.add_program(python, python)
-    for alias in ("python", "python3"):
-        image.add_link(Path("/usr/local/bin", alias), python)
-    image.add_folder(Path(sysconfig.get_path("stdlib")))
-    for file in distribution("pip").files or ():
-        if ".." not in file.parts:
-            image.add_file(Path(str(file.locate())), packages_folder / file)
-    image.add_text("/etc/passwd", "root:x:0:0::/:/bin/sh\n")
-    image.add_text("/etc/group", "root:x:0:\n")
-    image.add_text("/etc/nsswitch.conf", "hosts: files dns\n")
-    image.add_libraries(_binaries())
-    _download(image.path(_WHEELS), packages)
+def _make(name: str, packages: Iterable[str]) -> None:
+    python, standard = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
     environment = {
         "PATH": f"{sys.base_prefix}/bin:/usr/local/bin:/bin",
         "PIP_NO_INDEX": "1",
@@ -75,76 +64,106 @@ def _make(name: str, folder: Path, packages: Iterable[str]) -> None:
         "PIP_ROOT_USER_ACTION": "ignore",
         "PIP_BREAK_SYSTEM_PACKAGES": "1",  # Debian's Python refuses otherwise
     }
-    image.make(
-        name, [f"LABEL {_LABEL}={name}", *(f"ENV {variable}={value}" for variable, value in environment.items())]
-    )
+    variables = (f"ENV {variable}={value}" for variable, value in environment.items())
+    with _imported(name, [f"LABEL {_LABEL}={name}", *variables]) as image:
+        for program in _SHELL:
+            image.add_file(Path(shutil.which(program) or program), Path("/bin", program))
+        image.add_file(python, python)
+        for alias in ("python", "python3"):
+            image.add_link(Path("/usr/local/bin", alias), python)
+        image.add_standard_library(standard)
+        for installed in ("pip", *_required(packages) - {"penstock"}):
+            image.add_distribution(installed, standard / "site-packages")
+        image.add_libraries()
+        image.add_text("/etc/passwd", "root:x:0:0::/:/bin/sh\n")
+        image.add_text("/etc/group", "root:x:0:\n")
+        image.add_text("/etc/nsswitch.conf", "hosts: files dns\n")
+        image.add_folder("/tmp", 0o1777)
+        with tempfile.TemporaryDirectory() as downloaded:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={downloaded}", _BUILD]
+            subprocess.run(pip, capture_output=True, check=True)
+            for wheel in Path(downloaded).iterdir():
+                image.add_file(wheel, Path(_WHEELS, wheel.name))
+
+
+@contextmanager
+def _imported(name: str, changes: Iterable[str]) -> Generator[_Files]:
+    """Import into the engine the files that the block adds, with ``changes``, which are a Dockerfile's instructions."""
+    command = ["docker", "import", *(f"--change={change}" for change in changes), "-", name]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as importing:
+        assert importing.stdin is not None
+        assert importing.stderr is not None
+        try:
+            # Read and sent at once: nothing is copied on this machine, or packed.
+            with tarfile.open(
+                fileobj=importing.stdin, mode="w|", format=tarfile.GNU_FORMAT, dereference=True, bufsize=1 << 20
+            ) as archive:
+                yield _Files(archive)
+        except BaseException:
+            importing.kill()  # it would import what there is
+            raise
+        importing.stdin.close()
+        failed = importing.stderr.read().decode()
+        assert importing.wait() == 0, failed
 
 
 class _Files:
-    """The files of an image, in a folder of this machine."""
+    """The files of an image, each of which is added once."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.path("/tmp").mkdir(parents=True)
-        self.path("/tmp").chmod(0o1777)
-
-    def path(self, inside: str | Path) -> Path:
-        """Return where a file of the image is on this machine."""
-        return self._root / str(inside).lstrip("/")
+    def __init__(self, archive: tarfile.TarFile) -> None:
+        self._archive = archive
+        self._added = set[Path]()
+        self._binaries = list[str]()
 
     def add_text(self, inside: str, text: str) -> None:
-        self.path(inside).parent.mkdir(parents=True, exist_ok=True)
-        self.path(inside).write_text(text)
+        member = tarfile.TarInfo(inside.lstrip("/"))
+        member.size = len(content := text.encode())
+        self._archive.addfile(member, io.BytesIO(content))
+
+    def add_folder(self, inside: str, mode: int) -> None:
+        member = tarfile.TarInfo(inside.lstrip("/"))
+        member.type, member.mode = tarfile.DIRTYPE, mode
+        self._archive.addfile(member)
 
     def add_link(self, inside: Path, target: Path) -> None:
-        self.path(inside).parent.mkdir(parents=True, exist_ok=True)
-        self.path(inside).symlink_to(target)
-
-    def add_folder(self, folder: Path) -> None:
-        shutil.copytree(folder, self.path(folder), ignore=_SKIPPED, dirs_exist_ok=True)
+        member = tarfile.TarInfo(str(inside).lstrip("/"))
+        member.type, member.linkname = tarfile.SYMTYPE, str(target)
+        self._archive.addfile(member)
 
     def add_file(self, source: Path, inside: Path) -> None:
-        target = self.path(inside)
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+        if inside in self._added:
+            return
+        self._added.add(inside)
+        member = self._archive.gettarinfo(source, str(inside))
+        member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        if ".so" in source.suffixes or member.mode & 0o111:
+            self._binaries.append(str(source))
+        with source.open("rb") as file:
+            self._archive.addfile(member, file)
 
-    def add_program(self, program: Path, inside: Path) -> None:
-        """Add a program with the libraries that it is linked to."""
-        self.add_file(program, inside)
-        self.add_libraries([program])
-
-    def add_libraries(self, binaries: Iterable[Path]) -> None:
-        """Add what ``binaries`` are linked to, except what wheels bring along."""
-        linked = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False).stdout
+    def add_libraries(self) -> None:
+        """Add what the programs and extension modules so far are linked to, except what packages bring along."""
+        linked = subprocess.run(["ldd", *self._binaries], capture_output=True, text=True, check=False).stdout
         for library in set(re.findall(r"(/\S+) \(0x", linked)):
             if not library.startswith(sys.prefix):
                 self.add_file(Path(library), Path(library))
 
-    def make(self, name: str, changes: Iterable[str]) -> None:
-        """Import the files into the engine, with instructions as in a Dockerfile."""
-        command = ["docker", "import", *(f"--change={change}" for change in changes), "-", name]
-        packed = ["tar", "--directory", str(self._root), "--owner=0", "--group=0", "--create", "."]
-        with subprocess.Popen(packed, stdout=subprocess.PIPE) as packing:
-            subprocess.run(command, stdin=packing.stdout, capture_output=True, check=True)
+    def add_standard_library(self, folder: Path) -> None:
+        for place, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if name not in _SKIPPED and not name.startswith("config-")]
+            for name in files:
+                if not name.endswith(".a"):
+                    self.add_file(Path(place, name), Path(place, name))
 
-
-def _binaries() -> list[Path]:
-    """Return the programs and extension modules that an image's Python will load."""
-    ours, standard = Path(sysconfig.get_path("platlib")), Path(sysconfig.get_path("stdlib"))
-    return [
-        *standard.glob("lib-dynload/*.so"),
-        *ours.glob("**/*.so"),
-        *(file for file in ours.glob("ray/core/src/ray/*/*") if os.access(file, os.X_OK) and file.is_file()),
-    ]
-
-
-def _download(folder: Path, packages: Iterable[str]) -> None:
-    """Download the wheels of ``packages`` and of what they require, in the versions that are installed here."""
-    pins = [f"{name}=={distribution(name).version}" for name in _required(packages) if name != "penstock"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    ran = subprocess.run([*command, f"--dest={folder}", *pins, _BUILD], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    def add_distribution(self, name: str, folder: Path) -> None:
+        """Add what is installed here under that name to ``folder``; not its scripts, which name this environment."""
+        for file in distribution(name).files or ():
+            source = Path(str(file.locate()))
+            if ".." not in file.parts and _SKIPPED.isdisjoint(file.parts) and source.exists():
+                self.add_file(source, folder / file)
 
 
 def _required(packages: Iterable[str]) -> set[str]:

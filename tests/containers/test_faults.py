@@ -10,18 +10,20 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
 from penstock import serve
-from tests.containers.project import Project, docker, inspect
+from tests.containers.project import Project, docker, inspect, logs
 from tests.containers.traffic import Outcomes, traffic
 from tests.faults.table import TABLE
+from tests.redis_servers import watched
 from tests.waiting import wait_until
 
-# The image takes a minute to build, and several minutes on a busy machine.
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
+# The first test waits for the image, which takes a minute to build, and several minutes on a busy machine.
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 IS_LONG = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
 """As by ``make faults``."""
@@ -41,10 +43,14 @@ class Cluster:
         self._project, self._client = project, client
         self.url = f"http://{project.address('lb', 8000)}"
 
-    def is_whole(self, backend: str = "digits") -> bool:
-        """Return whether the controller is there, and every replica is ready."""
-        status = self._client.status()
-        return (status["controller"], status["backends"][backend]["ready"]) == ("alive", 2)
+    def has_workers(self, workers: int) -> None:
+        """Start or stop workers until there are so many."""
+        if len(self._project.workers()) != workers:
+            self._project.up(workers=workers)
+            self.wait_until_whole()
+
+    def is_whole(self) -> bool:
+        return is_whole(self._client)
 
     def wait_until_whole(self) -> None:
         for container in [self._project.container("head"), *self._project.workers()]:
@@ -53,21 +59,44 @@ class Cluster:
 
     @contextmanager
     def load(self, scenario: str, path: str = "/digit", body: object = IMAGE) -> Generator[Outcomes]:
-        """Send requests meanwhile; afterwards none may be lost. Adds a row to the table."""
-        began_s = time.monotonic()
-        with traffic(self.url + path, body, RATE) as seen:
-            goes_on(seen)
+        with load(scenario, self.url + path, body) as seen:
             yield seen
-            goes_on(seen)
-        TABLE.add(seen.row(scenario, time.monotonic() - began_s))
-        assert seen.lost == []
-        assert seen.answered == seen.sent
+
+
+@contextmanager
+def load(scenario: str, url: str, body: object) -> Generator[Outcomes]:
+    """Send requests meanwhile; afterwards none may be lost. Adds a row to the table."""
+    began_s = time.monotonic()
+    with traffic(url, body, RATE) as seen:
+        goes_on(seen)
+        yield seen
+        goes_on(seen)
+    TABLE.add(seen.row(scenario, time.monotonic() - began_s))
+    assert seen.lost == []
+    assert seen.answered == seen.sent
 
 
 def goes_on(seen: Outcomes) -> None:
     """Wait for some more answers."""
     enough = seen.answered + GOES_ON
     wait_until(lambda: seen.answered >= enough or seen.lost, timeout_s=RECOVERED_S)
+
+
+def is_whole(client: serve.Client) -> bool:
+    """Return whether the controller is there, and every replica of every backend is ready."""
+    status = client.status()
+    ready = (backend["ready"] == 2 for backend in status["backends"].values())
+    return status["controller"] == "alive" and all(ready)
+
+
+@contextmanager
+def slow_backend(client: serve.Client) -> Generator[None]:
+    """The code of slow.py behind an endpoint, in two replicas."""
+    client.create_backend("slow", "slow:answer", config={"num_replicas": 2}, ray_actor_options={"num_cpus": 0.1})
+    client.create_endpoint("slow", backend="slow", route="/slow", methods=["POST"])
+    yield
+    client.delete_endpoint("slow")
+    client.delete_backend("slow")
 
 
 @pytest.fixture
@@ -82,6 +111,16 @@ def test_the_command_of_the_readme_serves_the_example(
     assert answer.status_code == 200, answer.text
     assert 0 <= answer.json()["digit"] <= 9
     assert client.status()["warnings"] == []
+
+
+def test_deploying_again_restores_what_is_missing(
+    project: Project, cluster_of_containers: Cluster, client: serve.Client
+) -> None:
+    client.delete_endpoint("digit")
+    url = f"{cluster_of_containers.url}/digit"
+    wait_until(lambda: httpx.post(url, json=IMAGE).status_code == 404)
+    project.compose("run", "--rm", "deploy")
+    wait_until(lambda: httpx.post(url, json=IMAGE).status_code == 200)
 
 
 def test_no_container_may_write_to_its_image_or_runs_as_root(project: Project, cluster_of_containers: Cluster) -> None:
@@ -99,7 +138,7 @@ def test_two_workers_join_under_load(project: Project, cluster_of_containers: Cl
 
 
 def test_a_killed_worker_loses_nothing_and_rejoins(project: Project, cluster_of_containers: Cluster) -> None:
-    project.scale(3)
+    cluster_of_containers.has_workers(3)
     with cluster_of_containers.load("worker killed"):
         docker("kill", worker := project.workers()[0])
     with cluster_of_containers.load("node rejoins"):
@@ -127,26 +166,57 @@ def test_a_killed_redis_loses_nothing_that_was_accepted(project: Project, cluste
         wait_until(cluster_of_containers.is_whole, timeout_s=RECOVERED_S)
 
 
+def test_an_election_by_sentinels_loses_nothing(
+    project: Project, cluster_of_containers: Cluster, tmp_path: Path
+) -> None:
+    """Of an instance of its own on the same nodes. Its servers are processes of this machine."""
+    with watched(tmp_path, host=project.gateway()) as servers:
+        head, common = project.container("head"), ("--redis-url", servers.url, "--instance", "watched")
+        docker("exec", head, "penstock", "start", *common, "--http-host", "0.0.0.0", "--http-port", "8001")
+        with serve.connect(servers.url, "watched") as client:
+            docker("exec", head, "penstock", "deploy", *common, "/app/examples/compose/digits.yaml")
+            wait_until(lambda: is_whole(client), timeout_s=RECOVERED_S)
+            with load("Sentinel: primary killed", f"http://{project.ip(head)}:8001/digit", IMAGE) as seen:
+                servers.kill_primary()
+                goes_on(seen)
+                wait_until(lambda: is_whole(client), timeout_s=RECOVERED_S)
+            client.shutdown()
+
+
 def test_a_stopped_worker_answers_what_it_holds_while_others_take_over(
     project: Project, cluster_of_containers: Cluster, client: serve.Client
 ) -> None:
-    project.scale(3)
-    client.create_backend("slow", "slow:answer", config={"num_replicas": 2}, ray_actor_options={"num_cpus": 0.1})
-    client.create_endpoint("slow", backend="slow", route="/slow", methods=["POST"])
-    cluster_of_containers.wait_until_whole()
+    """The lines that its code logs are those of the containers."""
+    cluster_of_containers.has_workers(3)
     first = project.workers()[0]
-    with cluster_of_containers.load("worker stopped, requests of 1.5 s", "/slow", None):
-        docker("stop", first)
-        assert inspect(first)["State"]["ExitCode"] == 0, docker("logs", "--tail=20", first)
-    client.delete_endpoint("slow")
-    client.delete_backend("slow")
+    with slow_backend(client):
+        cluster_of_containers.wait_until_whole()
+        with cluster_of_containers.load("worker stopped, requests of 1.5 s", "/slow", None):
+            docker("stop", first)
+            assert inspect(first)["State"]["ExitCode"] == 0, logs(first)
+        assert any("INFO slow [" in line and line.endswith("] an answer in 1.5 s") for line in logs(*project.workers()))
     docker("start", first)
     cluster_of_containers.wait_until_whole()
 
 
 def test_two_of_three_workers_leave_under_load(project: Project, cluster_of_containers: Cluster) -> None:
-    project.scale(3)
+    cluster_of_containers.has_workers(3)
     with cluster_of_containers.load("scale from 3 to 1") as seen:
-        project.scale(1)
+        project.up(workers=1)
     assert len(project.workers()) == 1
     assert {json.loads(answer)["digit"] for answer in seen.answers} == {4}
+
+
+@pytest.mark.skipif(not IS_LONG, reason="all containers once more take more than a minute: `make faults`")
+def test_what_waits_outlives_the_containers(
+    project: Project, cluster_of_containers: Cluster, client: serve.Client
+) -> None:
+    cluster_of_containers.has_workers(1)
+    with slow_backend(client):
+        cluster_of_containers.wait_until_whole()
+        docker("stop", *project.workers())
+        handle = client.get_handle("slow")
+        waiting = [handle.submit(None) for _ in range(20)]
+        project.take_down()
+        project.up(workers=1)
+        assert [request.result(timeout=RECOVERED_S) for request in waiting] == 20 * ["well"]
