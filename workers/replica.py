@@ -14,6 +14,7 @@ from ..broker.queue.signals import ENTRIES_RETURNED, RECORD_CHANGED, Signals, re
 from ..broker.queue.stats import RunStats
 from ..broker.registry.records import BackendSpec
 from ..broker.transport.connection import RedisConnection
+from ..broker.transport.session import IDLE_STALL_S
 from ..broker.wire.keys import Keys
 from .consuming.consumer import Consumer
 from .consuming.policies.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
@@ -68,7 +69,9 @@ class Replica:
         self._owns_commands = commands is None
         commands = self._commands = connection_of(url, replica) if commands is None else commands
         # A claim is a write too.
-        reads = self._reads = RedisConnection(url, name=f"penstock-{replica}-claims", probes=False)
+        reads = self._reads = RedisConnection(
+            url, name=f"penstock-{replica}-claims", probes=False, stall_s=IDLE_STALL_S
+        )
         group = self._group = ConsumerGroup(commands, reads, keys, backend, replica)
         settlement = Settlement(commands, group, keys, backend, replica)
         self._scan_soon = asyncio.Event()
@@ -86,6 +89,7 @@ class Replica:
             backend,
             self._scan_soon,
             partial(signal, commands, keys, backend),
+            commands.now_ms,
         )
         self._signals = Signals(url, keys, backend, self._on_signal)
         self._scan: asyncio.Task[None] | None = None
@@ -138,7 +142,7 @@ class Replica:
         await self._signals.open()
         # The reply to a claim may have been lost with either connection.
         self._commands.on_reconnect(self._recover)
-        self._commands.on_reconnect(self._reconnect_signals)
+        self._commands.on_reconnect(self._reconnect_reads)
         self._reads.on_reconnect(self._recover)
         self._scan = loop.create_task(self._redelivery.scan_until_drained(), name="redelivery")
         self._observe_claims()
@@ -232,5 +236,7 @@ class Replica:
         await self._group.ensure()
         await self._strays.recover_fresh()
 
-    async def _reconnect_signals(self) -> None:
+    async def _reconnect_reads(self) -> None:
+        # The server may be another one by now, or a silent one, which blocking reads notice late.
         self._signals.reconnect()
+        self._reads.reconnect("another connection to the broker was lost")

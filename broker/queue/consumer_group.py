@@ -59,7 +59,7 @@ class ConsumerGroup:
 
     Args:
         commands: the multiplexed connection of the replica.
-        reads: a connection for the claims alone, as they block.
+        reads: a connection for the claims alone, as they block, with a ``stall_s`` of `IDLE_STALL_S`.
         keys: the keys of the instance.
         backend: tag of the backend.
         replica: name of the replica, which is that of its consumer.

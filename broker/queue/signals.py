@@ -14,7 +14,7 @@ from typing import Any
 
 from ..transport.commands import Arg, Script
 from ..transport.connection import RedisConnection
-from ..transport.session import BLOCK_MS
+from ..transport.session import IDLE_BLOCK_MS, IDLE_STALL_S
 from ..wire.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ _KEPT = 1_000
 _TTL_MS = 60_000
 _FIELD = b"s"
 _RETRY_S = 0.2
+_RECENT_MS = 1_000
+"""Signals of this time before the first reading are received as well; they do no harm."""
 
 # Appends a signal. KEYS: the stream. ARGV: the most signals to keep, the name of the field, the signal, milliseconds
 # until the stream expires. With the flag allow-oom, as signals concern accepted requests: a streamed reply waits for
@@ -74,13 +76,15 @@ class Signals:
 
     def __init__(self, url: str, keys: Keys, backend: str, on_signal: Callable[[bytes], None]) -> None:
         self._key, self._on_signal = keys.signals(backend), on_signal
-        self._reads = RedisConnection(url, name="penstock-signals", probes=False)
-        self._last: bytes | str = "$"
+        self._reads = RedisConnection(url, name="penstock-signals", probes=False, stall_s=IDLE_STALL_S)
+        self._last: bytes | str = "0"
         self._closed = False
 
     async def open(self) -> None:
-        """Receive the signals that are sent from now on. Raises `BrokerUnavailable`."""
+        """Receive the signals that are sent from now on, and those of the last moment. Raises `BrokerUnavailable`."""
         await self._reads.open()
+        # Not "$", the end of the stream: a signal between two readings that found none would be lost.
+        self._last = f"{int(self._reads.now_ms()) - _RECENT_MS}-0"
         self._read()
 
     def reconnect(self) -> None:
@@ -94,7 +98,9 @@ class Signals:
     def _read(self) -> None:
         if not self._closed:
             self._reads.post(
-                self._on_read, "XREAD", "COUNT", 100, "BLOCK", BLOCK_MS, "STREAMS", self._key, self._last, repeat=True
+                self._on_read,
+                *("XREAD", "COUNT", 100, "BLOCK", IDLE_BLOCK_MS, "STREAMS", self._key, self._last),
+                repeat=True,
             )
 
     def _on_read(self, reply: Any) -> None:

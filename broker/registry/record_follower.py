@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import BrokerUnavailable, WireError
+from ..transport.clock import on_grid
 from ..transport.connection import RedisConnection
 from ..wire.keys import Keys
 from .json_records import parse_objects, read_record
@@ -19,7 +20,7 @@ from .records import BackendRecord
 
 log = logging.getLogger(__name__)
 
-READ_EVERY_S = 2.0
+READ_EVERY_S = 10.0
 """Seconds between two readings of the record."""
 
 
@@ -73,7 +74,9 @@ class RecordFollower:
             self._timer = None
 
     def _schedule(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(READ_EVERY_S, self._read_regularly)
+        self._timer = asyncio.get_running_loop().call_later(
+            on_grid(READ_EVERY_S, self._connection.now_ms()), self._read_regularly
+        )
 
     def _read_regularly(self) -> None:
         self._schedule()

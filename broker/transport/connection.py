@@ -28,7 +28,7 @@ from .dial import WrongServer
 from .error_replies import MEMORY, NOT_PRIMARY, TEMPORARY, ErrorReply, StringLimit, error_of
 from .handshake import Handshake, end_of_cancelled, is_permanent, reason_of, wait_for
 from .reconnect_hooks import Hook, ReconnectHooks
-from .session import Session
+from .session import STALL_S, Session
 from .url import shown_url
 from .waiting_commands import WaitingCommands
 from .write_probe import WRITE_PROBE, WriteProbe
@@ -65,6 +65,7 @@ class RedisConnection:
         patience_s: how long `open`, and commands in an outage, wait.
         probes: find out every second whether the server accepts writes. Not needed where the owner sends a write every
             few seconds anyway.
+        stall_s: a server that owes a reply and sends nothing for this long counts as dead.
 
     Every method except `now_ms` must be called from the loop that called `open`. When that loop ends, so does the
     connection.
@@ -73,9 +74,17 @@ class RedisConnection:
         TypeError, ConfigError: ``url`` is not a Redis URL, or has a wrong option.
     """
 
-    def __init__(self, url: str, *, name: str = "penstock", patience_s: float = 5.0, probes: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str = "penstock",
+        patience_s: float = 5.0,
+        probes: bool = True,
+        stall_s: float = STALL_S,
+    ) -> None:
         self.url, self.patience_s = url, patience_s
-        self._name, self._probes = name, probes
+        self._name, self._probes, self._stall_s = name, probes, stall_s
         self._handshake = Handshake(url, name)
         self._shown_url = shown_url(url)
         self._clock = Clock()
@@ -407,7 +416,7 @@ class RedisConnection:
 
     async def _connect(self) -> Session:
         transport, refusal = await self._handshake.connect(self._clock)
-        self._session = Session(transport, self._on_error_reply, self._on_beat)
+        self._session = Session(transport, self._on_error_reply, self._on_beat, self._stall_s)
         self._write_tick.write_to(self._session.write)
         self._handshake.watch_primary(self._session.abort)
         if refusal:

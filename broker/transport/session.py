@@ -22,6 +22,12 @@ _BEAT_S = 1.0
 """Seconds between checks for a silent server."""
 assert STALL_S > BLOCK_MS / 1000 + 2 * _BEAT_S, "a quiet blocking read must not look like a dead server"
 
+IDLE_BLOCK_MS = 6_000
+"""As `BLOCK_MS`, for what replicas read: each reading that ends and begins again costs the server 20 µs."""
+IDLE_STALL_S = 10.0
+"""As `STALL_S`, for the connections of such readings. Another one of their owner notices a dead server sooner."""
+assert IDLE_STALL_S - IDLE_BLOCK_MS / 1000 >= STALL_S - BLOCK_MS / 1000, "the server may be as slow as for a short read"
+
 
 class Session:
     """Sends commands over one socket and completes them with their replies, from the handshake to the lost connection.
@@ -33,6 +39,7 @@ class Session:
         transport: connected, with the handshake done. Its protocol is replaced.
         on_error_reply: called with a command and the server's error reply, in place of completing the command.
         on_beat: called once a second while the server is not silent.
+        stall_s: a server that owes a reply and sends nothing for this long counts as dead.
     """
 
     def __init__(
@@ -40,7 +47,9 @@ class Session:
         transport: asyncio.Transport,
         on_error_reply: Callable[[Command, ErrorReply], None],
         on_beat: Callable[[], None],
+        stall_s: float = STALL_S,
     ) -> None:
+        self._stall_s = stall_s
         self._transport, self._on_error_reply, self._on_beat = transport, on_error_reply, on_beat
         self._loop = asyncio.get_running_loop()
         self._reader = RespReader(transport, self._on_reply, self._is_bulky_next, ErrorReply)
@@ -134,8 +143,8 @@ class Session:
         if self._reader.has_read or now - self._beat_due_s > _BEAT_S:  # the loop was blocked: this process did not read
             self._last_read_s = now
             self._reader.has_read = False
-        if self.unanswered and now - self._last_read_s > STALL_S:
-            self.abort(f"no answer for {STALL_S:g} s")
+        if self.unanswered and now - self._last_read_s > self._stall_s:
+            self.abort(f"no answer for {self._stall_s:g} s")
             return
         self._on_beat()
         self._beat_due_s = self._loop.time() + _BEAT_S

@@ -13,6 +13,7 @@ import pytest
 
 from penstock.broker.queue.group.pending_entries import PendingEntries, Swept
 from penstock.broker.queue.leases import TTL_S
+from penstock.broker.transport.session import IDLE_BLOCK_MS
 from penstock.workers.replica import Replica
 from tests.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving, start_killable
@@ -133,6 +134,39 @@ async def test_a_replica_has_three_connections(redis_url: str) -> None:
         before = len(await client.redis.client_list())
         async with fleet(redis_url, len, 10):
             assert len(await client.redis.client_list()) - before == 30
+
+
+async def test_an_idle_replica_reads_seldom(redis_url: str) -> None:
+    """A reading that waits in vain, and the record of the backend that is read in case a signal was lost."""
+
+    async def reads(client: Client) -> int:
+        stats = await client.redis.info("commandstats")
+        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("xread", "xreadgroup", "hget"))
+
+    async with calling(redis_url) as client, fleet(redis_url, len, 10):
+        before, began_s = await reads(client), asyncio.get_running_loop().time()
+        await wait_until_async(lambda: asyncio.get_running_loop().time() > began_s + IDLE_BLOCK_MS / 1000)
+        after, took_s = await reads(client), asyncio.get_running_loop().time() - began_s
+        # Once more at the beginning of the period, and once for each reading that ends in it; and the client's own.
+        assert after - before <= 10 * 2 * (1 + took_s * 1000 / IDLE_BLOCK_MS) + 2 * took_s
+
+
+async def test_a_replica_reads_again_when_its_other_connection_was_lost(redis_url: str) -> None:
+    """Its server may be another one by now, or silent, which a reading that waits notices late."""
+
+    async def echo(request: Any) -> Any:
+        return request.data
+
+    async with calling(redis_url) as client, serving(redis_url, echo) as replica:
+        ids = {one["name"]: one["id"] for one in await client.redis.client_list()}
+        claims, name = f"penstock-{replica.replica}-claims", f"penstock-{replica.replica}"
+        await client.redis.client_kill_filter(_id=ids[name])
+
+        async def read_again() -> bool:
+            return ids[claims] not in {one["id"] for one in await client.redis.client_list()}
+
+        await wait_until_async(read_again)
+        assert (await client.call(b"x")[1]).body == b"x"
 
 
 async def test_a_request_that_another_tool_has_claimed_is_redelivered(redis_url: str) -> None:

@@ -18,6 +18,7 @@ from ...broker.errors import BrokerRefused, BrokerUnavailable, WireError
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.pending_entries import RedeliveredEntry
 from ...broker.queue.signals import ENTRIES_RETURNED, died
+from ...broker.transport.clock import on_grid
 from ...broker.wire.requests import Entry
 from ...handles.errors import DeliveryLimitExceeded
 from ..claim import Claim
@@ -66,11 +67,12 @@ class Redelivery:
         backend: str,
         scan_soon: asyncio.Event,
         send: Callable[[bytes], None],
+        now_ms: Callable[[], float],
     ) -> None:
-        """``send`` sends a signal to all replicas of the backend."""
+        """``send`` sends a signal to all replicas of the backend, ``now_ms`` is the broker's clock."""
         self._consumer, self._in_progress = consumer, consumer.in_progress
         self._group, self._settlement, self._backend = group, settlement, backend
-        self._strays, self._scan_soon, self._send = strays, scan_soon, send
+        self._strays, self._scan_soon, self._send, self._now_ms = strays, scan_soon, send, now_ms
         self._dead: dict[bytes, None] = {}
         """Replicas that may have died and left entries, oldest first."""
         self._may_have_returned = True
@@ -114,8 +116,8 @@ class Redelivery:
         drop_at_s = 0.0
         while not self._consumer.is_draining:
             self._scan_soon.clear()
-            # Random, so that the replicas do not all scan at the same moment.
-            pause_s = random.uniform(*_SCAN_EVERY_S)
+            # Random, so that the replicas do not all scan at the same moment, but some do.
+            pause_s = on_grid(random.uniform(*_SCAN_EVERY_S), self._now_ms())
             try:
                 if monotonic() >= drop_at_s:
                     await self._group.dead_letters.drop_oldest(self._consumer.settings.max_dead_letters)

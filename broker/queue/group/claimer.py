@@ -7,14 +7,14 @@ from typing import Any, cast
 
 from ...transport.commands import Arg, Script
 from ...transport.connection import RedisConnection
-from ...transport.session import BLOCK_MS
+from ...transport.session import IDLE_BLOCK_MS
 from ...wire.entry_ref import ref_of
 from .member import GROUP, RETRY, RETURNED, Member
 
 ClaimedEntry = tuple[bytes, list[bytes]]
 """Entry ref and fields."""
 
-_BLOCK = ("BLOCK", BLOCK_MS)
+_BLOCK = ("BLOCK", IDLE_BLOCK_MS)
 
 # Claims from both streams without waiting. KEYS: the interactive stream, the batch stream. ARGV: group, replica, the
 # most entries to claim, the most of these that the batch stream gets before the interactive one. Returns the entries of
@@ -64,7 +64,7 @@ class Claimer:
 
     Args:
         member: the replica.
-        reads: a connection for the claims alone, as they block.
+        reads: a connection for the claims alone, as they block, with a ``stall_s`` of `IDLE_STALL_S`.
     """
 
     def __init__(self, member: Member, reads: RedisConnection) -> None:
@@ -80,7 +80,7 @@ class Claimer:
         Args:
             up_to: the most entries of each stream.
             then: called with a list of `ClaimedEntry`, those of the batch stream last, or with an exception.
-            block: wait for the first entry, at most `BLOCK_MS`. The list is empty if none came.
+            block: wait for the first entry, at most `IDLE_BLOCK_MS`. The list is empty if none came.
         """
 
         def read(reply: Any) -> None:

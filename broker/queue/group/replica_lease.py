@@ -25,6 +25,7 @@ from typing import Any
 
 from ...errors import BrokerFull, BrokerRefused, BrokerUnavailable
 from ...transport import outages
+from ...transport.clock import GRID_MS, on_grid
 from ...transport.commands import Script
 from ...transport.url import shown_url
 from ..leases import RENEW_S, TTL_S, LeaseConnection
@@ -171,8 +172,10 @@ class ReplicaLease:
     # -- on the event loop
 
     def _schedule(self) -> None:
-        # Random, so that the turns do not always fall to the same replica.
-        self._timer = asyncio.get_running_loop().call_later(RENEW_S * random.uniform(0.9, 1.0), self._beat)
+        # Together with other replicas. Random, so that the turns do not always fall to the same one.
+        longest_s = RENEW_S - random.choice((0.0, GRID_MS / 1000))
+        delay_s = on_grid(longest_s, self._member.commands.now_ms())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._beat)
 
     def _beat(self) -> None:
         self._schedule()

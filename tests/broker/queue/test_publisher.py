@@ -173,12 +173,8 @@ async def test_a_withdrawn_request_is_deleted_and_replicas_get_a_signal(
     await signals.open()
     ref = await ref_of(publishers[0], "1")
 
-    async def told() -> bool:
-        publishers[0].withdraw(TAG, ref)
-        await asyncio.sleep(0.02)
-        return ref in heard
-
-    await wait_until_async(told)
+    publishers[0].withdraw(TAG, ref)
+    await wait_until_async(lambda: ref in heard)
     assert await depth(commands, keys) == 0
     await signals.close()
 

@@ -1,9 +1,10 @@
 from collections.abc import Awaitable, Callable
 
 import pytest
+from hypothesis import given, strategies as st
 
 from penstock.broker.errors import BrokerUnavailable
-from penstock.broker.transport.clock import Clock
+from penstock.broker.transport.clock import GRID_MS, Clock, on_grid
 
 AHEAD_S = 3600.0
 """The difference between the broker's clock and the local one, in seconds."""
@@ -82,3 +83,18 @@ async def test_a_reading_with_a_long_round_trip_is_ignored(local: LocalClock) ->
     assert local.error_ms(clock) < 0.1
     clock.update(local.now_s, BrokerUnavailable("redis://broker", "it went away"))
     assert local.error_ms(clock) < 0.1
+
+
+@given(delay_s=st.floats(0.1, 60.0), now_ms=st.floats(1.6e12, 2e12))
+def test_a_delay_on_the_grid_ends_at_a_moment_that_all_processes_share(delay_s: float, now_ms: float) -> None:
+    shorter_s = on_grid(delay_s, now_ms)
+    assert delay_s - GRID_MS / 1000 <= shorter_s <= delay_s + 0.0021
+    past_ms = (now_ms + shorter_s * 1000) % GRID_MS
+    assert min(past_ms, GRID_MS - past_ms) < 0.01
+
+
+@given(now_ms=st.integers(32_000_000_000, 40_000_000_000).map(lambda n: n * GRID_MS), off_ms=st.floats(-1.5, 40.0))
+def test_a_delay_of_a_whole_number_of_steps_is_not_shortened_by_a_timer_that_ended_a_little_early(
+    now_ms: float, off_ms: float
+) -> None:
+    assert on_grid(0.5, now_ms + off_ms) * 1000 == pytest.approx(500 - off_ms, abs=0.01)

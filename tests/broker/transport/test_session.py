@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import uvloop
 from penstock.broker.transport import handshake
 from penstock.broker.transport.commands import Command, pack
 from penstock.broker.transport.session import Session
+from tests.waiting import wait_until_async
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -53,6 +55,41 @@ def test_a_command_after_the_loss_of_the_socket_is_left_for_the_next_one(loop: s
         running.run_until_complete(end_after_loss(in_pieces=in_pieces))
     finally:
         running.close()
+
+
+@pytest.mark.parametrize(("stall_s", "is_dead"), [(0.1, True), (60.0, False)])
+async def test_a_silent_server_counts_as_dead_after_the_time_that_its_connection_allows(
+    monkeypatch: pytest.MonkeyPatch, stall_s: float, is_dead: bool
+) -> None:
+    monkeypatch.setattr("penstock.broker.transport.session._BEAT_S", 0.05)
+
+    async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        left.set()
+
+    left = asyncio.Event()
+    server = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        asyncio.Protocol, *server.sockets[0].getsockname()
+    )
+    beats = 0
+
+    def count() -> None:
+        nonlocal beats
+        beats += 1
+
+    session = Session(transport, lambda command, error: None, count, stall_s)
+    session.unanswered.append(command("XREAD"))
+    await wait_until_async(lambda: session.ended.done() or beats >= 10)
+    assert session.ended.done() == is_dead
+    session.abort("the test ends")
+    await asyncio.wait([session.ended])
+    session.end()
+    await left.wait()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_a_task_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:

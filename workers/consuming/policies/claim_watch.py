@@ -6,18 +6,18 @@ none, or with an error. If no claim is answered for longer than that, the claim 
 
 from __future__ import annotations
 
-from ....broker.transport.session import BLOCK_MS, STALL_S
+from ....broker.transport.session import IDLE_BLOCK_MS, IDLE_STALL_S
 
 OBSERVE_S = 0.5
 """Seconds between observations."""
 
-STOPPED_AFTER_S = 10.0
+STOPPED_AFTER_S = 18.0
 """A claim loop without an answer for so long has stopped: a server that does not answer is disconnected sooner."""
 
 _LONGEST_STEP_S = 2 * OBSERVE_S
 """Longest time that one observation adds: while user code blocks the loop, answers wait to be read."""
 
-assert STOPPED_AFTER_S > BLOCK_MS / 1000 + STALL_S
+assert STOPPED_AFTER_S > IDLE_BLOCK_MS / 1000 + IDLE_STALL_S
 
 
 class ClaimWatch:
