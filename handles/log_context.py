@@ -1,4 +1,4 @@
-"""Log context: the id of the request that is being processed, in every log line."""
+"""Log context: the requests that are being processed, for the id in every log line and the trace of further calls."""
 
 from __future__ import annotations
 
@@ -6,38 +6,61 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple, Protocol
 
-from ..broker.wire.call_ids import shown_id
+from ..broker.wire._fields import Pairs
 from ..runtime import logs
 
-_working_on: ContextVar[Sequence[tuple[str, str]]] = ContextVar("penstock_requests", default=())
+
+class Work(Protocol):
+    """A request that is being processed, such as an `Entry`."""
+
+    @property
+    def shown_id(self) -> str:
+        """Its id for logs and messages."""
+        ...
+
+    @property
+    def headers(self) -> Pairs:
+        """Its header fields."""
+        ...
 
 
-def work_on(requests: Sequence[tuple[str, str]]) -> None:
-    """Set the requests that the current context processes, for its log lines.
+class NamedWork(NamedTuple):
+    """A request of which only the id is known."""
 
-    Args:
-        requests: pairs of a request id, empty if there is none, and the id of the call. See `shown_id`, which selects
-            one of the two when a line is logged.
-    """
+    shown_id: str
+    headers: Pairs = []  # noqa: RUF012 - nothing changes it
+
+
+_working_on: ContextVar[Sequence[Work]] = ContextVar("penstock_requests", default=())
+
+
+def work_on(requests: Sequence[Work]) -> None:
+    """Set the requests that the current context processes."""
     _working_on.set(requests)
+
+
+def current_work() -> Sequence[Work]:
+    """Return the requests that the current context processes."""
+    return _working_on.get()
 
 
 def request_ids() -> str:
     r"""Return the ids of the current context's requests for a log line, separated by commas; ``-`` if there are none.
 
-    >>> work_on([("a", "00ff"), ("b\n", ""), ("", "00ff")])
+    >>> work_on([NamedWork("a"), NamedWork("b\n")])
     >>> request_ids()
-    'a,b\\n,call-8909cde2f411'
+    'a,b\\n'
     >>> work_on([])
     """
-    ids = ",".join(shown_id(*request) for request in _working_on.get()) or "-"
+    ids = ",".join(request.shown_id for request in _working_on.get()) or "-"
     # A process that writes to Redis itself can give a request any id.
     return ids if ids.isascii() and ids.isprintable() else ascii(ids)[1:-1]
 
 
 @contextmanager
-def working_on(requests: Sequence[tuple[str, str]]) -> Generator[None]:
+def working_on(requests: Sequence[Work]) -> Generator[None]:
     """`work_on` these requests within a block."""
     token = _working_on.set(requests)
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict, cast
 
 from ..broker.registry.records import EndpointRecord
+from ..broker.wire._fields import Pairs
 from ..broker.wire.kept import MAX_KEY_CHARS
 from .errors import CallMethodRefused, ConfigError
 
@@ -22,6 +23,11 @@ RETURN_TYPES = ("future", "object_ref")
 
 MODEL_ID_HEADER = "x-serve-model-id"
 """The header by which a request names a model, for code with loaders (``serve.multiplexed``)."""
+
+
+def model_id_of(headers: Pairs) -> str:
+    """Return the model that the header fields of a request name; an empty string if they name none."""
+    return next((value for name, value in headers if name == MODEL_ID_HEADER), "")
 
 
 class CallChanges(TypedDict, total=False):

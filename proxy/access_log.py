@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from ..broker.registry.records import EndpointRecord
-from ..handles.log_context import working_on
+from ..handles.log_context import NamedWork, working_on
 
 log = logging.getLogger("penstock.access")
 
@@ -54,5 +54,5 @@ class AccessLog:
             "endpoint": name,
             "backend": backend,
         }
-        with working_on([(request_id.decode("latin-1"), "")]):
+        with working_on([NamedWork(request_id.decode("latin-1"))]):
             log.info("%s %s %d %.1f ms %s", method, shown_path, status, took_ms, backend or "-", extra=fields)

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..handles.errors import PenstockError
-from ..handles.log_context import work_on
+from ..handles.log_context import NamedWork, work_on
 from . import request_ids, responses
 from .response_streaming import CutOff
 from .responses import HTTPResponse
@@ -92,7 +92,7 @@ class _Outermost:
             await self._app(scope, receive, send)
             return
         request_id = request_ids.request_id_of(dict(scope["headers"]))
-        work_on([(request_id.decode(), "")])
+        work_on([NamedWork(request_id.decode())])
         id_header = (request_ids.HEADER, request_id)
         kept = [pair for pair in scope["headers"] if pair[0] != request_ids.HEADER]
         scope["headers"] = [*kept, id_header]

@@ -48,7 +48,7 @@ class ErrorLog:
         if error.status < 500 or not self._may_log():
             return
         summary, traceback = _described(error)
-        with working_on([(entry.header.request_id, entry.id) for entry in entries]):
+        with working_on(entries):
             log.error(
                 "backend %r raised %s (replica %s)%s",
                 self._backend,

@@ -23,8 +23,9 @@ from uuid import uuid4
 from starlette.exceptions import HTTPException
 
 from ..broker.errors import ConfigError
+from ..handles.log_context import Work, current_work, work_on
+from ..handles.options import model_id_of
 from .executing.methods import LOADER_MARK
-from .executing.request import Request, current_requests
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def get_multiplexed_model_id() -> str:
     Raises:
         RuntimeError: the requests of the current batch name different models.
     """
-    named = {request.model_id for request in current_requests.get()}
+    named = {model_id_of(request.headers) for request in current_work()}
     if len(named) > 1:
         shown = ", ".join(sorted(map(repr, named)))
         raise RuntimeError(f"the requests of this batch name the models {shown}: use the model_id of each request")
@@ -169,8 +170,8 @@ class _Model:
         self.loading.set_running_or_notify_cancel()
         self.loop = loop
         """The loop of an ``async def`` loader, on which the model is closed."""
-        self.users: set[weakref.ref[Request]] = set()
-        """The requests that have got it, and live."""
+        self.users: dict[int, weakref.ref[Work]] = {}
+        """The requests that have got it, and live, by identity."""
         self.is_evicted = False
 
 
@@ -285,12 +286,13 @@ class ModelCache:
     # -- users, and closing
 
     def _add_users(self, model: _Model) -> None:
-        for request in current_requests.get():
-            model.users.add(weakref.ref(request, partial(self._remove_user, model)))
+        for request in current_work():
+            if (key := id(request)) not in model.users:
+                model.users[key] = weakref.ref(request, partial(self._remove_user, model, key))
 
-    def _remove_user(self, model: _Model, user: weakref.ref[Request]) -> None:
+    def _remove_user(self, model: _Model, key: int, _: weakref.ref[Work]) -> None:
         with self._lock:
-            model.users.discard(user)
+            model.users.pop(key, None)
             if model.users or not model.is_evicted:
                 return
         if model.loop is None:
@@ -321,7 +323,7 @@ class ModelCache:
 
     def _spawn(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> None:
         context = copy_context()
-        context.run(current_requests.set, ())  # the task would keep the request alive, and so the model in use
+        context.run(work_on, ())  # the task would keep the request alive, and so the model in use
         task = context.run(loop.create_task, coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -77,9 +77,8 @@ class RunStats:
     def count_times(self, queue_ms: float, run_ms: float) -> None:
         """Count the times of a request."""
         self.run_ms += run_ms
+        self.queue_ms += queue_ms
         self.ran[bisect_left(_BOUNDS_MS, run_ms)] += 1
-        if queue_ms > 0:
-            self.queue_ms += queue_ms
         self.queued[bisect_left(_BOUNDS_MS, queue_ms)] += 1
 
     def count_batch(self, size: int) -> None:

@@ -27,9 +27,12 @@ def id_of(ref: bytes) -> bytes:
     return ref[1:] if ref.startswith(_BATCH) else ref
 
 
-def published_ms(ref: bytes) -> int:
-    """Return when the entry was published: Unix time in milliseconds by the broker's clock."""
-    return int(ref.partition(b"-")[0].removeprefix(_BATCH))
+def queued_ms(ref: bytes, until_ms: float) -> float:
+    """Return how long the entry has waited since it was published.
+
+    ``until_ms`` is the Unix time in milliseconds by the broker's clock, from which the id of an entry has its time.
+    """
+    return max(0.0, round(until_ms - int(ref.partition(b"-")[0].removeprefix(_BATCH)), 3))
 
 
 def order_of(entry: bytes) -> tuple[int, int]:

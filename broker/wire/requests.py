@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -134,8 +134,14 @@ class Header:
         )
 
 
+class _Referable:
+    """Allows weak references to instances with slots: an argument of `dataclass` does so from Python 3.11 on."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(slots=True)
-class Entry:
+class Entry(_Referable):
     """A request as it lies on a request stream."""
 
     id: str = field(repr=False)
@@ -160,6 +166,11 @@ class Entry:
         """The id for logs and messages."""
         return shown_id(self.header.request_id, self.id)
 
+    @property
+    def headers(self) -> Pairs:
+        """The header fields of the request."""
+        return self.header.headers
+
     def raw(self) -> RawEntry:
         """Return the encoded values of the fields."""
         body = None if self.large else self.body
@@ -176,6 +187,15 @@ class Entry:
         Raises:
             WireError: another wire version, or a field that is missing or cannot be read.
         """
+        # Nearly all entries have these fields and no other. To read them by position halves the time.
+        kind: type[object] = type(fields)
+        if kind is list and len(fields) == _USUAL_LENGTH:
+            values = cast("list[bytes]", fields)
+            if values[::2] == _USUAL and values[1] == VERSION:
+                try:
+                    return cls(values[3].decode(), values[5].decode(), _header_of(values[7]), values[9])
+                except UnicodeDecodeError as e:
+                    raise wrong_field(e) from None
         named = named_fields(fields)
         try:
             entry = cls(
@@ -222,6 +242,10 @@ class RawEntry(NamedTuple):
         """Return name and value of the field with the body, or of the field that marks a large one."""
         return (LARGE_FIELD, b"1") if self.body is None else (BODY_FIELD, self.body)
 
+
+_USUAL = [VERSION_FIELD, ID_FIELD, CALLER_FIELD, HEADER_FIELD, BODY_FIELD]
+"""The fields of a small request, in the order in which `RawEntry.fields` writes them."""
+_USUAL_LENGTH = 2 * len(_USUAL)
 
 _last_header = (Header().dump(), Header())
 

@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -24,6 +23,7 @@ from ...broker.wire._fields import Pairs
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Header
 from ..errors import BackendError, from_wire
+from ..log_context import current_work
 
 TRACES = "PENSTOCK_TRACES"
 """The environment variable that turns spans on: ``otlp``, ``global``, or ``module:function``; see `configure`."""
@@ -32,24 +32,19 @@ TRACEPARENT = "traceparent"
 
 _VALID = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
-_working_for: ContextVar[Pairs | None] = ContextVar("penstock_trace", default=None)
-"""The headers of the request that user code works on in this context."""
-
 spans: Spans | None = None
 """Records spans; None unless `configure` was called with a value."""
 
 
-def work_for(headers: Pairs | None) -> None:
-    """Set the headers of the request that the current context works on: its calls belong to the same trace."""
-    _working_for.set(headers)
-
-
 def current_traceparent() -> str | None:
-    """Return the ``traceparent`` that a request published in this context continues, if there is one."""
+    """Return the ``traceparent`` that a request published in this context continues, if there is one.
+
+    The requests of a batch belong to different traces, so that its code continues none.
+    """
     if spans is not None and (current := spans.current()) is not None:
         return current
-    headers = _working_for.get()
-    return traceparent_of(headers) if headers else None
+    requests = current_work()
+    return traceparent_of(requests[0].headers) if len(requests) == 1 else None
 
 
 def traceparent_of(headers: Pairs) -> str | None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from penstock import handles
+from penstock import handles, serve
 from penstock.handles.calls import tracing
 from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError
@@ -41,7 +44,7 @@ async def test_the_trace_context_of_http_reaches_the_replica(site: Site) -> None
     await proxy.drain(0.2)
 
 
-@pytest.mark.parametrize("kind", ["blocking", "async", "generator"])
+@pytest.mark.parametrize("kind", ["blocking", "async", "generator", "application"])
 def test_calls_that_code_makes_belong_to_the_trace_of_its_request(site: Site, connected: Connection, kind: str) -> None:
     site.serve(seen, "inner", tag="inner")
 
@@ -55,12 +58,24 @@ def test_calls_that_code_makes_belong_to_the_trace_of_its_request(site: Site, co
     def generator(request: Any) -> Any:
         yield blocking(request)
 
-    site.serve({"blocking": blocking, "async": asynchronous, "generator": generator}[kind], "outer", tag="outer")
+    async def endpoint(request: Any) -> JSONResponse:
+        return JSONResponse(await asynchronous(request))
+
+    application = serve.asgi(Starlette(routes=[Route("/", endpoint)]))
+    kinds: dict[str, Any] = {
+        "blocking": blocking,
+        "async": asynchronous,
+        "generator": generator,
+        "application": application,
+    }
+    site.serve(kinds[kind], "outer", tag="outer")
     outer = connected.get_handle("outer")
     for traceparent in (TRACEPARENT, None):
         headers = {} if traceparent is None else {"traceparent": traceparent}
         if kind == "generator":
             assert list(outer.options(http_headers=headers, stream=True).remote()) == [traceparent]
+        elif kind == "application":
+            assert outer.options(http_headers=headers).remote().result(20).json() == traceparent
         else:
             assert outer.options(http_headers=headers).remote().result(20) == traceparent
 

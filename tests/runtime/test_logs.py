@@ -12,9 +12,9 @@ from penstock.runtime.logs import JsonFormatter, LogOptions
 
 SETTING_UP = """
 import logging
-from penstock.handles.log_context import set_up_logs, working_on
+from penstock.handles.log_context import NamedWork, set_up_logs, working_on
 set_up_logs(backend="greeter", replica="greeter#1")
-with working_on([("r1", "00")]):
+with working_on([NamedWork("r1")]):
     logging.debug("details")
     logging.info("hello %s", "you", extra={"user": 7})
 try:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from penstock import serve
 from penstock.handles.options import CallOptions
@@ -73,6 +76,22 @@ BOTH = pytest.mark.parametrize("code", [Threaded, OnLoop])
 
 def call(backend: Local, model_id: str) -> Any:
     return backend.handle.options(model_id=model_id).remote().result()
+
+
+def test_an_application_loads_the_model_that_its_request_names() -> None:
+    events: list[str] = []
+    models = OnLoop(events)
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        return PlainTextResponse((await models.load(serve.get_multiplexed_model_id())).id)
+
+    app = serve.asgi(Starlette(routes=[Route("/", endpoint)]))
+    with local(app, methods=serve.ALL_METHODS) as backend:
+        http: Any = TestClient(backend.app)
+        for model_id in ("a", "b", "c"):
+            assert http.get("/", headers={"X-Serve-Model-Id": model_id}).text == model_id
+            gc.collect()  # the application leaves cycles that refer to its request
+    assert events == ["load a", "load b", "close a", "load c"]
 
 
 @BOTH

@@ -108,7 +108,7 @@ class ApplicationCall:
         executor, entry, application = self._executor, self._claim.entry, self._application
         if (deadline_ms := entry.header.deadline_ms) and deadline_ms <= executor.now_ms():
             return executor.cancelled(entry)
-        work_on(((entry.header.request_id, entry.id),))
+        work_on((entry,))
         self._began_at = perf_counter()
         try:
             on_progress = None if entry.keep_bytes is None else executor.progress_of(self._claim)

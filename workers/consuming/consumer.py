@@ -20,7 +20,7 @@ from functools import partial
 from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.stats import RunStats
 from ...broker.transport.connection import RedisConnection
-from ...broker.wire.entry_ref import published_ms
+from ...broker.wire.entry_ref import queued_ms
 from ...broker.wire.keys import Keys
 from ...broker.wire.replies import Reply
 from ...broker.wire.requests import Entry
@@ -256,6 +256,7 @@ class Consumer:
         entry = claim.entry
         if entry.caller and entry.keep_bytes is None and not (claim.is_released or claim.is_replied):
             claim.is_replied = True
+            reply.queue_ms = queued_ms(claim.ref, self._commands.now_ms() - reply.run_ms)
             self._settlement.reply_early(claim, reply)
 
     def _conclude(self, claim: Claim, reply: Reply) -> None:
@@ -304,6 +305,7 @@ class Consumer:
         run_ms, deadline_ms = reply.run_ms, claim.entry.header.deadline_ms
         self._scheduler.record_run(claim, run_ms)
         now_ms = self._commands.now_ms()
+        queue_ms = reply.queue_ms = queued_ms(claim.ref, now_ms - run_ms)
         left_ms = deadline_ms - now_ms if deadline_ms else math.inf
         self._load_shedding.record_finish(run_ms, left_ms, now_s)
         run_stats = self._scheduler.run_stats
@@ -313,7 +315,7 @@ class Consumer:
             run_stats.served += 1
         else:
             run_stats.failed += 1
-        run_stats.count_times(now_ms - run_ms - published_ms(claim.ref), run_ms)
+        run_stats.count_times(queue_ms, run_ms)
 
     # -- withdrawing and giving back
 

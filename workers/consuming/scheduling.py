@@ -209,7 +209,7 @@ class Scheduler:
     def record_run(self, claim: Claim, run_ms: float) -> None:
         """Record how long user code ran for a claim that is still in progress."""
         self.capacity.record_run(run_ms / 1000, is_streaming=claim.is_streaming)
-        if self._in_progress.occupying > 1 and self.capacity.is_serial and not self.batch_size:
+        if not self.batch_size and self.capacity.is_serial and self._in_progress.occupying > 1:
             self._predict_end()  # of the next call, whose request was claimed before
 
     def record_finish(self, now_s: float) -> None:

@@ -9,7 +9,6 @@ from ...broker.queue.consumer_group import ConsumerGroup
 from ...broker.queue.group.reply_sender import ReplySender
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire._fields import LARGE
-from ...broker.wire.entry_ref import id_of
 from ...broker.wire.keys import Keys
 from ...broker.wire.replies import Reply
 from ...handles.calls.large_bodies import too_long as too_long_of
@@ -62,7 +61,6 @@ class Settlement:
             self._replies.append((claim, reply))
             return
         caller = claim.entry.caller
-        reply.queue_ms = _queue_ms(claim.ref, reply, self._commands.now_ms())
         if len(reply.body) > LARGE:
             body, longest = reply.body, self._commands.max_string_bytes
 
@@ -87,10 +85,8 @@ class Settlement:
 
     def _reply_together(self) -> None:
         alike: AlikeReplies = {}
-        now_ms = self._commands.now_ms()
         pending, self._replies = self._replies, []
         for claim, reply in pending:
-            reply.queue_ms = _queue_ms(claim.ref, reply, now_ms)
             key = claim.entry.caller, reply.codec, reply.status
             if (together := alike.get(key)) is None:
                 alike[key] = [reply]
@@ -136,11 +132,6 @@ class Settlement:
         if entry.caller:
             reply = Reply(entry.id, error.status, error=to_wire(error), replica=self._replica)
             self._group.replies.send(entry.caller, reply.fields())
-
-
-def _queue_ms(ref: bytes, reply: Reply, now_ms: float) -> float:
-    published_ms = int(id_of(ref).partition(b"-")[0])
-    return max(0.0, round(now_ms - reply.run_ms - published_ms, 3))
 
 
 def _log_failure(result: Any) -> None:

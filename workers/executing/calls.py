@@ -11,7 +11,7 @@ from typing import Any, Union
 
 from starlette.responses import Response
 
-from ...broker.wire.entry_ref import published_ms
+from ...broker.wire.entry_ref import queued_ms
 from ...broker.wire.replies import Reply
 from ...handles.calls import tracing
 from ...handles.errors import PenstockError
@@ -19,7 +19,7 @@ from ...handles.log_context import work_on
 from ..claim import Claim, RunningCall
 from .errors import failed_reply
 from .executor import CallResult, Executor, OnReply, ms_since
-from .request import Request, current_requests
+from .request import Request
 from .stream_writer import Values
 from .streamed_calls import GeneratorOnThread, LoopStreamCall, ResponseCall, ThreadStreamCall
 from .threads import ThreadJob
@@ -116,17 +116,14 @@ class _Call:
             on_progress = None if entry.keep_bytes is None else executor.progress_of(self._claims[0])
             request = Request(entry, executor.allow_pickle, on_progress)
             self._requests = (request,)
-            current_requests.set(self._requests)
-            work_on(((entry.header.request_id, entry.id),))
-            tracing.work_for(entry.header.headers)
+            work_on((entry,))
             if tracing.spans is not None:
                 self._begin_spans(tracing.spans)
             return request
         entries = [claim.entry for claim in self._claims]
-        tracing.work_for(None)  # the items of a batch belong to different traces
         if tracing.spans is not None:
             self._begin_spans(tracing.spans)
-        work_on([(entry.header.request_id, entry.id) for entry in entries])
+        work_on(entries)
         self._requests = [
             Request(
                 claim.entry,
@@ -135,14 +132,13 @@ class _Call:
             )
             for claim in self._claims
         ]
-        current_requests.set(self._requests)
         return self._requests if entries else None
 
     def _begin_spans(self, spans: tracing.Spans) -> None:
         now_ms = self._executor.now_ms()
         for claim in self._claims:
-            queued_ms = now_ms - published_ms(claim.ref)
-            claim.spans = run = spans.begin_run(self._executor.backend, claim.entry.header, queued_ms)
+            waited_ms = queued_ms(claim.ref, now_ms)
+            claim.spans = run = spans.begin_run(self._executor.backend, claim.entry.header, waited_ms)
             if len(self._claims) == 1:
                 self._span_token = spans.enter(run)
 
@@ -211,7 +207,6 @@ class ThreadCall(_Call, ThreadJob):
         work_on(())  # a health check may be next on this thread
         if tracing.spans is not None and self._span_token is not None:
             tracing.spans.leave(self._span_token)
-        current_requests.set(())
 
     def _stream_here(self, values: Generator[Any, Any, Any], began_at: float) -> None:
         """Run a generator to its end, so that no other request of one that is alone on its thread comes between."""

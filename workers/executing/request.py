@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
 
@@ -23,12 +22,9 @@ from ...broker.wire.requests import HTTP_CODEC, Entry
 from ...handles.codec import decode, load_json
 from ...handles.errors import ConfigError, MalformedBody
 from ...handles.json_bounds import read_bounded
-from ...handles.options import MODEL_ID_HEADER
+from ...handles.options import model_id_of
 from ...runtime.notebooks import NotebookTable
 from .forms import check_fields, content_type_of, is_json, parse_form
-
-current_requests: ContextVar[Sequence[Request]] = ContextVar("penstock_current_requests", default=())
-"""The requests that the current context processes."""
 
 _NOT_READ: Any = object()
 
@@ -132,7 +128,7 @@ class Request(NotebookTable, requests.Request):
     @property
     def model_id(self) -> str:
         """The model that the request names (``X-Serve-Model-Id``); an empty string if it names none."""
-        return next((value for name, value in self._entry.header.headers if name == MODEL_ID_HEADER), "")
+        return model_id_of(self._entry.header.headers)
 
     @property
     def data(self) -> Any:

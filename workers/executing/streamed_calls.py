@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from ...broker.wire.replies import Reply
-from ...handles.calls.tracing import work_for
 from ...handles.log_context import work_on
 from ..claim import Claim
 from .executor import Executor, OnReply, ms_since
@@ -64,8 +63,7 @@ class ThreadStreamCall(ThreadJob):
 
     def run(self) -> None:
         entry = self._claim.entry
-        work_on([(entry.header.request_id, entry.id)])
-        work_for(entry.header.headers)
+        work_on((entry,))
         self._stream.run(perf_counter())
         work_on(())
 
@@ -93,8 +91,7 @@ class LoopStreamCall:
 
     async def _run(self) -> None:
         executor, writer, entry = self._executor, self._writer, self._claim.entry
-        work_on([(entry.header.request_id, entry.id)])
-        work_for(entry.header.headers)
+        work_on((entry,))
         began_at = perf_counter()
         self._started = True
         try:
@@ -145,8 +142,7 @@ class ResponseCall:
 
     async def _run(self) -> None:
         executor, claim, entry = self._executor, self._claim, self._claim.entry
-        work_on([(entry.header.request_id, entry.id)])
-        work_for(entry.header.headers)
+        work_on((entry,))
         self._started = True
         try:
             if self._is_cancelled:
