@@ -43,7 +43,9 @@ ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
-	@$(BIN)/python -m pytest -m alone tests/faults tests/containers
+	@$(BIN)/python -m pytest -m alone tests/faults
+	@# By themselves: a Ray of other tests would run beside those of the containers.
+	@$(BIN)/python -m pytest -m alone tests/containers
 endif
 
 .PHONY: check
