@@ -19,6 +19,8 @@ from ..deploy.sources import find_source
 from ..validation import ALL_METHODS
 
 _OWN_FOLDER = str(Path(__file__).parent.parent.parent) + os.sep
+_LIBRARY = (_OWN_FOLDER, "<frozen importlib", importlib.__file__)
+"""Files whose frames a traceback of a program does not begin with."""
 _METHODS = ("GET", "POST")
 
 
@@ -147,7 +149,7 @@ def show_error(error: BaseException, target: str) -> None:
         return
     report = traceback.TracebackException.from_exception(error)
     frames = list(report.stack)
-    while frames and (frames[0].filename.startswith((_OWN_FOLDER, "<frozen importlib")) or not frames[0].filename):
+    while frames and (frames[0].filename.startswith(_LIBRARY) or not frames[0].filename):
         del frames[0]
     report.stack = traceback.StackSummary.from_list(frames)
     sys.stderr.write("".join(report.format()))

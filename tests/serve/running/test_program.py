@@ -139,3 +139,18 @@ def test_the_traceback_of_a_script_begins_in_the_script(
     shown = capsys.readouterr().err.splitlines()
     assert [line.strip().split(",")[0] for line in shown if "File " in line] == [f'File "{script}"'] * 2
     assert shown[-1] == "RuntimeError: no weights"
+
+
+def test_the_traceback_of_a_module_begins_in_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = tmp_path / "penstock_broken_module.py"
+    module.write_text("import nothing_like_that\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        made("penstock_broken_module:app")
+    show_error(raised.value, "penstock_broken_module:app")
+    shown = [line for line in capsys.readouterr().err.splitlines() if 'File "<' not in line and "^" not in line]
+    files = [line.strip().split(",")[0] for line in shown if "File " in line and "test_program" not in line]
+    assert files == [f'File "{module}"']
+    assert shown[-1] == "ModuleNotFoundError: No module named 'nothing_like_that'"
