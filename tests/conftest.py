@@ -15,6 +15,7 @@ from tests.forks import close_shared_forks
 from tests.groups import check_group, groups_first, is_slow, is_slow_module, scheduler
 from tests.guarded import Guarded, guarded, redis_program
 from tests.processes import descendants, mark_descendants
+from tests.ray_workers import RayWorkers
 from tests.waiting import wait_until
 
 # How long an example takes says nothing where others use the machine too.
@@ -89,14 +90,15 @@ def cluster() -> Iterator[str]:
 
     # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
     there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
-    with pytest.MonkeyPatch.context() as environ:
-        # As in a Ray that Penstock starts. At Ray's default, 15, the tests that compute leave its workers no time.
-        environ.setenv("RAY_worker_niceness", "0")
-        # Prestarted Python processes would slow down the ones that are needed.
-        environ.setenv("RAY_prestart_worker_first_driver", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with RayWorkers() as workers:
+        with pytest.MonkeyPatch.context() as environ, workers.of_the_ray_that_is_started():
+            # As in a Ray that Penstock starts. At Ray's default, 15, the tests that compute leave its workers no time.
+            environ.setenv("RAY_worker_niceness", "0")
+            # Prestarted Python processes would slow down the ones that are needed.
+            environ.setenv("RAY_prestart_worker_first_driver", "0")
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 @pytest.fixture

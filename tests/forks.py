@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 _LAUNCHER = """\
 #!{python} -ISB
@@ -30,16 +31,23 @@ import marshal, os, sys, _signal, _socket
 arguments = sys.argv[1:]
 if not arguments or not arguments[0].endswith({scripts!r}):
     os.execv({python!r}, [{python!r}, *arguments])
-mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, [])]
+{connect}
+forwarded = (_signal.SIGINT, _signal.SIGTERM)
+mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, forwarded)]
 request = marshal.dumps((arguments, dict(os.environ), os.getcwd(), mask))
-connection = _socket.socket(_socket.AF_UNIX)
-connection.connect({path!r})
 files = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
-connection.sendmsg([len(request).to_bytes(4, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
-connection.sendall(request)
-fork = int.from_bytes(connection.recv(4), "big")
-for number in (_signal.SIGINT, _signal.SIGTERM):
+try:
+    connection.sendmsg([len(request).to_bytes(4, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
+    connection.sendall(request)
+    fork = int.from_bytes(connection.recv(4), "big")
+except OSError:
+    fork = 0
+if not fork:  # the process that forks has ended
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+    os.execv({python!r}, [{python!r}, *arguments])
+for number in forwarded:
     _signal.signal(number, lambda number, _: os.kill(fork, number))
+_signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 code = int.from_bytes(connection.recv(4), "big", signed=True)
 if code < 0:
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
@@ -49,6 +57,23 @@ if code < 0:
 os._exit(code)
 """
 """Imports nothing that takes time. It lives as long as the fork, forwards signals to it, and is killed with it."""
+
+_CONNECT = """\
+connection = _socket.socket(_socket.AF_UNIX)
+connection.connect({path!r})
+"""
+
+
+def write_launcher(program: Path, scripts: tuple[str, ...], connect: str) -> None:
+    """Write a program with the arguments of Python.
+
+    Args:
+        program: its path.
+        scripts: what the first argument must end with to be run in a fork; all else runs in Python as usual.
+        connect: code that sets ``connection`` to a socket of a process that forks, and may change ``arguments``.
+    """
+    program.write_text(_LAUNCHER.format(python=sys.executable, scripts=scripts, connect=connect))
+    program.chmod(0o700)
 
 
 class ForkServer:
@@ -66,8 +91,7 @@ class ForkServer:
         self._path = str(directory / "forks")
         self.python = directory / "python"
         """A program with the arguments of Python."""
-        self.python.write_text(_LAUNCHER.format(python=sys.executable, scripts=scripts, path=self._path))
-        self.python.chmod(0o700)
+        write_launcher(self.python, scripts, _CONNECT.format(path=self._path))
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", __name__, self._path, first, *imports]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
@@ -98,13 +122,18 @@ def close_shared_forks() -> None:
     _shared.clear()
 
 
-class _Request:
+class Request:
     """A script to run, with all that a process is started with."""
 
     def __init__(self, connection: socket.socket) -> None:
+        """Read it. Raises ``EOFError`` if its launcher was killed meanwhile."""
         head, self._files, _, _ = socket.recv_fds(connection, 4, 3)
-        with connection.makefile("rb") as sent:
-            fields = marshal.loads(sent.read(int.from_bytes(head, "big")))
+        try:
+            with connection.makefile("rb") as sent:
+                fields = marshal.loads(sent.read(int.from_bytes(head, "big")))
+        except (EOFError, OSError) as e:
+            self.close()
+            raise EOFError from e
         self._arguments, self._environ, self._directory, self._mask = fields
 
     def close(self) -> None:
@@ -112,7 +141,7 @@ class _Request:
         for file in self._files:
             os.close(file)
 
-    def run(self, first: str) -> None:
+    def run(self, first: str = "") -> None:
         """Run it in this process, as Python does; before it ``first``."""
         os.setpgid(0, 0)  # Ray kills the group of a worker that ends
         for standard, file in enumerate(self._files):
@@ -138,49 +167,75 @@ class _Request:
             runpy.run_path(script, run_name="__main__")
 
 
-class _Forking:
-    """The loop of the process that forks."""
+class Forking:
+    """The loop of a process that forks.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        listening: where launchers connect.
+        end: what is readable when the process is to end.
+        lingers: whether it then waits for its forks, which end by themselves, in place of killing them.
+        idle_s: it also ends when it has had no fork for so long.
+    """
+
+    def __init__(
+        self, listening: socket.socket, end: int | IO[bytes], *, lingers: bool = False, idle_s: float | None = None
+    ) -> None:
         self._selector = selectors.DefaultSelector()
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(path)
-        self._listening.listen(64)
-        self._ended, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno())
+        self._listening, self._end, self._lingers, self._timeout_s = listening, end, lingers, idle_s
+        self._ended, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno())
         signal.signal(signal.SIGCHLD, _do_nothing)
-        for file in (self._listening, self._ended, sys.stdin.buffer):
+        for file in (self._listening, self._ended, end):
             self._selector.register(file, selectors.EVENT_READ)
         self._launchers: dict[int, socket.socket] = {}
-        self._wakeup = wakeup
 
-    def wait_for_request(self) -> _Request | None:
-        """Return in a fork for each request; None in this process, once its standard input is closed."""
+    def wait_for_request(self) -> Request | None:
+        """Return in a fork for each request; None in this process, when it is to end."""
         while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is sys.stdin.buffer:
-                    signal.set_wakeup_fd(-1)
-                    for pid in self._launchers:
-                        os.kill(pid, signal.SIGKILL)
-                    return None
-                if key.fileobj is self._ended:
+            events = self._selector.select(self._timeout_s)
+            if not events and not self._launchers:
+                return None
+            for key, _ in events:
+                if key.fileobj is self._end:
+                    if not self._lingers:
+                        self._kill_forks()
+                        return None
+                    self._selector.unregister(self._end)
+                    self._timeout_s = _LINGER_S
+                elif key.fileobj is self._ended:
                     self._ended.recv(1000)
                     self._report_ended()
                 elif key.fileobj is self._listening:
-                    launcher, _ = self._listening.accept()
-                    request = _Request(launcher)
-                    if (pid := os.fork()) == 0:
-                        launcher.close()
-                        self._leave()
+                    if (request := self._accept()) is not None:
                         return request
-                    request.close()
-                    launcher.sendall(pid.to_bytes(4, "big"))
-                    self._launchers[pid] = launcher
-                    self._selector.register(launcher, selectors.EVENT_READ, pid)
                 elif self._launchers.get(key.data) is key.fileobj:
                     os.kill(key.data, signal.SIGKILL)  # its launcher was killed
                     self._selector.unregister(key.fileobj)
+
+    def _accept(self) -> Request | None:
+        """Fork for a request; return it in the fork."""
+        launcher, _ = self._listening.accept()
+        try:
+            request = Request(launcher)
+        except EOFError:
+            launcher.close()
+            return None
+        if (pid := os.fork()) == 0:
+            launcher.close()
+            self._leave()
+            return request
+        request.close()
+        with suppress(OSError):  # it was killed, which the end of its connection shows
+            launcher.sendall(pid.to_bytes(4, "big"))
+        self._launchers[pid] = launcher
+        self._selector.register(launcher, selectors.EVENT_READ, pid)
+        return None
+
+    def _kill_forks(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for pid in self._launchers:
+            os.kill(pid, signal.SIGKILL)
 
     def _report_ended(self) -> None:
         """Send the exit codes of the forks that have ended to their launchers."""
@@ -199,20 +254,34 @@ class _Forking:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
+        if isinstance(self._end, int):
+            os.close(self._end)
         for file in (self._listening, self._ended, self._wakeup, *self._launchers.values()):
             file.close()
+
+
+_LINGER_S = 0.2
+"""Without a fork, after the end."""
 
 
 def _do_nothing(*_: object) -> None:
     """Handle SIGCHLD: a signal that is ignored would not wake the selector."""
 
 
-def _main(path: str, first: str, *imports: str) -> None:
+def import_and_freeze(imports: Sequence[str]) -> None:
+    """Import the modules for all forks, none of which copies them by collecting garbage."""
     for name in imports:
         importlib.import_module(name)
-    forking = _Forking(path)
     gc.collect()
     gc.freeze()
+
+
+def _main(path: str, first: str, *imports: str) -> None:
+    import_and_freeze(imports)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen(64)
+    forking = Forking(listening, sys.stdin.buffer)
     print("ready", flush=True)
     if (request := forking.wait_for_request()) is not None:
         del forking

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +12,23 @@ from typing import IO, Any
 import pytest
 
 from tests.forks import ForkServer
+from tests.ray_workers import IMPORTS
+
+RANDOM = """
+import threading, ray
+
+ids = [ray.NodeID.from_random().hex()]
+threads = [threading.Thread(target=lambda: ids.append(ray.NodeID.from_random().hex())) for _ in range(3)]
+for thread in threads:
+    thread.start()
+    thread.join()
+print(*ids)
+"""
 
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    forks = ForkServer(tmp_path_factory.mktemp("forks"), ["json"], scripts=("-c",))
+    forks = ForkServer(tmp_path_factory.mktemp("forks"), ["json", *IMPORTS], scripts=("-c",))
     yield forks
     forks.close()
 
@@ -56,6 +70,23 @@ while True:
         assert output.readline() == "terminated\n"
         launcher.kill()
         assert output.read() == ""  # the fork had it open too
+
+
+def test_forks_have_different_random_ids_of_ray(forks: ForkServer) -> None:
+    """Also on their threads: two actors of one id would be one to Ray."""
+    ids = [id_ for _ in range(2) for id_ in python(forks, RANDOM, env=dict(os.environ)).stdout.split()]
+    assert len(set(ids)) == len(ids) == 8
+
+
+def test_a_launcher_that_is_killed_before_it_was_understood_harms_no_other_one(
+    forks: ForkServer, tmp_path: Path
+) -> None:
+    path = str(forks.python.with_name("forks"))
+    for sent in (b"", b"\0\0", (1000).to_bytes(4, "big")):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            connection.send(sent)
+    assert python(forks, "print(1)").stdout == "1\n"
 
 
 def test_what_is_not_to_be_forked_runs_in_python(forks: ForkServer) -> None:

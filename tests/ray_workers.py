@@ -1,0 +1,107 @@
+"""Ray's workers as forks of processes that have done their imports.
+
+Ray starts a Python for every actor, which spends more than a second of processor time on imports before it runs
+anything. Here the first worker of a job starts a process that makes the imports once, and this worker and all later
+ones of the job are forks of it. Ray knows a worker by the process id that it registers itself with, which is the
+fork's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from tests.forks import Forking, import_and_freeze, write_launcher
+
+IMPORTS = (
+    *("ray", "ray._private.node", "ray._private.async_compat", "ray._private.runtime_env.setup_hook", "uvloop"),
+    *("penstock.proxy.proxy", "penstock.workers.replica", "penstock.workers.runtime_env"),
+    *("penstock.serve.instance", "penstock.serve.controller.planner", "penstock.serve.controller.autoscaler"),
+)
+"""None makes an actor class. That takes a random number from Ray, and those after it would be alike in all forks."""
+
+_SCRIPTS = ("ray/_private/workers/default_worker.py", "ray/_private/workers/setup_worker.py")
+
+_IDLE_S = 20.0
+"""A process that has had no worker for so long ends. The next worker starts another one."""
+
+# Ray reads the job, the raylet's process id and its settings from the environment when it is imported. So workers of
+# one environment share a process. The first of them makes the socket, and the others wait in its backlog.
+_CONNECT = """\
+import time, zlib
+arguments = [argument.replace({env_of_python!r}, {env_of_launcher!r}) for argument in arguments]
+path = {directory!r} + "/%08x" % zlib.crc32(marshal.dumps(sorted(os.environ.items())))
+for _ in range(500):
+    connection = _socket.socket(_socket.AF_UNIX)
+    try:
+        connection.connect(path)
+        break
+    except OSError:
+        pass
+    try:
+        connection.bind(path)
+    except OSError:
+        time.sleep(0.01)  # another one has just made it, or a process that forks is about to remove it
+        continue
+    connection.listen(64)
+    os.set_inheritable(connection.fileno(), True)
+    command = [{python!r}, "-c", {code!r}, path, str(connection.fileno())]
+    null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
+    os.posix_spawn({python!r}, command, os.environ, file_actions=null, setsid=True)
+    connection.close()
+else:
+    os.execv({python!r}, [{python!r}, *arguments])
+"""
+
+_CODE = "import sys; sys.path[0] = {root!r}; from tests.ray_workers import fork_workers; fork_workers(*sys.argv[1:])"
+
+
+class RayWorkers:
+    """A place for processes whose forks are workers, until the end of the context."""
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="workers-"))
+        self.python = self._directory / "python"
+        """A program with the arguments of Python, which raylets start their workers with."""
+        environment = '"py_executable": "{}"'.format
+        connect = _CONNECT.format(
+            python=sys.executable,
+            directory=str(self._directory),
+            code=_CODE.format(root=str(Path(__file__).parents[1])),
+            env_of_python=environment(sys.executable),
+            env_of_launcher=environment(self.python),
+        )
+        write_launcher(self.python, _SCRIPTS, connect)
+
+    @contextmanager
+    def of_the_ray_that_is_started(self) -> Generator[None]:
+        """Let a Ray that is started in the context start its workers here, also after it. On Linux only."""
+        python = str(self.python) if hasattr(os, "pidfd_open") else sys.executable
+        with mock.patch.object(sys, "executable", python):
+            yield
+
+    def __enter__(self) -> RayWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._directory)
+
+
+def fork_workers(path: str, listening: str) -> None:
+    """Fork a worker for each connection, until its raylet has ended or none was started for a while."""
+    raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
+    import_and_freeze(IMPORTS)
+    forking = Forking(socket.socket(fileno=int(listening)), raylet, lingers=True, idle_s=_IDLE_S)
+    if (request := forking.wait_for_request()) is None:
+        Path(path).unlink(missing_ok=True)
+        request = forking.wait_for_request()  # of a launcher that had connected before
+    if request is not None:
+        del forking
+        request.run()
