@@ -241,7 +241,7 @@ class BaseHandle(NotebookTable):
         body = encoded.body if encoded.error is None else encoded.body_for(client, endpoint)
         key, began_s = self._options.idempotency_key, client.loop.time()
         with starting(self._url, self._instance):
-            ticket = await client.kept.submit(
+            ticket = await client.kept.submission.submit(
                 endpoint,
                 encoded.header,
                 body,

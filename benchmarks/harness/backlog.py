@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .json_program import Teller
+from .json_program import JsonProgram
 from .report import Figure, ms, table
 
-PROGRAM = Teller("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
+PROGRAM = JsonProgram("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ def run(items: int, seconds: float) -> list[Beside]:
     """Run it once.
 
     Raises:
-        ProgramFailed: it failed, took too long or told nothing.
+        ProgramFailed: it failed, took too long or printed no result.
     """
-    told = PROGRAM.told("--items", str(items), "--seconds", str(seconds), within_s=14 * seconds)
-    return [Beside(**line) for line in told]
+    results = PROGRAM.run("--items", str(items), "--seconds", str(seconds), within_s=14 * seconds)
+    return [Beside(**line) for line in results]
 
 
 def markdown(seen: list[Beside]) -> str:

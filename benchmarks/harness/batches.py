@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .cases import Case
 from .catalogue import SYSTEMS
-from .json_program import Teller
+from .json_program import JsonProgram
 from .measure import SETTLE_S, WARM_UP_S, Served, serving
 from .processes import Program, ProgramFailed, busy_s
 from .report import Figure, table
@@ -25,7 +25,7 @@ CALLS_MS = (3, 10, 20, 50)
 IN_FLIGHT = (128, 256, 512)
 BY_HTTP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
 HTTP, HANDLE = "HTTP", "asyncio handle"
-CALLER = Teller("penstock", "Penstock", "penstock_in_flight.py", is_peer=False)
+CALLER = JsonProgram("penstock", "Penstock", "penstock_in_flight.py", is_peer=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def _sample(served: Served, case: Case, how: str, call_ms: int, in_flight: int, 
     else:
         url = (served.program.scratch / "redis-url").read_text()
         words = ["--url", url, "--endpoint", case.workload, "--in-flight", str(in_flight), "--seconds", str(seconds)]
-        (told,) = CALLER.told(*words, within_s=seconds)
-        per_s, load_cpu_s, wrong = told["answered"] / told["seconds"], told["cpu_s"], 0
+        (result,) = CALLER.run(*words, within_s=seconds)
+        per_s, load_cpu_s, wrong = result["answered"] / result["seconds"], result["cpu_s"], 0
     took_s = time.monotonic() - began
     sizes = _sizes(served.program)[len(sizes_before) :]
     if not sizes:

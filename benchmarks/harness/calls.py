@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from .json_program import Teller
+from .json_program import JsonProgram
 from .report import Figure, table
 
 SLOWEST_PER_S = 150.0
@@ -16,7 +16,7 @@ BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
-class Caller(Teller):
+class Caller(JsonProgram):
     """Serves and calls itself, and tells of each way of calling."""
 
     share: float = 1.0
@@ -53,11 +53,11 @@ def run(caller: Caller, items: int) -> list[Called]:
     """Run one caller to its end.
 
     Raises:
-        ProgramFailed: it failed, took too long or told nothing.
+        ProgramFailed: it failed, took too long or printed no result.
     """
     items = max(1, round(items * caller.share))
-    told = caller.told("--items", str(items), within_s=3 * items / SLOWEST_PER_S)
-    return [Called(caller.name, **line) for line in told]
+    results = caller.run("--items", str(items), within_s=3 * items / SLOWEST_PER_S)
+    return [Called(caller.name, **line) for line in results]
 
 
 def markdown(seen: list[Called]) -> str:

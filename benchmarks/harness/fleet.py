@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from .json_program import Teller
+from .json_program import JsonProgram
 from .report import table
 
-PROGRAM = Teller("penstock", "Penstock", "penstock_fleet.py", False)
+PROGRAM = JsonProgram("penstock", "Penstock", "penstock_fleet.py", False)
 
 LAYOUTS = {
     f"{replicas} in {backends}": (replicas, backends)
@@ -39,8 +39,8 @@ def visit(layout: str, *, seconds: float) -> Fleet:
     """
     replicas, backends = LAYOUTS[layout]
     words = ("--replicas", str(replicas), "--backends", str(backends), "--seconds", str(seconds))
-    (told,) = PROGRAM.told(*words, within_s=2 * seconds + _START_S)
-    return Fleet(layout, told["connections_per_replica"], told["idle"], told["load"])
+    (result,) = PROGRAM.run(*words, within_s=2 * seconds + _START_S)
+    return Fleet(layout, result["connections_per_replica"], result["idle"], result["load"])
 
 
 def markdown(seen: list[Fleet]) -> str:

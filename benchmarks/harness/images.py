@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .catalogue import PROGRAMS, RAY_HAPROXY, RAY_QUIET
-from .json_program import Teller
+from .json_program import JsonProgram
 from .measure import SETTLE_S, ask, free_port
 from .processes import Program, ProgramFailed, busy_s
 from .report import Figure, table
@@ -35,8 +35,8 @@ CONNECTIONS = (64, 256)
 IN_FLIGHT = 256
 READY_WITHIN_S = 180.0
 HTTP, HANDLE, BATCH = "HTTP", "asyncio handle", "batch"
-CALLER = Teller("penstock", "Penstock", "penstock_image_calls.py", is_peer=False)
-DIRECT = Teller("direct", "direct loop", "direct_images.py", is_peer=False)
+CALLER = JsonProgram("penstock", "Penstock", "penstock_image_calls.py", is_peer=False)
+DIRECT = JsonProgram("direct", "direct loop", "direct_images.py", is_peer=False)
 TWO_AT_A_TIME = "Penstock, `max_concurrent_queries` 2"
 
 
@@ -111,13 +111,13 @@ def direct(device: str, seconds: float, say: Callable[[str], None]) -> tuple[str
     Raises:
         ProgramFailed: it failed.
     """
-    told = DIRECT.told("--device", device, "--seconds", str(seconds), within_s=2 * seconds * len(WORKLOADS) + 120)
+    results = DIRECT.run("--device", device, "--seconds", str(seconds), within_s=2 * seconds * len(WORKLOADS) + 120)
     seen = []
-    for line in told:
+    for line in results:
         for how, key in (("staged", "staged_per_s"), ("from bytes", "from_bytes_per_s")):
             seen.append(Classified("direct", line["workload"], how, 0, line[key], 64.0, 1.0))
         say(f"{line['workload']} {line['staged_per_s']:,.0f}/s")
-    return told[0]["device"], seen
+    return results[0]["device"], seen
 
 
 class Served:
@@ -169,10 +169,12 @@ class Served:
         words = ["--url", self.redis_url, "--workload", str(number), "--seconds", str(self._seconds)]
         words += ["--way", "batch" if how == BATCH else "handle", "--in-flight", str(IN_FLIGHT)]
         with _Watch(self.program) as watch:
-            (told,) = CALLER.told(*words, within_s=self._seconds + 60)
-        per_s, mean_batch = told["answered"] / told["seconds"], watch.calls()[0]
+            (result,) = CALLER.run(*words, within_s=self._seconds + 60)
+        per_s, mean_batch = result["answered"] / result["seconds"], watch.calls()[0]
         in_flight = IN_FLIGHT if how == HANDLE else 0
-        return Classified(title, WORKLOADS[number].name, how, in_flight, per_s, mean_batch, not_answered=told["wrong"])
+        return Classified(
+            title, WORKLOADS[number].name, how, in_flight, per_s, mean_batch, not_answered=result["wrong"]
+        )
 
     def _target(self, number: int) -> Target:
         file = self.program.scratch / f"image-{number}"

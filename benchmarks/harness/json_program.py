@@ -18,7 +18,7 @@ MARK = "@@"
 
 
 @dataclass(frozen=True, slots=True)
-class Teller:
+class JsonProgram:
     """One such program."""
 
     name: str
@@ -27,16 +27,20 @@ class Teller:
     is_peer: bool = True
     """It runs with the packages of the other systems."""
 
-    def told(self, *words: str, within_s: float = 0.0) -> list[dict[str, Any]]:
-        """Run it with these words on its command line: what takes it ``within_s`` beyond its start.
+    def run(self, *arguments: str, within_s: float = 0.0) -> list[dict[str, Any]]:
+        """Run it with these arguments and return its results.
+
+        Args:
+            *arguments: of its command line.
+            within_s: the seconds that it may take after its start.
 
         Raises:
-            ProgramFailed: it failed, took too long or told nothing.
+            ProgramFailed: it failed, took too long or printed no result.
         """
         python = environment.PYTHON if self.is_peer else Path(sys.executable)
-        with Program([str(python), str(PROGRAMS / self.program), *words], env=RAY_QUIET) as program:
+        with Program([str(python), str(PROGRAMS / self.program), *arguments], env=RAY_QUIET) as program:
             printed = program.run_to_end(within_s=START_WITHIN_S + within_s)
-        told = [json.loads(line.removeprefix(MARK)) for line in printed.splitlines() if line.startswith(MARK)]
-        if not told:
-            raise ProgramFailed(f"told nothing:\n{printed[-2_000:]}")
-        return told
+        results = [json.loads(line.removeprefix(MARK)) for line in printed.splitlines() if line.startswith(MARK)]
+        if not results:
+            raise ProgramFailed(f"it printed no result:\n{printed[-2_000:]}")
+        return results

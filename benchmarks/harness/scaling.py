@@ -175,8 +175,8 @@ def markdown(seen: Sequence[Scaled]) -> str:
             f"{row.p50_ms:.2f}", f"{row.p99_ms:.2f}",
             *(f"{row.stages_us[stage]:.1f}" for stage in (*STAGES.values(), REST, WRK)), f"{row.others_cores:.2f}",
         ])  # fmt: skip
-        told = [f"{command} {count:.2f}" for command, count in row.commands.items() if count >= 0.01]
-        commands.append([*name, f"{sum(row.commands.values()):.2f}", ", ".join(told)])
+        sent = [f"{command} {count:.2f}" for command, count in row.commands.items() if count >= 0.01]
+        commands.append([*name, f"{sum(row.commands.values()):.2f}", ", ".join(sent)])
         if (base := simplest.get(row.connections)) is not None:
             predicted.append([*name, f"{row.per_s.median:,.0f}", *_predictions(row, base, cores)])
     head = ["c", "replicas", "proxies"]

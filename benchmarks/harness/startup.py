@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from .json_program import Teller
+from .json_program import JsonProgram
 from .processes import ProgramFailed
 from .report import Figure, table
 
@@ -15,7 +15,7 @@ BARE = "bare Ray actor"
 
 
 @dataclass(frozen=True, slots=True)
-class Starter(Teller):
+class Starter(JsonProgram):
     """Starts up, tells about it, and ends."""
 
     until_first_answer: tuple[str, ...] = ()
@@ -58,11 +58,11 @@ def run(starter: Starter) -> Started:
     Raises:
         ProgramFailed: it failed, took too long or left a step out.
     """
-    told = starter.told()
-    steps = {line["what"]: line["seconds"] for line in told if "what" in line}
+    results = starter.run()
+    steps = {line["what"]: line["seconds"] for line in results if "what" in line}
     if missing := [step for step in starter.until_first_answer if step not in steps]:
         raise ProgramFailed(f"did not tell of {', '.join(missing)}, but of {', '.join(steps)}")
-    return Started(starter.name, steps, [Memory(**line) for line in told if "process" in line])
+    return Started(starter.name, steps, [Memory(**line) for line in results if "process" in line])
 
 
 def markdown(seen: list[Started]) -> str:
@@ -99,8 +99,8 @@ def _memory_lines(title: str, seen: list[Started]) -> list[list[str]]:
     for process in dict.fromkeys(one.process for one in seen[0].memory):
         mine = backend_stats(process)
         over = [f"{ours - theirs:+.1f}" for ours, theirs in zip(mine, bare, strict=True)]
-        told = over if process not in (BARE, "broker") else [""] * 3
-        lines.append([title, process, *(f"{mib:.1f}" for mib in mine), *told])
+        more = over if process not in (BARE, "broker") else [""] * 3
+        lines.append([title, process, *(f"{mib:.1f}" for mib in mine), *more])
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from startup import Clock, first_answer, tell_memory
+from startup import Clock, first_answer, print_memory
 
 
 def noop(request: Any) -> Any:
@@ -38,7 +38,7 @@ def main() -> None:
     client.update_backend_config("second", {"num_replicas": 2})
     clock.step("a second replica")
 
-    tell_memory(
+    print_memory(
         clock,
         {
             "HTTPProxy": "proxy",

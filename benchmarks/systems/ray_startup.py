@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from startup import Clock, first_answer, tell_memory
+from startup import Clock, first_answer, print_memory
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     serve.run(deployment.bind(), name="second", route_prefix="/second")
     clock.step("a second serve.run")
 
-    tell_memory(
+    print_memory(
         clock,
         {
             "ProxyActor": "proxy",

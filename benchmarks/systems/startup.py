@@ -51,10 +51,10 @@ def first_answer(url: str) -> None:
         time.sleep(0.005)
 
 
-def tell_memory(clock: Clock, of: dict[str, str]) -> None:
+def print_memory(clock: Clock, of: dict[str, str]) -> None:
     """Print what processes take when idle, beside an actor that does nothing.
 
-    ``of`` has the titles for the names of those to be told of.
+    ``of`` has the titles of the processes, by their names.
     """
     import ray
 

@@ -85,7 +85,7 @@ class SubmittedRequests:
         wait_s = min(preferred_s or 0, timeout_s) if prefers_async else timeout_s
         began_s = self._loop.time()
         submitting = self._loop.create_task(
-            self._kept.submit(
+            self._kept.submission.submit(
                 endpoint,
                 header,
                 body,

@@ -17,7 +17,7 @@ from ....broker.wire.replies import Reply
 from ....broker.wire.requests import Header
 from ...errors import BackendNotFound, RequestNotFound, ResultExpired, WireError
 from ..large_bodies import LargeBodies
-from .submission import IdempotencyKey, Submission, Ticket
+from .submission import Submission, Ticket
 from .waiters import Waiters
 
 
@@ -55,7 +55,10 @@ class KeptRequests:
         self._waiters = Waiters(
             connection, caller, admission, self._reader, new_call, self._check_backend, self._check_idle
         )
-        self._submission = Submission(connection, admission, self._waiters, watcher, publisher, bodies, choose, shadow)
+        self.submission = Submission(
+            connection, admission, self._waiters, watcher, publisher, bodies, choose, shadow, self._progress
+        )
+        """Submits requests; their tickets are for the methods below."""
         self._in_progress = 0
 
     @property
@@ -70,46 +73,6 @@ class KeptRequests:
     def close(self) -> None:
         """End all waits with `RequestCancelled`. The requests go on."""
         self._waiters.close()
-
-    async def submit(
-        self,
-        endpoint: EndpointRecord,
-        header: Header,
-        body: bytes,
-        *,
-        key: IdempotencyKey | None = None,
-        shard_key: str | None = None,
-        timeout_s: float | None = None,
-        max_stream_bytes: int,
-        waits: bool,
-    ) -> Ticket:
-        """Return once the request is durably queued, or was by an earlier one with the same key.
-
-        With ``waits``, `result` must be called with the ticket.
-
-        Raises:
-            BackendNotFound: the endpoint routes to no backend.
-            CallMethodRefused: the endpoint does not offer the method.
-            IdempotencyConflict: the key was used for another request.
-            Overloaded, ResultsFull: there is no room.
-            PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
-            BrokerUnavailable: the broker cannot be reached. The request may have been accepted nevertheless.
-        """
-        self._in_progress += 1
-        try:
-            return await self._submission.submit(
-                endpoint,
-                header,
-                body,
-                key=key,
-                shard_key=shard_key,
-                timeout_s=timeout_s,
-                max_stream_bytes=max_stream_bytes,
-                waits=waits,
-            )
-        finally:
-            self._in_progress -= 1
-            self._check_idle()
 
     async def result(self, ticket: Ticket, timeout_s: float | None) -> Result:
         """Return the result of a request that was submitted with ``waits``.

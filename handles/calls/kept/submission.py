@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +63,7 @@ class Submission:
         bodies: of the caller.
         choose: returns the backend for the next request of an endpoint, with a shard key or None.
         shadow: publishes copies of a request to the shadow backends of its endpoint.
+        in_progress: returns the context in which a request is submitted.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Submission:
         bodies: LargeBodies,
         choose: Callable[[EndpointRecord, str | None], BackendRecord],
         shadow: Callable[[EndpointRecord, Header, bytes], None],
+        in_progress: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._connection, self._admission, self._waiters = connection, admission, waiters
         self._watcher, self._publisher, self._bodies = watcher, publisher, bodies
-        self._choose, self._shadow = choose, shadow
+        self._choose, self._shadow, self._in_progress = choose, shadow, in_progress
         self._new_ids = NewIds()
 
     async def submit(
@@ -94,7 +97,7 @@ class Submission:
     ) -> Ticket:
         """Return once the request is durably queued, or was by an earlier one with the same key.
 
-        With ``waits``, `result` must be called with the ticket.
+        With ``waits``, `KeptRequests.result` must be called with the ticket.
 
         Raises:
             BackendNotFound: the endpoint routes to no backend.
@@ -104,35 +107,36 @@ class Submission:
             PayloadTooLarge: the body is larger than Redis takes, or than may be queued.
             BrokerUnavailable: the broker cannot be reached. The request may have been accepted nevertheless.
         """
-        check_call_method(endpoint, header.call)
-        digest, print_, is_new = "", "", True
-        if key is not None:
-            digest = key_digest(endpoint.name, key.credentials, key.value)
-            print_ = await fingerprint_of(header, body)
-            backend, is_new = await self._backend_of_key(endpoint, digest, shard_key)
-        else:
-            backend = self._choose(endpoint, shard_key)
-        if timeout_s is not None:
-            header.deadline_ms = int(self._connection.now_ms() + timeout_s * 1000)
-        id_ = self._new_ids.next(backend.tag)
-        is_large = len(body) > LARGE
-        check_size(body, self._connection.max_string_bytes if is_large else None)
-        raw = RawEntry(id_.encode(), b"", header.dump(), None if is_large else body, len(body) if is_large else 0)
-        kept = KeptEntry(raw, endpoint.name, header.request_id, max_stream_bytes, digest, print_)
-        waiter = self._waiters.new(backend.tag, id_) if waits else None
-        if waiter is not None and not is_large:
-            waiter.again = kept
-        try:
-            ticket = await self._accept(backend, kept, body if is_large else b"", waiter)
-        except BaseException:
-            if waiter is not None:
-                self._waiters.forget(waiter, unwatch=True)
-            raise
-        if not is_new and not ticket.is_replayed:
-            self._admission.keep_choice(digest)  # that of a request that was refused, or whose result has expired
-        if endpoint.shadows and not ticket.is_replayed:
-            self._shadow(endpoint, header, body)
-        return ticket
+        with self._in_progress():
+            check_call_method(endpoint, header.call)
+            digest, print_, is_new = "", "", True
+            if key is not None:
+                digest = key_digest(endpoint.name, key.credentials, key.value)
+                print_ = await fingerprint_of(header, body)
+                backend, is_new = await self._backend_of_key(endpoint, digest, shard_key)
+            else:
+                backend = self._choose(endpoint, shard_key)
+            if timeout_s is not None:
+                header.deadline_ms = int(self._connection.now_ms() + timeout_s * 1000)
+            id_ = self._new_ids.next(backend.tag)
+            is_large = len(body) > LARGE
+            check_size(body, self._connection.max_string_bytes if is_large else None)
+            raw = RawEntry(id_.encode(), b"", header.dump(), None if is_large else body, len(body) if is_large else 0)
+            kept = KeptEntry(raw, endpoint.name, header.request_id, max_stream_bytes, digest, print_)
+            waiter = self._waiters.new(backend.tag, id_) if waits else None
+            if waiter is not None and not is_large:
+                waiter.again = kept
+            try:
+                ticket = await self._accept(backend, kept, body if is_large else b"", waiter)
+            except BaseException:
+                if waiter is not None:
+                    self._waiters.forget(waiter, unwatch=True)
+                raise
+            if not is_new and not ticket.is_replayed:
+                self._admission.keep_choice(digest)  # that of a request that was refused, or whose result has expired
+            if endpoint.shadows and not ticket.is_replayed:
+                self._shadow(endpoint, header, body)
+            return ticket
 
     async def _accept(self, backend: BackendRecord, kept: KeptEntry, large: bytes, waiter: Waiter | None) -> Ticket:
         raw, (limit, limit_bytes) = kept.raw, queue_limits(backend)
