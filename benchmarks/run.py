@@ -248,7 +248,7 @@ def run_backlog(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
 
 
 def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
-    """How full batches are at a full queue, through HTTP and Penstock's asyncio handle."""
+    """Measure how full batches are at a full queue, through HTTP and Penstock's asyncio handle."""
     seen: list[batches.Batched] = []
     in_flight = asked.connections or batches.IN_FLIGHT
 
@@ -265,7 +265,7 @@ def run_batches(asked: argparse.Namespace, failures: list[str]) -> tuple[str, An
 
 
 def run_fleet(asked: argparse.Namespace, failures: list[str]) -> tuple[str, Any]:
-    """What many replicas of Penstock cost Redis."""
+    """Measure the cost of many replicas of Penstock for Redis."""
     seen: list[fleet.Fleet] = []
     if asked.only is not None and "penstock" not in asked.only:
         return "", []

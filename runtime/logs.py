@@ -28,7 +28,7 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 
 class LogOptions(NamedTuple):
-    """How a process logs."""
+    """The logging of a process."""
 
     level: str = "INFO"
     format: Literal["text", "json"] = "text"

@@ -184,7 +184,7 @@ AIMS = (
 
 
 def aims_markdown(rows: Rows) -> str:
-    """Whether the no-op figures that were set out to be reached are reached; empty without Penstock."""
+    """Return the aims for the no-op beside the figures that were measured; empty without Penstock."""
     ours = [name for name, system in SYSTEMS.items() if not system.is_peer]
     lines = [line for name in ours for aim in AIMS if (line := aim.verdict(rows, name))]
     return table(["system", "figure", "wanted", "found", ""], lines) if lines else ""

@@ -32,7 +32,7 @@ AIM = 0.20
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many of each there are."""
+    """A number of replicas and of proxies."""
 
     replicas: int
     proxies: int
@@ -97,7 +97,7 @@ def visit(layout: Layout, *, seconds: float, threads: int, say: Callable[[str], 
 
 
 def _calls(broker: redis.Redis) -> dict[str, int]:
-    """How often each command was called so far."""
+    """Return the number of calls of each command so far."""
     stats = cast("dict[str, dict[str, Any]]", broker.info("commandstats"))
     return {name.removeprefix("cmdstat_"): int(one["calls"]) for name, one in stats.items()}
 

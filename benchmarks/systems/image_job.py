@@ -11,7 +11,7 @@ from image_model import DEVICES
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """What to serve: the model on this device, at this port."""
+    """The model to serve, on this device and at this port."""
 
     port: int
     device: str

@@ -23,7 +23,7 @@ from harness import processes, reaper
 
 
 def parse() -> int:
-    """How many items."""
+    """Return the number of items."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--items", type=int, default=100_000)
     return int(parser.parse_args().items)

@@ -114,7 +114,7 @@ def write_rows(file: Path, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a producer ended."""
+    """The end of a producer."""
 
     code: int
     seconds: float

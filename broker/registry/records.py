@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalingSpec:
-    """How the number of a backend's replicas follows its load; see ``serve.AutoscalingConfig``."""
+    """The rule by which the number of a backend's replicas follows its load; see ``serve.AutoscalingConfig``."""
 
     max_replicas: int
     min_replicas: int = 1
@@ -24,7 +24,7 @@ class AutoscalingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrySpec:
-    """Which errors of a backend's code are retried, how often and when; see ``serve.RetryConfig``."""
+    """The rule by which errors of a backend's code are retried; see ``serve.RetryConfig``."""
 
     max_attempts: int = 3
     on: tuple[str, ...] = ("Exception",)
@@ -34,7 +34,7 @@ class RetrySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
-    """How a backend runs: the fields of ``serve.BackendConfig``, which describes and validates them."""
+    """The configuration of a backend: the fields of ``serve.BackendConfig``, which describes and validates them."""
 
     num_replicas: int = 1
     max_batch_size: int | None = None

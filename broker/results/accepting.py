@@ -305,7 +305,7 @@ class KeptAdmission:
 
 
 class _Limits(NamedTuple):
-    """Where requests are accepted, and up to which limits."""
+    """A backend, with the limits of its queue in requests and bytes, and of the bytes of its results."""
 
     backend: str
     requests: int

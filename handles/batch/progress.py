@@ -10,7 +10,7 @@ WaitsFor = Literal["queue", "replicas", "broker"]
 
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
-    """How a batch is doing at one moment."""
+    """The progress of a batch at one moment."""
 
     in_flight: int
     """Items that were sent and have no result."""

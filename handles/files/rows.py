@@ -89,7 +89,7 @@ class Rows:
 
     @property
     def read(self) -> float:
-        """How much was read so far: bytes, or files where the rows are files."""
+        """The amount read so far: bytes, or files where the rows are files."""
         opened = self._open  # another thread may close it meanwhile
         return self._read_before + (0 if opened is None else opened.read)
 

@@ -23,7 +23,7 @@ _RATE_OVER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How a batch is proceeding at one moment."""
+    """The pace of a batch at one moment."""
 
     rows_per_s: float
     share: float | None

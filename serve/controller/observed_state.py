@@ -74,7 +74,7 @@ class StateObserver:
         self._nodes_at_s = -_NODES_EVERY_S
         self._nodes_query: asyncio.Future[tuple[list[Node], Growth | None, bool]] | None = None
         self._growth: Growth | None = None
-        """What Ray's autoscaler may add."""
+        """The nodes that Ray's autoscaler may add."""
         self._knows_growth, self._began_s = False, time.monotonic()
         self._has_grown = False
         """Whether Ray's autoscaler has been seen to add nodes, so that it also removes idle ones."""

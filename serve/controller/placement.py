@@ -38,7 +38,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Growth:
-    """What Ray's autoscaler may add to the cluster."""
+    """The nodes that Ray's autoscaler may add to the cluster."""
 
     refused: Sequence[Amounts] = ()
     """Resources that are waited for, and for which it adds no node: no type of node has them, or a limit is reached."""

@@ -62,7 +62,7 @@ class DesiredBackend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredProxies:
-    """Where proxies should run."""
+    """The nodes on which proxies should run."""
 
     nodes: tuple[str, ...] = ()
     per_node: int = 1
@@ -128,7 +128,7 @@ class ObservedState:
     rolled_out: frozenset[Rollout] = frozenset()
     """Rollouts that were complete at some time."""
     growth: Growth | None = None
-    """What Ray's autoscaler may add; None if the cluster has none."""
+    """The nodes that Ray's autoscaler may add; None if the cluster has no autoscaler."""
     knows_growth: bool = True
     """False as long as Ray has not told, in the first seconds of a cluster."""
     reported: frozenset[str] = frozenset()

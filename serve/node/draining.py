@@ -18,7 +18,7 @@ _POLL_S = 0.2
 
 
 class Outcome(Enum):
-    """How a drain ended."""
+    """The end of a drain."""
 
     DRAINED = "drained"
     TIMED_OUT = "timed out"

@@ -26,7 +26,7 @@ _runs = itertools.count()
 
 @dataclass
 class Outcomes:
-    """What became of the requests of one load. Each that was sent is answered or lost."""
+    """The outcomes of the requests of one load. Each that was sent is answered or lost."""
 
     sent: int = 0
     answers: Counter[str] = field(default_factory=Counter[str])

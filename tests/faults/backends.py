@@ -13,7 +13,7 @@ from penstock import serve
 
 
 class Journal:
-    """Which requests were started and when: a file for each process, to which each start is appended at once."""
+    """The requests that were started, with their times, in a file for each process that is written at each start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -24,7 +24,7 @@ StartClient = Callable[..., serve.Client]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of each fault there is."""
+    """The amount of each fault."""
 
     rate: float
     """Requests a second."""

@@ -25,7 +25,7 @@ _ANSWER_S = 60.0
 
 
 class Hostile:
-    """What hostile clients have done to the server at ``url``, until they are told to stop."""
+    """Hostile clients of the server at ``url``, with counts of their deeds."""
 
     def __init__(self, url: str) -> None:
         at = urlsplit(url)

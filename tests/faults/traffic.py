@@ -1,10 +1,9 @@
-"""Requests at a steady rate over HTTP and handles, and what became of each of them."""
+"""Requests at a steady rate over HTTP and handles, and the outcome of each."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from penstock import serve
 from penstock.handles import connect
 from tests.faults.web import Web
+from tests.loop_thread import running_beside
 
 DEADLINE_S = 30.0
 _TICK_S = 0.005
@@ -27,7 +27,7 @@ Call = Callable[[str], Awaitable[str]]
 
 @dataclass
 class Outcomes:
-    """What became of the requests of one load. Each is in exactly one of these."""
+    """The outcomes of the requests of one load. Each is in exactly one of these."""
 
     answered: dict[str, float] = field(default_factory=dict[str, float])
     """Its name, and how long it took in seconds."""
@@ -127,51 +127,35 @@ def traffic(
     prefix: str = "r",
 ) -> Generator[Traffic]:
     """Send to the endpoint ``work``, by turns through a handle and over HTTP (to ``/job``). Wait for all outcomes."""
-    ready = threading.Event()
-    failure: list[BaseException] = []
-    running: list[Traffic] = []
+    web = Web(client.http_url or "")
+    handles: list[serve.AsyncServeHandle] = []
+
+    async def by_handle(name: str) -> str:
+        return str(await (await handles[0].remote(name)))
+
+    async def by_http(name: str) -> str:
+        return await _post(web, name, method)
+
+    async def with_key(name: str) -> str:
+        return await _post_until_answered(web, name, method)
+
+    calls = {"handle": by_handle, "http": by_http, "key": with_key}
+    sending = Traffic([calls[way] for way in ways], rate, for_s, prefix)
 
     async def main() -> None:
         handle = connect(client.redis_url).get_handle("work", sync=False)
-        handle = handle.options(timeout_s=timeout_s, method_name=method)
-
-        async def by_handle(name: str) -> str:
-            return str(await (await handle.remote(name)))
-
-        web = Web(client.http_url or "")
-
-        async def by_http(name: str) -> str:
-            return await _post(web, name, method)
-
-        async def with_key(name: str) -> str:
-            return await _post_until_answered(web, name, method)
-
-        calls = {"handle": by_handle, "http": by_http, "key": with_key}
-        running.append(Traffic([calls[way] for way in ways], rate, for_s, prefix))
-        ready.set()
+        handles.append(handle.options(timeout_s=timeout_s, method_name=method))
         try:
-            await running[0].run()
+            await sending.run()
         finally:
             web.close()
 
-    def run() -> None:
-        try:
-            asyncio.run(main())
-        except BaseException as e:
-            failure.append(e)
-        finally:
-            ready.set()
+    with running_beside(main, "traffic", end=_nothing):
+        yield sending
 
-    thread = threading.Thread(target=run, name="traffic")
-    thread.start()
-    ready.wait()
-    try:
-        if running:
-            yield running[0]
-    finally:
-        thread.join()
-    if failure:
-        raise failure[0]
+
+def _nothing() -> None:
+    """End nothing: the traffic ends by itself."""
 
 
 async def _post_until_answered(web: Web, name: str, method: str) -> str:

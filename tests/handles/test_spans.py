@@ -34,7 +34,7 @@ _exporter = in_memory.InMemorySpanExporter()
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> Exporter:
-    """What the spans of this process are exported to, while the test runs."""
+    """The exporter of the spans of this process, while the test runs."""
     if not isinstance(trace.get_tracer_provider(), sdk.TracerProvider):
         provider = sdk.TracerProvider()
         provider.add_span_processor(export.SimpleSpanProcessor(_exporter))

@@ -35,7 +35,7 @@ class Item(BaseModel):
 
 
 class Events:
-    """What an application has done, in the order in which it did it, and gates that it waits at."""
+    """The events of an application in their order, and gates that it waits at."""
 
     def __init__(self) -> None:
         self.done: list[str] = []

@@ -89,7 +89,7 @@ def node_id(machines: Cluster, node: Node) -> str:
 
 
 def ready_replicas(machines: Cluster) -> list[str]:
-    """Where each of them is."""
+    """Return the nodes of the ready replicas."""
     replicas = machines.reports(ReplicaReport).values()
     return [replica.node for replica in replicas if replica.state == "ready"]
 

@@ -66,7 +66,7 @@ stories = st.lists(st.tuples(writes | events, st.booleans()), max_size=8)
 
 
 class Story:
-    """What happens to one registry."""
+    """The changes of one registry."""
 
     def __init__(self, connection: RedisConnection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys

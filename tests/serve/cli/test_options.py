@@ -1,4 +1,4 @@
-"""What all commands that need a broker share: a broker that refuses connections is reported at once."""
+"""All commands that need a broker report at once that it refuses connections."""
 
 from __future__ import annotations
 
