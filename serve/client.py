@@ -376,9 +376,9 @@ class Client(Connection):
         an outage of the broker it waits on. Where a script calls this, ``penstock run`` shows the URL and the routes.
         """
         runs_at_s = time.monotonic()
-        for call in before_waiting:
-            call(self)
         try:
+            for call in before_waiting:
+                call(self)
             while not self._closing_event.wait(_WAIT_POLL_S):
                 try:
                     if not self._run(self._core.has_stopped()):

@@ -49,12 +49,13 @@ def test_the_thin_installation_names_the_extra_that_serving_needs() -> None:
 
 
 def test_a_start_without_ray_names_its_extra_and_leaves_no_key(redis_url: str) -> None:
-    ran = run_without({"ray"}, "from penstock import serve\nserve.start(http_options={'port': 0})", redis_url)
+    start = "from penstock import serve\nserve.start(http_options={'port': 0}, instance='thin')"
+    ran = run_without({"ray"}, start, redis_url)
     assert ran.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: serve.start needs the package ray: pip install 'penstock[serve]'"
     )
     with Redis.from_url(redis_url) as redis:
-        assert redis.keys() == []
+        assert redis.keys("penstock:thin:*") == []
 
 
 def test_the_thin_installation_names_the_extra_that_the_command_needs() -> None:

@@ -21,7 +21,10 @@ async def test_requests_leave_nothing_to_the_garbage_collector(redis_url: str) -
         gc.collect()
         gc.disable()
         try:
-            await call(500)
-            assert gc.collect() < 500
+            left: list[int] = []
+            for _ in range(3):  # other threads of this process may leave something meanwhile, but not each time
+                await call(500)
+                left.append(gc.collect())
+            assert min(left) < 500
         finally:
             gc.enable()
