@@ -86,8 +86,8 @@ _LEAST_URGENT = 19
     type=click.IntRange(0, _LEAST_URGENT),
     default=_LEAST_URGENT,
     show_default=True,
-    help="The priority of this process, as nice(1) has it. Replicas and proxies run at 15, from Ray: with less, this "
-    "takes their time where it shares their machine.",
+    help="The priority of this process, as nice(1) has it. At that of the replicas and proxies of its machine, mostly "
+    "0, it takes time from them.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 @click.option(
