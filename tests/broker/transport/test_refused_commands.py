@@ -146,7 +146,7 @@ async def test_commands_that_were_refused_survive_the_connection(broker: Refusin
 async def test_a_server_that_is_not_the_primary_is_unavailable(broker: RefusingProxy) -> None:
     broker.error = ERRORS["READONLY"]
     with pytest.raises(BrokerUnavailable, match="read only replica"):
-        await RedisConnection(broker.url, patience_s=0.3).open()
+        await RedisConnection(broker.url, patience_s=2.0).open()
 
 
 async def test_a_demotion_is_noticed_by_a_connection_that_only_reads(broker: RefusingProxy, connect: Connect) -> None:

@@ -99,7 +99,7 @@ async def test_a_connection_is_to_the_primary(service: Watched, connect: Connect
 
 async def test_a_service_that_no_sentinel_knows_is_an_unavailable_broker(service: Watched) -> None:
     with pytest.raises(BrokerUnavailable, match=r"no sentinel names a primary of 'nothing' .*knows no service"):
-        await RedisConnection(service.url.replace(SERVICE, "nothing"), patience_s=0.5).open()
+        await RedisConnection(service.url.replace(SERVICE, "nothing"), patience_s=2.0).open()
 
 
 async def test_sentinels_that_are_away_are_passed_over(service: Watched, connect: Connect) -> None:
@@ -120,7 +120,7 @@ async def test_a_server_that_is_not_the_primary_is_not_used(tmp_path: Path) -> N
             redis.execute_command("SENTINEL", "MONITOR", SERVICE, "127.0.0.1", replica.port, 1)
         url = f"redis+sentinel://127.0.0.1:{sentinel.port}/{SERVICE}"
         with pytest.raises(BrokerUnavailable, match=r"READONLY|read only"):
-            await RedisConnection(url, patience_s=0.5).open()
+            await RedisConnection(url, patience_s=2.0).open()
         with replica.client() as redis:
             redis.execute_command("REPLICAOF", "NO", "ONE")
         connection = await RedisConnection(url).open()
@@ -177,4 +177,4 @@ async def test_primary_and_sentinels_have_logins_of_their_own_and_tls(tmp_path: 
         assert await connection.send("EXISTS", "penstock-test-lease") == 1
         lease.stop()
         with pytest.raises(BrokerUnavailable, match=r"(?i)no sentinel names .*auth"):
-            await RedisConnection(url, patience_s=0.5).open()
+            await RedisConnection(url, patience_s=3.0).open()
