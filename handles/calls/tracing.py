@@ -39,7 +39,7 @@ spans: Spans | None = None
 def current_traceparent() -> str | None:
     """Return the ``traceparent`` that a request published in this context continues, if there is one.
 
-    The requests of a batch belong to different traces, so that its code continues none.
+    Several requests of a batch belong to different traces, so that its code continues none of them.
     """
     if spans is not None and (current := spans.current()) is not None:
         return current

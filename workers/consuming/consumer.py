@@ -233,11 +233,13 @@ class Consumer:
             entry = claim.entry
             log.exception("cannot send the reply to request %s of backend %r", entry.shown_id, self._backend)
             # Reply with an error instead, which can be sent.
+            failed = failed_reply(entry, e, self._replica)
+            failed.queue_ms = reply.queue_ms
             if entry.keep_bytes is not None:
-                self.kept.finish(claim, failed_reply(entry, e, self._replica))
+                self.kept.finish(claim, failed)
             else:
                 if entry.caller:
-                    self._settlement.reply(claim, failed_reply(entry, e, self._replica))
+                    self._settlement.reply(claim, failed)
                 self._settlement.settle(claim)
             self.in_progress.release(claim)
         finally:
