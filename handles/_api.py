@@ -12,8 +12,8 @@ from .connection import Connection, connect
 from .dead_letters import DeadLetters
 from .files.rows import Rows, read
 from .handle import ObjectRefHandle, ServeHandle, StreamingHandle
-from .response import Response
-from .response_stream import AsyncResponseStream, ResponseStream
+from .replies.response import Response
+from .replies.response_stream import AsyncResponseStream, ResponseStream
 
 __all__ = [
     "AsyncObjectRefHandle",

@@ -21,7 +21,7 @@ from .calls.shared_client import SharedClient, starting
 from .codec import encode, load_json
 from .errors import BackendNotFound, EndpointNotFound, RequestTimeout
 from .options import MODEL_ID_HEADER, CallOptions, HandleChanges
-from .response_stream import StreamState
+from .replies.response_stream import StreamState
 
 HandleT = TypeVar("HandleT", bound="BaseHandle")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ._base_handle import BaseHandle, EncodedCall
 from .calls.submitted import AsyncSubmitted
 from .errors import ConfigError
-from .futures import KeptReplyFuture, new_reply_future
-from .object_refs import object_ref
 from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
-from .response_stream import AsyncResponseStream
+from .replies.futures import KeptReplyFuture, new_reply_future
+from .replies.object_refs import object_ref
+from .replies.response_stream import AsyncResponseStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,10 +14,10 @@ from ._base_handle import BaseHandle, EncodedCall
 from .async_handle import ObjectRefCaller
 from .calls.request_client import RequestClient
 from .calls.submitted import Submitted
-from .futures import ReplyFuture
 from .options import CallChanges, CallOptions, HandleChanges, ReplyChanges
-from .response import value_of_result
-from .response_stream import ResponseStream
+from .replies.futures import ReplyFuture
+from .replies.response import value_of_result
+from .replies.response_stream import ResponseStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -27,7 +27,7 @@ from ..workers.retry import Retry
 from .client import Client
 from .config import AutoscalingConfig, BackendConfig, HTTPOptions, RetryConfig
 from .lifecycle import connect, start
-from .status import Status
+from .status.status import Status
 from .validation import ALL_METHODS
 
 __all__ = [

@@ -28,7 +28,7 @@ from . import registry_changes, validation
 from .config import BackendConfig
 from .deploy.sources import source_digest
 from .instance import CONTROLLER_LOST_S, Instance
-from .status import Status
+from .status.status import Status
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from ..handles.calls.shared_client import SharedClient
 from . import registry_changes
 from .rollout_wait import RolloutWait
 from .settings import Settings
-from .status import Status
-from .status_reader import StatusReader
+from .status.reader import StatusReader
+from .status.status import Status
 
 _POLL_S = 0.02
 _CHECK_OWNER_EVERY_S = 1.0

@@ -29,7 +29,7 @@ from .config import HTTPOptions
 from .instance import Instance
 from .settings import LEASE_S, Settings
 from .start_arguments import StartArguments, broker_url, instance_name
-from .status_reader import no_instance
+from .status.reader import no_instance
 
 _RAY_CLIENT = "ray://"
 """How the address of a Ray cluster begins to which a process connects through Ray Client."""

@@ -22,8 +22,8 @@ _GROUPS = {
       | serve/test_(asgi|examples|http_options|lifetimes|run|users)\.py
     )""",
     "ray": r"""(?x)tests/serve/(
-        test_(?!(config|forks|registry_changes|rollout_wait|starting|status_warnings|validation)\.)\w+\.py
-      | cli/test_lifetime\.py | controller/test_(actors|controller)\.py
+        test_(?!(config|forks|registry_changes|rollout_wait|starting|validation)\.)\w+\.py
+      | cli/test_lifetime\.py | controller/test_(actors|controller)\.py | status/test_status\.py
     )""",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "a cluster in containers": r"tests/containers/",

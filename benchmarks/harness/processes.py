@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import reaper
+from benchmarks.harness import reaper
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRACE_S = 3.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...broker.wire.replies import Reply
-from ..response import value_of
+from ..replies.response import value_of
 
 
 @dataclass(frozen=True, slots=True)

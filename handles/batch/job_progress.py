@@ -18,7 +18,7 @@ from ...broker.wire.entry_ref import order_of
 from ...broker.wire.replies import Reply
 from ..calls.reply_receiver import OnReply
 from ..errors import NotPermitted
-from ..response import Response
+from ..replies.response import Response
 from .encoding import EncodedItem, allows_pickle
 from .items import BatchResult, Indices, read_result
 from .job_client import JobClient

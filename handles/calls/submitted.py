@@ -8,7 +8,7 @@ from typing import Any
 from ...broker.wire.kept import FINAL, RequestStatus
 from ...runtime.notebooks import NotebookTable
 from .. import background_loop
-from ..response import value_of_result
+from ..replies.response import value_of_result
 from .shared_client import SharedClient
 
 

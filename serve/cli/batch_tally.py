@@ -12,7 +12,7 @@ from ...broker.wire import exact_json
 from ...handles import BatchResult
 from ...handles.errors import BackendError
 from ...handles.files.rows import Rows
-from ...handles.response import Response
+from ...handles.replies.response import Response
 from .options import error_of, result_line
 
 _SHOWN_BYTES = 200

@@ -10,7 +10,7 @@ import click
 from ...handles.codec import load_json
 from ...handles.errors import BackendError, MalformedBody, PenstockError
 from ...handles.files.csv_rows import is_text
-from ...handles.response import Response
+from ...handles.replies.response import Response
 from .exits import FAILED
 from .options import (
     as_json,

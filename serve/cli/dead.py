@@ -15,7 +15,7 @@ from ...broker.queue.dead_letters import DeadLetter, show_time
 from ...handles.codec import decode
 from ...handles.dead_letters import DeadLetters
 from ...handles.errors import MalformedBody, PenstockError
-from ..status import table
+from ..status.status import table
 from .exits import FAILED
 from .groups import SuggestingGroup
 from .options import as_json, thin_connection, usage_errors, which_instance, write_json, wrong

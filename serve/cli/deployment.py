@@ -17,7 +17,7 @@ from ..deploy.diff import ManifestChange, diff
 from ..deploy.manifest import Manifest, Mistake, read
 from ..deploy.sources import LocalCode, local_code
 from ..instance import Instance
-from ..status import plural
+from ..status.status import plural
 from .exits import FAILED, USAGE
 from .options import error_of, usage_errors, write_json, wrong
 

@@ -9,7 +9,7 @@ import click
 
 from ...broker.defaults import ADMIN_TOKEN, PROXY_REDIS_URL, REPLICA_REDIS_URL
 from ...broker.transport.url import REDIS_URL
-from ..status import plural
+from ..status.status import plural
 from .exits import slow_imports
 from .options import as_json, client_of, usage_errors, which_instance, write_json, wrong
 

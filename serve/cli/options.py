@@ -18,7 +18,7 @@ from ...broker.wire import exact_json
 from ...handles import connect as connect_thin
 from ...handles.connection import Connection
 from ...handles.errors import BackendNotFound, EndpointNotFound
-from ...handles.response import Response
+from ...handles.replies.response import Response
 from .exits import USAGE, slow_imports
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import click
 from ...broker.wire import exact_json
 from ...handles import RequestStatus
 from ...handles.errors import PenstockError, RequestNotFound
-from ..status import table
+from ..status.status import table
 from .call import report_error, write_answer
 from .exits import FAILED
 from .options import as_json, check_text, thin_connection, usage_errors, which_instance, write_json, wrong

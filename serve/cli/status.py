@@ -13,8 +13,8 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from ...broker.errors import BrokerUnavailable
-from ..status import Status, plural
-from ..status_reader import reading_status
+from ..status.reader import reading_status
+from ..status.status import Status, plural
 from .options import as_json, error_of, known_url, usage_errors, which_instance, write_json
 
 

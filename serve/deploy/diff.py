@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from ...broker.registry.records import BackendRecord, Snapshot
 from ..config import BackendConfig
-from ..status import plural
+from ..status.status import plural
 from .manifest import DeclaredBackend, Manifest
 from .sources import LocalCode
 

@@ -24,7 +24,7 @@ from penstock.handles.errors import (
     PayloadTooLarge,
     RequestTimeout,
 )
-from penstock.handles.response import Response
+from penstock.handles.replies.response import Response
 from tests.handles.site import INSTANCE, Site, close_here, describe, echo, in_loop
 from tests.waiting import wait_until
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from penstock.handles import AsyncServeHandle, futures
+from penstock.handles import AsyncServeHandle
 from penstock.handles.errors import EndpointNotFound
+from penstock.handles.replies import futures
 from tests.handles.site import INSTANCE, Site, echo
 
 Call = Callable[[AsyncServeHandle], Awaitable[object]]

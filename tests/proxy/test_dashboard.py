@@ -23,7 +23,7 @@ from penstock.broker.registry.records import Change, EndpointRecord
 from penstock.broker.registry.reports import BackendStatus, JobReport, ReplicaReport
 from penstock.handles.errors import BackendError, to_wire
 from penstock.proxy.pages.admin_token import digest_of
-from penstock.serve.status_reader import StatusReader
+from penstock.serve.status.reader import StatusReader
 from tests.proxy.site import Site, running
 from tests.proxy.test_dead_letters import TOKEN, bury
 from tests.proxy.test_metrics import fill, proxy

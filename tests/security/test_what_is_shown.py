@@ -27,7 +27,7 @@ from penstock.handles.errors import (
     WireError,
     to_wire,
 )
-from penstock.handles.response import result_of
+from penstock.handles.replies.response import result_of
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site, echo
 from tests.security.test_refusals import limited

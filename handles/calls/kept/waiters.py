@@ -21,14 +21,7 @@ from ....broker.transport.connection import RedisConnection
 from ....broker.wire.call_ids import shown_id
 from ....broker.wire.kept import CANCELLED, FAILED, FINAL, IN_REDIS, Result
 from ....broker.wire.replies import Reply
-from ...errors import (
-    BrokerRefused,
-    BrokerUnavailable,
-    RequestCancelled,
-    RequestNotFound,
-    RequestTimeout,
-    ResultExpired,
-)
+from ...errors import BrokerRefused, BrokerUnavailable, RequestCancelled, RequestNotFound, RequestTimeout, ResultExpired
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any
 
-from ..broker.wire.replies import Reply
-from ..runtime.notebooks import NotebookTable
-from . import background_loop
-from .calls.call import Call, CallOutcome
-from .calls.incoming_stream import IncomingStream, StreamPiece
-from .calls.pickle_policy import PicklePolicy
-from .codec import decode
+from ...broker.wire.replies import Reply
+from ...runtime.notebooks import NotebookTable
+from .. import background_loop
+from ..calls.call import Call, CallOutcome
+from ..calls.incoming_stream import IncomingStream, StreamPiece
+from ..calls.pickle_policy import PicklePolicy
+from ..codec import decode
 from .response import value_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..broker.registry.reports import ProxyReport, ReplicaReport
+from ...broker.registry.reports import ProxyReport, ReplicaReport
 
 
 def warnings(

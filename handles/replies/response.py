@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..broker.wire._fields import Pairs
-from ..broker.wire.kept import Result
-from ..broker.wire.replies import Reply
-from ..runtime.notebooks import NotebookTable
-from .calls.call import CallOutcome
-from .calls.incoming_stream import IncomingStream
-from .codec import decode, load_json
-from .errors import WireError, from_wire
+from ...broker.wire._fields import Pairs
+from ...broker.wire.kept import Result
+from ...broker.wire.replies import Reply
+from ...runtime.notebooks import NotebookTable
+from ..calls.call import CallOutcome
+from ..calls.incoming_stream import IncomingStream
+from ..codec import decode, load_json
+from ..errors import WireError, from_wire
 
 _SHOWN_BYTES = 60
 """The most bytes of a body that a ``repr`` shows."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 _CONCURRENCY = 10_000
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from penstock.broker.registry.reports import ProxyReport, ReplicaReport
 from penstock.serve.settings import Settings
-from penstock.serve.status import Status
-from penstock.serve.status_warnings import warnings
+from penstock.serve.status.status import Status
+from penstock.serve.status.warnings import warnings
 from tests.notebooks import shown_in_notebook
 
 

@@ -8,18 +8,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from ..broker.errors import ConfigError
-from ..broker.queue.stats import read_stats
-from ..broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
-from ..broker.registry.store import Registry
-from ..broker.results.counts import read_kept_counts, sum_by_endpoint
-from ..broker.transport.connection import RedisConnection
-from ..broker.transport.url import shown_url
-from ..broker.wire.keys import Keys
-from ..handles import background_loop
-from ..handles.connection import describe_endpoints
+from ...broker.errors import ConfigError
+from ...broker.queue.stats import read_stats
+from ...broker.registry.reports import BackendStatus, ControllerReport, ProxyReport, ReplicaReport
+from ...broker.registry.store import Registry
+from ...broker.results.counts import read_kept_counts, sum_by_endpoint
+from ...broker.transport.connection import RedisConnection
+from ...broker.transport.url import shown_url
+from ...broker.wire.keys import Keys
+from ...handles import background_loop
+from ...handles.connection import describe_endpoints
 from .status import Status, describe_error, describe_refusal
-from .status_warnings import warnings
+from .warnings import warnings
 
 
 class StatusReader:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from penstock import serve
-from penstock.serve.status import Status
+from penstock.serve.status.status import Status
 from tests.serve.backends import SMALL, answering
 from tests.serve.controller.test_controller import kill_controller
 from tests.waiting import wait_until

@@ -16,9 +16,9 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
-from ..broker.wire.kept import Result
-from . import background_loop
-from .calls.call import Call, CallOutcome
+from ...broker.wire.kept import Result
+from .. import background_loop
+from ..calls.call import Call, CallOutcome
 from .response import result_of, value_of_result
 
 _ALWAYS_CHECKED = 100

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..broker.registry.reports import RefusedChange
-from ..handles.errors import BackendError, from_wire
-from ..runtime.notebooks import paragraph_html, table_html
+from ...broker.registry.reports import RefusedChange
+from ...handles.errors import BackendError, from_wire
+from ...runtime.notebooks import paragraph_html, table_html
 
 _TRACEBACK_LINES = 5
 """The last lines of a traceback that a status shows."""

@@ -1,0 +1,1 @@
+"""Replies as callers hold them: futures, responses, streams, and Ray object references."""
