@@ -27,7 +27,7 @@ from ..runtime.sigterm import keeping_sigterm
 from .client import Client
 from .config import HTTPOptions
 from .instance import Instance
-from .settings import LEASE_S, Settings
+from .settings import LEASE_S, ProcessArguments, Settings
 from .start_arguments import StartArguments, broker_url, instance_name
 from .status.reader import no_instance
 
@@ -143,11 +143,9 @@ def start(
             )
             background_loop.run(_write_settings(core, settings, arguments.middlewares))
             controller = start_controller(
-                url,
-                arguments.instance,
-                replica_redis_url or url,
-                proxy_redis_url or url,
-                arguments.environment,
+                ProcessArguments(
+                    arguments.instance, url, replica_redis_url or url, proxy_redis_url or url, arguments.environment
+                ),
                 node=node,
                 detached=detached,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.middleware import Middleware
 
@@ -14,6 +14,21 @@ from .config import HTTPOptions
 
 LEASE_S = 5.0
 """Expiry of the instance's ownership, which the controller renews. Ray restarts a controller in less time."""
+
+
+class ProcessArguments(NamedTuple):
+    """What the controller needs before it can read the registry, and passes on to replicas and proxies."""
+
+    instance: str
+    """The name of the instance."""
+    redis_url: str
+    """The broker's URL for the controller."""
+    replica_redis_url: str
+    """The broker's URL for replicas, such as with a Redis user of their own."""
+    proxy_redis_url: str
+    """The broker's URL for proxies."""
+    environment: Mapping[str, str]
+    """The variables that all of them adopt from the process that called ``start``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

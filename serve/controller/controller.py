@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from ...broker.transport.connection import RedisConnection
 from ...broker.transport.url import shown_url
 from ...broker.wire.keys import Keys
 from ...handles.errors import to_wire
-from ..settings import LEASE_S, Settings
+from ..settings import LEASE_S, ProcessArguments, Settings
 from .actors import ActorPool
 from .reconciler import Reconciler
 from .registry_backup import RegistryBackup
@@ -69,29 +69,22 @@ class Controller:
     @classmethod
     async def connect(
         cls,
-        redis_url: str,
-        instance: str,
-        replica_redis_url: str,
-        proxy_redis_url: str,
-        environment: Mapping[str, str],
+        arguments: ProcessArguments,
         *,
         node: str,
         leave: Callable[[], None],
     ) -> Controller:
-        """Return the controller of ``instance``; wait for the broker while it cannot be reached.
+        """Return the controller of an instance; wait for the broker while it cannot be reached.
 
         Args:
-            redis_url: the broker's URL.
-            instance: the name of the instance.
-            replica_redis_url: the broker's URL for replicas.
-            proxy_redis_url: the broker's URL for proxies.
-            environment: the variables that replicas and proxies adopt from the process that called ``start``.
+            arguments: the instance, its broker, and its variables.
             node: the id of the Ray node on which it runs.
             leave: restarts the controller, on another node, when its own one drains.
 
         Raises:
             PenstockError: there is no such instance.
         """
+        instance, redis_url = arguments.instance, arguments.redis_url
         keys, wake = Keys(instance), asyncio.Event()
         while True:
             connection = RedisConnection(redis_url, name="penstock-controller")
@@ -110,9 +103,7 @@ class Controller:
                     ActorPool(instance, "replica", wake.set),
                     ActorPool(instance, "proxy", wake.set),
                     http_options=await settings.http_options(registry),
-                    replica_url=replica_redis_url,
-                    proxy_url=proxy_redis_url,
-                    environment=environment,
+                    arguments=arguments,
                 )
                 await reconciler.restore()
             except BrokerUnavailable as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from ...handles.log_context import set_up_logs
 from ...workers.actor import NAMESPACE
 from ..instance import AlreadyRunning
 from ..ray_nodes import own_node
+from ..settings import ProcessArguments
 from .actors import actor_name, error_of
 from .controller import Controller
 
@@ -30,27 +31,12 @@ _CONCURRENCY = 10_000
 class ControllerActor:
     """The controller as an asyncio actor. Ray runs the constructor in the event loop, also after a restart."""
 
-    def __init__(
-        self,
-        redis_url: str,
-        instance: str,
-        replica_redis_url: str,
-        proxy_redis_url: str,
-        environment: Mapping[str, str],
-    ) -> None:
-        adopt_environment(environment)
+    def __init__(self, arguments: ProcessArguments) -> None:
+        adopt_environment(arguments.environment)
         set_up_logs()
         loop = asyncio.get_running_loop()
         self._connected: asyncio.Future[Controller] = loop.create_future()
-        connecting = Controller.connect(
-            redis_url,
-            instance,
-            replica_redis_url,
-            proxy_redis_url,
-            environment,
-            node=own_node(),
-            leave=_restart_actor,
-        )
+        connecting = Controller.connect(arguments, node=own_node(), leave=_restart_actor)
         self._run = loop.create_task(self._connect_and_run(connecting), name="controller")
         self._run.add_done_callback(_end_actor)
 
@@ -103,24 +89,11 @@ Actor: Any = ray.remote(ControllerActor)
 """The actor class. Its arguments are those of `ControllerActor`."""
 
 
-def start_controller(
-    redis_url: str,
-    instance: str,
-    replica_redis_url: str,
-    proxy_redis_url: str,
-    environment: Mapping[str, str],
-    *,
-    node: str,
-    detached: bool,
-) -> Any:
+def start_controller(arguments: ProcessArguments, *, node: str, detached: bool) -> Any:
     """Start the controller of an instance; return its handle at once.
 
     Args:
-        redis_url: the broker's URL for the controller.
-        instance: the name of the instance.
-        replica_redis_url: the broker's URL for replicas.
-        proxy_redis_url: the broker's URL for proxies.
-        environment: the variables that it adopts.
+        arguments: the instance, its broker, and its variables.
         node: the id of the Ray node on which it preferably runs.
         detached: whether it outlives this process.
 
@@ -128,7 +101,7 @@ def start_controller(
         AlreadyRunning: the Ray cluster has a controller of that name.
     """
     options: dict[str, Any] = {
-        "name": actor_name(instance, "controller"),
+        "name": actor_name(arguments.instance, "controller"),
         "namespace": NAMESPACE,
         "lifetime": "detached" if detached else "non_detached",
         "num_cpus": 0,
@@ -140,11 +113,11 @@ def start_controller(
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=True),
     }
     try:
-        return Actor.options(**options).remote(redis_url, instance, replica_redis_url, proxy_redis_url, environment)
+        return Actor.options(**options).remote(arguments)
     except ValueError:  # Ray's error for a name that is in use.
         raise AlreadyRunning(
-            f"the instance {instance!r} is already running in this Ray cluster, on another Redis: another name "
-            "(instance=...) starts one beside it"
+            f"the instance {arguments.instance!r} is already running in this Ray cluster, on another Redis: another "
+            "name (instance=...) starts one beside it"
         ) from None
 
 

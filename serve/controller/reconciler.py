@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -21,7 +20,7 @@ from ...handles.errors import BackendNotFound, to_wire
 from ...workers.actor import RemoteReplica
 from ...workers.runtime_env import for_ray
 from ..config import HTTPOptions
-from ..settings import Settings
+from ..settings import ProcessArguments, Settings
 from . import planner
 from .actors import ActorPool
 from .observed_state import StateObserver
@@ -48,9 +47,7 @@ class Reconciler:
         replicas: the actors of all replicas.
         proxies: the actors of all proxies.
         http_options: of all proxies.
-        replica_url: the broker's URL for replicas.
-        proxy_url: the broker's URL for proxies.
-        environment: variables for replicas and proxies.
+        arguments: the broker and the variables of replicas and proxies.
     """
 
     def __init__(
@@ -62,15 +59,12 @@ class Reconciler:
         proxies: ActorPool,
         *,
         http_options: HTTPOptions,
-        replica_url: str,
-        proxy_url: str,
-        environment: Mapping[str, str],
+        arguments: ProcessArguments,
     ) -> None:
         self._connection, self._registry, self._keys = connection, registry, keys
         self._replicas, self._proxies = replicas, proxies
         self._http_options = http_options
-        self._replica_url, self._proxy_url = replica_url, proxy_url
-        self._environment = dict(environment)
+        self._arguments = arguments
         self._observer = StateObserver(registry, replicas, proxies)
         self._scaler = Scaler(connection, keys)
         self._http_ready = asyncio.Event()
@@ -159,7 +153,7 @@ class Reconciler:
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD", **record.actor_options}
         if record.runtime_env is not None:
             options["runtime_env"] = for_ray(record.runtime_env)
-        args = (self._replica_url, self._keys.instance, record.tag, name, self._environment)
+        args = (self._arguments.replica_redis_url, self._keys.instance, record.tag, name, self._arguments.environment)
         self._replicas.start(name, RemoteReplica, args, options)
 
     async def _forget_replica(self, name: str) -> None:
@@ -188,7 +182,7 @@ class Reconciler:
         self._observer.note_proxy(name, report)
         options = {field: getattr(self._http_options, field) for field in HTTPOptions.model_fields} | {"port": port}
         on_node = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        args = (self._proxy_url, self._keys.instance, name, options, self._environment)
+        args = (self._arguments.proxy_redis_url, self._keys.instance, name, options, self._arguments.environment)
         self._proxies.start(name, ProxyActor, args, {"num_cpus": 0, "scheduling_strategy": on_node})
 
     async def _forget_proxy(self, name: str) -> None:
