@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.scaling import Cost, Layout, stages_at
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Those of peers need the peers' environment, and the one that measures the start-up runs only below the harness.
 PROGRAMS = [
@@ -51,6 +53,16 @@ def test_a_result_is_drawn_with_a_line_for_each_system(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
     assert len(re.findall(r'<g id="line2d_\d+">', picture.read_text())) > len(_TITLES)
+
+
+@pytest.mark.parametrize(("proxies", "measured_per_s"), [(4, 51_991), (6, 62_413)])
+def test_layouts_on_16_cores_are_predicted_from_one_proxy_with_few_and_many_connections(
+    proxies: int, measured_per_s: float
+) -> None:
+    """The figures are those of docs/performance.md; the core of the one proxy was full."""
+    costs = {"proxy": Cost.fit({128: 1e6 / 12_308, 512: 1e6 / 17_299})}
+    predicted_per_s = proxies / stages_at(costs, Layout(replicas=4, proxies=proxies), connections=512)["proxy"] * 1e6
+    assert predicted_per_s == pytest.approx(measured_per_s, rel=0.06)
 
 
 _TITLES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.report import Figure, ms, table
+from .json_program import JsonProgram
+from .report import Figure, ms, table
 
 PROGRAM = JsonProgram("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
 

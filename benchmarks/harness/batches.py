@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.harness.cases import Case
-from benchmarks.harness.catalogue import SYSTEMS
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.measure import SETTLE_S, WARM_UP_S, Served, serving
-from benchmarks.harness.processes import Program, ProgramFailed, busy_s
-from benchmarks.harness.report import Figure, table
-from benchmarks.harness.wrk import load
+from .cases import Case
+from .catalogue import SYSTEMS
+from .json_program import JsonProgram
+from .measure import SETTLE_S, WARM_UP_S, Served, serving
+from .processes import Program, ProgramFailed, busy_s
+from .report import Figure, table
+from .wrk import load
 
 BATCH_SIZE = 64
 CALLS_MS = (3, 10, 20, 50)

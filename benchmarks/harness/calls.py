@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.report import Figure, table
+from .json_program import JsonProgram
+from .report import Figure, table
 
 SLOWEST_PER_S = 150.0
 """A caller that is slower than this is given up on."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness import environment
+from . import environment
 
 PROGRAMS = environment.HERE / "systems"
 

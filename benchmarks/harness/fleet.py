@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.report import table
+from .json_program import JsonProgram
+from .report import table
 
 PROGRAM = JsonProgram("penstock", "Penstock", "penstock_fleet.py", False)
 

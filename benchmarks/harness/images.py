@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.catalogue import PROGRAMS, RAY_HAPROXY, RAY_QUIET
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.measure import SETTLE_S, ask, free_port
-from benchmarks.harness.processes import Program, ProgramFailed, busy_s
-from benchmarks.harness.report import Figure, table
-from benchmarks.harness.wrk import Target, load
+from .catalogue import PROGRAMS, RAY_HAPROXY, RAY_QUIET
+from .json_program import JsonProgram
+from .measure import SETTLE_S, ask, free_port
+from .processes import Program, ProgramFailed, busy_s
+from .report import Figure, table
+from .wrk import Target, load
 
 sys.path.append(str(PROGRAMS))
 from image_model import DEVICES, WORKLOADS, body, find_device, pixel_sum

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import environment
-from benchmarks.harness.catalogue import PROGRAMS, RAY_QUIET
-from benchmarks.harness.processes import Program, ProgramFailed
+from . import environment
+from .catalogue import PROGRAMS, RAY_QUIET
+from .processes import Program, ProgramFailed
 
 START_WITHIN_S = 180.0
 MARK = "@@"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.harness.cases import Case
-from benchmarks.harness.catalogue import System
-from benchmarks.harness.processes import Program, ProgramFailed, busy_s
-from benchmarks.harness.wrk import Load, Target, load
+from .cases import Case
+from .catalogue import System
+from .processes import Program, ProgramFailed, busy_s
+from .wrk import Load, Target, load
 
 WARM_UP_S = 1.5
 SETTLE_S = 0.5

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
-from benchmarks.harness import reaper
+from . import reaper
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRACE_S = 3.0
@@ -94,7 +93,7 @@ class Program:
             self._reaper.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Program:
         return self
 
     def __exit__(

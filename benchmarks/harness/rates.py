@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.harness import open_loop
-from benchmarks.harness.cases import Case
-from benchmarks.harness.catalogue import SYSTEMS
-from benchmarks.harness.measure import SETTLE_S, WARM_UP_S, Served
-from benchmarks.harness.report import ms, table
-from benchmarks.harness.wrk import LoadFailed, Target
+from . import open_loop
+from .cases import Case
+from .catalogue import SYSTEMS
+from .measure import SETTLE_S, WARM_UP_S, Served
+from .report import ms, table
+from .wrk import LoadFailed, Target
 
 SERVICE_S = 0.010
 """The duration of a request of ``sleep``; see ``systems/program.py``."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.cases import Case
-from benchmarks.harness.catalogue import SYSTEMS
-from benchmarks.harness.measure import Sample, Visit
+from .cases import Case
+from .catalogue import SYSTEMS
+from .measure import Sample, Visit
 
 COMPARED_WITH = (("ray-haproxy", "Ray HAProxy"), ("ray", "Ray default"), ("mosec", "Mosec"))
 

@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import redis
 
-from benchmarks.harness.cases import CASES
-from benchmarks.harness.catalogue import SYSTEMS
-from benchmarks.harness.measure import SETTLE_S, WARM_UP_S, Sample, sample, serving
-from benchmarks.harness.processes import ProgramFailed
-from benchmarks.harness.report import Figure, table
-from benchmarks.harness.wrk import load
+from .cases import CASES
+from .catalogue import SYSTEMS
+from .measure import SETTLE_S, WARM_UP_S, Sample, sample, serving
+from .processes import ProgramFailed
+from .report import Figure, table
+from .wrk import load
 
 CONNECTIONS = (32, 100)
 FEWER_CONNECTIONS = (8, 16)

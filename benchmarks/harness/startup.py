@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.harness.json_program import JsonProgram
-from benchmarks.harness.processes import ProgramFailed
-from benchmarks.harness.report import Figure, table
+from .json_program import JsonProgram
+from .processes import ProgramFailed
+from .report import Figure, table
 
 BARE = "bare Ray actor"
 

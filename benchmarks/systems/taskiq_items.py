@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 from items import measure, parse
@@ -53,10 +54,10 @@ async def batch(items: int) -> list[object]:
 def main(items: int) -> None:
     """Start Redis and the worker, and this program again as their client: taskiq reads its URL when imported."""
     if "TASKIQ_ITEMS_URL" in os.environ:
-        with asyncio.Runner() as runner:
-            runner.run(broker.startup())
-            measure("batch", items, lambda count: runner.run(batch(count)))
-            runner.run(broker.shutdown())
+        with closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(broker.startup())
+            measure("batch", items, lambda count: loop.run_until_complete(batch(count)))
+            loop.run_until_complete(broker.shutdown())
         return
     with redis_server() as port:
         environment = {**os.environ, "TASKIQ_ITEMS_URL": f"redis://127.0.0.1:{port}"}
