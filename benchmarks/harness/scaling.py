@@ -145,7 +145,7 @@ class Cost:
     def fit(cls, seen: Mapping[float, float]) -> Cost:
         """Return the least squares through ``seen``: µs per request by the connections per process."""
         if len(seen) == 1:
-            return cls(*seen.values(), 0.0)
+            return cls(next(iter(seen.values())), 0.0)
         slope, work_us = linear_regression([1 / connections for connections in seen], list(seen.values()))
         return cls(work_us, slope)
 
