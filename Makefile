@@ -49,7 +49,7 @@ else
 endif
 
 .PHONY: check
-check: $(STAMP) ## Check format, rules and types, and run the quick tests: 75 s on two cores
+check: $(STAMP) ## Check format, rules and types, and run the quick tests: within a minute on two cores
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-code check-units
 
 .PHONY: check-code

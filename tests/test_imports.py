@@ -74,27 +74,30 @@ def imports(file: Path) -> Iterator[str]:
                 yield full if full in MODULES else base
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_a_folder_imports_only_what_lies_below_it(file: Path) -> None:
-    folder = file.relative_to(ROOT).parts[0]
-    ours = {folder} | FOLDERS_BELOW[folder]
-    others = OTHERS[folder] | sys.stdlib_module_names
-
-    def allowed(name: str) -> bool:
+def test_a_folder_imports_only_what_lies_below_it() -> None:
+    def allowed(name: str, folder: str) -> bool:
         first, *rest = name.split(".")
-        return rest[0] in ours if first == "penstock" and rest else first in others
+        if first == "penstock" and rest:
+            return rest[0] in {folder} | FOLDERS_BELOW[folder]
+        return first in OTHERS[folder] | sys.stdlib_module_names
 
-    too_far = [name for name in imports(file) if not allowed(name)]
-    assert too_far == [], f"{folder}/ must not import {', '.join(too_far)}"
+    too_far = {
+        module: names
+        for module, file in MODULES.items()
+        if (names := [name for name in imports(file) if not allowed(name, file.relative_to(ROOT).parts[0])])
+    }
+    assert too_far == {}
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_the_package_imports_itself_relatively(file: Path) -> None:
-    for node in nodes(file):
+def test_the_package_imports_itself_relatively() -> None:
+    def absolute(node: ast.AST) -> list[str]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names.append(node.module or "")
-        assert not [name for name in names if name.split(".")[0] == "penstock"]
+        return [name for name in names if name.split(".")[0] == "penstock"]
+
+    found = [(module, name) for module, file in MODULES.items() for node in nodes(file) for name in absolute(node)]
+    assert found == []
 
 
 def test_no_modules_import_each_other() -> None:
@@ -105,6 +108,7 @@ def test_no_modules_import_each_other() -> None:
         pytest.fail("a loop of imports: " + " ← ".join(error.args[1]))
 
 
+@pytest.mark.slow
 def test_calling_loads_nothing_that_only_serving_needs() -> None:
     code = "import sys, penstock.handles; penstock.handles.connect; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
@@ -112,6 +116,7 @@ def test_calling_loads_nothing_that_only_serving_needs() -> None:
     assert not loaded & {"ray", "httptools", "starlette", "uvicorn", "pydantic"}
 
 
+@pytest.mark.slow
 def test_the_api_of_serving_loads_no_ray() -> None:
     """Its import takes a second, and `serve.start` reports a wrong argument without it."""
     code = "import sys; from penstock import serve; print(serve.start, serve.Client, *sys.modules)"
@@ -120,6 +125,7 @@ def test_the_api_of_serving_loads_no_ray() -> None:
     assert not loaded & {"ray", "uvicorn", "yaml", "penstock.serve.controller.controller"}
 
 
+@pytest.mark.slow
 def test_a_replica_loads_nothing_that_only_calling_needs() -> None:
     """Unless its code calls other backends."""
     code = "import sys, penstock.workers.actor; print(*sys.modules)"
@@ -143,18 +149,16 @@ def test_no_module_is_loaded_under_its_bare_name() -> None:
     assert not set(FOLDERS_BELOW) & set(sys.modules)
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_private_modules_of_ray_are_imported_only_where_their_absence_is_handled(file: Path) -> None:
-    guarded = {
-        node
-        for block in nodes(file)
-        if isinstance(block, ast.Try) and any(ast.unparse(h.type or block) == "ImportError" for h in block.handlers)
-        for statement in block.body
-        for node in ast.walk(statement)
-    }
-    bare = [
-        node.lineno
-        for node in nodes(file)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray._private") and node not in guarded
-    ]
-    assert bare == []
+def test_private_modules_of_ray_are_imported_only_where_their_absence_is_handled() -> None:
+    def bare(file: Path) -> list[int]:
+        guarded = {
+            node
+            for block in nodes(file)
+            if isinstance(block, ast.Try) and any(ast.unparse(h.type or block) == "ImportError" for h in block.handlers)
+            for statement in block.body
+            for node in ast.walk(statement)
+        }
+        private = (node for node in nodes(file) if isinstance(node, ast.ImportFrom) and node not in guarded)
+        return [node.lineno for node in private if (node.module or "").startswith("ray._private")]
+
+    assert {module: lines for module, file in MODULES.items() if (lines := bare(file))} == {}

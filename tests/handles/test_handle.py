@@ -250,6 +250,7 @@ def test_a_full_queue_is_an_error_of_the_future(site: Site, connected: Connectio
     refused_everywhere(connected, Overloaded)
 
 
+@pytest.mark.slow
 def test_a_missing_broker_is_an_error_that_does_not_show_the_password() -> None:
     with pytest.raises(BrokerUnavailable) as caught:
         handles.connect("redis://:geheim@127.0.0.1:1")

@@ -53,6 +53,7 @@ def test_a_start_that_fails_leaves_the_handler_as_it_was() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_process_that_imports_the_actors_ends_on_sigterm() -> None:
     """Ray makes instances of actor classes there; only in an actor is the signal handled."""
     program = """

@@ -268,6 +268,7 @@ async def test_a_hook_runs_after_each_reconnect(server: EmbeddedServer, connect:
     await connection.close()
 
 
+@pytest.mark.slow
 async def test_a_silent_server_counts_as_dead(server: EmbeddedServer, connect: Connect) -> None:
     connection = await connect(server.url)
     async with stopped(server):
@@ -357,6 +358,7 @@ async def test_a_password_is_never_shown(url: str, caplog: pytest.LogCaptureFixt
     assert "geheim" not in text
 
 
+@pytest.mark.slow
 async def test_a_refused_connection_is_an_unavailable_broker_with_the_reason() -> None:
     with pytest.raises(BrokerUnavailable, match=r"redis://127\.0\.0\.1:1 is unavailable: .*111 connecting to"):
         await RedisConnection("redis://127.0.0.1:1", patience_s=2.0).open()

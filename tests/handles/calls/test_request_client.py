@@ -233,6 +233,7 @@ async def test_a_deadline_is_kept_without_a_broker(durable: EmbeddedServer) -> N
     await caller.close()
 
 
+@pytest.mark.slow
 async def test_a_call_without_a_deadline_fails_when_the_broker_is_away(durable: EmbeddedServer) -> None:
     caller = RequestClient(durable.url, INSTANCE)
     await caller.open()

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 
-ThreadedMotoServer: Any = import_module("moto.server").ThreadedMotoServer
-boto3: Any = import_module("boto3")
-s3fs: Any = import_module("s3fs")
-
 BUCKET = "bucket"
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    # Not above: the imports take a second, and `make check` runs no test that needs them.
+    server = import_module("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -29,7 +26,8 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    bucket = boto3.resource("s3").Bucket(BUCKET)
+    s3fs: Any = import_module("s3fs")
+    bucket: Any = import_module("boto3").resource("s3").Bucket(BUCKET)
     bucket.create()
     s3fs.S3FileSystem.clear_instance_cache()
     yield s3fs.S3FileSystem()

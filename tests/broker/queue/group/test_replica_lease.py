@@ -98,6 +98,7 @@ async def test_a_temporary_refusal_of_the_first_renewal_is_an_unavailable_broker
         await group.lease.stop()
 
 
+@pytest.mark.slow
 async def test_a_lease_is_held_at_a_broker_that_is_out_of_memory(
     server: EmbeddedServer, connect: Connect, keys: Keys
 ) -> None:
