@@ -61,6 +61,8 @@ class ClaimLoop:
         self.is_draining = False
         self.claims_answered = 0
         """The number of claims that the broker has answered, also with no entry or with an error."""
+        self.claims_taken = 0
+        """The number of claims that returned entries or an error: entries of this replica may be pending since."""
         self.returned_wait = False
         """Whether replicas have given back entries that no replica has claimed since, as far as is known here."""
 
@@ -150,6 +152,8 @@ class ClaimLoop:
         """Hold all entries of a claim, and start as many as there is ``room`` for; all of them if it is None."""
         self._is_claiming = False
         self.claims_answered += 1
+        if result:
+            self.claims_taken += 1
         scheduler = self._scheduler
         if isinstance(result, Exception):
             if self.is_draining:

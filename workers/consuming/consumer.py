@@ -105,6 +105,11 @@ class Consumer:
         return self._claim_loop.claims_answered
 
     @property
+    def claims_taken(self) -> int:
+        """The number of claims that returned entries or an error."""
+        return self._claim_loop.claims_taken
+
+    @property
     def run_stats(self) -> RunStats:
         """The counters since they were last taken."""
         return self._scheduler.run_stats

@@ -124,11 +124,13 @@ class Redelivery:
                     await self._consumer.kept.sweep()
                     drop_at_s = monotonic() + _DROP_LETTERS_EVERY_S
                 if self._dead:
+                    self._strays.note_other_claims()
                     await self._redeliver()
                 if self._strays.is_search_due() and (own := await self._strays.recover()):
                     await self._run_in_quarantine(own)
                 if self._may_have_returned or self._consumer.returned_wait:
                     self._may_have_returned = False
+                    self._strays.note_other_claims()
                     await self._consumer.claim_returned()
                 self._consumer.claim()
             except (BrokerUnavailable, BrokerRefused) as e:

@@ -15,7 +15,9 @@ from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import BackendError, DeliveryLimitExceeded, from_wire
 from penstock.workers.claim import Claim
+from penstock.workers.consuming import redelivery, stray_claims
 from penstock.workers.consuming.settlement import Settlement
+from penstock.workers.consuming.stray_claims import StrayClaims
 from penstock.workers.executing.runner import Runner
 from tests.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving
@@ -123,6 +125,27 @@ async def test_a_search_for_stray_claims_under_load_runs_nothing_twice(redis_url
         await wait_until_async(lambda: _is_settled(client))
     assert len(ran) == 120 + quick
     assert set(ran.values()) == {1}
+
+
+async def test_an_idle_replica_searches_only_after_it_has_claimed(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redelivery, "_SCAN_EVERY_S", (0.05, 0.05))
+    monkeypatch.setattr(stray_claims, "_EVERY_S", 0.001)
+    monkeypatch.setattr(stray_claims, "_IDLE_MS", 1)
+    answers, is_search_due = list[bool](), StrayClaims.is_search_due
+
+    def recorded(strays: StrayClaims) -> bool:
+        answers.append(is_search_due(strays))
+        return answers[-1]
+
+    monkeypatch.setattr(StrayClaims, "is_search_due", recorded)
+    async with calling(redis_url) as client, serving(redis_url, echo):
+        for body in (b"first", b"second"):
+            assert (await client.ask(body)).body == body
+            answers.clear()
+            await wait_until_async(lambda: True in answers)
+            await wait_until_async(lambda: answers[-10:] == [False] * 10)
 
 
 async def test_a_body_that_the_broker_refused_is_fetched_again(redis_url: str) -> None:
