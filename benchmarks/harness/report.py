@@ -169,17 +169,14 @@ class Aim:
 
 
 AIMS = (
-    Aim(1, "ray-haproxy", at_most=1.4),
-    Aim(1, "ray-haproxy", at_least=0.75),
-    Aim(32, "ray-haproxy", at_least=2.0),
-    Aim(100, "ray-haproxy", at_least=2.5),
+    Aim(1, "ray-haproxy", at_most=0.7, only="penstock-async"),
+    Aim(1, "mosec", at_most=2.0, only="penstock-async"),
+    Aim(32, "mosec", at_least=1.2, only="penstock-async"),
+    Aim(100, "ray-haproxy", at_least=5.0, only="penstock-async"),
+    Aim(100, "mosec", at_least=1.8, only="penstock-async"),
     Aim(100, "ray", at_least=15.0),
-    Aim(100, "mosec", at_least=1.0),
-    # Like beside like: the no-op is a `def` in the row "Penstock" and an `async def` in "Ray Serve, HAProxy".
-    Aim(1, "ray-haproxy-def", at_most=1.4, only="penstock"),
-    Aim(1, "ray-haproxy-def", at_least=0.75, only="penstock"),
-    Aim(32, "ray-haproxy-def", at_least=2.0, only="penstock"),
-    Aim(100, "ray-haproxy-def", at_least=2.5, only="penstock"),
+    # The row "Penstock" is a `def`, beside Ray's `async def`.
+    Aim(1, "ray-haproxy", at_most=1.0, only="penstock"),
 )
 
 
