@@ -102,6 +102,7 @@ class Instance:
         settings = await Settings.read(self.registry)
         if settings is not None and not settings.stopped and await self.has_owner():
             await replace(settings, stopping="erase" if erase else "keep").write(self.registry)
+            await self.registry.wake_watchers()
             await self._wait_until(self.has_stopped, f"instance {self.name!r} did not end", _END_S)
         # The client that the handles of this process share would try to reconnect to a broker that may end now.
         if (caller := SharedClient.find(self.redis_url, self.name)) is not None:

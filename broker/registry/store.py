@@ -55,6 +55,11 @@ redis.call('DEL', KEYS[2], KEYS[3])
 redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
 """)
 
+# Appends a change of no record to the feed. KEYS: version, feed. ARGV: the fields that describe it.
+_WAKE = Script("""#!lua flags=allow-oom
+return redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'version', redis.call('INCR', KEYS[1]), unpack(ARGV))
+""")
+
 _PUT_SETTINGS = Script("""#!lua flags=allow-oom
 return redis.call('SET', KEYS[1], ARGV[1])
 """)
@@ -194,6 +199,11 @@ class Registry:
 
     async def put_settings(self, settings: Mapping[str, Any]) -> None:
         await self._connection.run_script(_PUT_SETTINGS, [self._keys.settings], [orjson.dumps(settings)], repeat=True)
+
+    async def wake_watchers(self) -> None:
+        """Make watchers, of which the controller has one, read now what is not in the feed, such as the settings."""
+        nothing = fields_of(Change())
+        await self._connection.run_script(_WAKE, [self._keys.version, self._keys.feed], nothing, repeat=True)
 
     async def own(self, owner: str, ttl_s: float) -> bool:
         """Acquire or renew the ownership of the instance for ``ttl_s`` seconds; False if another owner holds it."""

@@ -181,6 +181,20 @@ async def test_a_record_that_cannot_be_read_is_named(
         await registry.snapshot()
 
 
+async def test_a_watcher_can_be_woken_for_what_the_feed_does_not_hold(
+    registry: Registry, commands: RedisConnection, keys: Keys, watch: Watching
+) -> None:
+    watcher = await watch(commands.url, registry)
+    await registry.change(lambda _: Change(backends={"model": backend("model")}))
+    woken = list[Snapshot]()
+    await watcher.wait_for(1, 10)
+    watcher.add_listener(woken.append)
+    await registry.wake_watchers()
+    await wait_until_async(lambda: woken)
+    (seen,) = woken
+    assert (seen.version, seen.backends) == (2, {"model": backend("model")})
+
+
 async def test_code_is_stored_by_its_digest(registry: Registry, commands: RedisConnection, keys: Keys) -> None:
     digest = await registry.put_code(b"code")
     assert await registry.get_code(digest) == b"code"
