@@ -30,13 +30,14 @@ from ..handles.calls.request_client import RequestClient
 from ..runtime.memory import Memory
 from .app import App
 from .http1.connection_limit import allowed_connections
+from .http1.listening import PortInUse, is_wildcard
 from .middleware import wrap
 from .options import ProxyOptions
 from .pages.admin import AdminApp, AdminPort
 from .pages.dashboard import Dashboard
 from .pages.dead_letters import DeadLetterPages
 from .pages.metrics_page import ProxyIdentity
-from .server import PortInUse, Server, is_wildcard
+from .server import Server
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class Proxy:
     def _may_be_on_this_machine(self, report: ProxyReport) -> bool:
         if report.node == self._report.node or report.address == self._report.address:
             return True
-        # The first report of a starting proxy comes from the controller, which does not know the address.
+        # The first report of a starting proxy comes from the process that starts it, which does not know the address.
         return report.state == "starting" and not report.address
 
     # -- draining

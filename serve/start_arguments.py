@@ -13,6 +13,7 @@ from ..broker.transport.dial import user_of
 from ..broker.transport.url import REDIS_URL, shown_url
 from ..broker.wire.keys import Keys
 from ..handles.json_bounds import MAX_ITEMS_VARIABLE
+from ..proxy.http1.listening import PortInUse, bind
 from ..runtime.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, LogOptions
 from .config import HTTPOptions
 from .settings import dump_http
@@ -79,6 +80,11 @@ class StartArguments:
             environment=_adopted_environment(),
         )
 
+    @property
+    def proxy_options(self) -> dict[str, Any]:
+        """The options of a proxy: the fields of ``http``."""
+        return {**self.plain_http, "middlewares": list(self.http.middlewares)}
+
     def check_http_address(self) -> None:
         """Check that a proxy on this machine can listen. A proxy checks it again, for its own machine.
 
@@ -87,8 +93,6 @@ class StartArguments:
         """
         if self.http.location == "NoServer":
             return
-        from ..proxy.server import PortInUse, bind  # with uvicorn: not for a wrong argument
-
         try:
             for sock in bind(self.http.host, self.http.port, shared=False):
                 sock.close()

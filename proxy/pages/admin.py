@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable
 from starlette.types import Receive, Scope, Send
 
 from .. import responses
+from ..http1.listening import PortInUse
 from ..responses import HTTPResponse
 from ..routing import RESERVED
-from ..server import PortInUse, Server
+from ..server import Server
 from .dashboard import Dashboard
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.proxy import server as server_module
 from penstock.proxy.http1 import time_limits
-from penstock.proxy.server import PortInUse, Server, is_wildcard
+from penstock.proxy.http1.listening import PortInUse, is_wildcard
+from penstock.proxy.server import Server
 from tests.proxy.site import Site, running, text
 from tests.waiting import wait_until_async
 
