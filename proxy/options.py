@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-from starlette.middleware import Middleware
+from typing import TYPE_CHECKING, Any
 
 from .http1.buffers import default_bytes
 from .http1.connection_limit import MAX_CONNECTIONS
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ The names are defined in `_api`, which is imported on first use: some commands o
 Ray, whose import takes a second, is imported where it is needed, so that a wrong argument is reported without it.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..runtime.extras import needed
@@ -48,14 +47,10 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # Ray looks up `ControllerActor` here; see its module.
-        if name not in __all__ and name != "ControllerActor":
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         # All names come from one module, so that threads that import them at the same time wait for one import lock.
-        api = needed(f"{__name__}._api", __name__)
-        if name == "ControllerActor":
-            return import_module(".controller.controller_actor", __name__).ControllerActor
-        return getattr(api, name)
+        return getattr(needed(f"{__name__}._api", __name__), name)
 
 
 __all__ = [

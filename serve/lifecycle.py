@@ -124,7 +124,7 @@ def start(
         try:
             # Not above: the import of Ray takes a second, and what was wrong so far needed none.
             needed("ray", "serve.start")
-            from .controller.controller_actor import end_controller, start_controller, wait_until_ready
+            from .first_actors import FirstProxy, end_actor, start_controller, wait_until_ready
             from .ray_cluster import join_ray, leave_ray
             from .ray_nodes import address_of, own_node
 
@@ -142,27 +142,29 @@ def start(
                 detached=detached,
             )
             background_loop.run(_write_settings(core, settings, arguments.middlewares))
-            controller = start_controller(
-                ProcessArguments(
-                    arguments.instance, url, replica_redis_url or url, proxy_redis_url or url, arguments.environment
-                ),
-                node=node,
-                detached=detached,
+            passed = ProcessArguments(
+                arguments.instance, url, replica_redis_url or url, proxy_redis_url or url, arguments.environment
             )
+            controller = start_controller(passed, node=node, detached=detached)
         except BaseException:
             background_loop.run(_release(core, owner, resumed))
             raise
         try:
+            # Else the proxies of an earlier run may still be ending, or the proxy must outlive this process.
+            if not resumed and not detached and arguments.http.location != "NoServer":
+                first = FirstProxy(passed, node)
+                background_loop.run(core.registry.put_report(first.name, first.report))
+                undo.callback(end_actor, first.start(arguments.proxy_options))
             background_loop.run(wait_until_ready(controller))
             http_url = background_loop.run(_keep_port(core))
         except BaseException:
             try:
                 background_loop.run(core.end(erase=not resumed))
             finally:
-                end_controller(controller)
+                end_actor(controller)
             raise
         if not detached:  # A detached instance ends by `shutdown` alone, and not with this process.
-            undo.callback(end_controller, controller)
+            undo.callback(end_actor, controller)
         client = Client(core, http_url, started=undo.pop_all(), owns=not detached, keep=data_dir is not None)
         _started[arguments.instance] = client
         return client

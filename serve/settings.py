@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
-
-from starlette.middleware import Middleware
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..broker.registry.store import Registry
 from ..workers.pickling import dumps, loads
-from .config import HTTPOptions
+
+if TYPE_CHECKING:  # The controller needs no pydantic.
+    from .config import HTTPOptions
 
 LEASE_S = 5.0
 """Expiry of the instance's ownership, which the controller renews. Ray restarts a controller in less time."""
@@ -60,11 +60,10 @@ class Settings:
     async def write(self, registry: Registry) -> None:
         await registry.put_settings(asdict(self))
 
-    async def http_options(self, registry: Registry) -> HTTPOptions:
-        middlewares: list[Middleware] = []
-        if self.middlewares:
-            middlewares = loads(await registry.get_code(self.middlewares))
-        return HTTPOptions(**self.http, middlewares=middlewares)
+    async def proxy_options(self, registry: Registry) -> dict[str, Any]:
+        """Return the options of proxies: the fields of `HTTPOptions`. Those that are newer than these lack."""
+        middlewares = loads(await registry.get_code(self.middlewares)) if self.middlewares else []
+        return {**self.http, "middlewares": middlewares}
 
 
 def dump_http(options: HTTPOptions) -> tuple[dict[str, Any], bytes]:

@@ -49,7 +49,7 @@ _SLOW = re.compile(
     | serve/test_(every_node|examples|forks|growing|head|leaving_nodes|lifetimes|starting)
     | test_(benchmarks|forks|snippets)
     | testing/test_(applications|pages)
-    | workers/test_(actor|streams)
+    | workers/test_(serving|streams)
     )\.py""",
     re.VERBOSE,
 )

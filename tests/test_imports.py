@@ -128,10 +128,26 @@ def test_the_api_of_serving_loads_no_ray() -> None:
 @pytest.mark.slow
 def test_a_replica_loads_nothing_that_only_calling_needs() -> None:
     """Unless its code calls other backends."""
-    code = "import sys, penstock.workers.actor; print(*sys.modules)"
+    code = "import sys, penstock.workers.serving; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     unneeded = ("calls.request_client", "batch", "files", "async_handle", "connection")
     assert not loaded & {f"penstock.handles.{name}" for name in unneeded}
+
+
+def test_a_process_with_the_handle_of_an_actor_loads_nothing_that_the_actor_runs() -> None:
+    """Ray imports the class there, on a thread of its own: in a replica while it starts, beside the user's code."""
+    code = "import sys; from penstock.serve.ray_actors import controller, proxy, replica; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert {name.split(".")[1] for name in loaded if name.startswith("penstock.")} == {"runtime", "serve"}
+    assert not loaded & {"redis", "starlette", "uvicorn", "penstock.serve._api"}
+
+
+def test_the_controller_loads_nothing_that_only_its_actors_need() -> None:
+    code = "import sys; from penstock.serve.controller import controller; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert "ray" in loaded
+    assert not loaded & {"starlette", "uvicorn", "penstock.proxy.app"}
+    assert not loaded & {"penstock.serve.config", "penstock.workers.serving"}
 
 
 def test_the_root_imports_nothing() -> None:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-from pathspec import GitIgnoreSpec
-
 from ..broker.errors import ConfigError, PenstockError
 
 MAX_BYTES = 128 * 1024 * 1024
@@ -157,6 +155,8 @@ def _walk(folder: Path, excluded: Sequence[Excluded], above: tuple[Path, ...]) -
 
 
 def _matcher(folder: Path, patterns: Sequence[str]) -> Excluded:
+    from pathspec import GitIgnoreSpec  # Replicas and the controller do not pack.
+
     spec = GitIgnoreSpec.from_lines(patterns)
 
     def is_excluded(path: Path) -> bool:

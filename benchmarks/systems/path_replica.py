@@ -9,7 +9,7 @@ import bare_path
 import uvloop
 from path_server import freeze
 
-from penstock.workers.actor import Serving
+from penstock.workers.serving import Serving
 
 
 async def serve(url: str, instance: str, backend: str) -> None:

@@ -48,7 +48,7 @@ def load(url: str, script: str, connections: int, seconds: int) -> int:
 
 
 async def run_replica(url: str) -> None:
-    from penstock.workers.actor import Serving
+    from penstock.workers.serving import Serving
 
     await Serving(url, "default", ENDPOINT, f"{ENDPOINT}#1").ready()
     await asyncio.Event().wait()

@@ -115,7 +115,7 @@ class Seen:
 
 async def host(url: str, number: int) -> None:
     """Run one replica in this process until its standard input ends."""
-    from penstock.workers.actor import Serving
+    from penstock.workers.serving import Serving
 
     await Serving(url, INSTANCE, BACKEND, f"{BACKEND}#{number}").ready()
     print("ready", flush=True)

@@ -36,7 +36,7 @@ def tags(backends: int) -> list[str]:
 
 async def host(url: str, replicas: int, backends: int, first: int) -> None:
     """Run replicas in this process until its standard input ends."""
-    from penstock.workers.actor import Serving
+    from penstock.workers.serving import Serving
 
     # From the beginning: if its parent is killed meanwhile, it must not go on starting.
     threading.Thread(target=end_with_parent, daemon=True).start()

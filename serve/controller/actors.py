@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...handles.errors import BackendError, PenstockError
-from ...workers.actor import NAMESPACE
+from ..ray_actors.lifetime import NAMESPACE, actor_name
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,20 @@ _DRAIN_MARGIN_S = 5.0
 """An actor that has not drained this long after its time is killed."""
 
 
-def actor_name(instance: str, kind: str, name: str = "") -> str:
-    """Return the name of an actor within Ray's namespace `NAMESPACE`."""
-    return f"penstock:{instance}:{kind}:{name}" if name else f"penstock:{instance}:{kind}"
+def options_of_actor(instance: str, kind: str, name: str) -> dict[str, Any]:
+    """Return Ray's options of an actor that outlives its controller."""
+    return {
+        "name": actor_name(instance, kind, name),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "max_concurrency": _CONCURRENCY,
+    }
+
+
+def options_of_proxy(node: str) -> dict[str, Any]:
+    """Return further options of Ray for a proxy on the node with this id."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=False)}
 
 
 class ManagedActor:
@@ -85,14 +97,7 @@ class ActorPool:
         just died, which adopting it shows.
         """
         try:
-            handle = actor_class.options(
-                name=actor_name(self._instance, self._kind, name),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=0,
-                max_concurrency=_CONCURRENCY,
-                **options,
-            ).remote(*args)
+            handle = actor_class.options(**options_of_actor(self._instance, self._kind, name), **options).remote(*args)
         except ActorAlreadyExistsError:
             return
         except Exception as e:  # Ray rejects the options with various types, such as for an invalid runtime_env.

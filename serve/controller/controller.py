@@ -102,7 +102,7 @@ class Controller:
                     keys,
                     ActorPool(instance, "replica", wake.set),
                     ActorPool(instance, "proxy", wake.set),
-                    http_options=await settings.http_options(registry),
+                    http=await settings.proxy_options(registry),
                     arguments=arguments,
                 )
                 await reconciler.restore()

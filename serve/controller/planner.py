@@ -128,6 +128,11 @@ def lacking(backend: DesiredBackend, observed: ObservedState) -> str | None:
     return describe_shortage(count, backend.resources, observed.staying_nodes, left)
 
 
+def proxy_name(node: str, index: int) -> str:
+    """Return the name of one of the proxies of a node."""
+    return f"{node[:12]}.{index}"
+
+
 def plan_proxies(http: DesiredProxies, observed: ObservedState) -> list[ProxyStep]:
     """Return the steps of `plan` that concern proxies.
 
@@ -135,7 +140,7 @@ def plan_proxies(http: DesiredProxies, observed: ObservedState) -> list[ProxySte
     when its node leaves soon.
     """
     steps: list[ProxyStep] = []
-    desired = {f"{node[:12]}.{i}": node for node in http.nodes for i in range(http.per_node)}
+    desired = {proxy_name(node, i): node for node in http.nodes for i in range(http.per_node)}
     running: set[str] = set()
     is_served = not desired or any(
         proxy.id in desired and proxy.state is ActorState.READY for proxy in observed.proxies

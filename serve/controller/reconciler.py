@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
-
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...broker.errors import PenstockError
 from ...broker.queue.purge import purge_backend
@@ -17,15 +16,15 @@ from ...broker.registry.store import Registry
 from ...broker.transport.connection import RedisConnection
 from ...broker.wire.keys import Keys
 from ...handles.errors import BackendNotFound, to_wire
-from ...workers.actor import RemoteReplica
+from ...proxy.options import ProxyOptions
 from ...workers.runtime_env import for_ray
-from ..config import HTTPOptions
+from ..ray_actors.proxy import ProxyActor
+from ..ray_actors.replica import RemoteReplica
 from ..settings import ProcessArguments, Settings
 from . import planner
-from .actors import ActorPool
+from .actors import ActorPool, options_of_proxy
 from .observed_state import StateObserver
 from .planner import Step, plan
-from .proxy_actor import ProxyActor
 from .scaler import Scaler
 from .state import DesiredProxies
 
@@ -46,7 +45,7 @@ class Reconciler:
         keys: of the instance.
         replicas: the actors of all replicas.
         proxies: the actors of all proxies.
-        http_options: of all proxies.
+        http: the options of all proxies, as fields of ``HTTPOptions``.
         arguments: the broker and the variables of replicas and proxies.
     """
 
@@ -58,12 +57,12 @@ class Reconciler:
         replicas: ActorPool,
         proxies: ActorPool,
         *,
-        http_options: HTTPOptions,
+        http: Mapping[str, Any],
         arguments: ProcessArguments,
     ) -> None:
         self._connection, self._registry, self._keys = connection, registry, keys
         self._replicas, self._proxies = replicas, proxies
-        self._http_options = http_options
+        self._http, self._limits = dict(http), ProxyOptions.from_fields(http)
         self._arguments = arguments
         self._observer = StateObserver(registry, replicas, proxies)
         self._scaler = Scaler(connection, keys)
@@ -135,8 +134,8 @@ class Reconciler:
             case planner.StartProxy(name, node, port):
                 await self._start_proxy(name, node, port)
             case planner.DrainProxy(name, within_s):
-                delay_s = min(self._http_options.drain_delay_s, max(within_s, 0.0) / 4)
-                timeout_s = min(self._http_options.request_timeout_s, max(within_s - delay_s, 0.0))
+                delay_s = min(self._limits.drain_delay_s, max(within_s, 0.0) / 4)
+                timeout_s = min(self._limits.request_timeout_s, max(within_s - delay_s, 0.0))
                 self._proxies.drain(name, timeout_s, delay_s)
             case planner.KillProxy(name):
                 self._proxies.kill(name)
@@ -180,10 +179,9 @@ class Reconciler:
         report = ProxyReport(node=node)
         await self._registry.put_report(name, report)
         self._observer.note_proxy(name, report)
-        options = {field: getattr(self._http_options, field) for field in HTTPOptions.model_fields} | {"port": port}
-        on_node = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        args = (self._arguments.proxy_redis_url, self._keys.instance, name, options, self._arguments.environment)
-        self._proxies.start(name, ProxyActor, args, {"num_cpus": 0, "scheduling_strategy": on_node})
+        arguments, options = self._arguments, self._http | {"port": port}
+        args = (arguments.proxy_redis_url, arguments.instance, name, options, arguments.environment)
+        self._proxies.start(name, ProxyActor, args, options_of_proxy(node))
 
     async def _forget_proxy(self, name: str) -> None:
         await self._registry.delete_report(ProxyReport, name)

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ...runtime.processes import descendants, kill
-from ...workers.actor import ReplicaActor
-from ..controller.proxy_actor import HTTPProxy
+from ..ray_actors.proxy import HTTPProxy
+from ..ray_actors.replica import ReplicaActor
 from ..ray_cluster import NICENESS
 
 PROXY, REPLICA = f"ray::{HTTPProxy.__name__}", f"ray::{ReplicaActor.__name__}"

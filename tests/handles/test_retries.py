@@ -19,7 +19,7 @@ from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.keys import Keys
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, Overloaded, RequestCancelled
-from penstock.workers import accept_batch
+from penstock.workers.executing.accept_batch import accept_batch
 from penstock.workers.retry import Retry
 from tests.handles.site import INSTANCE, Site, echo
 from tests.waiting import wait_until

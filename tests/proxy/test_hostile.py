@@ -14,7 +14,7 @@ from penstock.broker.wire.requests import HTTP_CODEC
 from penstock.handles.codec import decode
 from penstock.handles.errors import MalformedBody
 from penstock.proxy.server import Server
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.proxy.site import Site
 from tests.proxy.test_server import connected, serving, talk
 

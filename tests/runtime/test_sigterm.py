@@ -58,8 +58,7 @@ def test_a_process_that_imports_the_actors_ends_on_sigterm() -> None:
     """Ray makes instances of actor classes there; only in an actor is the signal handled."""
     program = """
         import os, signal
-        from penstock.serve.controller import controller_actor, proxy_actor
-        from penstock.workers import actor
+        from penstock.serve.ray_actors import controller, proxy, replica
         os.kill(os.getpid(), signal.SIGTERM)
         print("ignored")
     """

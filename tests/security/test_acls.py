@@ -24,9 +24,9 @@ from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import BrokerUnavailable, DeliveryLimitExceeded, Overloaded
 from penstock.proxy.pages.admin_token import digest_of
 from penstock.proxy.proxy import Proxy
-from penstock.workers.actor import Serving
 from penstock.workers.executing.user_code import dump
 from penstock.workers.retry import Retry
+from penstock.workers.serving import Serving
 from tests.guarded import DOCUMENT, Guarded, documented_rules
 from tests.waiting import wait_until, wait_until_async
 

@@ -9,8 +9,9 @@ from starlette.exceptions import HTTPException
 
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
-from penstock.workers import Request, accept_batch
 from penstock.workers.claim import Claim, RunningCall
+from penstock.workers.executing.accept_batch import accept_batch
+from penstock.workers.executing.request import Request
 from penstock.workers.executing.runner import Runner
 from tests.waiting import wait_until_async
 from tests.workers.requests import from_handle, value_of

@@ -12,8 +12,8 @@ from starlette.responses import StreamingResponse
 from penstock import serve
 from penstock.handles.errors import BackendError
 from penstock.runtime.logs import JsonFormatter
-from penstock.workers import Request
 from penstock.workers.error_log import ErrorLog
+from penstock.workers.executing.request import Request
 from tests.log_lines import Lines, logged_lines
 from tests.waiting import wait_until_async
 from tests.workers.requests import from_handle, from_http

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from penstock.testing import local
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.waiting import wait_until
 
 LOG = "penstock.workers.loop_watch"

@@ -17,7 +17,7 @@ from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, ConfigError, RequestCancelled, RequestTimeout, StreamBroken
 from penstock.handles.replies.response_stream import AsyncResponseStream
-from penstock.workers import accept_batch
+from penstock.workers.executing.accept_batch import accept_batch
 from tests.handles.site import INSTANCE, Site
 from tests.waiting import wait_until, wait_until_async
 

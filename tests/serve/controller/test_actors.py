@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-from penstock.serve.controller.actors import ActorPool, actor_name
-from penstock.workers.actor import NAMESPACE
+from penstock.serve.controller.actors import ActorPool
+from penstock.serve.ray_actors.lifetime import NAMESPACE, actor_name
 from tests.waiting import wait_until_async
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import httpx
 import pytest
 import ray
 
 from penstock import serve
 from penstock.broker.queue.group.claimer import Claimer
-from penstock.serve.controller.actors import actor_name
-from penstock.workers.actor import NAMESPACE
+from penstock.serve.first_actors import FirstProxy
+from penstock.serve.ray_actors.lifetime import NAMESPACE, actor_name
 from tests.serve.backends import SMALL, Slow, answering, replicas
+from tests.serve.conftest import StartClient
 from tests.serve.load import load
 from tests.waiting import wait_until
 
@@ -41,6 +43,30 @@ def test_a_restarted_controller_adopts_the_running_replicas(client: serve.Client
     assert replicas(client).items() > before.items()
     os.kill(next(iter(before.values())), signal.SIGKILL)
     wait_until(lambda: len(replicas(client)) == 3 and not replicas(client).items() >= before.items())
+
+
+def test_the_controller_adopts_the_proxy_that_starts_beside_it(
+    start: StartClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, begin = list[Any](), FirstProxy.start
+
+    def recorded(first: FirstProxy, http: Mapping[str, Any]) -> Any:
+        begun.append(begin(first, http))
+        return begun[-1]
+
+    monkeypatch.setattr(FirstProxy, "start", recorded)
+    client = start(http_options={"port": 0})
+    (proxy,) = begun
+    report = ray.get(proxy.ready.remote())
+    assert report["url"] == client.http_url
+    os.kill(report["pid"], signal.SIGKILL)
+
+    def is_replaced() -> bool:
+        others = [proxy for proxy in client.status()["proxies"].values() if proxy["pid"] != report["pid"]]
+        return [proxy["state"] for proxy in others] == ["ready"]
+
+    wait_until(is_replaced)
+    assert httpx.get(f"{client.http_url}/-/healthz").status_code == 200
 
 
 CHANGES: dict[str, Callable[[serve.Client], None]] = {

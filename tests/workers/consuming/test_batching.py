@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from penstock.workers import Request, accept_batch, accepts_batch
+from penstock.workers.executing.accept_batch import accept_batch, accepts_batch
+from penstock.workers.executing.request import Request
 from penstock.workers.executing.user_code import LoadedCode, dump
 from tests.workers.requests import backend_error_of, from_handle, value_of
 from tests.workers.running import Mixed, Start, double, double_each, double_each_async

@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from penstock.broker.registry.records import BackendSpec
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import RequestCancelled
-from penstock.workers import Request, accept_batch
+from penstock.workers.executing.accept_batch import accept_batch
+from penstock.workers.executing.request import Request
 from penstock.workers.executing.runner import Runner
 from penstock.workers.executing.user_code import dump
 from tests.waiting import wait_until_async

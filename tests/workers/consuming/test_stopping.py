@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.workers.requests import from_handle, value_of
 from tests.workers.running import Gate, Start, call_hook, double, hooks
 

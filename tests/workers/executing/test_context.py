@@ -9,7 +9,9 @@ import pytest
 
 from penstock.broker.registry.records import BackendSpec
 from penstock.handles.log_context import request_ids
-from penstock.workers import Request, accept_batch, get_current_backend_tag, get_current_replica_tag
+from penstock.workers.executing.accept_batch import accept_batch
+from penstock.workers.executing.context import get_current_backend_tag, get_current_replica_tag
+from penstock.workers.executing.request import Request
 from penstock.workers.executing.runner import Runner
 from penstock.workers.executing.user_code import dump
 from tests.workers.requests import from_handle, from_http, value_of

@@ -7,7 +7,7 @@ import pytest
 
 from penstock.broker.registry.records import BackendSpec
 from penstock.handles.errors import BackendError, ConfigError
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.workers.requests import from_handle, value_of
 from tests.workers.running import Counter, Gate, Start, double
 

@@ -15,8 +15,8 @@ import wrapt
 from starlette.datastructures import State
 from starlette.routing import Router
 
-from penstock.workers import Request
 from penstock.workers.executing.methods import methods_callable_from_outside
+from penstock.workers.executing.request import Request
 from tests.workers import running
 from tests.workers.requests import backend_error_of, from_handle, from_http
 from tests.workers.running import Start, double

@@ -11,7 +11,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
 
 from penstock.handles.errors import RequestCancelled
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.waiting import wait_until_async
 from tests.workers.requests import backend_error_of, error_of, from_handle
 from tests.workers.running import Start, fail, hooks

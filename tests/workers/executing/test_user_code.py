@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from penstock.handles.errors import BackendError
-from penstock.workers import Request
+from penstock.workers.executing.request import Request
 from tests.workers.requests import backend_error_of, from_http
 from tests.workers.running import Counter, Gate, Start, double
 

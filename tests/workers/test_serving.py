@@ -19,9 +19,9 @@ from penstock.broker.registry.store import Registry
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.handles.errors import BackendError, BackendNotFound, from_wire
-from penstock.workers import Request
-from penstock.workers.actor import Serving
+from penstock.workers.executing.request import Request
 from penstock.workers.executing.user_code import dump
+from penstock.workers.serving import Serving
 from tests.brokers import wait_until_written
 from tests.waiting import wait_until_async
 from tests.workers.running import Gate, hook, hooks

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from penstock.workers.actor import outlast
+from penstock.serve.ray_actors.lifetime import outlast
 
 
 class Ended:

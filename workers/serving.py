@@ -1,4 +1,4 @@
-"""The Ray actor of a replica: reads its code and configuration from the registry, and reports its state there.
+"""The life of a replica: reads its code and configuration from the registry, and reports its state there.
 
 Only its end is requested by a call. So the replica goes on serving if the controller or Ray's head node dies.
 """
@@ -6,17 +6,12 @@ Only its end is requested by a call. So the replica goes on serving if the contr
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
-from ..broker.defaults import adopt_environment, belong_to
 from ..broker.errors import BrokerRefused, BrokerUnavailable, PenstockError
 from ..broker.queue import stats
 from ..broker.registry.record_follower import RecordFollower
@@ -29,16 +24,12 @@ from ..broker.transport.url import shown_url
 from ..broker.wire.keys import Keys
 from ..handles.calls import tracing
 from ..handles.errors import BackendNotFound, to_wire
-from ..handles.log_context import set_up_logs
 from ..runtime.memory import Memory
-from ..runtime.sigterm import DrainsOnSigterm
 from .executing.runner import Runner
 from .replica import Replica, connection_of
 from .runtime_env import UnpackedRuntimeEnv
 
 log = logging.getLogger(__name__)
-
-NAMESPACE = "penstock"
 
 _RETRY_S = 0.5
 _HEALTH_WAIT_S = 1.0
@@ -305,54 +296,3 @@ class Serving:
         if self._runtime_env is not None:
             await asyncio.to_thread(self._runtime_env.remove)
         return finished
-
-
-class ReplicaActor(DrainsOnSigterm):
-    """A replica as a Ray actor. Its methods may run concurrently."""
-
-    def __init__(
-        self, redis_url: str, instance: str, backend: str, replica: str, environment: Mapping[str, str]
-    ) -> None:
-        adopt_environment(environment)
-        set_up_logs(backend=backend, replica=replica)
-        belong_to(redis_url, instance)  # for `serve.connect()` in the user's code
-        node = ray.get_runtime_context().get_node_id()
-        self._serving = Serving(redis_url, instance, backend, replica, node)
-        self.on_sigterm(self._serving.drain_gracefully)
-
-    async def ready(self) -> None:
-        await self._serving.ready()
-        # Objects made so far live as long as the process: the garbage collector need not scan them again and again.
-        gc.collect()
-        gc.freeze()
-
-    async def check(self) -> None:
-        await self._serving.check()
-
-    async def drain(self, timeout_s: float) -> bool:
-        return await self._serving.drain(timeout_s)
-
-    async def attend(self, controller: str) -> None:
-        """Wait while the actor ``controller`` lives, over its restarts, and end this actor after it."""
-        await outlast(controller)
-        ray.kill(cast("Any", ray.get_runtime_context()).current_actor)
-
-
-async def outlast(name: str) -> None:
-    """Return when the actor ``name`` has died and will not restart."""
-    while True:
-        try:
-            # In a thread, as it blocks for long while Ray's head node is down.
-            actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
-            # Without retries: Ray would report one on the terminal of the script, even where the instance has ended.
-            await actor.attend.options(max_task_retries=0).remote()
-        except ValueError:  # there is none of that name any more
-            return
-        except RayError as e:
-            # Also an ActorDiedError: a call gets it from an actor that restarts, as its node has died with it.
-            log.debug("cannot watch the actor %s: %s", name, e)
-        await asyncio.sleep(_RETRY_S)
-
-
-RemoteReplica: Any = ray.remote(ReplicaActor)
-"""The actor class. Its arguments are those of `ReplicaActor`."""
