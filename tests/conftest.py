@@ -91,11 +91,13 @@ def cluster() -> Iterator[str]:
     # In number, not in kind: its CPUs are shares of those of the machine, and its GPUs are made up.
     there_is: dict[str, Any] = {"num_cpus": 8, "num_gpus": 2, "resources": {"disk": 4}}
     with RayWorkers() as workers:
-        with pytest.MonkeyPatch.context() as environ, workers.of_the_ray_that_is_started():
+        with pytest.MonkeyPatch.context() as patch, workers.of_the_ray_that_is_started():
             # As in a Ray that Penstock starts. At Ray's default, 15, the tests that compute leave its workers no time.
-            environ.setenv("RAY_worker_niceness", "0")
+            patch.setenv("RAY_worker_niceness", "0")
             # Prestarted Python processes would slow down the ones that are needed.
-            environ.setenv("RAY_prestart_worker_first_driver", "0")
+            patch.setenv("RAY_prestart_worker_first_driver", "0")
+            # It would read all that the workers print again and again, for drivers that do not want it.
+            patch.setattr("ray._private.node.Node.start_log_monitor", lambda self: None)
             ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()

@@ -1,8 +1,8 @@
 """Python scripts that run in forks of one process, which has imported what they need.
 
 Imports of Ray and Penstock take a second or two of processor time, and the tests start hundreds of processes. A fork is
-a process of its own with the arguments, the environment, the directory, the signal mask and the files that it was
-started with; only its imports are done already.
+a process of its own with the arguments, the environment, the directory, the signal mask, the files and the network that
+it was started with; only its imports are done already.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
+_OWN_NETWORK = "/proc/self/ns/net"
+_CLONE_NEWNET = 0x40000000
+
 _LAUNCHER = """\
 #!{python} -ISB
 import marshal, os, sys, _signal, _socket
@@ -35,7 +38,10 @@ if not arguments or not arguments[0].endswith({scripts!r}):
 forwarded = (_signal.SIGINT, _signal.SIGTERM)
 mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, forwarded)]
 request = marshal.dumps((arguments, dict(os.environ), os.getcwd(), mask))
-files = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
+numbers = [0, 1, 2]
+if os.path.exists({network!r}):
+    numbers.append(os.open({network!r}, os.O_RDONLY))
+files = b"".join(number.to_bytes(4, sys.byteorder) for number in numbers)
 try:
     connection.sendmsg([len(request).to_bytes(4, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
     connection.sendall(request)
@@ -72,7 +78,8 @@ def write_launcher(program: Path, scripts: tuple[str, ...], connect: str) -> Non
         scripts: what the first argument must end with to be run in a fork; all else runs in Python as usual.
         connect: code that sets ``connection`` to a socket of a process that forks, and may change ``arguments``.
     """
-    program.write_text(_LAUNCHER.format(python=sys.executable, scripts=scripts, connect=connect))
+    filled = _LAUNCHER.format(python=sys.executable, scripts=scripts, connect=connect, network=_OWN_NETWORK)
+    program.write_text(filled)
     program.chmod(0o700)
 
 
@@ -127,7 +134,8 @@ class Request:
 
     def __init__(self, connection: socket.socket) -> None:
         """Read it. Raises ``EOFError`` if its launcher was killed meanwhile."""
-        head, self._files, _, _ = socket.recv_fds(connection, 4, 3)
+        head, files, _, _ = socket.recv_fds(connection, 4, 4)
+        self._files, self._networks = files[:3], files[3:]
         try:
             with connection.makefile("rb") as sent:
                 fields = marshal.loads(sent.read(int.from_bytes(head, "big")))
@@ -138,7 +146,7 @@ class Request:
 
     def close(self) -> None:
         """Close its files in a process that does not run it."""
-        for file in self._files:
+        for file in (*self._files, *self._networks):
             os.close(file)
 
     def run(self, first: str = "") -> None:
@@ -147,6 +155,10 @@ class Request:
         for standard, file in enumerate(self._files):
             os.dup2(file, standard)
             os.close(file)
+        for network in self._networks:
+            if not os.path.samestat(os.fstat(network), os.stat(_OWN_NETWORK)):  # entering takes root
+                enter_network(network)
+            os.close(network)
         before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         os.environ.clear()
         os.environ.update(self._environ)
@@ -266,6 +278,15 @@ _LINGER_S = 0.2
 
 def _do_nothing(*_: object) -> None:
     """Handle SIGCHLD: a signal that is ignored would not wake the selector."""
+
+
+def enter_network(file: int) -> None:
+    """Move the calling thread into a network namespace, of which ``file`` is open."""
+    # Python 3.12 has os.setns for this.
+    import ctypes  # none of the other forks needs it
+
+    if ctypes.CDLL(None, use_errno=True).setns(file, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace")
 
 
 def import_and_freeze(imports: Sequence[str]) -> None:

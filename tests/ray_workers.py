@@ -1,8 +1,8 @@
 """Ray's workers as forks of processes that have done their imports.
 
 Ray starts a Python for every actor, which spends more than a second of processor time on imports before it runs
-anything. Here the first worker of a job starts a process that makes the imports once, and this worker and all later
-ones of the job are forks of it. Ray knows a worker by the process id that it registers itself with, which is the
+anything. Here the first worker of a node starts a process that makes the imports once, and this worker and all later
+ones of the node are forks of it. Ray knows a worker by the process id that it registers itself with, which is the
 fork's.
 """
 
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from tests.forks import Forking, import_and_freeze, write_launcher
+from tests.forks import Forking, ForkServer, import_and_freeze, shared_forks, write_launcher
 
 IMPORTS = (
     *("ray", "ray._private.node", "ray._private.async_compat", "ray._private.runtime_env.setup_hook", "uvloop"),
@@ -29,15 +29,20 @@ IMPORTS = (
 
 _SCRIPTS = ("ray/_private/workers/default_worker.py", "ray/_private/workers/setup_worker.py")
 
+_NO_JOB = "ffffffff"
+_PREFIX = "workers-of-tests-"
+
 _IDLE_S = 20.0
 """A process that has had no worker for so long ends. The next worker starts another one."""
 
-# Ray reads the job, the raylet's process id and its settings from the environment when it is imported. So workers of
-# one environment share a process. The first of them makes the socket, and the others wait in its backlog.
+# Ray reads the raylet's process id and its settings from the environment when it is imported. So workers of one
+# environment share a process. The job is read then too; a worker of none gets it with its first actor. The first
+# launcher makes the socket, and the others wait in its backlog.
 _CONNECT = """\
 import time, zlib
 arguments = [argument.replace({env_of_python!r}, {env_of_launcher!r}) for argument in arguments]
-path = {directory!r} + "/%08x" % zlib.crc32(marshal.dumps(sorted(os.environ.items())))
+variables = sorted(variable for variable in os.environ.items() if variable[0] != "RAY_JOB_ID")
+path = {directory!r} + "/%08x" % zlib.crc32(marshal.dumps(variables))
 for _ in range(500):
     connection = _socket.socket(_socket.AF_UNIX)
     try:
@@ -54,25 +59,33 @@ for _ in range(500):
     os.set_inheritable(connection.fileno(), True)
     command = [{python!r}, "-c", {code!r}, path, str(connection.fileno())]
     null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
-    os.posix_spawn({python!r}, command, os.environ, file_actions=null, setsid=True)
+    environ = {{**os.environ, "RAY_JOB_ID": {no_job!r}}}
+    os.posix_spawn({python!r}, command, environ, file_actions=null, setsid=True)
     connection.close()
 else:
     os.execv({python!r}, [{python!r}, *arguments])
 """
 
-_CODE = "import sys; sys.path[0] = {root!r}; from tests.ray_workers import fork_workers; fork_workers(*sys.argv[1:])"
+_FORKS = "from tests.ray_workers import fork_workers"
+_CODE = f"import sys; sys.path[0] = {{root!r}}; {_FORKS}; fork_workers(*sys.argv[1:])"
+
+
+def forks_with_ray() -> ForkServer:
+    """Return what runs scripts that use Ray."""
+    return shared_forks(*IMPORTS)
 
 
 class RayWorkers:
     """A place for processes whose forks are workers, until the end of the context."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="workers-"))
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.python = self._directory / "python"
         """A program with the arguments of Python, which raylets start their workers with."""
         environment = '"py_executable": "{}"'.format
         connect = _CONNECT.format(
             python=sys.executable,
+            no_job=_NO_JOB,
             directory=str(self._directory),
             code=_CODE.format(root=str(Path(__file__).parents[1])),
             env_of_python=environment(sys.executable),
@@ -86,6 +99,12 @@ class RayWorkers:
         python = str(self.python) if hasattr(os, "pidfd_open") else sys.executable
         with mock.patch.object(sys, "executable", python):
             yield
+
+    @staticmethod
+    def made(command_line: str) -> bool:
+        """Return whether a process, by its arguments with a NUL after each, is a launcher or one that forks."""
+        # A raylet's later arguments name the program that it starts workers with.
+        return any(_PREFIX in argument or _FORKS in argument for argument in command_line.split("\0")[:3])
 
     def __enter__(self) -> RayWorkers:
         return self

@@ -92,3 +92,17 @@ def test_a_launcher_that_is_killed_before_it_was_understood_harms_no_other_one(
 def test_what_is_not_to_be_forked_runs_in_python(forks: ForkServer) -> None:
     ran = subprocess.run([str(forks.python), "-V"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("Python ")
+
+
+def test_a_fork_is_in_the_network_of_its_launcher(forks: ForkServer) -> None:
+    def network(*launch: str) -> str:
+        code = "import os; print(os.readlink('/proc/self/ns/net'))"
+        command = [*launch, str(forks.python), "-c", code]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return ran.stdout.strip() if ran.returncode == 0 else pytest.skip(f"networks cannot be made: {ran.stderr}")
+
+    own = network()
+    assert own == os.readlink("/proc/self/ns/net")
+    other = network("unshare", "--net")
+    assert other.startswith("net:[")
+    assert other != own

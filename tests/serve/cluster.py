@@ -6,7 +6,6 @@ network is neither used nor changed: an address or a port that is taken there is
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 from redis import Redis
@@ -29,6 +29,8 @@ from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.registry.reports import ReportT
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
+from tests.forks import ForkServer, enter_network, shared_forks
+from tests.ray_workers import IMPORTS, RayWorkers
 from tests.waiting import wait_until
 
 T = TypeVar("T")
@@ -40,7 +42,6 @@ _HEAD = 11
 _RAY_PORT, _BROKER_PORT, _RAY_STATE_PORT = 6379, 6380, 6381
 _CPUS = 4
 _THREADS = 16
-_CLONE_NEWNET = 0x40000000
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
@@ -108,6 +109,14 @@ def _autoscaler(address: str) -> dict[str, Any]:
     }
 
 
+_START_RAY = """
+import sys
+from ray.scripts.scripts import main
+
+sys.executable, *sys.argv[1:] = sys.argv[1:]  # Ray starts its workers with it
+main()
+"""
+
 _SCRIPT = """
 import json, os, sys
 import ray
@@ -138,8 +147,9 @@ class Namespace:
         _kill_all(self.name)
 
     def pids(self, title: str) -> list[int]:
-        """Return the processes in it that have ``title`` in their command line."""
-        return [pid for pid in _pids(self.name) if title in _command_line(pid)]
+        """Return the processes in it that have ``title`` in their command line, without those that fork workers."""
+        lines = {pid: _command_line(pid) for pid in _pids(self.name)}
+        return [pid for pid, line in lines.items() if title in line and not RayWorkers.made(line)]
 
     def delete(self) -> None:
         self._threads.shutdown()
@@ -150,7 +160,8 @@ class Namespace:
 class Node:
     """A node of the cluster."""
 
-    def __init__(self, hub: Namespace, namespace: Namespace, number: int) -> None:
+    def __init__(self, hub: Namespace, namespace: Namespace, number: int, workers: RayWorkers) -> None:
+        self._workers = workers
         self.address = f"{_NETWORK}.{number}"
         self.namespace = namespace
         self._hub, self._plug = hub, f"plug{number}"
@@ -171,7 +182,7 @@ class Node:
         """Return when the node has joined the cluster, or has started it."""
         with tempfile.TemporaryFile("w+") as log:  # Not a pipe, which the daemons would keep open.
             starting = self.run(
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
+                *(str(_forks().python), "-c", _START_RAY, str(self._workers.python), "start", *arguments),
                 *(f"--node-ip-address={self.address}", f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}"),
                 *("--disable-usage-stats", "--include-log-monitor=false"),
                 environment=environment,
@@ -214,6 +225,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         with ExitStack() as undo:
+            self._workers = undo.enter_context(RayWorkers())
             self._hub = Namespace(f"{_PREFIX}-{os.getpid()}")
             undo.callback(self._hub.delete)
             name = self._hub.name
@@ -281,7 +293,7 @@ class Cluster:
     def _plugged_in(self, undo: ExitStack, number: int) -> Node:
         namespace = Namespace(f"{self._hub.name}-{number}")
         undo.callback(namespace.delete)
-        return Node(self._hub, namespace, number)
+        return Node(self._hub, namespace, number, self._workers)
 
     @contextmanager
     def instance(
@@ -294,7 +306,7 @@ class Cluster:
         node = on or self.head
         options = {"redis_url": self.redis_url, "instance": name, "detached": detached, "http_options": http_options}
         script = node.run(
-            *(sys.executable, "-c", _SCRIPT, node.address, json.dumps(options)),
+            *(str(_forks().python), "-c", _SCRIPT, node.address, json.dumps(options)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -331,6 +343,12 @@ class Cluster:
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call ``function`` in the hub's network, from which all nodes can be reached."""
         return self._hub.call(function, *args, **kwargs)
+
+
+def _forks() -> ForkServer:
+    """Return what runs ``ray start`` and the scripts of the nodes."""
+    with mock.patch.dict(os.environ, _ENVIRONMENT):  # Ray reads its settings when it is imported
+        return shared_forks(*IMPORTS, "ray.scripts.scripts")
 
 
 @contextmanager
@@ -413,10 +431,8 @@ def _first_line(script: subprocess.Popen[str], within_s: float) -> str:
 
 def _enter(namespace: str) -> None:
     """Move the calling thread into a namespace."""
-    # Python 3.12 has os.setns for this.
     with open(Path("/run/netns", namespace)) as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
+        enter_network(file.fileno())
 
 
 def _ip(*arguments: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from tests.ray_workers import forks_with_ray
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forks on Linux only")
@@ -68,3 +70,27 @@ def test_variables_of_a_runtime_env_belong_to_its_actors_alone(cluster: str) -> 
     assert results([actor.variable.remote("FORKED") for actor in actors]) == [None, "1"]
     found = results([actor.identity.remote() for actor in actors])
     assert len({parent for _, parent in found}) == 2  # Ray and Penstock read variables when they are imported
+
+
+JOB = """
+import os
+import ray
+
+class Reporter:
+    def identity(self):
+        return ray.get_runtime_context().get_job_id(), os.getppid()
+
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+actor = ray.remote(Reporter).options(num_cpus=0.1).remote()
+print(ray.get_runtime_context().get_job_id(), *ray.get(actor.identity.remote(), timeout=60))
+"""
+
+
+def test_actors_of_another_job_are_forks_of_the_same_process_and_belong_to_their_job(cluster: str) -> None:
+    [actor] = reporters(1)
+    [(_, parent)] = results([actor.identity.remote()])
+    environ = {**os.environ, "RAY_ADDRESS": cluster}
+    printed = subprocess.check_output([forks_with_ray().python, "-c", JOB], text=True, env=environ, timeout=90)
+    job, job_of_actor, parent_of_actor = printed.split()
+    assert job == job_of_actor != ray.get_runtime_context().get_job_id()
+    assert int(parent_of_actor) == parent
