@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from penstock import serve
+from tests.ray_workers import forks_with_ray
 from tests.serve.backends import SMALL
 
 PAGE = (Path(__file__).parents[2] / "docs" / "asgi.md").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def test_the_program_of_the_page_prints_what_it_says(cluster: str, tmp_path: Pat
     (output,) = re.findall(r"```\n(\{.*?)```", PAGE, re.DOTALL)
     (tmp_path / "web.py").write_text(web)
     ran = subprocess.run(
-        [sys.executable, "-c", program],
+        [forks_with_ray().python, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "RAY_ADDRESS": cluster},
         capture_output=True,

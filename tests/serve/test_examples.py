@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from penstock import serve
+from tests.ray_workers import forks_with_ray
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -32,7 +33,7 @@ client_of_the_page = fixture_of_the_page()
 def run(name: str, *arguments: str, cluster: str, folder: Path) -> str:
     """Run an example to its end, and return its output."""
     ran = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
+        [forks_with_ray().python, EXAMPLES / name, *arguments],
         cwd=folder,
         env={**os.environ, "RAY_ADDRESS": cluster},
         capture_output=True,
@@ -75,7 +76,7 @@ def test_the_first_example_of_the_readme_prints_what_stands_below_it(cluster: st
     script = tmp_path / "readme.py"
     script.write_text(found[1].replace("serve.start()", 'serve.start(http_options={"port": 0})'))
     ran = subprocess.run(
-        [sys.executable, script],
+        [forks_with_ray().python, script],
         env={**os.environ, "RAY_ADDRESS": cluster},
         capture_output=True,
         text=True,

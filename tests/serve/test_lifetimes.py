@@ -22,6 +22,7 @@ from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.handles.errors import ConfigError, PenstockError
 from tests.brokers import wait_until_written
+from tests.ray_workers import forks_with_ray
 from tests.serve.backends import SMALL, answering, replicas
 from tests.waiting import wait_until
 
@@ -46,12 +47,16 @@ print("serves", client.redis_url, replica, *proxies, flush=True)
 
 
 class Script:
-    """A Python script in a process and a session of its own."""
+    """A Python script in a process and a session of its own.
 
-    def __init__(self, arguments: str, then: str, **environment: str) -> None:
+    It is a fork unless a Python is given. A fork is not in the process group of its launcher, which a terminal
+    interrupts.
+    """
+
+    def __init__(self, arguments: str, then: str, python: str | Path | None, /, **environment: str) -> None:
         code = SCRIPT.format(arguments=arguments) + textwrap.dedent(then)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [python or forks_with_ray().python, "-c", code],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,8 +87,10 @@ class Script:
 
 
 @contextmanager
-def script(arguments: str, then: str = "", **environment: str) -> Generator[Script]:
-    running = Script(arguments, then, **environment)
+def script(
+    arguments: str, then: str = "", python: str | Path | None = None, /, **environment: str
+) -> Generator[Script]:
+    running = Script(arguments, then, python, **environment)
     try:
         running.serves()
         yield running
@@ -132,7 +139,7 @@ def test_sigterm_ends_the_instance_and_then_the_script_with_status_143(redis_url
 
 
 def test_the_instance_ends_with_ctrl_c(joined: dict[str, str]) -> None:
-    with script("http_options={'port': 0}", "time.sleep(60)", **joined) as running:
+    with script("http_options={'port': 0}", "time.sleep(60)", sys.executable, **joined) as running:
         running.interrupt()
         assert "KeyboardInterrupt" in running.ended()
         wait_until(running.nothing_runs)
@@ -154,7 +161,7 @@ def test_a_ray_that_start_started_ends_too() -> None:
         print(ray.is_initialized(), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
     """
-    with script("http_options={'port': 0}", then, RAY_ADDRESS="") as running:
+    with script("http_options={'port': 0}", then, sys.executable, RAY_ADDRESS="") as running:
         assert running.process.stdout is not None
         assert running.process.stdout.read() == "False\n"
         assert "Traceback" not in running.ended()
@@ -212,9 +219,8 @@ def test_a_detached_instance_is_refused_without_a_ray_that_outlives_it(
 ) -> None:
     """The Ray cluster of the tests ends with them, and was not started by ``ray start``."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    said = subprocess.check_output(
-        [sys.executable, "-c", STARTS_DETACHED, redis_url], text=True, env={**env, "RAY_TMPDIR": str(tmp_path)}
-    )
+    python, env = forks_with_ray().python, {**env, "RAY_TMPDIR": str(tmp_path)}
+    said = subprocess.check_output([python, "-c", STARTS_DETACHED, redis_url], text=True, env=env)
     assert "none was started on this machine, and RAY_ADDRESS is not set; `ray start" in said
     assert keys(redis_url) == []
 

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from penstock.proxy.pages.admin_token import digest_of
 from penstock.serve.ray_cluster import join_address
 from penstock.serve.start_arguments import StartArguments
 from penstock.testing import local
+from tests.forks import shared_forks
 from tests.frames import frames_below
 
 START = """
@@ -42,7 +42,7 @@ def started(arguments: dict[str, Any], **environ: str) -> subprocess.CompletedPr
     """Call ``serve.start`` in a process without Ray, and return its output."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PENSTOCK_REDIS_URL")}
     return subprocess.run(
-        [sys.executable, "-c", START, json.dumps(arguments)],
+        [shared_forks("penstock.serve.lifecycle").python, "-c", START, json.dumps(arguments)],
         capture_output=True,
         text=True,
         check=True,

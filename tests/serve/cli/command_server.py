@@ -1,6 +1,6 @@
 """The command in forks of a process that has imported what it needs.
 
-The imports take a second of processor time, longer than most commands run. Ray is not among them.
+The imports take a second of processor time, longer than most commands run. Ray is among them for ``start`` alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.forks import ForkServer
+from tests.ray_workers import forks_with_ray
 
 _IMPORTS = (
     *("starlette.requests", "pydantic", "pyarrow.parquet"),
@@ -25,6 +26,7 @@ class CommandServer:
     def __init__(self, directory: Path) -> None:
         self._forks = ForkServer(directory, _IMPORTS, scripts=("-c",))
         self.command = (str(self._forks.python), "-c", _CODE)
+        """All commands but those that use Ray."""
 
     def run(
         self, arguments: Sequence[str], environ: Mapping[str, str], stdin: bytes, timeout_s: float
@@ -34,8 +36,9 @@ class CommandServer:
         Raises:
             subprocess.TimeoutExpired: it did not end in time, and was killed.
         """
+        command = (str(forks_with_ray().python), "-c", _CODE) if arguments[:1] == ["start"] else self.command
         ran = subprocess.run(
-            [*self.command, *arguments], input=stdin, capture_output=True, check=False, env=environ, timeout=timeout_s
+            [*command, *arguments], input=stdin, capture_output=True, check=False, env=environ, timeout=timeout_s
         )
         return ran.returncode, ran.stdout, ran.stderr
 
