@@ -38,6 +38,7 @@ async def test_a_forgotten_second_await_warns_once(site: Site, monkeypatch: pyte
 
     async def forget(handle: AsyncServeHandle) -> None:
         await handle.remote(1)
+        await (await handle.remote(2))  # its reply comes after that of the first, whose future is dropped then
 
     (warning,) = await warnings_of(site, monkeypatch, forget, times=3)
     assert warning.startswith("a reply of endpoint 'ask' was never read")
