@@ -61,8 +61,8 @@ class Settings:
         await registry.put_settings(asdict(self))
 
     async def proxy_options(self, registry: Registry) -> dict[str, Any]:
-        """Return the options of proxies: the fields of `HTTPOptions`. Those that are newer than these lack."""
-        middlewares = loads(await registry.get_code(self.middlewares)) if self.middlewares else []
+        """Return the options of proxies: the fields of `HTTPOptions`. Fields newer than the instance are missing."""
+        middlewares: Any = loads(await registry.get_code(self.middlewares)) if self.middlewares else []
         return {**self.http, "middlewares": middlewares}
 
 

@@ -83,6 +83,9 @@ def brokers() -> Iterator[Brokers]:
         yield brokers
 
 
+def _do_nothing(_: object) -> None: ...
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """One local Ray for all tests, as it takes seconds to start. Its address."""
@@ -97,7 +100,7 @@ def cluster() -> Iterator[str]:
             # Prestarted Python processes would slow down the ones that are needed.
             patch.setenv("RAY_prestart_worker_first_driver", "0")
             # It would read all that the workers print again and again, for drivers that do not want it.
-            patch.setattr("ray._private.node.Node.start_log_monitor", lambda self: None)
+            patch.setattr("ray._private.node.Node.start_log_monitor", _do_nothing)
             ray.init(address="local", include_dashboard=False, log_to_driver=False, **there_is)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()

@@ -57,7 +57,7 @@ def test_the_controller_adopts_the_proxy_that_starts_beside_it(
     monkeypatch.setattr(FirstProxy, "start", recorded)
     client = start(http_options={"port": 0})
     (proxy,) = begun
-    report = ray.get(proxy.ready.remote())
+    report: Any = ray.get(proxy.ready.remote())
     assert report["url"] == client.http_url
     os.kill(report["pid"], signal.SIGKILL)
 
