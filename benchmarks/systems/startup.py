@@ -25,6 +25,10 @@ class Clock:
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
+    def restart(self) -> None:
+        """Let the next step begin here."""
+        self._since = time.perf_counter()
+
     def step(self, what: str) -> None:
         """Print how long the step took that ends here."""
         now = time.perf_counter()
@@ -70,6 +74,7 @@ def print_memory(clock: Clock, of: dict[str, str]) -> None:
         name = processes.name_of(pid)
         if (title := next((title for part, title in of.items() if part in name), None)) is not None:
             print("\n@@" + json.dumps({"process": title, **memory_mib(pid)}), flush=True)
+    clock.restart()
 
 
 def memory_mib(pid: int) -> dict[str, float]:
