@@ -74,13 +74,10 @@ class FirstProxy:
 
     def start(self, http: Mapping[str, Any]) -> Any:
         """Start it with the fields of `HTTPOptions`; return its handle at once, or None if the controller was first."""
-        arguments = self._arguments
         # Detached also from this process: one that this process owned, and that died, was not replaced.
-        options = options_of_actor(arguments.instance, "proxy", self.name) | options_of_proxy(self.report.node)
+        options = options_of_actor(self._arguments.instance, "proxy", self.name) | options_of_proxy(self.report.node)
         try:
-            return ProxyActor.options(**options).remote(
-                arguments.proxy_redis_url, arguments.instance, self.name, http, arguments.environment
-            )
+            return ProxyActor.options(**options).remote(*self._arguments.for_proxy(self.name, http))
         except ActorAlreadyExistsError:
             return None
 

@@ -30,6 +30,10 @@ class ProcessArguments(NamedTuple):
     environment: Mapping[str, str]
     """The variables that all of them adopt from the process that called ``start``."""
 
+    def for_proxy(self, name: str, http: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the arguments of the actor of a proxy, whose options are ``http``."""
+        return self.proxy_redis_url, self.instance, name, http, self.environment
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

@@ -156,8 +156,11 @@ class Cost:
 
 def stages_at(costs: Mapping[str, Cost], layout: Layout, connections: int) -> dict[str, float]:
     """Return the CPU µs per request of each stage. Redis serves as many wake-ups as its busiest kind of client has."""
-    shared_by = {"proxy": layout.proxies, "replica": layout.replicas, "Redis": max(layout.proxies, layout.replicas)}
-    return {stage: cost.at(connections / shared_by.get(stage, 1)) for stage, cost in costs.items()}
+    busiest = max(layout.proxies, layout.replicas)
+    return {
+        stage: cost.at(connections / (busiest if stage == "Redis" else layout.count(stage)))
+        for stage, cost in costs.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,8 +179,7 @@ class Reconciler:
         report = ProxyReport(node=node)
         await self._registry.put_report(name, report)
         self._observer.note_proxy(name, report)
-        arguments, options = self._arguments, self._http | {"port": port}
-        args = (arguments.proxy_redis_url, arguments.instance, name, options, arguments.environment)
+        args = self._arguments.for_proxy(name, self._http | {"port": port})
         self._proxies.start(name, ProxyActor, args, options_of_proxy(node))
 
     async def _forget_proxy(self, name: str) -> None:
