@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from testcontainers.core.container import DockerContainer
 
 from penstock.broker.embedded.server import EmbeddedServer
+from penstock.handles.calls.shared_client import open_clients
 from tests.waiting import wait_until
 
 KINDS = ("embedded", "redis-container", "valkey-container")
@@ -50,15 +51,25 @@ def clean(url: str) -> Generator[str]:
     """Give a broker to one test, and empty it.
 
     Raises:
-        AssertionError: the test left keys that nothing would ever have removed.
+        AssertionError: the test left keys that nothing would ever have removed, or calls in flight. A client of this
+            process publishes such calls again once the broker is empty, into the queues of a later test.
     """
     yield url
+    with suppress(AssertionError):  # the second look says more
+        wait_until(lambda: not _in_flight(url), timeout_s=5)
+    calls = _in_flight(url)
     with Redis.from_url(url) as redis:
         keys = cast("Iterable[bytes]", redis.scan_iter("penstock:*", count=1000))
         # Without an expiry and without an owner: that is how a broker fills up over the months.
         left = sorted(key.decode() for key in keys if redis.ttl(key) == -1)
         redis.flushall()
     assert not left, f"keys without expiry outlived the test: {', '.join(left)}"
+    assert not calls, f"calls outlived the test: {', '.join(calls)}"
+
+
+def _in_flight(url: str) -> list[str]:
+    """Return the calls in flight of the clients in this process that handles share."""
+    return [call.shown_id for client in open_clients(url, "default") for call in list(client.in_flight.by_id.values())]
 
 
 @contextmanager

@@ -75,9 +75,10 @@ def test_leaving_the_block_waits_for_calls_that_are_still_connecting(site: Site)
     with handles.connect(site.url) as connected:
         handle = connected.get_handle("ask")
     with connected:  # closed: the calls connect again
-        handle.remote("a")
-        handle.remote("b")
+        futures = [handle.remote("a"), handle.remote("b")]
     assert site.depth() == 2
+    for future in futures:
+        future.cancel()
 
 
 def test_leaving_the_block_cancels_no_call_of_another_handle(site: Site) -> None:
