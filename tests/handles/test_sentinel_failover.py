@@ -112,14 +112,6 @@ def test_a_failover_under_load_loses_nothing(service: Watched, fail_over: Callab
 def test_a_submitted_request_survives_the_primary(service: Watched) -> None:
     """The primary confirmed it with its replica in reach: `min-replicas-to-write` is not needed for one that waits."""
     site = Site(service.url)
-
-    def is_served() -> bool:
-        try:
-            site.serve(echo)
-        except BrokerUnavailable:  # An election on a busy machine takes longer than a command waits.
-            return False
-        return True
-
     try:
         site.declare()
         with handles.connect(service.url, INSTANCE) as door:
@@ -127,7 +119,17 @@ def test_a_submitted_request_survives_the_primary(service: Watched) -> None:
             with service.primary.client() as redis:
                 assert redis.wait(1, 10_000) == 1
             service.kill_primary()
-            wait_until(is_served, timeout_s=30)
+            wait_until(lambda: _is_reached(lambda: site.serve(echo)))
+            wait_until(lambda: _is_reached(lambda: submitted.result(timeout=30)))
             assert submitted.result(timeout=30) == "x"
     finally:
         site.close()
+
+
+def _is_reached(call: Callable[[], object]) -> bool:
+    """Make a call; return whether it reached the broker. An election may take longer than a command waits for it."""
+    try:
+        call()
+    except BrokerUnavailable:
+        return False
+    return True
