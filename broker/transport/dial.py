@@ -9,6 +9,7 @@ from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, Connection as _TcpConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 
 from ..errors import NO_CLUSTER, BrokerUnavailable, ConfigError
 from .url import redis_options, sentinel_service, shown_url
@@ -19,6 +20,9 @@ _CONNECT_TO_PRIMARY_S = 1.5
 """How long connecting to a server that sentinels named may take: a machine that is gone does not answer."""
 _LISTENS_S = 0.5
 """How long `check_listens` waits for a connection that is neither made nor refused."""
+
+_DRIVER = DriverInfo()
+"""How redis-py names itself to the server. By default it looks up its version for each connection, which takes 0.5 ms."""
 
 GREETING = "HELLO"
 """The command whose reply describes the server. Every user may send it, whatever the ACL rules are."""
@@ -86,7 +90,8 @@ def new_connection(url: str, name: str) -> AbstractConnection:
     # go through `wait_for`: `Session` detects silent servers. No retries: `RedisConnection` has its own.
     retry = Retry(NoBackoff(), 0)
     connect_s = CONNECT_S if sentinel_service(url) is None else _CONNECT_TO_PRIMARY_S
-    options.update(protocol=2, client_name=name, socket_timeout=None, socket_connect_timeout=connect_s, retry=retry)
+    options.update(protocol=2, client_name=name, driver_info=_DRIVER, retry=retry)
+    options.update(socket_timeout=None, socket_connect_timeout=connect_s)
     try:
         return kind(**options)
     except (TypeError, ValueError, redis_errors.RedisError) as e:

@@ -31,7 +31,7 @@ from penstock.handles.replies.response import result_of
 from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site, echo
 from tests.security.test_refusals import limited
-from tests.serve.cli.conftest import COMMAND
+from tests.serve.cli.command_line import command_line
 from tests.waiting import wait_until_async
 
 KEYS = Keys(INSTANCE)
@@ -120,7 +120,7 @@ def listing(url: str) -> str:
     commands += [["show", "model", letter.id, *json] for letter in letters for json in ([], ["--json"])]
     for command in commands:
         seen += subprocess.run(
-            [*COMMAND, "dead", *command, "--redis-url", url],
+            command_line("dead", *command, "--redis-url", url),
             capture_output=True,
             text=True,
             timeout=60,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from tests.serve.cli.command_line import command_line
 from tests.waiting import wait_until
-
-COMMAND = (sys.executable, "-c", "from penstock.serve.cli import main; main()", "run", "--reload")
 
 SCRIPT = """
 from penstock import serve
@@ -54,10 +52,10 @@ class Run:
 @contextmanager
 def running(arguments: Sequence[str], folder: Path, redis_url: str, ray: str) -> Generator[Run]:
     environ = {**os.environ, "PENSTOCK_REDIS_URL": redis_url, "RAY_ADDRESS": ray}
-    output = folder / "output"
+    line, output = command_line("run", "--reload", *arguments), folder / "output"
     with (
         output.open("wb") as writes,
-        subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=environ, stdout=writes, stderr=writes) as process,
+        subprocess.Popen(line, cwd=folder, env=environ, stdout=writes, stderr=writes) as process,
     ):
         try:
             yield Run(process, output)

@@ -15,7 +15,7 @@ from penstock.broker.defaults import default_url
 from penstock.handles.errors import ConfigError, NotPermitted
 from tests.guarded import Guarded
 from tests.security.test_refusals import NOTHING, limited
-from tests.serve.cli.conftest import COMMAND
+from tests.serve.cli.command_line import command_line
 from tests.serve.conftest import StartClient
 
 
@@ -40,7 +40,7 @@ def client(cluster: str, guarded_by_users: Guarded) -> Iterator[serve.Client]:
 
 def penstock(url: str, *arguments: str) -> str:
     ran = subprocess.run(
-        [*COMMAND, *arguments],
+        command_line(*arguments),
         capture_output=True,
         text=True,
         timeout=100,

@@ -17,7 +17,7 @@ from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.transport.error_replies import error_of
 from penstock.proxy.proxy import Proxy
 from tests.redis_servers import RedisServer, cluster_node
-from tests.serve.cli.conftest import COMMAND
+from tests.serve.cli.command_line import command_line
 
 FOUND = r"it is a node of a cluster \(\w+ \d+\.\d+\.\d+, mode cluster\)"
 AT_ONCE_S = 4.5
@@ -68,7 +68,7 @@ async def test_a_proxy_refuses_it(node: str) -> None:
 
 def test_the_command_refuses_it(node: str) -> None:
     ran = subprocess.run(
-        [*COMMAND, "status", "--redis-url", node], capture_output=True, text=True, timeout=60, check=False
+        command_line("status", "--redis-url", node), capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.returncode != 0
     assert "it is a node of a cluster" in ran.stderr

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ import orjson
 import pytest
 
 from tests.handles.site import Site
-from tests.serve.cli.command_server import CommandServer
-
-COMMAND = (sys.executable, "-c", "from penstock.serve.cli import main; main()")
+from tests.serve.cli.command_line import command_line
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,11 @@ def environment(url: str) -> dict[str, str]:
 
 @contextmanager
 def running(
-    command: Sequence[str], environ: Mapping[str, str], stdin: IO[bytes] | None = None
+    line: Sequence[str], environ: Mapping[str, str], stdin: IO[bytes] | None = None
 ) -> Generator[subprocess.Popen[str]]:
-    """Run a command; it is killed if the test leaves it."""
+    """Run a command line; it is killed if the test leaves it."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=environ) as process:
+    with subprocess.Popen(line, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=environ) as process:
         try:
             yield process
         finally:
@@ -59,7 +56,7 @@ def on_terminal(
     """Run the command with ``streams`` on a terminal; yield the process and a function that reads the terminal."""
     terminal, end = pty.openpty()
     stdin, stdout, stderr = (end if name in streams else None for name in ("stdin", "stdout", "stderr"))
-    command, environ = [*COMMAND, *arguments], {**environ, "TERM": "xterm"}
+    environ = {**environ, "TERM": "xterm"}
 
     def read() -> bytes:
         with suppress(OSError):  # A closed terminal raises.
@@ -67,7 +64,9 @@ def on_terminal(
         return b""
 
     try:
-        with subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environ) as process:
+        with subprocess.Popen(
+            command_line(*arguments), stdin=stdin, stdout=stdout, stderr=stderr, env=environ
+        ) as process:
             os.close(end)
             yield process, read
     finally:
@@ -81,20 +80,19 @@ def site(redis_url: str) -> Iterator[Site]:
     site.close()
 
 
-@pytest.fixture(scope="session")
-def command_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
-    server = CommandServer(tmp_path_factory.mktemp("commands"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def penstock(redis_url: str, command_server: CommandServer) -> Penstock:
-    """Runs the command with the broker of the test, in a fork of a process that has done its imports."""
+def penstock(redis_url: str) -> Penstock:
+    """Runs the command with the broker of the test."""
 
     def penstock(*arguments: object, stdin: str = "", url: str = redis_url) -> Ran:
-        strings = [str(argument) for argument in arguments]
-        code, out, err = command_server.run(strings, environment(url), stdin.encode(), timeout_s=100)
-        return Ran(code, out.decode(), err.decode())
+        ran = subprocess.run(
+            command_line(*map(str, arguments)),
+            input=stdin.encode(),
+            capture_output=True,
+            check=False,
+            env=environment(url),
+            timeout=100,
+        )
+        return Ran(ran.returncode, ran.stdout.decode(), ran.stderr.decode())
 
     return penstock

@@ -27,7 +27,8 @@ from penstock.broker.queue.leases import TTL_S
 from penstock.broker.wire.keys import Keys
 from tests.forks import shared_forks
 from tests.handles.site import INSTANCE, Site
-from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal
+from tests.serve.cli.command_line import CODE, command_line
+from tests.serve.cli.conftest import Penstock, environment, on_terminal, running
 from tests.waiting import wait_until
 
 
@@ -256,10 +257,10 @@ def test_it_stands_back_for_what_serves_on_its_machine(
 ) -> None:
     site.declare()
     (tmp_path / "in.jsonl").write_text("1\n")
-    with _batch(site.url, tmp_path / "in.jsonl", tmp_path / "out.jsonl", *options) as process:
+    arguments = ("batch", "ask", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *options)
+    with running([sys.executable, "-c", CODE, *arguments], environment(site.url)) as process:  # a fork has another id
         wait_until(lambda: site.batch_depth() == 1)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == max(nice, os.getpriority(os.PRIO_PROCESS, 0))
-        process.terminate()
 
 
 def test_an_interrupted_job_says_how_it_goes_on(site: Site, tmp_path: Path) -> None:
@@ -431,7 +432,7 @@ def test_whatever_is_killed_the_output_has_every_row_once(site: Site, tmp_path: 
 
 def _batch(url: str, rows: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "batch", "ask", str(rows), "-o", str(output), *options],
+        command_line("batch", "ask", str(rows), "-o", str(output), *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

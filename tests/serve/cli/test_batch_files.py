@@ -14,7 +14,8 @@ import pytest
 
 from penstock import handles
 from tests.handles.site import Site, echo
-from tests.serve.cli.conftest import COMMAND, Penstock, environment, running
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Penstock, environment, running
 from tests.waiting import wait_until
 
 pa: Any = import_module("pyarrow")
@@ -76,7 +77,7 @@ def test_a_job_with_a_table_is_interrupted_and_goes_on_and_grows(
     (tmp_path / "in" / "b.jsonl").write_text("1\n2\n3\n")
     output = tmp_path / "out.parquet"
     arguments = ("batch", "ask", str(tmp_path / "in" / "*.jsonl"), "-o", str(output), "--job", "grows")
-    with running([*COMMAND, *arguments], environment(site.url)) as process:
+    with running(command_line(*arguments), environment(site.url)) as process:
         wait_until(lambda: site.batch_depth() == 3)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
@@ -123,7 +124,7 @@ def test_a_compressed_parquet_file_comes_over_standard_input(site: Site, tmp_pat
     with (
         open(tmp_path / "in.gz", "rb") as stdin,
         running(
-            [*COMMAND, "batch", "ask", "-", "-o", str(tmp_path / "out.csv")], environment(site.url), stdin
+            command_line("batch", "ask", "-", "-o", str(tmp_path / "out.csv")), environment(site.url), stdin
         ) as process,
     ):
         assert process.wait(60) == 0

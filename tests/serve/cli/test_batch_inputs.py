@@ -14,7 +14,8 @@ from starlette.responses import Response
 
 from penstock.broker.wire import exact_json
 from tests.handles.site import Site, echo
-from tests.serve.cli.conftest import COMMAND, Penstock, environment
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Penstock, environment
 
 
 def lines_of(path: Path) -> list[Any]:
@@ -232,6 +233,6 @@ def test_standard_output_may_be_a_regular_file(site: Site, tmp_path: Path) -> No
     site.serve(echo)
     (tmp_path / "in.jsonl").write_text("1\n")
     with open(tmp_path / "out.jsonl", "wb") as file:
-        command = [*COMMAND, "batch", "ask", str(tmp_path / "in.jsonl"), "-o", "/dev/stdout"]
+        command = command_line("batch", "ask", str(tmp_path / "in.jsonl"), "-o", "/dev/stdout")
         assert subprocess.run(command, stdout=file, env=environment(site.url), timeout=60, check=False).returncode == 0
     assert [line["result"] for line in lines_of(tmp_path / "out.jsonl")] == [1]

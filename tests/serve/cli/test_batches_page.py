@@ -15,7 +15,7 @@ import pytest
 
 from tests.handles.files.conftest import s3, s3_server
 from tests.handles.site import Site, echo
-from tests.serve.cli.command_server import CommandServer
+from tests.serve.cli.command_line import command_line
 from tests.serve.cli.conftest import environment
 
 pa: Any = import_module("pyarrow")
@@ -104,9 +104,7 @@ def run_shell(command: str, penstock: Sequence[str], environ: dict[str, str]) ->
 
 
 @pytest.mark.timeout(600)
-def test_every_example_prints_what_the_page_says(
-    site: Site, folder: Path, command_server: CommandServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_example_prints_what_the_page_says(site: Site, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environ = environment(site.url)
     scope: dict[str, Any] = {}
     ran = 0
@@ -118,7 +116,7 @@ def test_every_example_prints_what_the_page_says(
         for command, shown in commands(block):
             if command.startswith("export "):
                 continue
-            output = run_shell(command, command_server.command, environ)
+            output = run_shell(command, command_line(), environ)
             assert not shown or is_as_shown(output, shown), f"{command}\n{output}"
             assert shown.startswith("Error: ") or "Error" not in output, f"{command}\n{output}"
             ran += 1

@@ -11,7 +11,8 @@ from redis import Redis
 
 from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
-from tests.serve.cli.conftest import COMMAND, Penstock, environment, on_terminal, running
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Penstock, environment, on_terminal, running
 from tests.waiting import wait_until
 
 
@@ -198,7 +199,7 @@ def test_a_stream_shows_a_value_before_the_next_one_is_made(site: Site) -> None:
         yield "second\n"
 
     site.serve(wait_between)
-    with running([*COMMAND, "call", "ask", "--stream"], environment(site.url)) as process:
+    with running(command_line("call", "ask", "--stream"), environment(site.url)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "first\n"
         gate.set()

@@ -13,7 +13,8 @@ import orjson
 import pytest
 
 from penstock import serve
-from tests.serve.cli.conftest import COMMAND, Penstock, Ran, environment
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Penstock, Ran, environment
 from tests.waiting import wait_until
 
 APP = """\
@@ -93,7 +94,9 @@ def test_an_instance_from_start_to_shutdown(running: Ran, app: Path, penstock: P
     assert [status["backends"]["method"][count] for count in ("ready", "served", "failed")] == [1, 5, 0]
     assert status["endpoints"]["ask"]["route"] == "/ask"
     with subprocess.Popen(
-        [*COMMAND, "status", "--watch", "--json", "--every", "0.1"], stdout=subprocess.PIPE, env=environment(redis_url)
+        command_line("status", "--watch", "--json", "--every", "0.1"),
+        stdout=subprocess.PIPE,
+        env=environment(redis_url),
     ) as watching:
         assert watching.stdout is not None
         for _ in range(3):
@@ -188,7 +191,7 @@ def test_a_deployment_that_is_interrupted_leaves_nothing(
         path, port = "tests.serve.cli.test_lifetime:Listens", silent.getsockname()[1]
         app.write_text(APP.replace("operator:attrgetter", path).replace("[method]", f"[{port}]"))
         with subprocess.Popen(
-            [*COMMAND, "deploy", str(app)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(redis_url)
+            command_line("deploy", str(app)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(redis_url)
         ) as deploying:
             silent.settimeout(150)  # a busy machine takes long to start an actor
             waiting, _ = silent.accept()

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.cli.conftest import COMMAND, environment
+from tests.serve.cli.command_line import CODE, command_line
+from tests.serve.cli.conftest import environment
+
+COMMAND = (sys.executable, "-c", CODE)
 
 PRINTS_IMPORTS = """
 import atexit, sys
@@ -89,6 +92,6 @@ def test_an_interruption_is_ignored_if_the_parent_process_ignores_it(tmp_path: P
     ],
 )
 def test_a_mistyped_command_is_answered_with_a_similar_one(arguments: list[str], message: str) -> None:
-    ran = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    ran = subprocess.run(command_line(*arguments), capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert message in ran.stderr

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from penstock.broker.embedded.server import EmbeddedServer
-from tests.serve.cli.conftest import COMMAND, Penstock, environment, running
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Penstock, environment, running
 from tests.serve.cli.test_status import declare
 
 
@@ -57,7 +58,7 @@ def test_a_script_that_waits_ends_with_exit_code_0_after_a_signal(tmp_path: Path
     script.write_text("from penstock import serve\nclient = serve.connect()\nclient.wait()\nprint('after')\n")
     with EmbeddedServer.start() as server:
         asyncio.run(declare(server.url))
-        with running([*COMMAND, "run", str(script)], environment(server.url)) as process:
+        with running(command_line("run", str(script)), environment(server.url)) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "serving without HTTP\n"
             process.send_signal(number)

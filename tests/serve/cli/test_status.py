@@ -16,7 +16,8 @@ from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.serve.settings import Settings
 from tests.handles.site import INSTANCE
-from tests.serve.cli.conftest import COMMAND, environment, on_terminal
+from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import environment, on_terminal
 
 
 async def declare(url: str) -> None:
@@ -30,7 +31,7 @@ async def declare(url: str) -> None:
 def test_watching_continues_during_an_outage_and_shows_it(tmp_path: Path) -> None:
     with EmbeddedServer.start(data_dir=tmp_path) as server:
         asyncio.run(declare(server.url))
-        command = [*COMMAND, "status", "--watch", "--json", "--every", "0.1"]
+        command = command_line("status", "--watch", "--json", "--every", "0.1")
         watching = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(server.url)
         )
