@@ -10,6 +10,7 @@ from statistics import median
 import pytest
 
 from benchmarks.harness.scaling import Cost, Layout, stages_at
+from tests.ray_workers import forks_with_ray
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Those of peers need the peers' environment, and the one that measures the start-up runs only below the harness.
@@ -25,9 +26,8 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_a_program_finds_what_it_imports(program: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, str(program), "--help"], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [str(forks_with_ray().python), str(program), "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "usage: " in ran.stdout
 

@@ -29,11 +29,13 @@ log = logging.getLogger(__name__)
 _DROPPED_MS = 60_000
 """Expiry of the mark of a dead replica. Its lease would have expired long before."""
 
+_FEED_ENTRIES = 1000
+"""About how many changes the feed holds. A reader that has missed more reads the whole registry."""
 
 # KEYS: version, backends, endpoints, feed. ARGV: the version that the change was decided on, the number of fields that
 # describe it in the feed and these fields, then for each record the index of its hash among KEYS, its name, and its
 # JSON or '' to delete. Returns the new version, or 0 if another change came first.
-_CHANGE = Script("""#!lua flags=allow-oom
+_CHANGE = Script(f"""#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 local fields = tonumber(ARGV[2])
 for i = 3 + fields, #ARGV, 3 do
@@ -45,7 +47,7 @@ for i = 3 + fields, #ARGV, 3 do
   end
 end
 local version = redis.call('INCR', KEYS[1])
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', 1000, '*', 'version', version, unpack(ARGV, 3, 2 + fields))
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', {_FEED_ENTRIES}, '*', 'version', version, unpack(ARGV, 3, 2 + fields))
 return version
 """)
 
@@ -56,8 +58,9 @@ redis.call('XADD', KEYS[4], '*', 'version', redis.call('INCR', KEYS[1]))
 """)
 
 # Appends a change of no record to the feed. KEYS: version, feed. ARGV: the fields that describe it.
-_WAKE = Script("""#!lua flags=allow-oom
-return redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'version', redis.call('INCR', KEYS[1]), unpack(ARGV))
+_WAKE = Script(f"""#!lua flags=allow-oom
+local version = redis.call('INCR', KEYS[1])
+return redis.call('XADD', KEYS[2], 'MAXLEN', '~', {_FEED_ENTRIES}, '*', 'version', version, unpack(ARGV))
 """)
 
 _PUT_SETTINGS = Script("""#!lua flags=allow-oom

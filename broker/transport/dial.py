@@ -22,7 +22,7 @@ _LISTENS_S = 0.5
 """How long `check_listens` waits for a connection that is neither made nor refused."""
 
 _DRIVER = DriverInfo()
-"""How redis-py names itself to the server. By default it looks up its version for each connection, which takes 0.5 ms."""
+"""How redis-py names itself to the server. Its default looks up a version for each connection, which takes 0.5 ms."""
 
 GREETING = "HELLO"
 """The command whose reply describes the server. Every user may send it, whatever the ACL rules are."""
