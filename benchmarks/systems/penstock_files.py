@@ -191,7 +191,7 @@ def kill(url: str, folder: Path, rows: int, kills: int, kind: str) -> None:
         started_at = time.monotonic()
         producer = start(url, *arguments)
         line_bytes, share = 34, rows / (kills + 1)
-        goal = size + random.uniform(0.0, 1.5) * share * line_bytes
+        goal = size + random.uniform(0.0, 1.0) * share * line_bytes
         while not output.exists() or output.stat().st_size <= goal:
             if os.waitpid(producer, os.WNOHANG) != (0, 0):
                 raise RuntimeError("a producer ended before it could be killed: give more --rows")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ERROR_S = 1.0
+"""How long the actor of a controller that has failed remains, so that `ControllerActor.ready` can raise the error."""
+
 
 class ControllerActor:
     """The controller as an asyncio actor. Ray runs the constructor in the event loop, also after a restart."""
@@ -68,10 +71,12 @@ class ControllerActor:
 
 
 def _end_actor(run: asyncio.Task[None]) -> None:
+    delay_s = 0.0
     if not run.cancelled() and (error := run.exception()) is not None:
         log.error("the controller ends: %s", error)
+        delay_s = _ERROR_S
     # An exit alone would make Ray restart the actor.
-    end_this_actor()
+    run.get_loop().call_later(delay_s, end_this_actor)
 
 
 RemoteController: Any = ray.remote(ControllerActor)
