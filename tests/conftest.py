@@ -1,5 +1,6 @@
 import os
 import signal
+import ssl
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -81,11 +82,16 @@ def nothing_outlives_the_tests() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave httpx one certificate authority of the world's. Each client reads all of them, in 25 ms, and needs none."""
+    """Have clients trust one certificate authority of the world's: each reads all of them, in 25 ms, and needs none."""
+    create, worlds = ssl.create_default_context, (None, certifi.where(), os.environ.get("SSL_CERT_FILE"))
     bundle, end = Path(certifi.where()).read_text(), "-----END CERTIFICATE-----"
-    path = tmp_path_factory.mktemp("certifi") / "one.pem"
-    path.write_text(bundle.partition(end)[0] + end)
-    with mock.patch.object(certifi, "where", return_value=str(path)):
+    one = tmp_path_factory.mktemp("authority") / "one.pem"
+    one.write_text(bundle.partition(end)[0] + end)
+
+    def create_default_context(*purpose: ssl.Purpose, cafile: str | None = None, **others: Any) -> ssl.SSLContext:
+        return create(*purpose, cafile=str(one) if cafile in worlds else cafile, **others)
+
+    with mock.patch.object(ssl, "create_default_context", create_default_context):
         yield
 
 

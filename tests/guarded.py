@@ -12,7 +12,6 @@ import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from unittest import mock
 from urllib.parse import quote
 
 from redis import Redis
@@ -93,8 +92,6 @@ def guarded(directory: Path, *, tls_by_server: bool) -> Generator[Guarded]:
         server = subprocess.Popen(command, executable=binary, stdout=subprocess.DEVNULL)
         running.callback(server.wait)
         running.callback(server.terminate)
-        # Each connection of a redis-py client would read the authorities of this machine, which takes 20 ms.
-        running.enter_context(mock.patch.object(ssl.SSLContext, "load_default_certs"))
         if not tls_by_server:
             running.enter_context(tls_relay(port, int(listening[1]), certificate, key))
         broker = Guarded(port, certificate)
