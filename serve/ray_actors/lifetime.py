@@ -24,11 +24,15 @@ def actor_name(instance: str, kind: str, name: str = "") -> str:
 
 
 async def outlast(name: str) -> None:
-    """Return when the actor ``name`` has died and will not restart."""
+    """Return when the actor now called ``name`` has died and will not restart. A later one may have its name."""
+    watched: Any = None
     while True:
         try:
             # In a thread, as it blocks for long while Ray's head node is down.
             actor: Any = await asyncio.to_thread(lambda: cast("Any", ray).get_actor(name, namespace=NAMESPACE))
+            if watched is not None and actor != watched:
+                return
+            watched = actor
             # Without retries: Ray would report one on the terminal of the script, even where the instance has ended.
             await actor.attend.options(max_task_retries=0).remote()
         except ValueError:  # there is none of that name any more

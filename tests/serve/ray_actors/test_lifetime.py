@@ -30,12 +30,22 @@ async def test_an_actor_outlasts_a_controller_that_restarts_elsewhere_until_ther
 ) -> None:
     """Ray reports the death of a call's process also when it restarts the actor, as where its node has ended."""
     errors: list[Exception] = [ActorDiedError(), ActorUnavailableError("restarts", None)]
+    controller = Ended(errors)
 
     def get_actor(name: str, namespace: str) -> Ended:
         if name != "controller" or not errors:
             raise ValueError(name)
-        return Ended(errors)
+        return controller
 
     monkeypatch.setattr(ray, "get_actor", get_actor)
     await outlast("controller")
     assert errors == []
+
+
+async def test_an_actor_does_not_stay_for_a_later_controller_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a script ends and the next one starts at once."""
+    errors: list[Exception] = [ActorDiedError()]
+    controllers = [Ended(errors), Ended([])]
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: controllers.pop(0))
+    await outlast("controller")
+    assert (errors, controllers) == ([], [])
