@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +32,10 @@ _LAUNCHER = """\
 #!{python} -ISB
 import marshal, os, sys, _signal, _socket
 arguments = sys.argv[1:]
+if arguments[:1] == ["-u"]:
+    del arguments[0]  # a fork's output has the buffers of Python's own
 if not arguments or not arguments[0].endswith({scripts!r}):
-    os.execv({python!r}, [{python!r}, *arguments])
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 {connect}
 forwarded = (_signal.SIGINT, _signal.SIGTERM)
 mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, forwarded)]
@@ -91,17 +93,27 @@ class ForkServer:
         imports: the modules that it imports first.
         scripts: what the first argument of Python must end with to be run in a fork; all else runs in Python as usual.
         first: code that each fork runs before its script.
+        environment: variables of the process, besides those of this one. A fork has its own; some imports read them.
     """
 
-    def __init__(self, directory: Path, imports: Sequence[str], scripts: tuple[str, ...], first: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        imports: Sequence[str],
+        scripts: tuple[str, ...],
+        first: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._directory = directory
-        self._path = str(directory / "forks")
+        self.path = str(directory / "forks")
+        """The socket that launchers connect to."""
         self.python = directory / "python"
         """A program with the arguments of Python."""
-        write_launcher(self.python, scripts, _CONNECT.format(path=self._path))
+        write_launcher(self.python, scripts, _CONNECT.format(path=self.path))
         pipe = subprocess.PIPE
-        command = [sys.executable, "-m", __name__, self._path, first, *imports]
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        command = [sys.executable, "-m", __name__, self.path, first, *imports]
+        environ = {**os.environ, **(environment or {})}
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, env=environ)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
@@ -115,10 +127,14 @@ class ForkServer:
 _shared: dict[tuple[str, ...], ForkServer] = {}
 
 
-def shared_forks(*imports: str) -> ForkServer:
-    """Return the server of this run that has made these imports and runs code, modules' files and other scripts."""
+def shared_forks(*imports: str, first: str = "", environment: Mapping[str, str] | None = None) -> ForkServer:
+    """Return the server of this run that has made these imports and runs code, modules' files and other scripts.
+
+    ``first`` and ``environment`` are those of `ForkServer`, for the first call.
+    """
     if imports not in _shared:
-        _shared[imports] = ForkServer(Path(tempfile.mkdtemp()), imports, scripts=("-c", ".py"))
+        directory = Path(tempfile.mkdtemp())
+        _shared[imports] = ForkServer(directory, imports, ("-c", ".py"), first, environment)
     return _shared[imports]
 
 

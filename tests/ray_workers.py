@@ -1,9 +1,10 @@
-"""Ray's workers as forks of processes that have done their imports.
+"""Ray's workers and agents as forks of processes that have done their imports.
 
 Ray starts a Python for every actor, which spends more than a second of processor time on imports before it runs
 anything. Here the first worker of a node starts a process that makes the imports once, and this worker and all later
 ones of the node are forks of it. Ray knows a worker by the process id that it registers itself with, which is the
-fork's.
+fork's. The agents of a node, for which it waits as it starts, and the dashboard of a head can be forks of one process
+of the run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ IMPORTS = (
 
 _SCRIPTS = ("ray/_private/workers/default_worker.py", "ray/_private/workers/setup_worker.py")
 
+_AGENT_IMPORTS = (
+    *("ray.dashboard.agent", "ray.dashboard.dashboard", "ray._private.runtime_env.agent.main"),
+    *("ray.autoscaler._private.monitor", "ray.autoscaler.v2.monitor"),
+)
+_AGENTS = tuple(f"{name.replace('.', '/')}.py" for name in _AGENT_IMPORTS)
+
+ENVIRONMENT = {
+    # By default an agent ends unless its parent process is the raylet.
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+    # A process that forks has read it already.
+    "RAY_AUTH_MODE": "disabled",
+}
+"""The variables of a Ray whose agents are forks."""
+
 _NO_JOB = "ffffffff"
 _PREFIX = "workers-of-tests-"
 
@@ -40,30 +55,34 @@ _IDLE_S = 20.0
 # launcher makes the socket, and the others wait in its backlog.
 _CONNECT = """\
 import time, zlib
-arguments = [argument.replace({env_of_python!r}, {env_of_launcher!r}) for argument in arguments]
-variables = sorted(variable for variable in os.environ.items() if variable[0] != "RAY_JOB_ID")
-path = {directory!r} + "/%08x" % zlib.crc32(marshal.dumps(variables))
-for _ in range(500):
+if arguments[0].endswith({agents!r}):
     connection = _socket.socket(_socket.AF_UNIX)
-    try:
-        connection.connect(path)
-        break
-    except OSError:
-        pass
-    try:
-        connection.bind(path)
-    except OSError:
-        time.sleep(0.01)  # another one has just made it, or a process that forks is about to remove it
-        continue
-    connection.listen(64)
-    os.set_inheritable(connection.fileno(), True)
-    command = [{python!r}, "-c", {code!r}, path, str(connection.fileno())]
-    null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
-    environ = {{**os.environ, "RAY_JOB_ID": {no_job!r}}}
-    os.posix_spawn({python!r}, command, environ, file_actions=null, setsid=True)
-    connection.close()
+    connection.connect({agents_path!r})
 else:
-    os.execv({python!r}, [{python!r}, *arguments])
+    arguments = [argument.replace({env_of_python!r}, {env_of_launcher!r}) for argument in arguments]
+    variables = sorted(variable for variable in os.environ.items() if variable[0] != "RAY_JOB_ID")
+    path = {directory!r} + "/%08x" % zlib.crc32(marshal.dumps(variables))
+    for _ in range(500):
+        connection = _socket.socket(_socket.AF_UNIX)
+        try:
+            connection.connect(path)
+            break
+        except OSError:
+            pass
+        try:
+            connection.bind(path)
+        except OSError:
+            time.sleep(0.01)  # another one has just made it, or a process that forks is about to remove it
+            continue
+        connection.listen(64)
+        os.set_inheritable(connection.fileno(), True)
+        command = [{python!r}, "-c", {code!r}, path, str(connection.fileno())]
+        null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
+        environ = {{**os.environ, "RAY_JOB_ID": {no_job!r}}}
+        os.posix_spawn({python!r}, command, environ, file_actions=null, setsid=True)
+        connection.close()
+    else:
+        os.execv({python!r}, [{python!r}, *arguments])
 """
 
 _FORKS = "from tests.ray_workers import fork_workers"
@@ -75,10 +94,21 @@ def forks_with_ray() -> ForkServer:
     return shared_forks(*IMPORTS)
 
 
-class RayWorkers:
-    """A place for processes whose forks are workers, until the end of the context."""
+def _agents() -> ForkServer:
+    """Return what runs Ray's agents."""
+    # As by the variable, which the module has read when it was imported.
+    first = "import ray.dashboard.consts; ray.dashboard.consts.PARENT_HEALTH_CHECK_BY_PIPE = True"
+    return shared_forks(*_AGENT_IMPORTS, first=first, environment=ENVIRONMENT)
 
-    def __init__(self) -> None:
+
+class RayWorkers:
+    """A place for processes whose forks are workers, until the end of the context.
+
+    Args:
+        agents: whether agents are forks too. Their Ray needs the variables of `ENVIRONMENT`.
+    """
+
+    def __init__(self, *, agents: bool = False) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.python = self._directory / "python"
         """A program with the arguments of Python, which raylets start their workers with."""
@@ -90,8 +120,10 @@ class RayWorkers:
             code=_CODE.format(root=str(Path(__file__).parents[1])),
             env_of_python=environment(sys.executable),
             env_of_launcher=environment(self.python),
+            agents=_AGENTS,
+            agents_path=_agents().path if agents else "",
         )
-        write_launcher(self.python, _SCRIPTS, connect)
+        write_launcher(self.python, (*_SCRIPTS, *_AGENTS) if agents else _SCRIPTS, connect)
 
     @contextmanager
     def of_the_ray_that_is_started(self) -> Generator[None]:

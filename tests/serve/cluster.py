@@ -30,7 +30,7 @@ from penstock.broker.registry.reports import ReportT
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
 from tests.forks import ForkServer, enter_network, shared_forks
-from tests.ray_workers import IMPORTS, RayWorkers
+from tests.ray_workers import ENVIRONMENT, IMPORTS, RayWorkers
 from tests.waiting import wait_until
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ _TRIES, _TOO_SLOW = 3, "timed out during startup"
 """``ray start`` gives up 30 s after it has started its processes, which a busy machine can exceed."""
 
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
+    **ENVIRONMENT,
     # Prestarted Python processes would slow down the ones that are needed.
     "RAY_prestart_worker_first_driver": "0",
     # As where Penstock starts Ray. With Ray's 15, other tests of this machine starve the replicas.
@@ -232,7 +232,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         with ExitStack() as undo:
-            self._workers = undo.enter_context(RayWorkers())
+            self._workers = undo.enter_context(RayWorkers(agents=True))
             self._hub = Namespace(f"{_PREFIX}-{os.getpid()}")
             undo.callback(self._hub.delete)
             name = self._hub.name
