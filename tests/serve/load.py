@@ -62,4 +62,5 @@ def load(call: Callable[[], Any], threads: int = 4) -> Generator[Load]:
         load.end()
         for thread in running:
             thread.join(60)
-    assert load.failures == [], f"{len(load.failures)} of {len(load.failures) + len(load.answers)} calls failed"
+    failed = len(load.failures)
+    assert not failed, f"{failed} of {failed + len(load.answers)} calls failed, the first ones: {load.failures[:3]!r}"
