@@ -155,11 +155,12 @@ class Owner:
 
 
 _OWNER = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from penstock.broker.embedded.server import EmbeddedServer
 
 server = EmbeddedServer.start(data_dir=sys.argv[1] or None)
-print(server.url, server.pid, flush=True)
+watchdog = subprocess.check_output(["ps", "-o", "ppid=", "-p", str(server.pid)], text=True)
+print(server.url, server.pid, watchdog.strip(), flush=True)
 {then}
 """
 
@@ -180,8 +181,8 @@ def start_owner() -> Iterator[Callable[..., Owner]]:
             )
             owners.callback(process.kill)
             assert process.stdout is not None
-            url, server_pid = process.stdout.readline().split()
-            return Owner(process, url, int(server_pid), watchdog_of(int(server_pid)))
+            url, server_pid, watchdog_pid = process.stdout.readline().split()
+            return Owner(process, url, int(server_pid), int(watchdog_pid))
 
         yield start_owner
 
