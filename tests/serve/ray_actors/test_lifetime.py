@@ -46,6 +46,10 @@ async def test_an_actor_does_not_stay_for_a_later_controller_of_the_same_name(mo
     """As when a script ends and the next one starts at once."""
     errors: list[Exception] = [ActorDiedError()]
     controllers = [Ended(errors), Ended([])]
-    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: controllers.pop(0))
+
+    def get_actor(name: str, namespace: str) -> Ended:
+        return controllers.pop(0)
+
+    monkeypatch.setattr(ray, "get_actor", get_actor)
     await outlast("controller")
     assert (errors, controllers) == ([], [])
