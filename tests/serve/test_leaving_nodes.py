@@ -24,7 +24,7 @@ from tests.serve.load import load
 from tests.waiting import wait_until
 
 PORT = 8000
-OPTIONS: dict[str, Any] = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT, "drain_delay_s": 1.0}
+OPTIONS: dict[str, Any] = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT, "drain_delay_s": 3.0}
 
 
 @pytest.fixture(scope="module")
