@@ -82,7 +82,7 @@ def nothing_outlives_the_tests() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Have clients trust one certificate authority of the world's: each reads all of them, in 25 ms, and needs none."""
+    """Have clients trust one certificate authority of the world's: each reads all of them, in 50 ms, and needs none."""
     create, worlds = ssl.create_default_context, (None, certifi.where(), os.environ.get("SSL_CERT_FILE"))
     bundle, end = Path(certifi.where()).read_text(), "-----END CERTIFICATE-----"
     one = tmp_path_factory.mktemp("authority") / "one.pem"

@@ -127,14 +127,14 @@ class ForkServer:
 _shared: dict[tuple[str, ...], ForkServer] = {}
 
 
-def shared_forks(*imports: str, first: str = "", environment: Mapping[str, str] | None = None) -> ForkServer:
+def shared_forks(*imports: str, environment: Mapping[str, str] | None = None) -> ForkServer:
     """Return the server of this run that has made these imports and runs code, modules' files and other scripts.
 
-    ``first`` and ``environment`` are those of `ForkServer`, for the first call.
+    ``environment`` is that of `ForkServer`, for the first call.
     """
     if imports not in _shared:
         directory = Path(tempfile.mkdtemp())
-        _shared[imports] = ForkServer(directory, imports, ("-c", ".py"), first, environment)
+        _shared[imports] = ForkServer(directory, imports, ("-c", ".py"), environment=environment)
     return _shared[imports]
 
 

@@ -96,9 +96,7 @@ def forks_with_ray() -> ForkServer:
 
 def _agents() -> ForkServer:
     """Return what runs Ray's agents."""
-    # As by the variable, which the module has read when it was imported.
-    first = "import ray.dashboard.consts; ray.dashboard.consts.PARENT_HEALTH_CHECK_BY_PIPE = True"
-    return shared_forks(*_AGENT_IMPORTS, first=first, environment=ENVIRONMENT)
+    return shared_forks(*_AGENT_IMPORTS, environment=ENVIRONMENT)
 
 
 class RayWorkers:

@@ -22,7 +22,7 @@ _LISTENS_S = 0.5
 """How long `check_listens` waits for a connection that is neither made nor refused."""
 
 _DRIVER = DriverInfo()
-"""How redis-py names itself to the server. Its default looks up a version for each connection, which takes 0.5 ms."""
+"""How redis-py names itself to the server. Its default looks up a version for each connection, in a millisecond."""
 
 GREETING = "HELLO"
 """The command whose reply describes the server. Every user may send it, whatever the ACL rules are."""
@@ -90,8 +90,14 @@ def new_connection(url: str, name: str) -> AbstractConnection:
     # go through `wait_for`: `Session` detects silent servers. No retries: `RedisConnection` has its own.
     retry = Retry(NoBackoff(), 0)
     connect_s = CONNECT_S if sentinel_service(url) is None else _CONNECT_TO_PRIMARY_S
-    options.update(protocol=2, client_name=name, driver_info=_DRIVER, retry=retry)
-    options.update(socket_timeout=None, socket_connect_timeout=connect_s)
+    options.update(
+        protocol=2,
+        client_name=name,
+        driver_info=_DRIVER,
+        socket_timeout=None,
+        socket_connect_timeout=connect_s,
+        retry=retry,
+    )
     try:
         return kind(**options)
     except (TypeError, ValueError, redis_errors.RedisError) as e:

@@ -17,10 +17,11 @@ async def connect() -> AsyncIterator[Connect]:
     """Opens connections that are closed after the test."""
     async with AsyncExitStack() as connections:
 
-        async def connect(url: str, patience_s: float = 5.0, **options: Any) -> RedisConnection:
+        async def connect(url: str, patience_s: float | None = None, **options: Any) -> RedisConnection:
             connection = await RedisConnection(url, **options).open()
             connections.push_async_callback(connection.close)
-            connection.patience_s = patience_s  # not before: a busy machine takes its time to connect
+            if patience_s is not None:
+                connection.patience_s = patience_s  # not before: a busy machine takes its time to connect
             return connection
 
         yield connect
