@@ -122,6 +122,9 @@ def lacking(backend: DesiredBackend, observed: ObservedState) -> str | None:
     if _is_replacing(backend, replicas):
         # Where the cluster can grow, the one that waits for room has been started.
         count = min(count, len(placed) + 1 if observed.growth is None else max(len(placed), 1))
+    # A node that has just joined runs replicas before its resources are known here: they have what they need.
+    known = {node.id for node in observed.nodes}
+    count -= sum(replica.state is ActorState.READY and replica.node not in known for replica in placed)
     left = _unused(observed, without=placed)
     if count <= count_fits(backend.resources, left):
         return None

@@ -114,6 +114,16 @@ def test_on_a_cluster_that_can_grow_replicas_without_room_are_started_and_wait_i
     assert describe(desired.backends["f"], grown, None).waits_for_nodes is None
 
 
+def test_a_replica_on_a_node_that_has_just_joined_waits_for_none() -> None:
+    joined, waits = replica(ActorState.READY, node="node-b", cpus=2.0), replica(ActorState.STARTING, node="", cpus=2.0)
+    seen = see(joined, nodes=SMALL_NODE, growth=Growth())
+    status = describe(backend(cpus=2.0), seen, None)
+    assert (status.rolled_out, status.waits_for_nodes) == (True, None)
+    seen = see(joined, waits, nodes=SMALL_NODE, growth=Growth())
+    missing = "1 replica with CPU 2 each requested, room for 0: node node-a has CPU 1"
+    assert describe(backend(replicas=2, cpus=2.0), seen, None).waits_for_nodes == missing
+
+
 def test_a_change_that_waits_for_nodes_can_be_undone() -> None:
     desired = want(backend(replicas=3))
     seen = see(replica(ActorState.READY), nodes=SMALL_NODE, growth=Growth())
