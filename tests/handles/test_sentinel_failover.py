@@ -22,6 +22,8 @@ RECOVERED_S = 5.0
 BUSY_S = 5.0
 """What other programs of the machine may add to that."""
 WINDOW = 50
+PAUSE_S = 0.05
+"""After each turn, so that the load leaves the machine to the servers that elect."""
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ class Load:
                     return
                 for call in done:
                     self._count(call, calls.pop(call))
+                self._ending.wait(PAUSE_S)
 
     def _count(self, call: Future[Any], expected: int) -> None:
         try:

@@ -11,9 +11,12 @@ from typing import Any
 
 from tests.waiting import wait_until
 
+_PAUSE_S = 0.02
+"""Of each thread after each call: without it, a load takes the whole machine from what the test waits for."""
+
 
 class Load:
-    """Calls that a few threads send one after the other."""
+    """Calls that a few threads send one after the other, with short pauses."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -33,6 +36,7 @@ class Load:
                 self.answers.append((sent_s, self._call()))
             except Exception as e:
                 self.failures.append(e)
+            self._ended.wait(_PAUSE_S)
 
     def end(self) -> None:
         self._ended.set()
