@@ -29,7 +29,7 @@ def docker_compose() -> None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Project]:
     """compose.yaml with one worker, up and healthy, whose image was built of this tree."""
     if sys.platform != "linux":
@@ -59,7 +59,7 @@ def project(request: pytest.FixtureRequest, docker_compose: None) -> Iterator[Pr
             project.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(project: Project) -> Iterator[serve.Client]:
     with serve.connect(f"redis://:{PASSWORD}@{project.address('redis', 6379)}") as client:
         yield client

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 IS_LONG = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
 """As by ``make faults``."""
-RATE = 20.0 if IS_LONG else 5.0
+RATE = 20.0 if IS_LONG else 10.0
 HEAD_AWAY_S = 30.0 if IS_LONG else 0.0
 GOES_ON = 400 if IS_LONG else 15
 """The number of answers before and after each fault."""
