@@ -1,26 +1,41 @@
-"""Log lines about outages of a broker: one warning as an outage begins and one line as it ends, for the whole process.
+"""Log lines about outages of a broker: one warning for each outage, for the whole process, and a line when it ends.
 
-A process has several connections to one broker, in several loops and threads. Each notices the same outage.
+A process has several connections to one broker, in several loops and threads. Each notices the same outage, and some of
+them when others are well again.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from weakref import WeakSet
+
+ONE_OUTAGE_S = 10.0
+"""What begins so soon after the end of an outage is the rest of it: a silent connection is found dead after 6 s."""
 
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _affected: dict[str, WeakSet[object]] = {}
 """Shown URL of a broker → connections in an outage. Weak references, as a loop may end without closing them."""
+_ended_at: dict[str, float] = {}
+"""Shown URL of a broker → the monotonic time at which its last outage ended, in seconds."""
 
 
 def report_began(shown_url: str, connection: object, problem: str) -> None:
-    """Log ``problem`` of a connection: as a warning if it is the first affected one of this broker, else at DEBUG."""
+    """Log ``problem`` of a connection: as a warning if an outage begins with it.
+
+    It is logged at INFO within ``ONE_OUTAGE_S`` of the last outage, and at DEBUG if other connections are affected.
+    """
     with _lock:
         affected = _affected.setdefault(shown_url, WeakSet())
-        level = logging.DEBUG if affected else logging.WARNING
+        if affected:
+            level = logging.DEBUG
+        elif time.monotonic() - _ended_at.get(shown_url, float("-inf")) < ONE_OUTAGE_S:
+            level = logging.INFO
+        else:
+            level = logging.WARNING
         affected.add(connection)
     log.log(level, "%s", problem)
 
@@ -35,5 +50,7 @@ def report_ended(shown_url: str, connection: object, *, closing: bool = False) -
         if affected:
             return
         del _affected[shown_url]
+        if not closing:
+            _ended_at[shown_url] = time.monotonic()
     if not closing:
         log.info("the broker at %s is back", shown_url)
