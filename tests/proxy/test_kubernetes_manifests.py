@@ -14,6 +14,7 @@ from click import Context
 from penstock.broker.wire.keys import Keys
 from penstock.serve import BackendConfig, HTTPOptions
 from penstock.serve.cli.entry_point import penstock
+from penstock.serve.node.ray_node import DEAD_NODES
 from tests.proxy.site import Site
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,6 +51,10 @@ def test_each_variable_is_one_of_penstock_or_of_ray(name: str) -> None:
 
 def test_replicas_run_at_the_niceness_of_the_page() -> None:
     assert VARIABLES["RAY_worker_niceness"] == "0"
+
+
+def test_nodes_count_as_dead_as_soon_as_with_penstock_node() -> None:
+    assert {name: VARIABLES[name] for name in DEAD_NODES} == DEAD_NODES
 
 
 def test_ray_options_are_known() -> None:
