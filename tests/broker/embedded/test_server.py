@@ -205,10 +205,12 @@ def test_only_its_user_can_reach_the_server(start: Start, binary: str | None) ->
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_server_listens_on_no_port(start: Start) -> None:
     server = start()
-    folder = Path(f"/proc/{server.pid}")
-    sockets = {
-        os.readlink(fd)[len("socket:[") : -1] for fd in (folder / "fd").iterdir() if "socket:" in os.readlink(fd)
-    }
+    folder, sockets = Path(f"/proc/{server.pid}"), set[str]()
+    for fd in (folder / "fd").iterdir():
+        with suppress(FileNotFoundError):  # it has been closed meanwhile, as that of a check
+            kind, _, inode = os.readlink(fd).partition(":")
+            if kind == "socket":
+                sockets.add(inode.strip("[]"))
     network = [line.split() for table in ("tcp", "tcp6") for line in (folder / "net" / table).read_text().splitlines()]
     assert sockets
     assert not sockets & {columns[9] for columns in network}
