@@ -10,6 +10,7 @@ that counts nothing.
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from penstock.broker.queue.group.replica_lease import ReplicaLease
@@ -53,7 +54,7 @@ def _take_for_good(lease: Any) -> None:
     lease._ended.set()
 
 
-async def _acquire_once(lease: Any, on_turn: Any) -> None:
+async def _acquire_once(lease: Any, *_: Any) -> None:
     """Instead of renewing it. No other replica redelivers anything, as none renews its lease."""
     await lease.renew()
 
@@ -69,10 +70,11 @@ def _append_all(publisher: Any) -> None:
         args: list[Any] = []
         for entry, _ in entries:
             args += (entry.id, entry.caller, entry.header, *entry.body_field())
-        publisher._connection.post_script(_hand_out([then for _, then in entries]), _APPEND, [stream], args)
+        hand_out = partial(_hand_out, [then for _, then in entries], publisher._connection.url)
+        publisher._connection.post_script(hand_out, _APPEND, [stream], args)
 
 
 def _streams(publisher: Any) -> list[tuple[str, list[Any]]]:
     """Take the entries of this tick from the publisher."""
     tick, publisher._tick = publisher._tick, {}
-    return [(publisher._keys.requests(backend), entries) for (backend, _, _), entries in tick.items()]
+    return [(publisher._keys.requests(backend), entries) for (backend, *_), entries in tick.items()]
