@@ -50,7 +50,7 @@ def report_ended(shown_url: str, connection: object, *, closing: bool = False) -
         if affected:
             return
         del _affected[shown_url]
-        if not closing:
-            _ended_at[shown_url] = time.monotonic()
-    if not closing:
-        log.info("the broker at %s is back", shown_url)
+        if closing:
+            return
+        _ended_at[shown_url] = time.monotonic()
+    log.info("the broker at %s is back", shown_url)
