@@ -4,19 +4,16 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-import httpx
 import pytest
 
+from benchmarks.harness.cases import CASES
 from benchmarks.harness.catalogue import SYSTEMS
-from benchmarks.harness.processes import Program
+from benchmarks.harness.measure import serving
 from benchmarks.harness.scaling import Cost, Layout, stages_at
-from tests.guarded import free_port
 from tests.ray_workers import forks_with_ray
-from tests.waiting import PATIENCE_S
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Those of peers need the peers' environment, and the one that measures the start-up runs only below the harness.
@@ -38,17 +35,11 @@ def test_a_program_finds_what_it_imports(program: Path) -> None:
     assert "usage: " in ran.stdout
 
 
-@pytest.mark.parametrize("name", ["path", "path-xadd", "path-script"])
+@pytest.mark.skipif(sys.platform != "linux", reason="benchmarks need Linux: its subreapers and /proc")
+@pytest.mark.parametrize("name", CASES["bare"].systems)
 def test_the_path_without_ray_serves_with_the_defaults_and_without(name: str) -> None:
-    system, port = SYSTEMS[name], free_port()
-
-    def answers() -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.post(f"http://127.0.0.1:{port}/", json=1, timeout=5).text == '{"ok":true}'
-        return False
-
-    with Program(system.command(port=port, workload="noop", replicas=1), env=system.env) as program:
-        program.wait_until(answers, within_s=PATIENCE_S)
+    with serving(SYSTEMS[name], [CASES["bare"]]) as served:  # which compares an answer, before and after
+        assert served.ready_s > 0
 
 
 def test_the_picture_shows_the_figures_of_the_page_on_performance() -> None:
