@@ -29,6 +29,7 @@ from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.registry.reports import ReportT
 from penstock.handles import background_loop
 from penstock.serve.instance import Instance
+from penstock.serve.node.ray_node import DEAD_NODES
 from tests.forks import ForkServer, enter_network, shared_forks
 from tests.ray_workers import ENVIRONMENT, IMPORTS, RayWorkers
 from tests.waiting import wait_until
@@ -52,10 +53,7 @@ _ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     # As where Penstock starts Ray. With Ray's 15, other tests of this machine starve the replicas.
     "RAY_worker_niceness": "0",
-    # By default Ray takes 15 s to notice that a node has died, and a minute if it was cut off.
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "4",
+    **DEAD_NODES,
 }
 
 _HEAD_ID = "f" * 51 + "0" * 5
