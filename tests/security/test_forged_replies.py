@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,19 +20,8 @@ from penstock.handles.calls.incoming_stream import IncomingStream
 from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BackendError, to_wire
 from tests.guarded import Guarded
-from tests.security.test_acls import KEYS, Site, echo, open_site
+from tests.security.site import KEYS, Site, echo
 from tests.waiting import wait_until_async
-
-
-@pytest.fixture
-def broker(guarded_by_users: Guarded) -> Guarded:
-    return guarded_by_users
-
-
-@pytest.fixture
-async def site(broker: Guarded) -> AsyncIterator[Site]:
-    async with open_site(broker) as site:
-        yield site
 
 
 class Forger:

@@ -50,49 +50,49 @@ def site(redis_url: str) -> Iterator[Site]:
     site.close()
 
 
-def call(door: Connection) -> Any:
-    return door.get_handle("ask").remote(1).result(timeout=PATIENCE_S)
+def call(connection: Connection) -> Any:
+    return connection.get_handle("ask").remote(1).result(timeout=PATIENCE_S)
 
 
-def call_twice(door: Connection) -> Any:
-    return [call(door), call(door)]
+def call_twice(connection: Connection) -> Any:
+    return [call(connection), call(connection)]
 
 
-def call_with_much(door: Connection) -> Any:
-    return door.get_handle("ask").remote("x" * 300_000).result(timeout=PATIENCE_S)
+def call_with_much(connection: Connection) -> Any:
+    return connection.get_handle("ask").remote("x" * 300_000).result(timeout=PATIENCE_S)
 
 
-def stream(door: Connection) -> Any:
-    answers: Any = door.get_handle("ask").options(stream=True).remote(1)
+def stream(connection: Connection) -> Any:
+    answers: Any = connection.get_handle("ask").options(stream=True).remote(1)
     return list(answers)
 
 
-def batch(door: Connection) -> Any:
-    return [result.get() for result in door.batch("ask").as_completed(range(3))]
+def batch(connection: Connection) -> Any:
+    return [result.get() for result in connection.batch("ask").as_completed(range(3))]
 
 
-def job(door: Connection) -> Any:
-    return [result.get() for result in door.batch("ask", job="j").map(range(3))]
+def job(connection: Connection) -> Any:
+    return [result.get() for result in connection.batch("ask", job="j").map(range(3))]
 
 
-def call_in_loop(door: Connection) -> Any:
+def call_in_loop(connection: Connection) -> Any:
     async def asked() -> Any:
-        handle = AsyncServeHandle(door.redis_url, door.instance, "ask")
+        handle = AsyncServeHandle(connection.redis_url, connection.instance, "ask")
         return await asyncio.wait_for(await handle.remote(1), PATIENCE_S)
 
     return asyncio.run(asked())
 
 
-def look_at_dead_letters(door: Connection) -> Any:
-    return len(door.dead_letters("model")), list(door.dead_letters("model"))
+def look_at_dead_letters(connection: Connection) -> Any:
+    return len(connection.dead_letters("model")), list(connection.dead_letters("model"))
 
 
-def replay(door: Connection) -> None:
-    door.dead_letters("model").replay("1-0")
+def replay(connection: Connection) -> None:
+    connection.dead_letters("model").replay("1-0")
 
 
-def drop(door: Connection) -> None:
-    door.dead_letters("model").drop("1-0")
+def drop(connection: Connection) -> None:
+    connection.dead_letters("model").drop("1-0")
 
 
 TO_DEAD_LETTERS = (look_at_dead_letters, replay, drop)
@@ -108,8 +108,8 @@ def test_every_denied_command_raises_an_error_of_penstock(use: Callable[[Connect
         # A user of its own: the connection of a user is shared within the process, and goes on for a moment.
         with limited(site.url, "+@all", f"-{command}", user=f"no-{command}-to-{use.__name__}") as url:
             try:
-                with handles.connect(url) as door:
-                    use(door)
+                with handles.connect(url) as connection:
+                    use(connection)
             except NotPermitted as e:
                 refused[command] = e
             except PenstockError as e:
@@ -150,10 +150,10 @@ def test_a_batch_that_may_not_publish_ends_at_its_first_item(site: Site) -> None
 
     with (
         limited(site.url, "+@all", "-xlen") as url,
-        handles.connect(url) as door,
+        handles.connect(url) as connection,
         pytest.raises(NotPermitted, match="xlen"),
     ):
-        list(door.batch("ask", window=10).as_completed(items()))
+        list(connection.batch("ask", window=10).as_completed(items()))
     assert taken < 1_000
 
 

@@ -87,8 +87,8 @@ async def test_a_poison_request_is_named_by_its_request_id(
     with Redis.from_url(redis_url) as redis:
         async with httpx.AsyncClient(base_url=url, timeout=30) as http:
             asked = asyncio.ensure_future(http.get("/ask", headers={"X-Request-Id": "web-1"}))
-            with await asyncio.to_thread(handles.connect, redis_url) as door:
-                future = await door.get_handle("ask", sync=False).remote(1)
+            with await asyncio.to_thread(handles.connect, redis_url) as connection:
+                future = await connection.get_handle("ask", sync=False).remote(1)
                 await wait_until_async(lambda: len(queued(redis)) == 2)
                 secrets = [part for call in queued(redis) for part in call]
                 lose(redis)
@@ -113,8 +113,8 @@ async def test_a_poison_request_is_named_by_its_request_id(
 
 def listing(url: str) -> str:
     """Return what can be seen of the dead letters of the backend, in Python and on the command line."""
-    with handles.connect(url) as door:
-        letters = list(door.dead_letters("model"))
+    with handles.connect(url) as connection:
+        letters = list(connection.dead_letters("model"))
         seen = repr(letters) + str([letter.error for letter in letters])
     commands = [["list", "model"], ["list", "model", "--json"]]
     commands += [["show", "model", letter.id, *json] for letter in letters for json in ([], ["--json"])]
@@ -136,8 +136,8 @@ async def test_a_replayed_dead_letter_keeps_its_request_id(site: Site, caller: R
     await asyncio.to_thread(site.serve, echo)
 
     def replay() -> None:
-        with handles.connect(site.url) as door:
-            letters = door.dead_letters("model")
+        with handles.connect(site.url) as connection:
+            letters = connection.dead_letters("model")
             letters.replay(next(iter(letters)).id)
 
     await asyncio.to_thread(replay)
