@@ -77,8 +77,8 @@ async def call(url: str, backends: int, in_flight: int, seconds: float) -> int:
     """Call the backends in turn, again and again; return how many answers came."""
     from penstock import handles
 
-    door = handles.connect(url)
-    called: list[Any] = [door.get_handle(tag, sync=False) for tag in tags(backends)]
+    connection = handles.connect(url)
+    called: list[Any] = [connection.get_handle(tag, sync=False) for tag in tags(backends)]
     ends_s, answered = time.monotonic() + seconds, 0
 
     async def one_at_a_time(n: int) -> None:

@@ -175,9 +175,9 @@ def batch(
         can_go_on = is_resumable(output)
         if can_go_on and job is None:
             _refuse_existing(output)
-        door = stack.enter_context(thin_connection(redis_url, instance))
+        connection = stack.enter_context(thin_connection(redis_url, instance))
         with usage_errors():
-            producer = door.batch(
+            producer = connection.batch(
                 endpoint,
                 window=window,
                 timeout_s=timeout,

@@ -77,8 +77,8 @@ async def test_every_kind_of_connection_follows_the_primary(
         return request.data
 
     def in_batches() -> list[Any]:
-        with handles.connect(url) as door:
-            return [result.value for result in door.batch("echo", job="failover", window=8).map(items())]
+        with handles.connect(url) as connection:
+            return [result.value for result in connection.batch("echo", job="failover", window=8).map(items())]
 
     going_on = threading.Event()
 
@@ -91,8 +91,9 @@ async def test_every_kind_of_connection_follows_the_primary(
     async with declared(url), serving(url, work, max_concurrent_queries=20), httpx.AsyncClient(timeout=30) as http:
         proxy = Proxy(url, "default", "p", {"port": 0})
         base = (await proxy.ready())["url"]
-        door = await asyncio.to_thread(handles.connect, url)
-        sync, asyncio_handle = await asyncio.to_thread(door.get_handle, "echo"), door.get_handle("echo", sync=False)
+        connection = await asyncio.to_thread(handles.connect, url)
+        sync = await asyncio.to_thread(connection.get_handle, "echo")
+        asyncio_handle = connection.get_handle("echo", sync=False)
 
         async def by_http(name: str) -> str:
             response = await http.post(f"{base}/echo", json=name)
@@ -148,7 +149,7 @@ async def test_every_kind_of_connection_follows_the_primary(
         assert [record.exc_info for record in warnings if record.exc_info] == []
         assert len(warnings) == 1, [record.getMessage() for record in warnings]
         await (await SharedClient.get(url, "default")).close()
-        await asyncio.to_thread(door.close)
+        await asyncio.to_thread(connection.close)
         await proxy.drain(1.0)
 
 

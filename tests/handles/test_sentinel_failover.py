@@ -52,8 +52,8 @@ class Load:
         self._thread.join()
 
     def _run(self) -> None:
-        with handles.connect(self._url, INSTANCE) as door:
-            handle = door.get_handle("ask")
+        with handles.connect(self._url, INSTANCE) as connection:
+            handle = connection.get_handle("ask")
             calls: dict[Future[Any], int] = {}
             while calls or not self._ending.is_set():
                 while len(calls) < WINDOW and not self._ending.is_set():
@@ -117,8 +117,8 @@ def test_a_submitted_request_survives_the_primary(service: Watched) -> None:
     site = Site(service.url)
     try:
         site.declare()
-        with handles.connect(service.url, INSTANCE) as door:
-            submitted = door.get_handle("ask").submit("x")
+        with handles.connect(service.url, INSTANCE) as connection:
+            submitted = connection.get_handle("ask").submit("x")
             with service.primary.client() as redis:
                 assert redis.wait(1, 10_000) == 1
             service.kill_primary()

@@ -117,8 +117,8 @@ def test_items_of_a_batch_are_children_of_the_span_of_the_code_that_sends_them(
     site.serve(seen, "inner", tag="inner")
 
     def outer(request: Any) -> Any:
-        with handles.connect(site.url, INSTANCE) as door:
-            return [result.value for result in door.batch("inner").map([1, 2])]
+        with handles.connect(site.url, INSTANCE) as connection:
+            return [result.value for result in connection.batch("inner").map([1, 2])]
 
     site.serve(outer, "outer", tag="outer")
     assert len(connected.get_handle("outer").remote().result(20)) == 2
@@ -147,8 +147,8 @@ def test_composed_calls_are_children_of_the_span_of_their_code(
     site.serve(seen, "inner", tag="inner")
 
     def outer(request: Any) -> Any:
-        with handles.connect(site.url, INSTANCE) as door:
-            return door.get_handle("inner").remote().result(20)
+        with handles.connect(site.url, INSTANCE) as connection:
+            return connection.get_handle("inner").remote().result(20)
 
     site.serve(outer, "outer", tag="outer")
     connected.get_handle("outer").remote().result(20)
@@ -193,8 +193,8 @@ def otlp_receiver() -> Generator[tuple[str, list[tuple[str, bytes]]]]:
 def test_spans_are_exported_by_otlp(site: Site) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     site.serve(seen)
-    code = "import sys; from penstock import handles\nwith handles.connect(sys.argv[1]) as door:\n"
-    code += "    print(door.get_handle('ask').remote('x').result(30))"
+    code = "import sys; from penstock import handles\nwith handles.connect(sys.argv[1]) as connection:\n"
+    code += "    print(connection.get_handle('ask').remote('x').result(30))"
     with otlp_receiver() as (endpoint, received):
         settings = {
             "PENSTOCK_TRACES": "otlp",

@@ -49,8 +49,8 @@ def test_calls_that_code_makes_belong_to_the_trace_of_its_request(site: Site, co
     site.serve(seen, "inner", tag="inner")
 
     def blocking(request: Any) -> Any:
-        with handles.connect(site.url, INSTANCE) as door:
-            return door.get_handle("inner").remote().result(20)
+        with handles.connect(site.url, INSTANCE) as connection:
+            return connection.get_handle("inner").remote().result(20)
 
     async def asynchronous(request: Any) -> Any:
         return await (await connected.get_handle("inner", sync=False).remote())
@@ -84,8 +84,8 @@ def test_items_of_a_batch_belong_to_the_trace_in_which_it_was_made(site: Site, c
     site.serve(seen)
 
     def score(request: Any) -> Any:
-        with handles.connect(site.url, INSTANCE) as door:
-            return [result.value for result in door.batch("ask").map([1, 2])]
+        with handles.connect(site.url, INSTANCE) as connection:
+            return [result.value for result in connection.batch("ask").map([1, 2])]
 
     site.serve(score, "score", tag="score")
     handle = connected.get_handle("score").options(http_headers={"traceparent": TRACEPARENT})
@@ -96,8 +96,8 @@ def test_a_malformed_trace_context_is_not_passed_on(site: Site, connected: Conne
     site.serve(seen, "inner", tag="inner")
 
     def outer(request: Any) -> Any:
-        with handles.connect(site.url, INSTANCE) as door:
-            return door.get_handle("inner").remote().result(20)
+        with handles.connect(site.url, INSTANCE) as connection:
+            return connection.get_handle("inner").remote().result(20)
 
     site.serve(outer, "outer", tag="outer")
     for malformed in ("", "00-zz", f"00-{'0' * 32}-b7ad6b7169203331-01"):

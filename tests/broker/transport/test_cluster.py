@@ -48,8 +48,8 @@ def test_start_refuses_it_before_ray_starts(node: str) -> None:
 def test_connecting_refuses_it(node: str) -> None:
     with pytest.raises(ConfigError, match=FOUND):
         serve.connect(node)
-    with pytest.raises(ConfigError, match=FOUND), handles.connect(node) as door:
-        door.get_handle("greet").remote("x").result(AT_ONCE_S)
+    with pytest.raises(ConfigError, match=FOUND), handles.connect(node) as connection:
+        connection.get_handle("greet").remote("x").result(AT_ONCE_S)
 
 
 def test_a_lease_refuses_it(node: str) -> None:
