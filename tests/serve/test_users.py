@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from penstock.broker.defaults import default_url
 from penstock.handles.errors import ConfigError, NotPermitted
 from tests.guarded import Guarded
 from tests.security.test_refusals import NOTHING, limited
-from tests.serve.cli.command_line import command_line
+from tests.serve.cli.conftest import Ran, run
 from tests.serve.conftest import StartClient
 
 
@@ -38,19 +37,6 @@ def client(cluster: str, guarded_by_users: Guarded) -> Iterator[serve.Client]:
         yield client
 
 
-def penstock(url: str, *arguments: str) -> str:
-    ran = subprocess.run(
-        command_line(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env={**os.environ, "PENSTOCK_REDIS_URL": url},
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
 def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_users: Guarded) -> None:
     client.create_backend("f", user_of_replica, ray_actor_options={"num_cpus": 0.1}, config={"num_replicas": 2})
     client.create_endpoint("e", backend="f", route="/e", methods=["POST"])
@@ -59,16 +45,17 @@ def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_user
     assert client.http_url is not None
     assert httpx.post(f"{client.http_url}/e", json=1, timeout=20).json() == replica
     assert client.get_handle("e").remote(1).result(timeout=20) == replica
-    with handles.connect(guarded_by_users.url("alice")) as door:
-        assert door.get_handle("e").remote(1).result(timeout=20) == replica
+    with handles.connect(guarded_by_users.url("alice")) as connection:
+        assert connection.get_handle("e").remote(1).result(timeout=20) == replica
 
     client.update_backend_config("f", {"max_concurrent_queries": 2})
     assert client.status()["backends"]["f"]["ready"] == 2
     assert "secret" not in repr(client)
 
-    assert '"data":2' in penstock(guarded_by_users.url("alice"), "call", "e", "2")
-    assert "f" in penstock(guarded_by_users.url("owner"), "status")
-    assert penstock(guarded_by_users.url("owner"), "dead", "list", "f", "--json") == ""
+    alice, owner = (guarded_by_users.url(name) for name in ("alice", "owner"))
+    assert '"data":2' in run("call", "e", "2", url=alice).out
+    assert "f" in run("status", url=owner).out
+    assert run("dead", "list", "f", "--json", url=owner) == Ran(0, "", "")
 
     client.delete_endpoint("e")
     client.delete_backend("f")

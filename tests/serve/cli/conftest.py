@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import orjson
@@ -80,19 +81,20 @@ def site(redis_url: str) -> Iterator[Site]:
     site.close()
 
 
+def run(*arguments: object, url: str, stdin: str = "") -> Ran:
+    """Run the command with the broker at ``url`` to its end."""
+    ran = subprocess.run(
+        command_line(*map(str, arguments)),
+        input=stdin.encode(),
+        capture_output=True,
+        check=False,
+        env=environment(url),
+        timeout=100,
+    )
+    return Ran(ran.returncode, ran.stdout.decode(), ran.stderr.decode())
+
+
 @pytest.fixture
 def penstock(redis_url: str) -> Penstock:
     """Runs the command with the broker of the test."""
-
-    def penstock(*arguments: object, stdin: str = "", url: str = redis_url) -> Ran:
-        ran = subprocess.run(
-            command_line(*map(str, arguments)),
-            input=stdin.encode(),
-            capture_output=True,
-            check=False,
-            env=environment(url),
-            timeout=100,
-        )
-        return Ran(ran.returncode, ran.stdout.decode(), ran.stderr.decode())
-
-    return penstock
+    return partial(run, url=redis_url)
