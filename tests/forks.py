@@ -113,7 +113,10 @@ class ForkServer:
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", __name__, self.path, first, *imports]
         environ = {**os.environ, **(environment or {})}
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, env=environ)
+        # There is the package `tests`; the folder of a test may be another one.
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, start_new_session=True, env=environ, cwd=Path(__file__).parents[1]
+        )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 

@@ -48,6 +48,16 @@ def test_a_fork_has_the_arguments_environment_directory_and_files_of_its_start(
     assert ran.stdout == f"['one', 'two'] 4 False {tmp_path} three\n"
 
 
+def test_forks_are_made_whatever_the_folder_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder := tmp_path / "forks").mkdir()
+    forks = ForkServer(folder, ["json"], scripts=("-c",))
+    try:
+        assert python(forks, "import os; print(os.getcwd())").stdout == f"{tmp_path}\n"
+    finally:
+        forks.close()
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "import os; os.kill(os.getpid(), 15)"])
 def test_a_fork_ends_with_its_own_code_or_signal(forks: ForkServer, code: str) -> None:
     assert python(forks, code).returncode == (3 if "Exit" in code else -15)

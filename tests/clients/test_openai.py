@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 
 from tests.clients.serving import example, serving
 
-openai: Any = pytest.importorskip("openai")
-
 ASKED: Any = [{"role": "user", "content": "What is a penstock ?"}]
 ANSWER = "is closed when the turbines rest ."
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
+def openai() -> Any:
+    """The package. Its import takes half a second, which each process of a run that collects this would need."""
+    return import_module("openai")
+
+
+@pytest.fixture(scope="module")
+def client(openai: Any) -> Iterator[Any]:
     with (
         serving(example("openai_chat").Chat, route="/v1/{path:path}") as address,
         openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0) as client,
@@ -50,7 +55,7 @@ def test_a_client_that_leaves_a_stream_can_go_on(client: Any) -> None:
     assert client.chat.completions.create(model="bigrams", messages=ASKED).choices[0].message.content == ANSWER
 
 
-def test_errors_have_the_classes_of_the_client(client: Any) -> None:
+def test_errors_have_the_classes_of_the_client(client: Any, openai: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9'; there is 'bigrams'"):
         client.chat.completions.create(model="gpt-9", messages=ASKED)
     with pytest.raises(openai.BadRequestError, match="at least one message"):
