@@ -64,7 +64,10 @@ def test_wait_returns_when_the_client_is_shut_down(client: serve.Client) -> None
         waiting.result(timeout=60)
 
 
-def test_wait_returns_when_another_client_shuts_the_instance_down(client: serve.Client) -> None:
+def test_wait_returns_when_another_client_shuts_the_instance_down(
+    client: serve.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.serve.client.CONTROLLER_LOST_S", 1.0)
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(client.wait)
         with serve.connect(client.redis_url) as other:

@@ -16,6 +16,7 @@ from penstock import serve
 from penstock.broker.queue.group.claimer import Claimer
 from penstock.serve.first_actors import FirstProxy
 from penstock.serve.ray_actors.lifetime import NAMESPACE, actor_name
+from penstock.workers.consuming.policies import claim_watch
 from tests.serve.backends import SMALL, Slow, answering, replicas
 from tests.serve.conftest import StartClient
 from tests.serve.load import load
@@ -124,6 +125,7 @@ def test_a_replica_that_has_stopped_claiming_is_replaced(client: serve.Client) -
                 def drop(*args: Any, **options: Any) -> None: ...
 
                 setattr(Claimer, "claim", drop)  # noqa: B010 - for type checkers a method is not to be replaced
+                setattr(claim_watch, "STOPPED_AFTER_S", 1.0)  # noqa: B010 - nor a constant
             return os.getpid()
 
     client.create_backend("f", Stopping, config={"health_check_period_s": 0.2}, ray_actor_options=SMALL)

@@ -8,6 +8,7 @@ import pytest
 
 from penstock.broker.queue.group.claimer import Claimer
 from penstock.handles.errors import PenstockError
+from penstock.workers.consuming.policies import claim_watch
 from penstock.workers.consuming.policies.claim_watch import OBSERVE_S, STOPPED_AFTER_S, ClaimWatch
 from tests.waiting import wait_until_async
 from tests.workers.serving import calling, serving
@@ -75,6 +76,7 @@ async def test_a_replica_that_does_not_claim_is_unhealthy_while_requests_wait(
     async with calling(redis_url) as client:
         with monkeypatch.context() as patched:
             patched.setattr(Claimer, "claim", drop)
+            patched.setattr(claim_watch, "STOPPED_AFTER_S", 1.0)
             async with serving(redis_url, echo) as stopped:
                 call, answer = client.call(b"waits")
                 await call.accepted()
