@@ -36,16 +36,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Most tests wait rather than compute, so four processes share the cores.
 SIDE_BY_SIDE := --numprocesses=4 --dist=loadscope
+# Two Rays at once are enough for two cores, so those of the containers run beside tests that start none.
+BESIDE_CONTAINERS := tests/containers tests/proxy tests/workers
 
 .PHONY: test
 test: $(STAMP) ## Run all tests, on an embedded broker and on those in containers if a Docker engine answers
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone" $(BESIDE_CONTAINERS:%=--ignore=%)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(BESIDE_CONTAINERS)
 	@$(BIN)/python -m pytest -m alone tests/faults
-	@# By themselves: a Ray of other tests would run beside those of the containers.
-	@$(BIN)/python -m pytest -m alone tests/containers
 endif
 
 .PHONY: check

@@ -1,8 +1,9 @@
-"""Groups of tests that run in one process, where a run has several: each group starts one Ray, or one container."""
+"""Groups of tests that run in one process, where a run has several: each starts one Ray, or one container."""
 
 from __future__ import annotations
 
 import re
+import zlib
 from importlib import import_module
 from typing import Any
 
@@ -16,24 +17,31 @@ BROKERS = "brokers"
 
 _GROUPS = {
     "several nodes": r"tests/serve/test_(every_node|growing|head|leaving_nodes)\.py",
-    "ray, and faults": r"""(?x)tests/(
-        faults/test_(?!(phases|refused_writes|streams)\.)\w+\.py
-      | faults/test_refused_writes\.py::test_refusals_of_writes_
-      | serve/test_(asgi|examples|http_options|lifetimes|run|users)\.py
+    "ray": r"""(?x)tests/(
+        serve/test_(?!(config|forks|registry_changes|rollout_wait|starting|validation)\.)\w+\.py
+      | serve/(cli/test_lifetime|controller/test_(actors|controller)|status/test_status)\.py
+      | faults/test_draining\.py
     )""",
-    "ray": r"""(?x)tests/serve/(
-        test_(?!(config|forks|registry_changes|rollout_wait|starting|validation)\.)\w+\.py
-      | cli/test_lifetime\.py | controller/test_(actors|controller)\.py | status/test_status\.py
+    "ray, and faults": r"""(?x)tests/faults/(
+        test_(?!(phases|refused_writes|streams)\.)\w+\.py | test_refused_writes\.py::test_refusals_of_writes_
     )""",
     "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
     "a cluster in containers": r"tests/containers/",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
 }
-"""Which tests belong to a group, by their ids: the first that matches counts. They begin in the order of `_FIRST`."""
+"""Which tests belong to a group, by their ids: the first that matches counts. The others of a module are a group."""
 
-_FIRST = ("ray", "ray, and faults", "containers of redis", "containers of valkey", "several nodes")
-"""The longest groups, early; but no more than two start a Ray at once, which would starve each other on two cores."""
+_WITH_RAY = {"several nodes", "ray, and faults", "ray"}
+
+_FIRST = (
+    *("a cluster in containers", "ray", "several nodes", "ray, and faults"),
+    *("containers of redis", "containers of valkey"),
+)
+"""The groups that begin first, in this order, as they take longest."""
+
+_ONE_AFTER_THE_OTHER = {"several nodes": "several nodes, then faults", "ray, and faults": "several nodes, then faults"}
+"""Groups that one process runs, so that no more than two Rays compute at once: they would starve on two cores."""
 
 _SLOW = re.compile(
     r"""tests/(
@@ -57,20 +65,29 @@ _SLOW = re.compile(
 
 
 def group_of(test: str) -> str:
-    """Return the group of a test; its own id if it may run in any process."""
-    return next((group for group, ids in _GROUPS.items() if re.match(ids, test)), test)
+    """Return the group of a test, by its id; its module if it is in none of `_GROUPS`."""
+    return next((group for group, ids in _GROUPS.items() if re.match(ids, test)), test.partition("::")[0])
 
 
 def check_group(item: pytest.Item) -> None:
     """Raise ``UsageError`` if a test starts a Ray and its group has none: it would start one more in any process."""
-    if RAY in getattr(item, "fixturenames", ()) and "ray" not in (group := group_of(item.nodeid)):
+    if RAY in getattr(item, "fixturenames", ()) and (group := group_of(item.nodeid)) not in _WITH_RAY:
         raise pytest.UsageError(f"{item.nodeid} uses Ray and is in the group {group!r}: add it to tests/groups.py")
 
 
 def groups_first(items: list[pytest.Item]) -> None:
     """Sort tests so that the longest groups begin first, and what is left fills the other processes."""
-    order = {group: number for number, group in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
+    items.sort(key=lambda item: _turn_of(group_of(item.nodeid)))
+
+
+def _turn_of(group: str) -> tuple[int, int]:
+    """Return where a group comes: the `_FIRST`, then slow modules, then the others.
+
+    Neighbours of one folder wait for the same things, or compute alike, so modules come in the order of a checksum.
+    """
+    if group in _FIRST:
+        return 0, _FIRST.index(group)
+    return 1 if is_slow_module(group) else 2, zlib.crc32(group.encode())
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
@@ -79,9 +96,14 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
     The ``loadgroup`` of pytest-xdist 3.8 does not: it adds the group to an attribute that pytest 9.2 no longer reads.
     """
     scheduling: Any = import_module("xdist.scheduler").LoadScopeScheduling(config, log)
-    scheduling._split_scope = group_of
+    scheduling._split_scope = _process_of
     config.option.loadscopereorder = False  # that order is by the number of tests, not by their time
     return scheduling
+
+
+def _process_of(test: str) -> str:
+    """Return what tests of one process have in common."""
+    return _ONE_AFTER_THE_OTHER.get(group := group_of(test), group)
 
 
 def is_slow(item: pytest.Item) -> bool:

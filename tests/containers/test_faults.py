@@ -23,7 +23,7 @@ from tests.redis_servers import watched
 from tests.waiting import wait_until
 
 # The first test waits for the image, which takes a minute to build, and several minutes on a busy machine.
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 IS_LONG = os.environ.get("PENSTOCK_TEST_FAULTS") == "full"
 """As by ``make faults``."""
