@@ -24,6 +24,8 @@ from tests.serve.load import load
 from tests.waiting import wait_until
 
 PORT = 8000
+THREADS = 20
+"""Of a load, which waits for twenty answers again and again, each of which takes a second."""
 OPTIONS: dict[str, Any] = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT, "drain_delay_s": 3.0}
 
 
@@ -140,8 +142,8 @@ def test_a_node_that_is_stopped_loses_no_request(machines: Cluster, client: serv
         count, handle = len(replica_nodes(machines)), client.get_handle("e")
         with (
             balancer(machines, [machines.head, node]) as web,
-            load(web.get, threads=8) as over_http,
-            load(lambda: handle.remote().result(timeout=60), threads=8) as by_handle,
+            load(web.get, threads=THREADS) as over_http,
+            load(lambda: handle.remote().result(timeout=60), threads=THREADS) as by_handle,
         ):
             running.send_signal(signal.SIGTERM)
             _, log = running.communicate(timeout=60)
@@ -165,8 +167,8 @@ def test_a_node_that_ray_drains_loses_no_request(machines: Cluster, client: serv
     before, handle = client.status()["backends"]["f"]["served"], client.get_handle("e")
     with (
         balancer(machines, [machines.head, node]) as web,
-        load(web.get, threads=8) as over_http,
-        load(lambda: handle.remote().result(timeout=60), threads=8) as by_handle,
+        load(web.get, threads=THREADS) as over_http,
+        load(lambda: handle.remote().result(timeout=60), threads=THREADS) as by_handle,
     ):
         drained = machines.head.run(
             *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--node-id={node_id}"),
