@@ -21,7 +21,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from harness import environment, images
+from harness import environment
+from harness.measurements import images
 from harness.wrk import LoadFailed
 from run import in_turn, leave, machine, names, page, say
 

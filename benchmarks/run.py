@@ -24,10 +24,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import backlog, batches, calls, environment, fleet, rates, report, scaling, startup, wrk
+from harness import environment, report, wrk
 from harness.cases import CASES, Case
 from harness.catalogue import SYSTEMS
 from harness.measure import Visit, serving, versions, visit
+from harness.measurements import backlog, batches, calls, fleet, rates, scaling, startup
 from harness.processes import ProgramFailed
 
 MEASURED = (

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.harness.cases import CASES
 from benchmarks.harness.catalogue import SYSTEMS
 from benchmarks.harness.measure import serving
-from benchmarks.harness.scaling import Cost, Layout, stages_at
+from benchmarks.harness.measurements.scaling import Cost, Layout, stages_at
 from tests.ray_workers import forks_with_ray
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -20,10 +20,9 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = [
     FOLDER / "run.py",
     FOLDER / "gpu.py",
-    *sorted((FOLDER / "systems").glob("penstock_[!s]*.py")),
-    FOLDER / "systems" / "penstock_server.py",
-    FOLDER / "systems" / "path_server.py",
-    FOLDER / "systems" / "direct_images.py",
+    *sorted((FOLDER / "systems").glob("[!s]*/penstock_*.py")),
+    FOLDER / "systems" / "http" / "path_server.py",
+    FOLDER / "systems" / "images" / "direct_images.py",
 ]
 
 

@@ -42,31 +42,31 @@ RAY_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED
 SYSTEMS = {
     system.name: system
     for system in (
-        System(name="penstock", title="Penstock", program="penstock_server.py", is_peer=False, env=RAY_QUIET),
+        System(name="penstock", title="Penstock", program="http/penstock_server.py", is_peer=False, env=RAY_QUIET),
         System(
-            name="penstock-async", title="Penstock, `async def`", program="penstock_server.py", is_peer=False,
+            name="penstock-async", title="Penstock, `async def`", program="http/penstock_server.py", is_peer=False,
             env={**RAY_QUIET, ASYNC: "1"},
         ),
-        System(name="path", title="Penstock without Ray", program="path_server.py", is_peer=False),
+        System(name="path", title="Penstock without Ray", program="http/path_server.py", is_peer=False),
         System(
-            name="path-xadd", title="Penstock without Ray, bare, `XADD`", program="path_server.py", is_peer=False,
-            env={"PENSTOCK_BENCH_BARE": "xadd"},
+            name="path-xadd", title="Penstock without Ray, bare, `XADD`", program="http/path_server.py",
+            is_peer=False, env={"PENSTOCK_BENCH_BARE": "xadd"},
         ),
         System(
-            name="path-script", title="Penstock without Ray, bare, script", program="path_server.py", is_peer=False,
-            env={"PENSTOCK_BENCH_BARE": "script"},
+            name="path-script", title="Penstock without Ray, bare, script", program="http/path_server.py",
+            is_peer=False, env={"PENSTOCK_BENCH_BARE": "script"},
         ),
-        System(name="ray", title="Ray Serve, default", program="ray_serve.py", env=RAY_QUIET),
+        System(name="ray", title="Ray Serve, default", program="http/ray_serve.py", env=RAY_QUIET),
         System(
-            name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="ray_serve.py",
+            name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="http/ray_serve.py",
             env={**RAY_QUIET, **RAY_HAPROXY},
         ),
         System(
-            name="ray-haproxy-def", title="Ray Serve, HAProxy, throughput mode, `def`", program="ray_serve.py",
+            name="ray-haproxy-def", title="Ray Serve, HAProxy, throughput mode, `def`", program="http/ray_serve.py",
             env={**RAY_QUIET, **RAY_HAPROXY, DEF: "1"},
         ),
-        System(name="litserve", title="LitServe", program="litserve_server.py", path="/predict", get=False),
-        System(name="mosec", title="Mosec", program="mosec_server.py", path="/inference", get=False),
-        System(name="uvicorn", title="uvicorn + Starlette, no backend", program="bare_uvicorn.py"),
+        System(name="litserve", title="LitServe", program="http/litserve_server.py", path="/predict", get=False),
+        System(name="mosec", title="Mosec", program="http/mosec_server.py", path="/inference", get=False),
+        System(name="uvicorn", title="uvicorn + Starlette, no backend", program="http/bare_uvicorn.py"),
     )
 }  # fmt: skip

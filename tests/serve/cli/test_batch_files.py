@@ -134,7 +134,7 @@ def test_a_compressed_parquet_file_comes_over_standard_input(site: Site, tmp_pat
 @pytest.mark.timeout(300)
 def test_producers_that_are_killed_at_random_leave_one_line_for_each_row_of_parquet() -> None:
     """The benchmark of files does it with any number of rows and deaths."""
-    program = Path(__file__).parents[3] / "benchmarks" / "systems" / "penstock_files.py"
+    program = Path(__file__).parents[3] / "benchmarks" / "systems" / "costs" / "penstock_files.py"
     command = [sys.executable, str(program), "--rows", "20000", "--kills", "3"]
     with running(command, dict(os.environ)) as process:
         out, err = process.communicate(timeout=280)

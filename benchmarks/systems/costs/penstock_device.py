@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from harness.report import Figure, table
 
 from penstock import serve

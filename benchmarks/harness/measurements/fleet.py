@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from .json_program import JsonProgram
-from .report import table
+from ..json_program import JsonProgram
+from ..report import table
 
-PROGRAM = JsonProgram("penstock", "Penstock", "penstock_fleet.py", False)
+PROGRAM = JsonProgram("penstock", "Penstock", "costs/penstock_fleet.py", False)
 
 LAYOUTS = {
     f"{replicas} in {backends}": (replicas, backends)

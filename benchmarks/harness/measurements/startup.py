@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from .json_program import JsonProgram
-from .processes import ProgramFailed
-from .report import Figure, table
+from ..json_program import JsonProgram
+from ..processes import ProgramFailed
+from ..report import Figure, table
 
 BARE = "bare Ray actor"
 
@@ -25,9 +25,9 @@ class Starter(JsonProgram):
 STARTERS = {
     starter.name: starter
     for starter in (
-        Starter("penstock", "Penstock", "penstock_startup.py", False,
+        Starter("penstock", "Penstock", "startup/penstock_startup.py", False,
                 ("ray.init", "serve.start", "create_backend", "create_endpoint", "first answer")),
-        Starter("ray", "Ray Serve, default", "ray_startup.py", True,
+        Starter("ray", "Ray Serve, default", "startup/ray_startup.py", True,
                 ("ray.init", "serve.start", "serve.run", "first answer")),
     )
 }  # fmt: skip

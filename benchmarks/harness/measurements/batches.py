@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cases import Case
-from .catalogue import SYSTEMS
-from .json_program import JsonProgram
-from .measure import SETTLE_S, WARM_UP_S, Served, serving
-from .processes import Program, ProgramFailed, busy_s
-from .report import Figure, table
-from .wrk import load
+from ..cases import Case
+from ..catalogue import SYSTEMS
+from ..json_program import JsonProgram
+from ..measure import SETTLE_S, WARM_UP_S, Served, serving
+from ..processes import Program, ProgramFailed, busy_s
+from ..report import Figure, table
+from ..wrk import load
 
 BATCH_SIZE = 64
 CALLS_MS = (3, 10, 20, 50)
 IN_FLIGHT = (128, 256, 512)
 BY_HTTP = ("penstock", "ray", "ray-haproxy", "litserve", "mosec")
 HTTP, HANDLE = "HTTP", "asyncio handle"
-CALLER = JsonProgram("penstock", "Penstock", "penstock_in_flight.py", is_peer=False)
+CALLER = JsonProgram("penstock", "Penstock", "calls/penstock_in_flight.py", is_peer=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Cost of bodies: images with a small reply, and an echo, through a proxy and a replica without Ray.
 
-Runs by itself: ``python benchmarks/systems/penstock_bodies.py --kib 150 --connections 32``. Prints requests/s and the
-CPU of proxy, replica and Valkey per request. wrk is the client.
+Runs by itself: ``python benchmarks/systems/costs/penstock_bodies.py --kib 150 --connections 32``. Prints requests/s and
+the CPU of proxy, replica and Valkey per request. wrk is the client.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from harness import rates
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from harness.measurements import rates
 from harness.wrk import Target
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .json_program import JsonProgram
-from .report import Figure, ms, table
+from ..json_program import JsonProgram
+from ..report import Figure, ms, table
 
-PROGRAM = JsonProgram("backlog", "Penstock", "penstock_backlog.py", is_peer=False)
+PROGRAM = JsonProgram("backlog", "Penstock", "costs/penstock_backlog.py", is_peer=False)
 
 
 @dataclass(frozen=True, slots=True)

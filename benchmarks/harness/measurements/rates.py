@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from . import open_loop
-from .cases import Case
-from .catalogue import SYSTEMS
-from .measure import SETTLE_S, WARM_UP_S, Served
-from .report import ms, table
-from .wrk import LoadFailed, Target
+from .. import open_loop
+from ..cases import Case
+from ..catalogue import SYSTEMS
+from ..measure import SETTLE_S, WARM_UP_S, Served
+from ..report import ms, table
+from ..wrk import LoadFailed, Target
 
 SERVICE_S = 0.010
-"""The duration of a request of ``sleep``; see ``systems/program.py``."""
+"""The duration of a request of ``sleep``; see ``systems/http/program.py``."""
 
 OVERWHELMED_MS = 1_000.0
 """A system whose 99th percentile is above this, or that leaves requests unanswered, is asked for no higher rate."""

@@ -1,7 +1,7 @@
 """Files of many rows through a no-op backend that takes batches, and producers of a job that are killed at random.
 
-    python benchmarks/systems/penstock_files.py --rows 1000000                # rows/s and memory, by format
-    python benchmarks/systems/penstock_files.py --rows 1000000 --kills 10     # every row once, whatever is killed
+    python benchmarks/systems/costs/penstock_files.py --rows 1000000                # rows/s and memory, by format
+    python benchmarks/systems/costs/penstock_files.py --rows 1000000 --kills 10     # every row once, whatever is killed
 
 It runs a Valkey, one replica and ``penstock batch``, without Ray, and needs the extra ``penstock[files]``. The process
 whose peak memory is given is ``penstock batch``, beside the same one with a file of a hundred rows.

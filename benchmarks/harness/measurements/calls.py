@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from .json_program import JsonProgram
-from .report import Figure, table
+from ..json_program import JsonProgram
+from ..report import Figure, table
 
 SLOWEST_PER_S = 150.0
 """A caller that is slower than this is given up on."""
@@ -26,10 +26,10 @@ class Caller(JsonProgram):
 CALLERS = {
     caller.name: caller
     for caller in (
-        Caller("penstock", "Penstock", "penstock_calls.py", is_peer=False),
-        Caller("ray", "Ray Serve handle", "ray_calls.py", share=0.1),
-        Caller("taskiq", "taskiq, Redis streams", "taskiq_items.py"),
-        Caller("celery", "Celery, Redis", "celery_items.py"),
+        Caller("penstock", "Penstock", "calls/penstock_calls.py", is_peer=False),
+        Caller("ray", "Ray Serve handle", "calls/ray_calls.py", share=0.1),
+        Caller("taskiq", "taskiq, Redis streams", "calls/taskiq_items.py"),
+        Caller("celery", "Celery, Redis", "calls/celery_items.py"),
     )
 }
 

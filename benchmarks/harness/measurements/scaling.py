@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import redis
 
-from .cases import CASES
-from .catalogue import SYSTEMS
-from .measure import SETTLE_S, WARM_UP_S, Sample, sample, serving
-from .processes import ProgramFailed
-from .report import Figure, table
-from .wrk import load
+from ..cases import CASES
+from ..catalogue import SYSTEMS
+from ..measure import SETTLE_S, WARM_UP_S, Sample, sample, serving
+from ..processes import ProgramFailed
+from ..report import Figure, table
+from ..wrk import load
 
 CONNECTIONS = (32, 100)
 FEWER_CONNECTIONS = (8, 16)
