@@ -70,7 +70,7 @@ faults: $(STAMP) ## Kill processes, cut connections and send garbage for most of
 
 .PHONY: changes
 changes: $(STAMP) ## Make every change under load, and print how many requests were sent and answered
-	@$(BIN)/python -m pytest tests/serve/test_steady_load.py --quiet --capture=no $(ARGS) 2>/dev/null
+	@$(BIN)/python -m pytest tests/serve/changing/test_steady_load.py --quiet --capture=no $(ARGS) 2>/dev/null
 
 .PHONY: lint
 lint: $(STAMP) ## Check format, rules and types

@@ -12,14 +12,14 @@ import certifi
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.brokers import KINDS, Brokers, clean
-from tests.faults.table import TABLE, Row
-from tests.forks import close_shared_forks
+from tests.faults.load.table import TABLE, Row
 from tests.groups import check_group, groups_first, is_slow, is_slow_module, scheduler
-from tests.guarded import Guarded, guarded, redis_program
-from tests.processes import descendants, mark_descendants
-from tests.ray_workers import RayWorkers
-from tests.waiting import wait_until
+from tests.support.brokers import KINDS, Brokers, clean
+from tests.support.forks import close_shared_forks
+from tests.support.guarded import Guarded, guarded, redis_program
+from tests.support.processes import descendants, mark_descendants
+from tests.support.ray_workers import RayWorkers
+from tests.support.waiting import wait_until
 
 # How long an example takes says nothing where others use the machine too.
 settings.register_profile("penstock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,16 +16,19 @@ BROKERS = "brokers"
 """The fixture that starts brokers, on which those that give a broker to a test depend."""
 
 _GROUPS = {
-    "several nodes": r"tests/serve/test_(every_node|growing|head|leaving_nodes)\.py",
+    "several nodes": r"tests/serve/nodes/",
     "ray": r"""(?x)tests/(
-        serve/test_(?!(config|forks|registry_changes|rollout_wait|starting|validation)\.)\w+\.py
+        serve/test_(?!(config|registry_changes|rollout_wait|validation)\.)\w+\.py
+      | serve/(changing|users)/
+      | serve/starting/test_(?!(forks|starting)\.)\w+\.py
+      | serve/running/test_(run|waiting_client)\.py
       | serve/(cli/test_lifetime|controller/test_(actors|controller)|status/test_status)\.py
       | faults/test_draining\.py
     )""",
     "ray, and faults": r"""(?x)tests/faults/(
         test_(?!(phases|refused_writes|streams)\.)\w+\.py | test_refused_writes\.py::test_refusals_of_writes_
     )""",
-    "applications, behind one proxy": r"tests/proxy/test_asgi\.py",
+    "applications, behind one proxy": r"tests/workers/asgi/test_behind_a_proxy\.py",
     "a cluster in containers": r"tests/containers/",
     "containers of redis": r".*\[.*\bredis-container\b",
     "containers of valkey": r".*\[.*\bvalkey-container\b",
@@ -50,12 +53,14 @@ _SLOW = re.compile(
     | clients/test_openai
     | containers/\w+
     | handles/files/test_(memory|s3)
-    | handles/test_(broker_deaths|sentinel_failover)
+    | handles/outages/test_(broker_deaths|sentinel_failover)
     | proxy/test_server
     | security/\w+
-    | serve/cli/\w+
-    | serve/test_(every_node|examples|forks|growing|head|leaving_nodes|lifetimes|starting)
-    | test_(benchmarks|forks|snippets)
+    | serve/(cli|cli/batch|nodes)/\w+
+    | serve/starting/test_(forks|lifetimes|starting)
+    | serve/test_examples
+    | support/test_forks
+    | test_(benchmarks|snippets)
     | testing/test_(applications|pages)
     | workers/test_(serving|streams)
     )\.py""",

@@ -13,7 +13,7 @@ from benchmarks.harness.cases import CASES
 from benchmarks.harness.catalogue import SYSTEMS
 from benchmarks.harness.measure import serving
 from benchmarks.harness.measurements.scaling import Cost, Layout, stages_at
-from tests.ray_workers import forks_with_ray
+from tests.support.ray_workers import forks_with_ray
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Those of peers need the peers' environment, and the one that measures the start-up runs only below the harness.

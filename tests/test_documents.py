@@ -1,6 +1,7 @@
 """The documents beside the code."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,12 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
 
 def test_every_folder_is_a_table_of_contents() -> None:
     """At most 14 modules in a folder, so that it can be read at a glance."""
-    folders = {file.parent for name in _FOLDERS.split("|")[:7] for file in (ROOT / name).rglob("*.py")}
-    counts = {
-        str(folder.relative_to(ROOT)): len({*folder.glob("*.py")} - {folder / "__init__.py"}) for folder in folders
-    }
+    paths = [file.relative_to(ROOT) for name in _FOLDERS.split("|") for file in (ROOT / name).rglob("*.py")]
+    counts = Counter(
+        path.parent.as_posix()
+        for path in paths
+        if path.name != "__init__.py" and not any(part.startswith(".") for part in path.parts)
+    )
     assert {folder: count for folder, count in counts.items() if count > 14} == {}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from penstock.testing import local
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,8 +12,8 @@ import httpx
 
 from tests.clients.proxies import behind_proxies, program
 from tests.clients.serving import EXAMPLES
-from tests.guarded import free_port
-from tests.waiting import wait_until_async
+from tests.support.guarded import free_port
+from tests.support.waiting import wait_until_async
 
 
 @asynccontextmanager

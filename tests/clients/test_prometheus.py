@@ -10,8 +10,8 @@ import httpx
 import yaml
 
 from tests.clients.proxies import DOCS, behind_proxies
-from tests.proxy.test_metrics import prometheus
-from tests.waiting import wait_until_async
+from tests.proxy.pages.test_metrics import prometheus
+from tests.support.waiting import wait_until_async
 
 
 async def test_the_configuration_of_the_page_scrapes_what_a_proxy_counts(redis_url: str, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from penstock import serve
-from tests.brokers import images, no_docker
 from tests.containers.project import Project, free_subnet
 from tests.containers.python_image import python_image
-from tests.guarded import free_port
+from tests.support.brokers import images, no_docker
+from tests.support.guarded import free_port
 
 PASSWORD = "of-the-test"
 _PACKAGES = ("penstock[serve]", "scikit-learn", "httpx")

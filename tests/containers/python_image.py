@@ -22,8 +22,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tests.brokers import images
 from tests.containers.project import docker
+from tests.support.brokers import images
 
 _WHEELS = "/wheels"
 _LABEL = "penstock.test"

@@ -18,9 +18,9 @@ import pytest
 from penstock import serve
 from tests.containers.project import Project, docker, inspect, logs
 from tests.containers.traffic import Outcomes, traffic
-from tests.faults.table import TABLE
-from tests.redis_servers import watched
-from tests.waiting import wait_until
+from tests.faults.load.table import TABLE
+from tests.support.redis_servers import watched
+from tests.support.waiting import wait_until
 
 # The first test waits for the image, which takes a minute to build, and several minutes on a busy machine.
 pytestmark = pytest.mark.timeout(600)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.faults.table import Row
-from tests.loop_thread import running_beside
+from tests.faults.load.table import Row
+from tests.support.loop_thread import running_beside
 
 _REPEATED_FOR_S = 120.0
 """How long a client repeats what was refused."""

@@ -11,8 +11,8 @@ import pytest
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from tests.faults.backends import Journal
-from tests.faults.table import TABLE, Table
+from tests.faults.load.backends import Journal
+from tests.faults.load.table import TABLE, Table
 
 ASKED = os.environ.get("PENSTOCK_TEST_FAULTS", "")
 """``full`` (``make faults``): for as long as the promises are made for. A number: for so many seconds of the same.

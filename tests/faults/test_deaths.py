@@ -15,14 +15,14 @@ import pytest
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from tests.faults.backends import Counting, HeldAtStart, Holding, Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.table import Row, Table
-from tests.faults.tcp_proxy import TcpProxy
-from tests.faults.traffic import Outcomes, Traffic, traffic
+from tests.faults.injected.tcp_proxy import TcpProxy
+from tests.faults.load.backends import Counting, HeldAtStart, Holding, Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import Outcomes, Traffic, traffic
 from tests.serve.backends import SMALL, replicas
 from tests.serve.controller.test_controller import kill_controller
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SERVICE_S = 0.02
 

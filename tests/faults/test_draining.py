@@ -13,12 +13,12 @@ from redis import Redis
 from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.queue.group.member import GROUP
 from penstock.broker.wire.keys import Keys
-from tests.faults.backends import Held, Holding, Journal
 from tests.faults.conftest import Scale, StartClient
+from tests.faults.load.backends import Held, Holding, Journal
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import serve_work
-from tests.faults.traffic import traffic
 from tests.serve.backends import SMALL, replicas
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_a_draining_proxy_finishes_its_requests_and_refuses_new_ones(start: StartClient, journal: Journal) -> None:

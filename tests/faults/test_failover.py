@@ -16,13 +16,13 @@ from penstock import handles
 from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import BrokerUnavailable
 from penstock.proxy.proxy import Proxy
-from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.failover import Pair, pair
-from tests.faults.table import Row, Table
+from tests.faults.injected.failover import Pair, pair
+from tests.faults.load.backends import Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import check, every, serve_work
-from tests.faults.traffic import traffic
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import declared, serving
 
 RECOVERED_S = 5.0

@@ -16,13 +16,13 @@ from penstock import serve
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry, Header
-from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.table import Row, Table
+from tests.faults.load.backends import Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import check, serve_work
-from tests.faults.traffic import traffic
 from tests.serve.backends import replicas
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 Fields = dict[bytes, bytes]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.hostile import hostile
-from tests.faults.table import Row, Table
+from tests.faults.injected.hostile import hostile
+from tests.faults.load.backends import Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import check, serve_work
 from tests.faults.test_garbage import pids
 from tests.faults.test_soak import resident_mib
-from tests.faults.traffic import traffic
 
 _GROWTH_MIB = 64.0
 """A proxy may grow by so much: far less than one connection could make it hold before there were bounds."""

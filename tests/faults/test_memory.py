@@ -8,10 +8,10 @@ from redis import Redis
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from tests.faults.backends import Journal, Poisonable
 from tests.faults.conftest import StartClient
+from tests.faults.load.backends import Journal, Poisonable
 from tests.serve.backends import SMALL
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_a_full_broker_refuses_new_work_and_completes_what_it_took(

@@ -13,10 +13,10 @@ from redis import Redis
 
 from penstock import serve
 from penstock.broker.wire.keys import Keys
-from tests.faults.backends import Blocking, Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.table import Row, Table
-from tests.faults.traffic import traffic
+from tests.faults.load.backends import Blocking, Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.serve.backends import SMALL
 
 # What each asserts is a share of what the machine can do, and beside others that would change from second to second.

@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 
 from penstock.broker.wire.keys import Keys
-from tests.faults.tcp_proxy import TcpProxy
-from tests.waiting import wait_until_async
+from tests.faults.injected.tcp_proxy import TcpProxy
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, calling, serving
 
 PHASES = ("before it is sent", "as it is sent", "while it runs", "as it is answered")

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from penstock import serve
-from tests.faults.backends import Journal, Poisonable
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.table import Row, Table
-from tests.faults.traffic import traffic
+from tests.faults.load.backends import Journal, Poisonable
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.serve.backends import SMALL
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SERVICE_S = 0.02
 MAX_DELIVERIES = 3

@@ -27,14 +27,14 @@ from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BrokerUnavailable, Overloaded
 from penstock.proxy.proxy import Proxy
 from penstock.workers.replica import Replica
-from tests.faults.backends import Journal
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.refusing_proxy import ERRORS, RefusingProxy
-from tests.faults.table import Row, Table
+from tests.faults.injected.refusing_proxy import ERRORS, RefusingProxy
+from tests.faults.load.backends import Journal
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import check, every, serve_work
-from tests.faults.traffic import traffic
 from tests.handles.site import INSTANCE, Site
-from tests.waiting import wait_until, wait_until_async
+from tests.support.waiting import wait_until, wait_until_async
 from tests.workers.serving import TAG, Client, calling, declared, serving, start_killable
 
 KEYS = Keys("default")

@@ -16,12 +16,12 @@ from redis import Redis
 
 from penstock import serve
 from penstock.broker.embedded.server import EmbeddedServer
-from tests.faults import soaker
-from tests.faults.backends import echo
 from tests.faults.conftest import Scale, StartClient
-from tests.faults.table import Row, Table
+from tests.faults.load import soaker
+from tests.faults.load.backends import echo
+from tests.faults.load.table import Row, Table
 from tests.serve.backends import SMALL, replicas
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WEB_THREADS = 3
@@ -73,7 +73,7 @@ def test_a_soak_leaves_memory_as_it_was(start: StartClient, broker: EmbeddedServ
 @contextmanager
 def handle_process(url: str) -> Generator[subprocess.Popen[str]]:
     """A process of its own, so that its memory is its own."""
-    command = [sys.executable, "-m", "tests.faults.soaker", url]
+    command = [sys.executable, "-m", "tests.faults.load.soaker", url]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield process

@@ -17,10 +17,10 @@ from penstock.broker.embedded.server import EmbeddedServer
 from penstock.broker.queue.flow_control import WINDOW
 from penstock.handles.async_handle import AsyncServeHandle
 from penstock.handles.errors import BrokerUnavailable, PenstockError, StreamBroken
-from tests.faults.tcp_proxy import TcpProxy
+from tests.faults.injected.tcp_proxy import TcpProxy
 from tests.proxy.site import INSTANCE
 from tests.proxy.test_response_streaming import Serving, serve
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 ENDS_S = 60.0
 """Nothing hangs: it is over long before that, also on a machine that is busy."""

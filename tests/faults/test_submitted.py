@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from penstock import handles
-from tests.faults.backends import Journal, Stamping
 from tests.faults.conftest import ASKED, Scale, StartClient
-from tests.faults.table import Row, Table
+from tests.faults.load.backends import Journal, Stamping
+from tests.faults.load.table import Row, Table
+from tests.faults.load.traffic import traffic
 from tests.faults.test_deaths import SERVICE_S, check, every, serve_work
-from tests.faults.traffic import traffic
 from tests.serve.backends import replicas
 from tests.serve.controller.test_controller import kill_controller
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SUBMITTED = 10_000 if ASKED == "full" else 300
 
@@ -95,7 +95,7 @@ def test_everything_but_redis_is_killed_and_every_result_is_fetched(
 @contextmanager
 def submitter(url: str, count: int) -> Generator[tuple[subprocess.Popen[str], dict[str, str]], None, None]:
     """Start a process that submits ``count`` requests; yield it, and the ids by their names as they come."""
-    command = [sys.executable, "-m", "tests.faults.submitter", url, str(count)]
+    command = [sys.executable, "-m", "tests.faults.load.submitter", url, str(count)]
     ids: dict[str, str] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as reader:
         output = process.stdout

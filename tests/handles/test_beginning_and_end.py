@@ -19,7 +19,7 @@ from penstock.handles import ServeHandle
 from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, PenstockError
 from tests.handles.site import INSTANCE, Lingering, Site, echo, noting
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_a_sync_handle_warns_in_a_running_loop(site: Site, connected: Connection) -> None:

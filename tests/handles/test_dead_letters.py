@@ -16,8 +16,8 @@ from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendNotFound, ConfigError, Overloaded, PenstockError, WireError
 from tests.handles.site import INSTANCE, Site
-from tests.notebooks import shown_in_notebook
-from tests.waiting import wait_until
+from tests.support.notebooks import shown_in_notebook
+from tests.support.waiting import wait_until
 
 KEYS = Keys(INSTANCE)
 

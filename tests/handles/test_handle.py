@@ -26,7 +26,7 @@ from penstock.handles.errors import (
 )
 from penstock.handles.replies.response import Response
 from tests.handles.site import INSTANCE, Site, close_here, describe, echo, in_loop
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def fail(request: Any) -> None:

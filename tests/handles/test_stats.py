@@ -16,7 +16,7 @@ from penstock.broker.wire.keys import Keys
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, DeliveryLimitExceeded
 from tests.handles.site import INSTANCE, Site, echo
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 KEYS = Keys(INSTANCE)
 

@@ -9,9 +9,9 @@ from penstock import handles
 from penstock.handles import AsyncServeHandle, Response, ServeHandle
 from penstock.handles.connection import Connection
 from penstock.handles.errors import ConfigError, EndpointNotFound
-from tests.frames import frames_below
 from tests.handles.site import INSTANCE, Site, echo
-from tests.notebooks import shown_in_notebook
+from tests.support.frames import frames_below
+from tests.support.notebooks import shown_in_notebook
 
 _MISTAKES: dict[str, tuple[type[Exception], Callable[[Connection], object]]] = {
     "an unknown endpoint": (EndpointNotFound, lambda connected: connected.get_handle("aks")),

@@ -8,9 +8,9 @@ import pytest
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.runtime.logs import JsonFormatter
-from tests.log_lines import Lines, logged_lines
 from tests.proxy.site import WAYS, running, text
-from tests.waiting import wait_until_async
+from tests.support.log_lines import Lines, logged_lines
+from tests.support.waiting import wait_until_async
 
 
 @pytest.fixture

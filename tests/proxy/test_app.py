@@ -18,7 +18,7 @@ from penstock.handles.errors import (
     to_wire,
 )
 from tests.proxy.site import Answerer, Connected, Site, running, text
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 def replying(codec: str, body: bytes = b"", status: int = 200, headers: Pairs | None = None) -> Answerer:

@@ -21,7 +21,7 @@ from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
 from tests.proxy.site import INSTANCE, Site, running, text
 from tests.proxy.test_middleware import Adds
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
 from tests.proxy.site import INSTANCE, WAYS, Site, running
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import ByReference
 
 

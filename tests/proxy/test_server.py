@@ -15,7 +15,7 @@ from penstock.proxy.http1 import time_limits
 from penstock.proxy.http1.listening import PortInUse, is_wildcard
 from penstock.proxy.server import Server
 from tests.proxy.site import Site, running, text
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 @asynccontextmanager

@@ -2,8 +2,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.guarded import Guarded
 from tests.security.site import Site, open_site
+from tests.support.guarded import Guarded
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from penstock.broker.wire.keys import Keys
 from penstock.proxy.proxy import Proxy
 from penstock.workers.executing.user_code import dump
 from penstock.workers.serving import Serving
-from tests.guarded import Guarded
+from tests.support.guarded import Guarded
 
 KEYS = Keys("default")
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}

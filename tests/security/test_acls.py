@@ -13,9 +13,9 @@ from penstock.broker.wire._fields import LARGE
 from penstock.handles.calls.shared_client import SharedClient
 from penstock.handles.errors import DeliveryLimitExceeded, Overloaded
 from penstock.workers.retry import Retry
-from tests.guarded import Guarded, documented_rules
 from tests.security.site import KEYS, Site, echo, slowly
-from tests.waiting import wait_until, wait_until_async
+from tests.support.guarded import Guarded, documented_rules
+from tests.support.waiting import wait_until, wait_until_async
 
 
 def test_the_document_has_the_rules_of_every_role() -> None:

@@ -14,8 +14,8 @@ from penstock import handles
 from penstock.broker.wire._fields import LARGE
 from penstock.proxy.pages.admin_token import digest_of
 from penstock.proxy.proxy import Proxy
-from tests.guarded import DOCUMENT, Guarded, documented_rules
 from tests.security.site import KEYS, Site
+from tests.support.guarded import DOCUMENT, Guarded, documented_rules
 
 TOKEN = "correct-horse-battery-staple"
 

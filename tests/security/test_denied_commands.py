@@ -10,9 +10,9 @@ from redis.exceptions import NoPermissionError, ResponseError
 from penstock.broker.wire._fields import LARGE
 from penstock.broker.wire.requests import Header
 from penstock.handles.calls.request_client import RequestClient
-from tests.guarded import Guarded
 from tests.security.site import KEYS, Site, echo
-from tests.waiting import wait_until_async
+from tests.support.guarded import Guarded
+from tests.support.waiting import wait_until_async
 
 REQUESTS, BODY, REPLIES = KEYS.requests("f"), KEYS.body("f", "r"), KEYS.replies("bob@1")
 OWN = KEYS.replies("alice@1")

@@ -19,9 +19,9 @@ from penstock.handles.calls.call import Call, CallOutcome
 from penstock.handles.calls.incoming_stream import IncomingStream
 from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BackendError, to_wire
-from tests.guarded import Guarded
 from tests.security.site import KEYS, Site, echo
-from tests.waiting import wait_until_async
+from tests.support.guarded import Guarded
+from tests.support.waiting import wait_until_async
 
 
 class Forger:

@@ -5,7 +5,7 @@ import pytest
 from penstock import handles
 from penstock.handles.calls.request_client import RequestClient
 from penstock.handles.errors import BrokerUnavailable
-from tests.guarded import Guarded
+from tests.support.guarded import Guarded
 
 
 async def test_the_id_of_a_caller_begins_with_its_user(broker: Guarded) -> None:

@@ -32,7 +32,7 @@ from penstock.proxy.proxy import Proxy
 from tests.handles.site import INSTANCE, Site, echo
 from tests.security.test_refusals import limited
 from tests.serve.cli.command_line import command_line
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 KEYS = Keys(INSTANCE)
 

@@ -6,7 +6,7 @@ import pytest
 from httpx import Client as HTTPClient
 
 from penstock import serve
-from tests.brokers import Brokers, clean
+from tests.support.brokers import Brokers, clean
 
 StartClient = Callable[..., serve.Client]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 _PAUSE_S = 0.02
 """Of each thread after each call: without it, a load takes the whole machine from what the test waits for."""

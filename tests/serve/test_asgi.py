@@ -18,8 +18,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from penstock import serve
-from tests.ray_workers import forks_with_ray
 from tests.serve.backends import SMALL
+from tests.support.ray_workers import forks_with_ray
 
 PAGE = (Path(__file__).parents[2] / "docs" / "asgi.md").read_text(encoding="utf-8")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from penstock import serve
-from tests.ray_workers import forks_with_ray
+from tests.support.ray_workers import forks_with_ray
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from penstock import serve
-from tests.brokers import Brokers, clean
-from tests.waiting import wait_until
+from tests.support.brokers import Brokers, clean
+from tests.support.waiting import wait_until
 
 SMALL = {"num_cpus": 0.1}
 

@@ -6,7 +6,7 @@ import pytest
 
 from penstock.serve.controller.placement import Growth
 from penstock.serve.ray_nodes import growth
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_a_cluster_that_was_started_by_hand_does_not_grow(cluster: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from tests.ray_workers import forks_with_ray
-from tests.waiting import wait_until
+from tests.support.ray_workers import forks_with_ray
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forks on Linux only")
 

@@ -17,7 +17,7 @@ from penstock import handles, serve
 from penstock.broker.wire.keys import Keys
 from tests.serve.backends import SMALL
 from tests.serve.conftest import StartClient
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def test_path_parameters_have_the_types_of_their_route(web: serve.Client, http: HTTPClient) -> None:

@@ -17,8 +17,8 @@ from penstock import serve
 from penstock.broker.wire._fields import LARGE
 from penstock.serve import errors
 from penstock.testing import Local, local
+from tests.support.waiting import wait_until, wait_until_async
 from tests.testing.clients import TestClient
-from tests.waiting import wait_until, wait_until_async
 
 
 def echo(request: serve.Request) -> Any:

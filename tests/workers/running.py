@@ -13,7 +13,7 @@ from penstock.workers.claim import Claim, RunningCall
 from penstock.workers.executing.accept_batch import accept_batch
 from penstock.workers.executing.request import Request
 from penstock.workers.executing.runner import Runner
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.requests import from_handle, value_of
 
 Start = Callable[..., Awaitable["Replica"]]

@@ -26,7 +26,7 @@ from penstock.workers.executing import user_code
 from penstock.workers.executing.runner import Runner
 from penstock.workers.replica import Replica
 from penstock.workers.retry import Retry
-from tests.forks import shared_forks
+from tests.support.forks import shared_forks
 
 TAG = "model"
 CONFIG: dict[str, Any] = {"max_queued_requests": 10_000, "max_deliveries": 3}

@@ -14,8 +14,8 @@ from penstock.handles.errors import BackendError
 from penstock.runtime.logs import JsonFormatter
 from penstock.workers.error_log import ErrorLog
 from penstock.workers.executing.request import Request
-from tests.log_lines import Lines, logged_lines
-from tests.waiting import wait_until_async
+from tests.support.log_lines import Lines, logged_lines
+from tests.support.waiting import wait_until_async
 from tests.workers.requests import from_handle, from_http
 from tests.workers.running import Start, fail, fail_async
 

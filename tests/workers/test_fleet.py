@@ -15,7 +15,7 @@ from penstock.broker.queue.group.pending_entries import PendingEntries, Swept
 from penstock.broker.queue.leases import TTL_S
 from penstock.broker.transport.session import IDLE_BLOCK_MS
 from penstock.workers.replica import Replica
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving, start_killable
 
 FLEET = 100

@@ -10,7 +10,7 @@ import pytest
 
 from penstock.testing import local
 from penstock.workers.executing.request import Request
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 LOG = "penstock.workers.loop_watch"
 

@@ -17,8 +17,8 @@ from penstock import serve
 from penstock.handles.options import CallOptions
 from penstock.serve import errors
 from penstock.testing import Local, local
+from tests.support.waiting import wait_until, wait_until_async
 from tests.testing.clients import TestClient
-from tests.waiting import wait_until, wait_until_async
 
 
 class Model:

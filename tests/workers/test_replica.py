@@ -13,7 +13,7 @@ import pytest
 from penstock import serve
 from penstock.broker.wire._fields import LARGE
 from penstock.handles.errors import DeliveryLimitExceeded, Overloaded, RequestCancelled, RequestTimeout, from_wire
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, Killable, calling, serving, start_killable
 
 

@@ -22,8 +22,8 @@ from penstock.handles.errors import BackendError, BackendNotFound, from_wire
 from penstock.workers.executing.request import Request
 from penstock.workers.executing.user_code import dump
 from penstock.workers.serving import Serving
-from tests.brokers import wait_until_written
-from tests.waiting import wait_until_async
+from tests.support.brokers import wait_until_written
+from tests.support.waiting import wait_until_async
 from tests.workers.running import Gate, hook, hooks
 from tests.workers.serving import CONFIG, TAG, calling
 

@@ -20,7 +20,7 @@ from penstock.handles.errors import StreamBroken
 from penstock.workers.claim import Claim
 from penstock.workers.consuming.stream_sender import StreamSender
 from penstock.workers.executing.stream_writer import StreamStopped, StreamWriter
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import CONFIG, TAG, Client, Killable, calling, serving, start_killable
 
 

@@ -23,9 +23,9 @@ from redis.retry import Retry
 from penstock.broker.embedded.server import LEAST_MEMORY_BYTES, EmbeddedServer
 from penstock.broker.errors import EmbeddedServerError
 from penstock.runtime.machine_memory import memory_bytes
-from tests.brokers import wait_until_written
-from tests.guarded import redis_program
-from tests.waiting import wait_until
+from tests.support.brokers import wait_until_written
+from tests.support.guarded import redis_program
+from tests.support.waiting import wait_until
 
 Start = Callable[..., EmbeddedServer]
 

@@ -6,8 +6,8 @@ from penstock.broker.errors import BrokerUnavailable
 from penstock.broker.queue.leases import Lease
 from penstock.broker.wire.keys import Keys
 from tests.broker.conftest import Connect
-from tests.faults.refusing_proxy import ERRORS, RefusingProxy
-from tests.waiting import wait_until_async
+from tests.faults.injected.refusing_proxy import ERRORS, RefusingProxy
+from tests.support.waiting import wait_until_async
 
 
 async def test_a_lease_that_is_not_renewed_expires_and_is_acquired_again(

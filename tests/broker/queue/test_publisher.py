@@ -11,7 +11,7 @@ from penstock.broker.transport.connection import FateUnknown, RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Entry, Header, RawEntry
 from tests.broker.conftest import Connect
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 TAG = "model"
 

@@ -23,7 +23,7 @@ from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Entry, Header, RawEntry
 from tests.broker.conftest import Connect
 from tests.broker.queue.replica import hold_lease
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 TAG = "model"
 ASIDE = (SET_ASIDE - 1) * SMALL

@@ -10,7 +10,7 @@ from penstock.broker.queue.reply_stream import TTL_S, ReplyStream
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from tests.broker.conftest import Connect
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 class Listening(Protocol):

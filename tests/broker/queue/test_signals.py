@@ -5,7 +5,7 @@ from __future__ import annotations
 from penstock.broker.queue.signals import Signals, signal
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 TAG = "model"
 

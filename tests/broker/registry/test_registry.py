@@ -27,8 +27,8 @@ from penstock.broker.registry.watcher import Watcher
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from tests.broker.conftest import Connect
-from tests.brokers import wait_until_written
-from tests.waiting import wait_until_async
+from tests.support.brokers import wait_until_written
+from tests.support.waiting import wait_until_async
 
 
 class Watching(Protocol):

@@ -16,8 +16,8 @@ from penstock.broker.queue.leases import Lease
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.transport.error_replies import error_of
 from penstock.proxy.proxy import Proxy
-from tests.redis_servers import RedisServer, cluster_node
 from tests.serve.cli.command_line import command_line
+from tests.support.redis_servers import RedisServer, cluster_node
 
 FOUND = r"it is a node of a cluster \(\w+ \d+\.\d+\.\d+, mode cluster\)"
 AT_ONCE_S = 4.5

@@ -18,7 +18,7 @@ from penstock.broker.transport.commands import Script
 from penstock.broker.transport.connection import FateUnknown, RedisConnection
 from penstock.broker.transport.url import shown_url
 from tests.broker.conftest import Connect
-from tests.waiting import wait_until, wait_until_async
+from tests.support.waiting import wait_until, wait_until_async
 
 ECHO = Script("""#!lua flags=no-writes
 return ARGV[1]

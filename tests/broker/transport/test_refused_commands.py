@@ -18,8 +18,8 @@ from penstock.broker.transport.commands import Script
 from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from tests.broker.conftest import Connect
-from tests.faults.refusing_proxy import ERRORS, RefusingProxy
-from tests.waiting import wait_until_async
+from tests.faults.injected.refusing_proxy import ERRORS, RefusingProxy
+from tests.support.waiting import wait_until_async
 
 TEMPORARY = sorted(ERRORS.keys() - {"READONLY", "OOM"})
 PUSH = Script("#!lua\nreturn redis.call('RPUSH', KEYS[1], ARGV[1])")

@@ -17,9 +17,9 @@ from penstock.broker.transport.dial import user_of
 from penstock.broker.transport.sentinels.url import parse_sentinel_url
 from penstock.broker.transport.url import shown_url
 from tests.broker.conftest import Connect
-from tests.guarded import free_port, make_certificate, tls_relay
-from tests.redis_servers import SERVICE, RedisServer, Watched, watched
-from tests.waiting import wait_until, wait_until_async
+from tests.support.guarded import free_port, make_certificate, tls_relay
+from tests.support.redis_servers import SERVICE, RedisServer, Watched, watched
+from tests.support.waiting import wait_until, wait_until_async
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import uvloop
 from penstock.broker.transport import handshake
 from penstock.broker.transport.commands import Command, pack
 from penstock.broker.transport.session import Session
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,

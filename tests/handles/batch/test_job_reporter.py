@@ -15,7 +15,7 @@ from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from penstock.handles.connection import Connection
 from tests.handles.site import INSTANCE, Site, echo
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 KEYS = Keys(INSTANCE)
 

@@ -26,7 +26,7 @@ from penstock.handles.batch.items import Indices
 from penstock.handles.connection import Connection
 from penstock.handles.errors import BackendError, ConfigError, EndpointNotFound, RequestTimeout
 from tests.handles.site import Site
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def double(request: Any) -> Any:

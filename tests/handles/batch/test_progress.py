@@ -11,7 +11,7 @@ from penstock.handles import Batch
 from penstock.handles.batch.progress import BatchProgress
 from penstock.handles.connection import Connection
 from tests.handles.site import Site, echo
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 @contextmanager

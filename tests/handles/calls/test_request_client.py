@@ -32,7 +32,7 @@ from penstock.handles.errors import (
     WireError,
 )
 from tests.handles.site import CONFIG, INSTANCE, Lingering, Site, echo
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 APART = LEAST_LARGE_ALONE + 1
 """The size of a body that has a key of its own, and no reservation."""

@@ -19,7 +19,7 @@ from penstock.handles.errors import BackendError, ConfigError, RequestCancelled,
 from penstock.handles.replies.response_stream import AsyncResponseStream
 from penstock.workers.executing.accept_batch import accept_batch
 from tests.handles.site import INSTANCE, Site
-from tests.waiting import wait_until, wait_until_async
+from tests.support.waiting import wait_until, wait_until_async
 
 
 def count(request: Any) -> Iterator[int]:

@@ -14,7 +14,7 @@ from penstock.broker.wire.requests import Entry
 from penstock.proxy.http1.buffers import Buffers, BuffersFull, default_bytes
 from penstock.proxy.server import Server
 from tests.proxy.site import running
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 MIB = 1024 * 1024
 

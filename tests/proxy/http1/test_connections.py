@@ -19,12 +19,12 @@ from penstock.proxy import server as server_module
 from penstock.proxy.http1 import presence, protocol as protocol_module, time_limits
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
+from tests.proxy.http1.raw_http import responses
 from tests.proxy.http1.test_pipelining import Gate, get
-from tests.proxy.raw_http import responses
 from tests.proxy.site import WAYS, Site, running, text
 from tests.proxy.test_response_streaming import serve
 from tests.proxy.test_server import connected, serving, talk
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 async def read_all(reader: asyncio.StreamReader) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from tests.proxy.site import Connected, Site, text
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 class TestAClientThatDisconnects:

@@ -19,7 +19,7 @@ from penstock.proxy.http1.fast_path import FastPath, protocol_for
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
 from tests.proxy.site import WAYS, Answerer, Site, running, text
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 async def raw(server: Server, *sent: bytes) -> bytes:

@@ -10,10 +10,10 @@ from starlette.middleware.gzip import GZipMiddleware
 from penstock.proxy.http1 import framing
 from penstock.proxy.middleware import wrap
 from penstock.proxy.server import Server
-from tests.proxy.raw_http import RawResponse, responses
+from tests.proxy.http1.raw_http import RawResponse, responses
 from tests.proxy.site import Site, running, text
 from tests.proxy.test_server import connected, serving, talk
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 GET = b"GET /a HTTP/1.1\r\nhost: x\r\n"
 CHUNKED = b"POST /a HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"

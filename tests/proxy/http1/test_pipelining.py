@@ -13,11 +13,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.proxy.http1.protocol import MAX_PIPELINED_BYTES
-from tests.proxy.raw_http import responses
+from tests.proxy.http1.raw_http import responses
 from tests.proxy.site import WAYS, Site, text
 from tests.proxy.test_response_streaming import serve
 from tests.proxy.test_server import connected, serving, talk
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 LARGE = bytes(i % 251 for i in range(600_000))
 

@@ -5,8 +5,8 @@ The imports take a second of processor time, longer than most commands run.
 
 from __future__ import annotations
 
-from tests.forks import shared_forks
-from tests.ray_workers import forks_with_ray
+from tests.support.forks import shared_forks
+from tests.support.ray_workers import forks_with_ray
 
 CODE = "from penstock.serve.cli import main; main()"
 

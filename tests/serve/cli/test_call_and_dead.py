@@ -13,7 +13,7 @@ from tests.handles.site import Site
 from tests.handles.test_dead_letters import bury, entry
 from tests.serve.cli.command_line import command_line
 from tests.serve.cli.conftest import Penstock, environment, on_terminal, running
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def answer(request: Any) -> Any:

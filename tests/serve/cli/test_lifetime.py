@@ -15,7 +15,7 @@ import pytest
 from penstock import serve
 from tests.serve.cli.command_line import command_line
 from tests.serve.cli.conftest import Penstock, Ran, environment
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 APP = """\
 backends:

@@ -10,7 +10,7 @@ import ray
 
 from penstock.serve.controller.actors import ActorPool
 from penstock.serve.ray_actors.lifetime import NAMESPACE, actor_name
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 class Attending:

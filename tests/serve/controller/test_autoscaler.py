@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from penstock.broker.queue.counts.queue_depth import QueueDepth
 from penstock.broker.registry.records import AutoscalingSpec
 from penstock.serve.controller.autoscaler import ScalingState, decide
-from tests.serve.record_load import BURST, SCALING, SERVICE_S
+from tests.serve.changing.record_load import BURST, SCALING, SERVICE_S
 
 _TICK_S = 0.5
 

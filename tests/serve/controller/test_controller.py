@@ -20,7 +20,7 @@ from penstock.workers.consuming.policies import claim_watch
 from tests.serve.backends import SMALL, Slow, answering, replicas
 from tests.serve.conftest import StartClient
 from tests.serve.load import load
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def controller_pid(instance: str = "default") -> int:

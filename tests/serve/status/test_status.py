@@ -13,7 +13,7 @@ from penstock import serve
 from penstock.serve.status.status import Status
 from tests.serve.backends import SMALL, answering
 from tests.serve.controller.test_controller import kill_controller
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 async def wait_for_ever(request: serve.Request) -> None:

@@ -9,7 +9,7 @@ from penstock.broker.registry.reports import ProxyReport, ReplicaReport
 from penstock.serve.settings import Settings
 from penstock.serve.status.status import Status
 from penstock.serve.status.warnings import warnings
-from tests.notebooks import shown_in_notebook
+from tests.support.notebooks import shown_in_notebook
 
 
 def settings(location: str = "HeadOnly", **others: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import MalformedBody, RequestCancelled
 from penstock.workers.asgi import calls
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.asgi.apps import body, deployed, head, http_only, sending
 from tests.workers.requests import backend_error_of, error_of, from_handle, from_http
 from tests.workers.running import Start

@@ -12,7 +12,7 @@ from penstock.workers.executing.accept_batch import accept_batch
 from penstock.workers.executing.request import Request
 from penstock.workers.executing.runner import Runner
 from penstock.workers.executing.user_code import dump
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.requests import error_of, from_handle, value_of
 from tests.workers.running import Gate, Mixed, Replica, Start, call_hook, double_async, hook, hooks
 

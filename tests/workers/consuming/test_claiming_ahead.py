@@ -12,7 +12,7 @@ import pytest
 from penstock.broker.queue.group.member import GROUP, RETURNED
 from penstock.workers.consuming.policies import prefetch
 from penstock.workers.replica import Replica
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving
 
 

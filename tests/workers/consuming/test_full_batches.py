@@ -15,7 +15,7 @@ from penstock.broker.queue.group.member import GROUP, RETURNED
 from penstock.broker.wire._fields import LARGE
 from penstock.workers.consuming.policies import batch_capacity
 from penstock.workers.replica import Replica
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving
 
 

@@ -19,7 +19,7 @@ from penstock.workers.consuming import redelivery, stray_claims
 from penstock.workers.consuming.settlement import Settlement
 from penstock.workers.consuming.stray_claims import StrayClaims
 from penstock.workers.executing.runner import Runner
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.serving import TAG, Client, calling, serving
 
 

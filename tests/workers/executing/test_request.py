@@ -10,7 +10,7 @@ from starlette.datastructures import QueryParams, UploadFile
 from penstock.broker.wire.requests import Entry, Header
 from penstock.handles.errors import MalformedBody
 from penstock.workers.executing.request import Request
-from tests.notebooks import shown_in_notebook
+from tests.support.notebooks import shown_in_notebook
 from tests.workers.requests import from_handle, from_http
 
 FORM = (

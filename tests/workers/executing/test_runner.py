@@ -14,7 +14,7 @@ from penstock.broker.wire.replies import Reply
 from penstock.broker.wire.requests import Entry
 from penstock.handles.errors import ConfigError, MalformedBody
 from penstock.workers.executing.request import Request
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.requests import backend_error_of, error_of, from_handle, from_http
 from tests.workers.running import (
     Gate,

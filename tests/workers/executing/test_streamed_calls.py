@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, PlainTextResponse, StreamingRespon
 
 from penstock.handles.errors import RequestCancelled
 from penstock.workers.executing.request import Request
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 from tests.workers.requests import backend_error_of, error_of, from_handle
 from tests.workers.running import Start, fail, hooks
 

@@ -13,8 +13,8 @@ from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.requests import Entry, Header
 from tests.broker.conftest import Connect
 from tests.broker.queue.replica import TAG, CountLeft, Joining, Publish
-from tests.faults.refusing_proxy import ERRORS, RefusingProxy
-from tests.waiting import wait_until_async
+from tests.faults.injected.refusing_proxy import ERRORS, RefusingProxy
+from tests.support.waiting import wait_until_async
 
 
 async def test_a_dead_letter_has_the_history_of_its_deliveries(

@@ -23,8 +23,8 @@ from penstock.broker.transport.connection import RedisConnection
 from penstock.broker.wire.keys import Keys
 from tests.broker.conftest import Connect
 from tests.broker.queue.replica import TAG, Joining, Publish
-from tests.faults.refusing_proxy import ERRORS, RefusingProxy
-from tests.waiting import wait_until_async
+from tests.faults.injected.refusing_proxy import ERRORS, RefusingProxy
+from tests.support.waiting import wait_until_async
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from penstock.broker.wire.keys import Keys
 from penstock.broker.wire.replies import Reply
 from tests.broker.conftest import Connect
 from tests.broker.queue.replica import Joining, Replica
-from tests.waiting import wait_until_async
+from tests.support.waiting import wait_until_async
 
 
 async def test_a_reply_goes_only_to_a_caller_with_a_stream(
