@@ -1,5 +1,6 @@
 """The brokers that tests run against: the embedded one, and real ones in containers."""
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Generator, Iterable
@@ -62,9 +63,20 @@ def clean(url: str) -> Generator[str]:
         keys = cast("Iterable[bytes]", redis.scan_iter("penstock:*", count=1000))
         # Without an expiry and without an owner: that is how a broker fills up over the months.
         left = sorted(key.decode() for key in keys if redis.ttl(key) == -1)
+        _close_clients(url)
         redis.flushall()
     assert not left, f"keys without expiry outlived the test: {', '.join(left)}"
     assert not calls, f"calls outlived the test: {', '.join(calls)}"
+
+
+def _close_clients(url: str) -> None:
+    """Close the clients that handles share, whose reply streams are emptied with the broker.
+
+    They would find that out when they miss the replies to the requests of a later test, which would run again.
+    """
+    for client in open_clients(url, "default"):
+        if client.loop.is_running():  # those of other loops have ended with them
+            asyncio.run_coroutine_threadsafe(client.close(), client.loop).result(timeout=30)
 
 
 def _in_flight(url: str) -> list[str]:
