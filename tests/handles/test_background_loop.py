@@ -64,8 +64,15 @@ def test_a_finished_future_can_be_read_on_the_background_loop(site: Site, connec
 
 def test_a_read_with_timeout_zero_is_allowed_on_the_background_loop(site: Site, connected: Connection) -> None:
     site.serve(echo)
+    futures: list[concurrent.futures.Future[Any]] = []
+
+    def read_at_once(handle: ServeHandle, connected: Connection) -> Any:
+        futures.append(handle.remote(2))
+        return futures[0].result(0)
+
     with pytest.raises(concurrent.futures.TimeoutError):
-        in_a_callback(connected, lambda handle, connected: handle.remote(2).result(0))
+        in_a_callback(connected, read_at_once)
+    assert futures[0].result(20) == 2
 
 
 def test_a_future_that_is_cancelled_on_the_background_loop_is_done_one_turn_later(

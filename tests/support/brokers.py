@@ -63,13 +63,13 @@ def clean(url: str) -> Generator[str]:
         keys = cast("Iterable[bytes]", redis.scan_iter("penstock:*", count=1000))
         # Without an expiry and without an owner: that is how a broker fills up over the months.
         left = sorted(key.decode() for key in keys if redis.ttl(key) == -1)
-        _close_clients(url)
+        close_clients(url)
         redis.flushall()
     assert not left, f"keys without expiry outlived the test: {', '.join(left)}"
     assert not calls, f"calls outlived the test: {', '.join(calls)}"
 
 
-def _close_clients(url: str) -> None:
+def close_clients(url: str) -> None:
     """Close the clients that handles share, whose reply streams are emptied with the broker.
 
     They would find that out when they miss the replies to the requests of a later test, which would run again.

@@ -18,6 +18,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from penstock.broker.embedded.server import _find_binary  # pyright: ignore[reportPrivateUsage]
+from tests.support.brokers import close_clients
 from tests.support.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
@@ -50,6 +51,8 @@ class Guarded:
                         redis.client_kill_filter(_id=client["id"])
 
     def empty(self) -> None:
+        for user in ("owner", "alice", "bob"):
+            close_clients(self.url(user))
         with Redis.from_url(self.url("admin")) as redis:
             redis.flushall()
 
