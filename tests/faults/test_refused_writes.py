@@ -96,6 +96,28 @@ async def test_accepted_requests_are_answered_once_after_the_refusal(
     assert set(work.runs.values()) == {1}
 
 
+async def test_a_large_reply_is_sent_after_its_body_whichever_of_them_is_refused(
+    redis_url: str, between: RefusingProxy
+) -> None:
+    """A broker that is out of memory refuses the body; what then stores it is refused once more, and nothing else."""
+    work, body = Work(), b"l" * (LARGE + 1)
+    work.release.set()
+    refused = list[bytes]()
+
+    def holds_the_body(name: bytes, command: bytes) -> bool:
+        if len(command) <= LARGE or len(refused) == 2:
+            return False
+        refused.append(name)
+        return True
+
+    async with calling(redis_url) as client, serving(between.url, work.__call__):
+        between.error, between.refuses = ERRORS["OOM"], holds_the_body
+        assert (await asyncio.wait_for(client.ask(body), 20)).body == body
+        await wait_until_async(lambda: is_settled(client))
+    assert (refused[0], len(refused)) == (b"SET", 2)
+    assert set(work.runs.values()) == {1}
+
+
 @pytest.mark.parametrize("command", [b"XADD", b"XACK", b"XDEL", b"SET"])
 async def test_a_command_that_was_refused_alone_is_sent_again_alone(
     redis_url: str, between: RefusingProxy, command: bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tests.faults.injected.tcp_proxy import TcpProxy
@@ -33,6 +33,8 @@ class RefusingProxy(TcpProxy):
         self.error = ""
         self.only: frozenset[bytes] | None = None
         """The names of the commands that are refused; None for all that write."""
+        self.refuses: Callable[[bytes, bytes], bool] | None = None
+        """Tells by the name and the bytes of a command whether it is refused; None for what `only` says."""
         self.refused: list[bytes] = []
         """The names of the commands that were refused."""
 
@@ -55,7 +57,7 @@ class RefusingProxy(TcpProxy):
         try:
             while True:
                 name, command = await _read_command(reader)
-                if self.error and (name not in READS if self.only is None else name in self.only):
+                if self.error and self._is_refused(name, command):
                     self.refused.append(name)
                     writer.write(f"-{self.error}\r\n".encode())
                 else:
@@ -64,6 +66,11 @@ class RefusingProxy(TcpProxy):
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
             pass  # one of the two has gone
+
+    def _is_refused(self, name: bytes, command: bytes) -> bool:
+        if self.refuses is not None:
+            return self.refuses(name, command)
+        return name not in READS if self.only is None else name in self.only
 
 
 async def _read_command(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
