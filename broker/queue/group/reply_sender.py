@@ -35,9 +35,16 @@ if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV))
 """)
 
-# Sets a key. KEYS: the key. ARGV: its value, milliseconds until it expires.
-_PUT = Script("""#!lua flags=allow-oom
-return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+# Stores a body and appends its reply: a refusal refuses both. KEYS: the reply stream, the body. ARGV: the body,
+# milliseconds until it expires, the fields.
+_PUT_AND_APPEND = Script("""#!lua flags=allow-oom
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return redis.call('XADD', KEYS[1], 'NOMKSTREAM', '*', unpack(ARGV, 3))
+""")
+
+# Sets an empty key. KEYS: the key. ARGV: milliseconds until it expires.
+_MARK = Script("""#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
 """)
 
 
@@ -95,7 +102,8 @@ class ReplySender:
 
     def mark_streamed(self, ref: bytes) -> None:
         """Record that the reply to an entry begins to stream: it must not run again. Call it before `send_part`."""
-        self._put(self._streamed_prefix + ref.decode(), b"", HISTORY_S * 1000)
+        record, args = self._streamed_prefix + ref.decode(), [HISTORY_S * 1000]
+        self._commands.post_script(log_refusal, _MARK, [record], args, repeat=True, patient=True)
 
     def forget_streamed(self, ref: bytes) -> None:
         """Delete the record of `mark_streamed`, when the entry is settled."""
@@ -122,56 +130,46 @@ class ReplySender:
                 length.
         """
         stored, stream = self._keys.reply_body(caller, request), self._keys.replies(caller)
+        is_stored = False
+        """Whether the broker has accepted the body."""
+        was_early = False
+        """Whether the reply was not appended because the body was not there yet."""
 
-        def set_body(on_result: Callable[[Any], None]) -> None:
-            # Not by the script: Lua would copy and hash the body first, which took 8 ms of 10 MiB.
-            wait = {"repeat": True, "patient": True, "needs_memory": True}
-            self._commands.post(on_result, "SET", stored, body, "PX", ttl_ms, bulky=True, **wait)
-
-        def put_body(on_result: Callable[[Any], None]) -> None:
-            self._put(stored, body, ttl_ms, on_result)
-
-        def send_behind(store: Callable[[Callable[[Any], None]], None]) -> None:
-            """Store the body by ``store``, and append the reply once it is there. Both are sent at once."""
-            is_stored = False
-            """Whether the broker has accepted the body."""
-            was_early = False
-            """Whether the reply was not appended because the body was not there yet."""
-
-            def after_body(result: Any) -> None:
-                nonlocal is_stored
-                if isinstance(result, StringTooLong):
-                    self.send(caller, too_long())
-                elif isinstance(result, BrokerFull):
-                    send_behind(put_body)
-                elif isinstance(result, Exception):
-                    log_refusal(result)
+        def after_body(result: Any) -> None:
+            nonlocal is_stored
+            if isinstance(result, StringTooLong):
+                self.send(caller, too_long())
+            elif isinstance(result, BrokerFull):
+                args: list[Arg] = [body, ttl_ms, *fields]
+                bulky = len(body) > COPIED_BYTES
+                self._commands.post_script(
+                    after_both, _PUT_AND_APPEND, [stream, stored], args, repeat=True, patient=True, bulky=bulky
+                )
+            elif isinstance(result, Exception):
+                log_refusal(result)
+                self._append(stream, fields)
+            else:
+                is_stored = True
+                if was_early:
                     self._append(stream, fields)
-                else:
-                    is_stored = True
-                    if was_early:
-                        self._append(stream, fields)
 
-            def after_reply(result: Any) -> None:
-                nonlocal was_early
-                if isinstance(result, Exception):
-                    log_refusal(result)
-                elif result == 0:
-                    if is_stored:
-                        log.error("the body of the reply to request %s has expired before the reply was sent", request)
-                    was_early = True  # the body was refused, and is sent again
+        def after_both(result: Any) -> None:
+            if isinstance(result, Exception):
+                after_body(result)
 
-            store(after_body)
-            self._commands.post_script(
-                after_reply, _APPEND_IF_STORED, [stream, stored], fields, repeat=True, patient=True
-            )
+        def after_reply(result: Any) -> None:
+            nonlocal was_early
+            if isinstance(result, Exception):
+                log_refusal(result)
+            elif result == 0:
+                if is_stored:
+                    log.error("the body of the reply to request %s has expired before the reply was sent", request)
+                was_early = True  # the body was refused, and is sent again
 
-        send_behind(set_body)
+        # Not by the script: Lua would copy and hash the body first, which took 8 ms of 10 MiB.
+        wait = {"repeat": True, "patient": True, "needs_memory": True}
+        self._commands.post(after_body, "SET", stored, body, "PX", ttl_ms, bulky=True, **wait)
+        self._commands.post_script(after_reply, _APPEND_IF_STORED, [stream, stored], fields, repeat=True, patient=True)
 
     def _append(self, stream: str, fields: Sequence[bytes]) -> None:
         self._commands.post_script(log_refusal, _APPEND, [stream], fields, repeat=True, patient=True)
-
-    def _put(self, key: str, value: bytes, ttl_ms: int, on_result: Callable[[Any], None] = log_refusal) -> None:
-        args: list[Arg] = [value, ttl_ms]
-        bulky = len(value) > COPIED_BYTES
-        self._commands.post_script(on_result, _PUT, [key], args, repeat=True, patient=True, bulky=bulky)
