@@ -128,7 +128,7 @@ async def test_a_command_that_was_refused_alone_is_sent_again_alone(
     async with calling(redis_url) as client, serving(between.url, work.__call__, max_concurrent_queries=4):
         answers = [client.call(body)[1] for body in bodies]
         await wait_until_async(lambda: work.runs.total() == len(bodies))
-        between.only = frozenset({command})
+        between.refuses = lambda name, _: name == command
         between.error = ERRORS["TRYAGAIN"]
         work.release.set()
         await wait_until_async(lambda: len(between.refused) > 1)

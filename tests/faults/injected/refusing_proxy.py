@@ -31,10 +31,8 @@ class RefusingProxy(TcpProxy):
     def __init__(self, target_url: str) -> None:
         super().__init__(target_url)
         self.error = ""
-        self.only: frozenset[bytes] | None = None
-        """The names of the commands that are refused; None for all that write."""
-        self.refuses: Callable[[bytes, bytes], bool] | None = None
-        """Tells by the name and the bytes of a command whether it is refused; None for what `only` says."""
+        self.refuses: Callable[[bytes, bytes], bool] = _writes
+        """Whether a command is refused, by its name and its bytes."""
         self.refused: list[bytes] = []
         """The names of the commands that were refused."""
 
@@ -57,7 +55,7 @@ class RefusingProxy(TcpProxy):
         try:
             while True:
                 name, command = await _read_command(reader)
-                if self.error and self._is_refused(name, command):
+                if self.error and self.refuses(name, command):
                     self.refused.append(name)
                     writer.write(f"-{self.error}\r\n".encode())
                 else:
@@ -67,10 +65,9 @@ class RefusingProxy(TcpProxy):
         except (OSError, asyncio.IncompleteReadError):
             pass  # one of the two has gone
 
-    def _is_refused(self, name: bytes, command: bytes) -> bool:
-        if self.refuses is not None:
-            return self.refuses(name, command)
-        return name not in READS if self.only is None else name in self.only
+
+def _writes(name: bytes, command: bytes) -> bool:
+    return name not in READS
 
 
 async def _read_command(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
