@@ -42,6 +42,27 @@ class Lingering:
             raise
 
 
+class Gate:
+    """Code that waits until the test lets it go, and counts its runs.
+
+    Args:
+        answer: makes the result of the number of runs so far and the data of the request, which it is by default.
+        opens_within_s: how long a run waits before it fails.
+    """
+
+    def __init__(
+        self, answer: Callable[[int, Any], Any] = lambda run, data: data, *, opens_within_s: float = 20.0
+    ) -> None:
+        self._answer, self._opens_within_s = answer, opens_within_s
+        self.runs: list[Any] = []
+        self.is_open = threading.Event()
+
+    def __call__(self, request: Any) -> Any:
+        self.runs.append(request.data)
+        assert self.is_open.wait(self._opens_within_s)
+        return self._answer(len(self.runs), request.data)
+
+
 class Site:
     """One instance, with the endpoints and workers that a test asks for. Its methods may be called from any thread."""
 

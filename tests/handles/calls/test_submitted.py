@@ -29,23 +29,10 @@ from penstock.handles.errors import (
     ResultExpired,
     ResultsFull,
 )
-from tests.handles.site import INSTANCE, Lingering, Site, close_here, describe, echo, in_loop
+from tests.handles.site import INSTANCE, Gate, Lingering, Site, close_here, describe, echo, in_loop
 from tests.support.waiting import wait_until
 
 KEYS = Keys(INSTANCE)
-
-
-class Gate:
-    """Code that waits until the test lets it go, and counts its runs."""
-
-    def __init__(self) -> None:
-        self.runs: list[Any] = []
-        self.is_open = threading.Event()
-
-    def __call__(self, request: Any) -> Any:
-        self.runs.append(request.data)
-        assert self.is_open.wait(20)
-        return {"run": len(self.runs), "data": request.data}
 
 
 def always(reply: str) -> Callable[[Any], str]:
@@ -55,7 +42,7 @@ def always(reply: str) -> Callable[[Any], str]:
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    gate = Gate()
+    gate = Gate(lambda run, data: {"run": run, "data": data})
     yield gate
     gate.is_open.set()
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,24 +16,11 @@ from penstock.handles import Submitted
 from penstock.handles.connection import Connection
 from penstock.handles.errors import DeliveryLimitExceeded, RequestNotFound
 from tests.handles.calls.test_submitted import counts
-from tests.handles.site import INSTANCE, Site, echo
+from tests.handles.site import INSTANCE, Gate, Site, echo
 from tests.support.waiting import wait_until
 from tests.workers.serving import Killable, start_killable
 
 KEYS = Keys(INSTANCE)
-
-
-class Gate:
-    """Code that waits until the test lets it go, and counts its runs."""
-
-    def __init__(self) -> None:
-        self.runs: list[Any] = []
-        self.is_open = threading.Event()
-
-    def __call__(self, request: Any) -> Any:
-        self.runs.append(request.data)
-        assert self.is_open.wait(30)
-        return request.data
 
 
 def waiters(redis: Redis, record: str) -> list[bytes]:
@@ -152,7 +138,7 @@ def test_the_replay_of_a_dead_letter_has_a_result_although_its_record_has_expire
 
 
 def test_results_survive_a_kill_of_an_append_only_broker(durable: EmbeddedServer) -> None:
-    site, gate = Site(durable.url), Gate()
+    site, gate = Site(durable.url), Gate(opens_within_s=30)
     with handles.connect(durable.url) as connection, ThreadPoolExecutor(1) as pool:
         site.serve(gate, max_concurrent_queries=4)
         handle = connection.get_handle("ask")
@@ -176,7 +162,7 @@ def test_results_survive_a_kill_of_an_append_only_broker(durable: EmbeddedServer
 
 def test_a_call_with_a_key_is_published_again_when_redis_lost_it() -> None:
     with EmbeddedServer.start() as server:
-        site, gate = Site(server.url), Gate()
+        site, gate = Site(server.url), Gate(opens_within_s=30)
         with handles.connect(server.url) as connection:
             site.serve(gate)
             future = connection.get_handle("ask").options(idempotency_key="k").remote("kept")
@@ -189,7 +175,7 @@ def test_a_call_with_a_key_is_published_again_when_redis_lost_it() -> None:
 
 def test_a_result_that_was_stored_and_never_sent_is_found(site: Site, connected: Connection) -> None:
     """As after the death of a replica between the two."""
-    gate = Gate()
+    gate = Gate(opens_within_s=30)
     site.serve(gate)
     submitted = connected.get_handle("ask").submit("kept")
     record = KEYS.kept("model", submitted.id)
@@ -203,7 +189,7 @@ def test_a_result_that_was_stored_and_never_sent_is_found(site: Site, connected:
 
 
 def test_waiting_goes_on_after_the_reply_stream_was_lost(site: Site, connected: Connection) -> None:
-    gate = Gate()
+    gate = Gate(opens_within_s=30)
     site.serve(gate)
     submitted = connected.get_handle("ask").submit("kept")
     with ThreadPoolExecutor(1) as pool, Redis.from_url(site.url) as redis:
@@ -215,7 +201,7 @@ def test_waiting_goes_on_after_the_reply_stream_was_lost(site: Site, connected: 
 
 
 def test_many_waits_for_one_result_end_together(site: Site, connected: Connection) -> None:
-    gate = Gate()
+    gate = Gate(opens_within_s=30)
     site.serve(gate)
     submitted = connected.get_handle("ask").submit("x" * 300_000)
     record = KEYS.kept("model", submitted.id)
@@ -240,7 +226,7 @@ def test_a_call_that_is_accepted_late_is_not_taken_for_one_that_redis_lost(
     """As on a busy machine, where the check for results that were not sent comes before the broker's answer."""
     from penstock.broker.results.accepting import KeptAdmission
 
-    gate, accept = Gate(), KeptAdmission.accept
+    gate, accept = Gate(opens_within_s=30), KeptAdmission.accept
     site.serve(gate)
 
     async def accept_late(*arguments: Any) -> Any:

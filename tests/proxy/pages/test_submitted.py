@@ -1,6 +1,5 @@
 """Submitted requests and idempotency keys over HTTP, with real replicas."""
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,29 +11,16 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from penstock import handles
-from tests.handles.site import INSTANCE, Lingering, Site, echo
+from tests.handles.site import INSTANCE, Gate, Lingering, Site, echo
 from tests.proxy.pages.submitting import Proxies, proxies, route
 from tests.support.waiting import wait_until
 
 ASYNC = {"prefer": "respond-async"}
 
 
-class Gate:
-    """Code that waits until the test lets it go, and counts its runs."""
-
-    def __init__(self) -> None:
-        self.runs: list[Any] = []
-        self.is_open = threading.Event()
-
-    def __call__(self, request: Any) -> Any:
-        self.runs.append(request.data)
-        assert self.is_open.wait(20)
-        return {"run": len(self.runs)}
-
-
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    gate = Gate()
+    gate = Gate(lambda run, data: {"run": run})
     yield gate
     gate.is_open.set()
 
