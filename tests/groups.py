@@ -38,8 +38,12 @@ _GROUPS = {
 _WITH_RAY = {"several nodes", "ray, and faults", "ray"}
 
 _FIRST = (
-    *("a cluster in containers", "ray", "several nodes", "ray, and faults"),
-    *("containers of redis", "containers of valkey"),
+    "a cluster in containers",
+    "ray",
+    "several nodes",
+    "ray, and faults",
+    "containers of redis",
+    "containers of valkey",
 )
 """The groups that begin first, in this order, as they take longest."""
 

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = [
     FOLDER / "run.py",
     FOLDER / "gpu.py",
-    *sorted((FOLDER / "systems").glob("[!s]*/penstock_*.py")),
+    *sorted({*(FOLDER / "systems").glob("*/penstock_*.py")} - {FOLDER / "systems" / "startup" / "penstock_startup.py"}),
     FOLDER / "systems" / "http" / "path_server.py",
     FOLDER / "systems" / "images" / "direct_images.py",
 ]

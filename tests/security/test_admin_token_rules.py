@@ -1,4 +1,4 @@
-"""What a proxy's user needs besides the rules of a proxy, for the dashboard to replay and drop dead letters."""
+"""Rules for the admin token: with them the dashboard replays and drops dead letters as the user of its proxy."""
 
 import asyncio
 import re

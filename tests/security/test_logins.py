@@ -1,4 +1,4 @@
-"""Who a client says that it is, and whom it believes."""
+"""Logins: the user in the id of a caller, rejected passwords, and certificates of servers."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""What is measured: for each kind of case its programs, its samples and its table."""
+"""Measurements: for each kind of case its programs, its samples and its table."""

@@ -53,8 +53,10 @@ def test_every_part_serves_as_its_own_user(client: serve.Client, guarded_by_user
     assert "secret" not in repr(client)
 
     alice, owner = (guarded_by_users.url(name) for name in ("alice", "owner"))
-    assert '"data":2' in run("call", "e", "2", url=alice).out
-    assert "f" in run("status", url=owner).out
+    called, status = run("call", "e", "2", url=alice), run("status", url=owner)
+    assert (called.code, status.code) == (0, 0), called.err + status.err
+    assert '"data":2' in called.out
+    assert "f" in status.out
     assert run("dead", "list", "f", "--json", url=owner) == Ran(0, "", "")
 
     client.delete_endpoint("e")
